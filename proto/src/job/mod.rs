@@ -1,0 +1,173 @@
+//! The job file: what to train, on what, and how.
+//!
+//! It is given once, to the coordinator; workers receive its text on joining and parse it with the same code.
+//! Every field but the paths has a default; unknown keys are errors that name the nearest known key.
+
+mod error;
+mod sections;
+
+pub use error::JobError;
+pub use sections::{
+    AdapterSection, CheckpointSection, DataSection, Decay, LossSection, ModelSection, StudentSection, TimeIdsOrder, TrainSection,
+};
+
+use serde::{Deserialize, Serialize};
+
+/// A job file with every field explained, as `coordinator init` writes it.
+pub const TEMPLATE: &str = include_str!("template.toml");
+
+/// A training job.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Job {
+    /// Shown in logs and in checkpoint metadata.
+    #[serde(default = "default_name")]
+    pub name: String,
+    /// Seeds the fresh adapter, the order of shards, and every draw made for a sample. Below 2^63 (a TOML integer).
+    #[serde(default)]
+    pub seed: u64,
+    /// The English model that teaches.
+    pub model: ModelSection,
+    /// The text encoder of the new language.
+    pub student: StudentSection,
+    /// The adapter's shape.
+    #[serde(default)]
+    pub adapter: AdapterSection,
+    /// Where samples come from and which are kept.
+    pub data: DataSection,
+    /// Batch, length and optimiser.
+    pub train: TrainSection,
+    /// The method's switches.
+    #[serde(default)]
+    pub loss: LossSection,
+    /// When and where weights are kept.
+    #[serde(default)]
+    pub checkpoint: CheckpointSection,
+}
+
+fn default_name() -> String {
+    "pea".into()
+}
+
+impl Job {
+    /// Parses and validates a job file's text.
+    ///
+    /// # Errors
+    /// [`JobError`] with one line for each thing that is wrong.
+    pub fn parse(text: &str) -> Result<Self, JobError> {
+        let job: Self = toml::from_str(text).map_err(|error| JobError::from_toml(text, &error))?;
+        job.validate()?;
+        Ok(job)
+    }
+
+    /// Checks ranges and the relations between fields.
+    ///
+    /// # Errors
+    /// [`JobError`] with one line for each field out of its range and each relation that does not hold.
+    pub fn validate(&self) -> Result<(), JobError> {
+        let mut problems = Vec::new();
+        self.adapter.validate(&mut problems);
+        self.student.validate(&mut problems);
+        self.data.validate(&mut problems);
+        self.train.validate(&mut problems);
+        self.loss.validate(&mut problems);
+        self.checkpoint.validate(&mut problems);
+        if problems.is_empty() { Ok(()) } else { Err(JobError { problems }) }
+    }
+
+    /// The step after which the job ends, when it is given in steps.
+    #[must_use]
+    pub fn last_step(&self) -> Option<u64> {
+        self.train.steps
+    }
+
+    /// Names the fields in which `other` is another training run, so that one's checkpoint does not continue the other.
+    ///
+    /// Batch, learning rate, length, checkpoint policy and loss switches may change between a run and its continuation.
+    #[must_use]
+    pub fn identity_differences(&self, other: &Self) -> Vec<String> {
+        let mut differences = Vec::new();
+        let mut compare = |field: &str, here: String, there: String| {
+            if here != there {
+                differences.push(format!("{field}: {there} in the checkpoint, {here} in the job file"));
+            }
+        };
+        compare("seed", self.seed.to_string(), other.seed.to_string());
+        compare("model.path", self.model.path.display().to_string(), other.model.path.display().to_string());
+        compare("student.path", self.student.path.display().to_string(), other.student.path.display().to_string());
+        compare("student.context_length", self.student.context_length.to_string(), other.student.context_length.to_string());
+        compare("adapter.hidden", self.adapter.hidden.to_string(), other.adapter.hidden.to_string());
+        compare("adapter.depth", self.adapter.depth.to_string(), other.adapter.depth.to_string());
+        compare("data.shards", format!("{:?}", self.data.shards), format!("{:?}", other.data.shards));
+        differences
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SMALL: &str = r#"
+        [model]
+        path = "model"
+        [student]
+        path = "student"
+        [data]
+        shards = ["{00000..00005}.tar"]
+        [train]
+        steps = 10
+    "#;
+
+    #[test]
+    fn template_is_a_valid_job_with_the_defaults() {
+        let template = Job::parse(TEMPLATE).unwrap();
+        let mut defaults = Job::parse(SMALL).unwrap();
+        defaults.name.clone_from(&template.name);
+        defaults.model.clone_from(&template.model);
+        defaults.student.path.clone_from(&template.student.path);
+        defaults.data.shards.clone_from(&template.data.shards);
+        defaults.train.steps = template.train.steps;
+        assert_eq!(template, defaults, "the template must show the defaults");
+    }
+
+    #[test]
+    fn unknown_key_names_the_nearest_known_one() {
+        let error = Job::parse(&SMALL.replace("steps = 10", "steps = 10\nlerning_rate = 1e-4")).unwrap_err().to_string();
+        assert!(error.contains("`lerning_rate`") && error.contains("did you mean `learning_rate`"), "{error}");
+        assert!(error.contains("line"), "{error}");
+    }
+
+    #[test]
+    fn every_problem_is_listed_at_once() {
+        let text = SMALL.replace("steps = 10", "global_batch = 0\nlearning_rate = -1.0");
+        let error = Job::parse(&text).unwrap_err();
+        assert_eq!(error.problems.len(), 3, "{error}");
+        assert!(error.to_string().contains("train.steps or train.epochs"), "{error}");
+    }
+
+    #[test]
+    fn missing_section_is_named() {
+        let error = Job::parse("seed = 1").unwrap_err().to_string();
+        assert!(error.contains("missing field `model`"), "{error}");
+    }
+
+    #[test]
+    fn decay_over_epochs_needs_its_length() {
+        let epochs = SMALL.replace("steps = 10", "epochs = 2");
+        assert!(Job::parse(&epochs).unwrap_err().to_string().contains("train.decay_steps"));
+        assert!(Job::parse(&epochs.replace("epochs = 2", "epochs = 2\ndecay_steps = 50")).is_ok());
+        assert!(Job::parse(&epochs.replace("epochs = 2", "epochs = 2\ndecay = \"constant\"")).is_ok());
+    }
+
+    #[test]
+    fn identity_ignores_what_may_change() {
+        let job = Job::parse(SMALL).unwrap();
+        let mut other = job.clone();
+        other.train.learning_rate = 3e-4;
+        other.train.steps = Some(20);
+        assert!(job.identity_differences(&other).is_empty());
+        other.seed = 5;
+        other.adapter.hidden = 64;
+        assert_eq!(job.identity_differences(&other).len(), 2);
+    }
+}

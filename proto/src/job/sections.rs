@@ -1,0 +1,380 @@
+//! The sections of a job file with their defaults and ranges.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use crate::ids::SampleName;
+
+/// The English model that teaches.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ModelSection {
+    /// A folder in the layout diffusers uses (unet/, vae/, text_encoder/, tokenizer/, ...), as the workers see it.
+    pub path: PathBuf,
+}
+
+/// The text encoder of the new language.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StudentSection {
+    /// A folder with config.json, model.safetensors and vocab.txt, as the workers see it.
+    pub path: PathBuf,
+    /// Tokens a prompt is padded or cut to. The adapter is bound to it: sampling uses the same.
+    #[serde(default = "StudentSection::default_context_length")]
+    pub context_length: u32,
+    /// Replaces curly quotes, which Chinese vocabularies lack, by straight ones.
+    #[serde(default = "yes")]
+    pub normalize_quotes: bool,
+}
+
+impl StudentSection {
+    fn default_context_length() -> u32 {
+        52
+    }
+
+    pub(super) fn validate(&self, problems: &mut Vec<String>) {
+        if !(3..=512).contains(&self.context_length) {
+            problems.push(format!("student.context_length ({}) must be within 3..=512", self.context_length));
+        }
+    }
+}
+
+/// The adapter's shape: LayerNorm, `depth` linears with GELU between, and a linear to the cross-attention width.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct AdapterSection {
+    /// Width of the hidden layers.
+    pub hidden: u32,
+    /// Number of linears in the projector.
+    pub depth: u32,
+}
+
+impl Default for AdapterSection {
+    fn default() -> Self {
+        Self { hidden: 1024, depth: 3 }
+    }
+}
+
+impl AdapterSection {
+    pub(super) fn validate(&self, problems: &mut Vec<String>) {
+        if !(1..=65_536).contains(&self.hidden) {
+            problems.push(format!("adapter.hidden ({}) must be within 1..=65536", self.hidden));
+        }
+        if !(2..=16).contains(&self.depth) {
+            problems.push(format!("adapter.depth ({}) must be within 2..=16", self.depth));
+        }
+    }
+}
+
+/// Where samples come from and which are kept.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DataSection {
+    /// webdataset tars of jpg + json: paths, `{00000..00123}` ranges, several joined by `::`.
+    pub shards: Vec<String>,
+    /// Aspect buckets as [width, height].
+    #[serde(default = "DataSection::default_buckets")]
+    pub buckets: Vec<[u32; 2]>,
+    /// Smallest width x height of a sample that carries a watermark score.
+    #[serde(default = "DataSection::default_min_pixels")]
+    pub min_pixels: u64,
+    /// Lowest aesthetic score of a sample that carries a watermark score and no native caption.
+    #[serde(default = "DataSection::default_min_aesthetic")]
+    pub min_aesthetic: f64,
+    /// Highest watermark score of such a sample.
+    #[serde(default = "DataSection::default_max_watermark")]
+    pub max_watermark: f64,
+    /// Share of broken samples above which the job stops. Filtered samples do not count.
+    #[serde(default = "DataSection::default_max_bad_fraction")]
+    pub max_bad_fraction: f64,
+    /// Encoded bytes a worker may hold in its buffers.
+    #[serde(default = "DataSection::default_buffer_bytes")]
+    pub buffer_bytes: u64,
+    /// Samples a worker gathers before it draws among them, so that a batch is not one region of one tar.
+    #[serde(default = "DataSection::default_shuffle_buffer")]
+    pub shuffle_buffer: u32,
+    /// Threads that decode pictures in each worker; 0: one for every two cores, at most 8.
+    #[serde(default)]
+    pub decode_threads: u32,
+}
+
+impl DataSection {
+    fn default_buckets() -> Vec<[u32; 2]> {
+        vec![[448, 896], [448, 832], [512, 768], [576, 704], [640, 640], [704, 576], [768, 512], [832, 448], [896, 448]]
+    }
+    fn default_min_pixels() -> u64 {
+        640 * 640
+    }
+    fn default_min_aesthetic() -> f64 {
+        6.0
+    }
+    fn default_max_watermark() -> f64 {
+        0.5
+    }
+    fn default_max_bad_fraction() -> f64 {
+        0.05
+    }
+    fn default_buffer_bytes() -> u64 {
+        256 << 20
+    }
+    fn default_shuffle_buffer() -> u32 {
+        1000
+    }
+
+    pub(super) fn validate(&self, problems: &mut Vec<String>) {
+        if self.shards.is_empty() {
+            problems.push("data.shards is empty: name at least one tar, such as \"/data/{00000..00099}.tar\"".into());
+        }
+        if self.buckets.is_empty() {
+            problems.push("data.buckets is empty: leave the key out for the nine of the method".into());
+        }
+        for [width, height] in &self.buckets {
+            if width % 8 != 0 || height % 8 != 0 || !(8..=8192).contains(width) || !(8..=8192).contains(height) {
+                problems.push(format!("data.buckets: [{width}, {height}] must be multiples of 8 within 8..=8192"));
+            }
+        }
+        if !(0.0..=1.0).contains(&self.max_bad_fraction) {
+            problems.push(format!("data.max_bad_fraction ({}) must be within 0..=1", self.max_bad_fraction));
+        }
+        if !self.min_aesthetic.is_finite() || !self.max_watermark.is_finite() {
+            problems.push("data.min_aesthetic and data.max_watermark must be finite numbers".into());
+        }
+        if self.buffer_bytes < 1 << 20 {
+            problems.push(format!("data.buffer_bytes ({}) must be at least 1048576 (1 MiB)", self.buffer_bytes));
+        }
+        if self.shuffle_buffer == 0 {
+            problems.push("data.shuffle_buffer must be at least 1 (1: tar order)".into());
+        }
+        if self.decode_threads > 256 {
+            problems.push(format!("data.decode_threads ({}) must be within 0..=256", self.decode_threads));
+        }
+    }
+}
+
+/// How the learning rate goes on after the warm-up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Decay {
+    /// Stays.
+    Constant,
+    /// Half a cosine from `learning_rate` to `final_learning_rate`.
+    Cosine,
+    /// `(1 - progress)^power` between the two.
+    Polynomial,
+}
+
+/// Batch, length and optimiser.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct TrainSection {
+    /// Optimiser updates to make. Give this or `epochs`.
+    pub steps: Option<u64>,
+    /// Passes over the data to make. Give this or `steps`.
+    pub epochs: Option<u32>,
+    /// Samples in one update, over all workers.
+    pub global_batch: u32,
+    /// Samples a worker computes at once; its share of the global batch is done in as many parts as needed.
+    pub micro_batch: u32,
+    /// Peak learning rate.
+    pub learning_rate: f64,
+    /// Learning rate at the end of the decay.
+    pub final_learning_rate: f64,
+    /// Steps over which the learning rate rises linearly from 0.
+    pub warmup_steps: u64,
+    /// How it goes on from there.
+    pub decay: Decay,
+    /// Exponent of the polynomial decay.
+    pub decay_power: f64,
+    /// Step at which the decay ends; by default `steps`.
+    pub decay_steps: Option<u64>,
+    /// AdamW's decay rates of the two moments.
+    pub betas: [f64; 2],
+    /// AdamW's epsilon.
+    pub epsilon: f64,
+    /// Decoupled weight decay.
+    pub weight_decay: f64,
+    /// Gradients of a larger L2 norm are scaled down to it; 0: never.
+    pub max_grad_norm: f64,
+    /// Decay of the exponential moving average of the weights; 0: none is kept.
+    pub ema_decay: f64,
+    /// Steps in a row that may be skipped because a loss or gradient was not finite; one more ends the job.
+    pub max_skipped_steps: u32,
+}
+
+impl Default for TrainSection {
+    fn default() -> Self {
+        Self {
+            steps: None,
+            epochs: None,
+            global_batch: 240,
+            micro_batch: 10,
+            learning_rate: 1e-5,
+            final_learning_rate: 5e-8,
+            warmup_steps: 100,
+            decay: Decay::Polynomial,
+            decay_power: 1.0,
+            decay_steps: None,
+            betas: [0.9, 0.999],
+            epsilon: 1e-8,
+            weight_decay: 0.0,
+            max_grad_norm: 0.0,
+            ema_decay: 0.0,
+            max_skipped_steps: 10,
+        }
+    }
+}
+
+impl TrainSection {
+    pub(super) fn validate(&self, problems: &mut Vec<String>) {
+        match (self.steps, self.epochs) {
+            (Some(_), Some(_)) | (None, None) => problems.push("give exactly one of train.steps or train.epochs".into()),
+            (Some(0), _) => problems.push("train.steps must be at least 1".into()),
+            (_, Some(0)) => problems.push("train.epochs must be at least 1".into()),
+            (_, Some(epochs)) if epochs >= SampleName::LIMIT => problems.push("train.epochs must be below 16777216".into()),
+            _ => {}
+        }
+        if self.epochs.is_some() && self.decay_steps.is_none() && self.decay != Decay::Constant {
+            problems.push("train.epochs needs train.decay_steps (or train.decay = \"constant\"): the decay's length is not known".into());
+        }
+        if !(1..=1 << 20).contains(&self.global_batch) {
+            problems.push(format!("train.global_batch ({}) must be within 1..=1048576", self.global_batch));
+        }
+        if !(1..=4096).contains(&self.micro_batch) {
+            problems.push(format!("train.micro_batch ({}) must be within 1..=4096", self.micro_batch));
+        }
+        let mut within = |name: &str, value: f64, low: f64, high: f64| {
+            if !(low..=high).contains(&value) {
+                problems.push(format!("train.{name} ({value}) must be within {low}..={high}"));
+            }
+        };
+        within("learning_rate", self.learning_rate, 0.0, 1.0);
+        within("final_learning_rate", self.final_learning_rate, 0.0, 1.0);
+        within("decay_power", self.decay_power, 0.1, 10.0);
+        within("betas[0]", self.betas[0], 0.0, 0.999_999);
+        within("betas[1]", self.betas[1], 0.0, 0.999_999_9);
+        within("epsilon", self.epsilon, 1e-20, 1e-1);
+        within("weight_decay", self.weight_decay, 0.0, 10.0);
+        within("max_grad_norm", self.max_grad_norm, 0.0, 1e9);
+        within("ema_decay", self.ema_decay, 0.0, 0.999_999_9);
+    }
+
+    /// Step at which the decay of the learning rate ends.
+    #[must_use]
+    pub fn decay_end(&self) -> Option<u64> {
+        self.decay_steps.or(self.steps)
+    }
+}
+
+/// Order of width and height in the six size numbers SDXL is conditioned on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum TimeIdsOrder {
+    /// Height first, as SDXL was trained and as samplers give them.
+    Hw,
+    /// Width first, as the original trainer gave them.
+    Wh,
+}
+
+/// The method's switches.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct LossSection {
+    /// Standard deviation of the constant part added to each noise channel.
+    pub noise_offset: f64,
+    /// Probability with which a sample's prompt is replaced by the empty one, for both student and teacher.
+    pub condition_dropout: f64,
+    /// Native captions train by the diffusion loss, parallel ones by distillation. Off: every sample by both.
+    pub hybrid: bool,
+    /// Whether the teacher is used at all.
+    pub distill: bool,
+    /// Weight of the feature loss.
+    pub feature_weight: f64,
+    /// Order of the size conditioning.
+    pub time_ids_order: TimeIdsOrder,
+    /// Whether the pooled state is dropped together with the prompt.
+    pub drop_pooled: bool,
+}
+
+impl Default for LossSection {
+    fn default() -> Self {
+        Self {
+            noise_offset: 0.5,
+            condition_dropout: 0.1,
+            hybrid: true,
+            distill: true,
+            feature_weight: 0.1,
+            time_ids_order: TimeIdsOrder::Hw,
+            drop_pooled: false,
+        }
+    }
+}
+
+impl LossSection {
+    pub(super) fn validate(&self, problems: &mut Vec<String>) {
+        let mut within = |name: &str, value: f64, low: f64, high: f64| {
+            if !(low..=high).contains(&value) {
+                problems.push(format!("loss.{name} ({value}) must be within {low}..={high}"));
+            }
+        };
+        within("noise_offset", self.noise_offset, 0.0, 10.0);
+        within("condition_dropout", self.condition_dropout, 0.0, 1.0);
+        within("feature_weight", self.feature_weight, 0.0, 1e6);
+    }
+}
+
+/// When and where weights are kept.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct CheckpointSection {
+    /// A folder on the coordinator; by default `checkpoints` in its state folder.
+    pub store: Option<PathBuf>,
+    /// Steps between checkpoints.
+    pub every_steps: u64,
+    /// Time between checkpoints, whichever comes first.
+    #[serde(with = "duration")]
+    pub every: Duration,
+    /// Newest checkpoints to keep.
+    pub keep: u32,
+}
+
+impl Default for CheckpointSection {
+    fn default() -> Self {
+        Self { store: None, every_steps: 1000, every: Duration::from_secs(300), keep: 3 }
+    }
+}
+
+impl CheckpointSection {
+    pub(super) fn validate(&self, problems: &mut Vec<String>) {
+        if self.every_steps == 0 {
+            problems.push("checkpoint.every_steps must be at least 1".into());
+        }
+        if self.every < Duration::from_secs(1) {
+            problems.push(format!("checkpoint.every ({}) must be at least 1s", humantime::format_duration(self.every)));
+        }
+        if self.keep == 0 {
+            problems.push("checkpoint.keep must be at least 1: the newest is what a job resumes from".into());
+        }
+    }
+}
+
+fn yes() -> bool {
+    true
+}
+
+/// Durations as people write them: "5m", "90s".
+mod duration {
+    use std::time::Duration;
+
+    use serde::{Deserialize, Deserializer, Serializer, de::Error};
+
+    pub fn serialize<S: Serializer>(value: &Duration, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(&humantime::format_duration(*value))
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        humantime::parse_duration(&text).map_err(|error| D::Error::custom(format!("`{text}` is not a duration like \"5m\": {error}")))
+    }
+}

@@ -1,0 +1,23 @@
+//! What coordinator and workers agree on: the wire protocol, typed ids, and the job file.
+//!
+//! Messages are decoded once, by [`convert`]; past that gate no value needs checking again.
+
+pub mod convert;
+pub mod ids;
+pub mod job;
+pub mod message;
+
+/// The generated wire types of package `peapod.v1`.
+#[allow(missing_docs, clippy::all, clippy::unwrap_used, clippy::expect_used, rustdoc::all)]
+pub mod v1 {
+    tonic::include_proto!("peapod.v1");
+}
+
+/// Version of the protocol: raised whenever an older peer could misunderstand a message.
+pub const PROTOCOL_VERSION: u32 = 1;
+
+/// Version of the programs, as `--version` prints it.
+pub const PROGRAM_VERSION: &str = env!("CARGO_PKG_VERSION");
+
+/// Port the coordinator listens on unless told otherwise.
+pub const DEFAULT_PORT: u16 = 7733;

@@ -1,0 +1,380 @@
+//! The membership stream's messages with typed contents. What they mean is said in `membership.proto`.
+
+use crate::ids::{Bitmap, Epoch, Generation, Incarnation, LeaseId, MemberIndex, Rank, SampleName, ShardId, Step, WorkerId};
+
+/// A worker's first message.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Hello {
+    /// [`crate::PROTOCOL_VERSION`] of the sender.
+    pub protocol_version: u32,
+    /// [`crate::PROGRAM_VERSION`] of the sender.
+    pub program_version: String,
+    /// Names the process.
+    pub incarnation: Incarnation,
+    /// 0 for the process's first stream.
+    pub attempt: u32,
+    /// The rank asked for with `--rank`.
+    pub requested_rank: Option<Rank>,
+    /// Host name.
+    pub host: String,
+    /// Process id on that host.
+    pub pid: u32,
+    /// Device it trains on.
+    pub device: String,
+}
+
+/// Where a worker is in its step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum Phase {
+    /// Models are being read.
+    #[default]
+    Loading,
+    /// Not in a generation.
+    Waiting,
+    /// Building the communicator, receiving state.
+    Connecting,
+    /// Waiting for samples.
+    Data,
+    /// Forward and backward.
+    Compute,
+    /// In the all-reduce.
+    Collective,
+    /// Optimiser.
+    Update,
+    /// Copying weights for a checkpoint.
+    Snapshot,
+}
+
+impl Phase {
+    /// The word shown to people.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Loading => "loading",
+            Self::Waiting => "waiting",
+            Self::Connecting => "connecting",
+            Self::Data => "data",
+            Self::Compute => "compute",
+            Self::Collective => "collective",
+            Self::Update => "update",
+            Self::Snapshot => "snapshot",
+        }
+    }
+}
+
+/// A sign of life.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Heartbeat {
+    /// Last applied step.
+    pub step: Step,
+    /// What it does now.
+    pub phase: Phase,
+    /// Generation it is in; [`Generation::NONE`] outside of any.
+    pub generation: Generation,
+}
+
+/// Means over one step's global batch.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct StepLosses {
+    /// Diffusion loss of native samples.
+    pub task: f32,
+    /// Distance of the predictions.
+    pub logit: f32,
+    /// Distance of the features, all hooks together, unweighted.
+    pub feature: f32,
+    /// L2 norm of the gradient before clipping.
+    pub grad_norm: f32,
+    /// Learning rate of the update.
+    pub learning_rate: f32,
+}
+
+/// What one step trained: read from the summed tail, the same on every rank.
+#[derive(Debug, Clone, PartialEq)]
+pub struct StepRecord {
+    /// The step.
+    pub step: Step,
+    /// The generation that made it.
+    pub generation: Generation,
+    /// Every sample of its global batch.
+    pub names: Vec<SampleName>,
+    /// Not finite: the weights stayed as they were, the samples count as skipped.
+    pub skipped: bool,
+    /// Losses.
+    pub losses: StepLosses,
+}
+
+/// Seconds of one rank's step.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct StepTimings {
+    /// Waiting for samples.
+    pub data: f32,
+    /// Forward and backward.
+    pub compute: f32,
+    /// All-reduce, with the wait for the others.
+    pub collective: f32,
+    /// Optimiser.
+    pub update: f32,
+}
+
+/// A member has applied a step.
+#[derive(Debug, Clone, PartialEq)]
+pub struct StepReport {
+    /// The generation.
+    pub generation: Generation,
+    /// The step.
+    pub step: Step,
+    /// From member index 0 only.
+    pub record: Option<StepRecord>,
+    /// Where its time went.
+    pub timings: StepTimings,
+    /// Digest of the adapter where the step's weights were copied for a checkpoint.
+    pub snapshot: Option<u64>,
+}
+
+/// Why a worker left its collective.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum StopCause {
+    /// It was told to, or the collective failed.
+    Aborted,
+    /// All members met at a flag in the tail.
+    Planned,
+    /// The last step of the job is applied.
+    StepsDone,
+    /// No sample of the job is left.
+    DataDone,
+}
+
+/// A worker stands outside its collective and holds `applied` whole.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Stopped {
+    /// The generation it left.
+    pub generation: Generation,
+    /// The step whose weights it holds.
+    pub applied: Step,
+    /// Why.
+    pub cause: StopCause,
+    /// Steps of this generation not known to be durable, oldest first.
+    pub records: Vec<StepRecord>,
+    /// What failed, when something did.
+    pub reason: String,
+}
+
+/// Why a sample is not trained on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum SkipReason {
+    /// Kept out by the job's rules.
+    Filtered,
+    /// Broken.
+    Bad,
+}
+
+/// A sample that is not trained on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SkippedSample {
+    /// Position in tar order.
+    pub index: u32,
+    /// Why.
+    pub reason: SkipReason,
+    /// The sample's key in the tar.
+    pub key: String,
+    /// The same in words.
+    pub detail: String,
+}
+
+/// What reading a leased shard showed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ShardReport {
+    /// The lease it was read under.
+    pub lease: LeaseId,
+    /// Samples passed over since the last report.
+    pub skipped: Vec<SkippedSample>,
+    /// Number of samples in the tar, once its end was reached.
+    pub num_samples: Option<u32>,
+    /// Why the tar ended early; empty if it did not.
+    pub truncated: String,
+}
+
+/// From a worker.
+#[derive(Debug, Clone, PartialEq)]
+pub enum FromWorker {
+    /// First message.
+    Hello(Hello),
+    /// Models are loaded.
+    Ready {
+        /// SHA-256 over what must be alike on all ranks.
+        model_digest: Vec<u8>,
+        /// Length of the gradient before its tail.
+        num_parameters: u64,
+    },
+    /// Sign of life.
+    Heartbeat(Heartbeat),
+    /// Answer to [`ToWorker::MakeBootstrap`].
+    Bootstrap {
+        /// The generation it is for.
+        generation: Generation,
+        /// Opaque bytes.
+        bytes: Vec<u8>,
+    },
+    /// A step is applied.
+    StepReport(StepReport),
+    /// Out of the collective.
+    Stopped(Stopped),
+    /// Wants shards.
+    LeaseRequest {
+        /// The generation it asks in.
+        generation: Generation,
+        /// How many.
+        num_leases: u32,
+    },
+    /// Read a shard.
+    ShardReport(ShardReport),
+    /// Cannot go on; the stream ends after it.
+    Failure {
+        /// What it was doing.
+        phase: String,
+        /// What went wrong.
+        message: String,
+        /// Whether another try would end the same way.
+        permanent: bool,
+    },
+    /// Wants to leave after the step in flight.
+    Leaving {
+        /// Why.
+        reason: String,
+    },
+}
+
+/// An exclusive right to read a shard.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Lease {
+    /// Its id.
+    pub id: LeaseId,
+    /// The pass.
+    pub epoch: Epoch,
+    /// The shard.
+    pub shard: ShardId,
+    /// Where the shard lies.
+    pub url: String,
+    /// Samples to pass over.
+    pub done: Bitmap,
+}
+
+/// A worker's place in a new generation.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Assignment {
+    /// The generation.
+    pub generation: Generation,
+    /// The worker's place in it.
+    pub member_index: MemberIndex,
+    /// Number of members.
+    pub num_members: u32,
+    /// What the communicator is built from.
+    pub bootstrap: Vec<u8>,
+    /// Step the generation starts from.
+    pub base_step: Step,
+    /// Generation that trained it.
+    pub base_generation: Generation,
+    /// Who holds its state.
+    pub source_index: MemberIndex,
+    /// Whether the source sends it to the others.
+    pub broadcast_state: bool,
+    /// Checkpoint the source loads first.
+    pub checkpoint_step: Option<Step>,
+    /// Leases the worker keeps.
+    pub held_leases: Vec<LeaseId>,
+}
+
+/// How a job ends for a worker.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum StopReason {
+    /// All work is done.
+    Finished,
+    /// Somebody asked the job to stop.
+    Stopped,
+    /// The job failed.
+    Failed,
+    /// This worker was asked to leave; the job goes on.
+    Drained,
+}
+
+/// To a worker.
+#[derive(Debug, Clone, PartialEq)]
+pub enum ToWorker {
+    /// Answer to [`FromWorker::Hello`].
+    Welcome {
+        /// Its id.
+        worker: WorkerId,
+        /// Its rank, for life.
+        rank: Rank,
+        /// Workers in the job.
+        world_size: u32,
+        /// Names this run.
+        job_id: String,
+        /// The job file's text.
+        job_toml: String,
+        /// Milliseconds between heartbeats.
+        heartbeat_interval_ms: u32,
+        /// Silence after which either side gives the other up.
+        heartbeat_timeout_ms: u32,
+    },
+    /// Answer to each heartbeat.
+    HeartbeatReply {
+        /// The current generation.
+        generation: Generation,
+        /// Whether it trains.
+        running: bool,
+        /// For whom everyone waits.
+        waiting_for: String,
+    },
+    /// Make the bootstrap of a generation.
+    MakeBootstrap {
+        /// The generation.
+        generation: Generation,
+        /// Its size.
+        num_members: u32,
+    },
+    /// Join a generation.
+    Assignment(Assignment),
+    /// Leave a generation at once.
+    Abort {
+        /// The generation.
+        generation: Generation,
+        /// Why.
+        reason: String,
+    },
+    /// Meet after the next step.
+    PlanChange {
+        /// The generation.
+        generation: Generation,
+        /// Why.
+        reason: String,
+    },
+    /// Shards to read.
+    LeaseGrant {
+        /// The generation they are granted in.
+        generation: Generation,
+        /// The leases.
+        leases: Vec<Lease>,
+        /// No more will come in this generation.
+        none_left: bool,
+    },
+    /// Steps whose names may be forgotten.
+    Durable {
+        /// The generation.
+        generation: Generation,
+        /// The last such step.
+        step: Step,
+    },
+    /// Copy the weights for a checkpoint.
+    TakeSnapshot {
+        /// The generation.
+        generation: Generation,
+    },
+    /// Leave for good.
+    Stop {
+        /// How the job ended.
+        reason: StopReason,
+        /// In words.
+        message: String,
+    },
+}
