@@ -1,0 +1,848 @@
+//! The rules of a job: who is a member, which steps are final, who reads which shard, when it ends.
+//!
+//! A value without clock, randomness or I/O: [`Core::step`] takes the time and an event and says what is to be done. The
+//! driver does it, in order, and a send waits for the persist before it.
+//!
+//! A generation is left on one of two roads. *Planned* (stop, drain): every member raises a flag in the tail of its next
+//! all-reduce, all see it in the same step, apply that step and say [`Stopped`]. *Failure*: every survivor is told to abort,
+//! drops the step in flight and says the same. Either way the member with the most advanced step is the source, and what it
+//! holds is committed; everything beyond is void, whoever had reported it.
+
+pub mod leases;
+pub mod ledger;
+mod membership;
+mod progress;
+#[cfg(test)]
+mod tests;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+use peapod_proto::ids::{Epoch, Generation, LeaseId, MemberIndex, Rank, SampleName, ShardId, Step, WorkerId};
+use peapod_proto::message::{FromWorker, Hello, Lease, ShardReport, SkipReason, StepRecord, StepTimings, Stopped, ToWorker};
+
+use leases::Leases;
+use ledger::{Ledger, LedgerError, Skip, Totals};
+pub use membership::WorkerView;
+use membership::Worker;
+use progress::Progress;
+
+/// Time since the coordinator started.
+pub type Timestamp = Duration;
+
+/// One stream of one worker. Never reused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct StreamId(pub u64);
+
+/// What does not change while the coordinator runs.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Members a generation needs.
+    pub world_size: u32,
+    /// Silence after which a worker is dead.
+    pub heartbeat_timeout: Duration,
+    /// How long a job waits for missing ranks before it ends.
+    pub join_timeout: Duration,
+    /// Names this run.
+    pub job_id: String,
+    /// The job file's text, handed to each worker.
+    pub job_toml: String,
+    /// Seed of the shard order.
+    pub seed: u64,
+    /// Addresses of the shards.
+    pub shards: Arc<[String]>,
+    /// Passes over the data, if the job is given in them.
+    pub epochs: Option<u32>,
+    /// Last step, if the job is given in steps.
+    pub last_step: Option<Step>,
+    /// Time between checkpoints.
+    pub checkpoint_every: Duration,
+    /// Share of broken samples that ends the job.
+    pub max_bad_fraction: f64,
+    /// Steps in a row that may be skipped.
+    pub max_skipped_steps: u32,
+}
+
+/// A checkpoint to start from.
+#[derive(Debug, Clone)]
+pub struct Resume {
+    /// Its step.
+    pub step: Step,
+    /// What it has been trained on.
+    pub ledger: Arc<Ledger>,
+    /// The last generation before it.
+    pub generation: Generation,
+}
+
+/// What happened.
+#[derive(Debug, Clone)]
+pub enum Event {
+    /// A worker opened a stream.
+    Hello {
+        /// The stream.
+        stream: StreamId,
+        /// What it said.
+        hello: Hello,
+    },
+    /// A worker said something.
+    Message {
+        /// Who.
+        worker: WorkerId,
+        /// On which stream; older ones are not listened to.
+        stream: StreamId,
+        /// What.
+        message: FromWorker,
+    },
+    /// A stream broke or ended.
+    Closed {
+        /// Whose.
+        worker: WorkerId,
+        /// Which.
+        stream: StreamId,
+        /// Why, as far as the transport knows.
+        cause: String,
+    },
+    /// A deadline may have passed.
+    Tick,
+    /// A checkpoint is whole in the store.
+    CheckpointStored {
+        /// Its step.
+        step: Step,
+        /// The generation that took it.
+        generation: Generation,
+    },
+    /// A checkpoint could not be stored.
+    CheckpointFailed {
+        /// Its step.
+        step: Step,
+        /// The generation that took it.
+        generation: Generation,
+        /// Why.
+        error: String,
+    },
+    /// Somebody wants the job to end with a checkpoint.
+    Stop {
+        /// Who or why.
+        reason: String,
+    },
+    /// Somebody wants a worker to leave.
+    Drain {
+        /// Its rank.
+        rank: Rank,
+    },
+}
+
+/// How a job ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Outcome {
+    /// All steps or epochs are done.
+    Finished,
+    /// Stopped on request, with a checkpoint of everything done.
+    Stopped {
+        /// The request.
+        reason: String,
+    },
+    /// It could not go on.
+    Failed {
+        /// The first failure, or what else went wrong.
+        reason: String,
+    },
+}
+
+/// What the driver is to do, in this order.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Effect {
+    /// From now on, messages to `worker` go out on `stream`; an older stream of it is dropped.
+    Attach {
+        /// Who.
+        worker: WorkerId,
+        /// Where.
+        stream: StreamId,
+    },
+    /// Tell a worker.
+    Send {
+        /// Whom.
+        worker: WorkerId,
+        /// What.
+        message: ToWorker,
+    },
+    /// End a worker's stream after what was sent.
+    Detach {
+        /// Whose.
+        worker: WorkerId,
+    },
+    /// Write down before anyone hears of it.
+    Persist(Fact),
+    /// A step is final: its samples are in the weights for good.
+    Committed {
+        /// The step.
+        record: StepRecord,
+        /// Seconds of its slowest member, by part.
+        timings: StepTimings,
+    },
+    /// The ledger of a step that was copied for a checkpoint: to be stored with it.
+    Freeze {
+        /// The step.
+        step: Step,
+        /// Its generation.
+        generation: Generation,
+        /// The ledger.
+        ledger: Arc<Ledger>,
+    },
+    /// Copies of later steps of this generation are of no line that goes on: refuse them.
+    Void {
+        /// The generation.
+        generation: Generation,
+        /// The last step that stands.
+        after: Step,
+    },
+    /// Something people want to read.
+    Notice(Notice),
+    /// The job is over.
+    Finish(Outcome),
+}
+
+/// What a restarted coordinator must know.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Fact {
+    /// A membership was formed.
+    Generation {
+        /// Its number.
+        generation: Generation,
+        /// Its members by index.
+        members: Vec<WorkerId>,
+        /// The step it starts from.
+        base_step: Step,
+    },
+    /// Shards were given out.
+    Leases {
+        /// To whom.
+        holder: WorkerId,
+        /// Which.
+        leases: Vec<Lease>,
+    },
+    /// A shard was read to its end, or samples of it were skipped.
+    Shard(ShardReport),
+    /// A step became final.
+    Commit(StepRecord),
+    /// A checkpoint is whole.
+    Checkpoint(Step),
+    /// The job is to end.
+    Stop(String),
+}
+
+/// What people want to read.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Notice {
+    /// A worker joined.
+    Joined(WorkerView),
+    /// A worker loaded its models.
+    Ready(WorkerView),
+    /// The world is not complete; said again every few seconds.
+    Waiting {
+        /// For whom.
+        text: String,
+        /// Until the job gives up.
+        left: Duration,
+    },
+    /// A generation starts.
+    Formed {
+        /// Its number.
+        generation: Generation,
+        /// Its size.
+        num_members: u32,
+        /// The step it starts from.
+        base_step: Step,
+        /// Whether that step comes from a checkpoint.
+        from_checkpoint: bool,
+    },
+    /// A worker is gone.
+    Lost {
+        /// Who.
+        worker: WorkerView,
+        /// Why.
+        cause: String,
+    },
+    /// A worker left as asked.
+    Left(WorkerView),
+    /// A generation was broken up.
+    Aborted {
+        /// Which.
+        generation: Generation,
+        /// Why.
+        reason: String,
+    },
+    /// All members meet after the next step.
+    Planned {
+        /// Why.
+        reason: String,
+    },
+    /// No survivor holds the newest weights: the job goes on from an older step.
+    RolledBack {
+        /// What is lost.
+        from: Step,
+        /// Where it goes on.
+        to: Step,
+    },
+    /// A step was skipped because it was not finite.
+    StepSkipped {
+        /// The step.
+        step: Step,
+        /// How many in a row.
+        in_a_row: u32,
+    },
+    /// A sample or the rest of a shard could not be used.
+    BadData {
+        /// The shard's address.
+        shard: String,
+        /// The sample's key; empty for the rest of the shard.
+        key: String,
+        /// Why.
+        detail: String,
+    },
+    /// A checkpoint is whole.
+    Checkpoint {
+        /// Its step.
+        step: Step,
+    },
+    /// A checkpoint could not be kept; another one will be tried.
+    CheckpointFailed {
+        /// Its step.
+        step: Step,
+        /// Why.
+        error: String,
+    },
+}
+
+/// An event that is refused. Nothing has changed.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum CoreError {
+    /// Another protocol.
+    #[error("worker {theirs} speaks protocol {theirs_protocol}, this coordinator {ours} speaks {ours_protocol}: install the same version on all hosts")]
+    Version {
+        /// Version of the worker.
+        theirs: String,
+        /// Its protocol.
+        theirs_protocol: u32,
+        /// Version of the coordinator.
+        ours: String,
+        /// Its protocol.
+        ours_protocol: u32,
+    },
+    /// No such rank.
+    #[error("rank {rank} does not exist: the ranks of this job are 0..={} (--world-size {world_size})", world_size - 1)]
+    NoSuchRank {
+        /// The rank asked for.
+        rank: Rank,
+        /// Size of the world.
+        world_size: u32,
+    },
+    /// The rank is taken.
+    #[error("rank {rank} is taken by {holder}; give each worker its own --rank, or none")]
+    RankTaken {
+        /// The rank asked for.
+        rank: Rank,
+        /// Who has it.
+        holder: String,
+    },
+    /// No rank is free.
+    #[error("all {world_size} ranks are taken (--world-size {world_size}): {}", holders.join(", "))]
+    WorldFull {
+        /// Size of the world.
+        world_size: u32,
+        /// Who has them.
+        holders: Vec<String>,
+    },
+    /// The job ends.
+    #[error("the job is ending ({0}): no worker can join any more")]
+    Ending(String),
+    /// The models differ between workers.
+    #[error("{worker} loaded other models than {other}: every worker must see the same files")]
+    ModelsDiffer {
+        /// The newcomer.
+        worker: String,
+        /// One that was there.
+        other: String,
+    },
+    /// A message from a stream that is not the worker's current one.
+    #[error("a message from a stream that is not current")]
+    StaleStream,
+    /// Work of another membership is void.
+    #[error("{got} is over, {current} is current")]
+    StaleGeneration {
+        /// The generation named.
+        got: Generation,
+        /// The current one.
+        current: Generation,
+    },
+    /// A message that does not belong in this state.
+    #[error("unexpected {what} from {worker}: {why}")]
+    Unexpected {
+        /// The message.
+        what: &'static str,
+        /// From whom.
+        worker: WorkerId,
+        /// Why not.
+        why: String,
+    },
+    /// No worker has this rank.
+    #[error("no worker has rank {0}")]
+    NobodyHasRank(Rank),
+}
+
+/// Where the newest agreed weights are.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Truth {
+    step: Step,
+    /// Generation that trained it.
+    generation: Generation,
+    /// Live workers that hold it whole. Empty: it comes from the checkpoint, or is made fresh at step 0.
+    holders: BTreeSet<WorkerId>,
+}
+
+/// What the job as a whole is doing.
+#[derive(Debug, Clone)]
+enum JobPhase {
+    /// Waiting until enough workers are ready.
+    Gathering { since: Timestamp },
+    /// Member index 0 makes the bootstrap.
+    Forming { deadline: Timestamp, members: Vec<WorkerId> },
+    /// Training.
+    Running { members: Vec<WorkerId>, planned: bool },
+    /// Members leave their collective and say what they hold.
+    Stopping { members: Vec<WorkerId>, stopped: BTreeMap<WorkerId, Stopped>, deadline: Timestamp },
+    /// The last checkpoint is on its way.
+    Finishing { outcome: Outcome, attempts: u32 },
+    /// Over.
+    Done(Outcome),
+}
+
+/// How often the waiting notice is repeated.
+const ANNOUNCE_EVERY: Duration = Duration::from_secs(5);
+/// How often the last checkpoint is tried.
+const FINAL_CHECKPOINT_ATTEMPTS: u32 = 3;
+/// Broken samples that are shown; the rest are only counted.
+const BAD_SHOWN: u64 = 10;
+/// Broken samples are judged as a share of at least this many, so that one bad sample at the start ends nothing.
+const BAD_BASE: u64 = 100;
+
+/// The state of a job.
+#[derive(Debug, Clone)]
+pub struct Core {
+    config: Config,
+    next_worker: u64,
+    workers: BTreeMap<WorkerId, Worker>,
+    generation: Generation,
+    phase: JobPhase,
+    truth: Truth,
+    ledger: Ledger,
+    leases: Leases,
+    progress: Progress,
+    checkpoint: Checkpoint,
+    first_failure: Option<String>,
+    stop_requested: Option<String>,
+    next_announcement: Timestamp,
+    bad_shown: u64,
+    skipped_in_a_row: u32,
+}
+
+/// Which checkpoints there are and which are on their way.
+#[derive(Debug, Clone)]
+struct Checkpoint {
+    last: Option<Resume>,
+    /// Steps whose copy is being sent, with their ledger.
+    frozen: BTreeMap<(Step, Generation), Arc<Ledger>>,
+    next_due: Timestamp,
+    asked: bool,
+}
+
+impl Core {
+    /// A job that starts fresh, or from a checkpoint.
+    #[must_use]
+    pub fn new(config: Config, resume: Option<Resume>) -> Self {
+        let num_shards = config.shards.len() as u32;
+        let ledger = resume.as_ref().map_or_else(|| Ledger::new(num_shards), |resume| (*resume.ledger).clone());
+        let step = resume.as_ref().map_or(Step(0), |resume| resume.step);
+        let leases = Leases::new(config.seed, num_shards, config.epochs, ledger.first_open_epoch());
+        let next_due = config.checkpoint_every;
+        Self {
+            next_worker: 1,
+            workers: BTreeMap::new(),
+            generation: resume.as_ref().map_or(Generation::NONE, |resume| resume.generation),
+            phase: JobPhase::Gathering { since: Duration::ZERO },
+            truth: Truth { step, generation: Generation::NONE, holders: BTreeSet::new() },
+            ledger,
+            leases,
+            progress: Progress::new(step),
+            checkpoint: Checkpoint { last: resume, frozen: BTreeMap::new(), next_due, asked: false },
+            first_failure: None,
+            stop_requested: None,
+            next_announcement: ANNOUNCE_EVERY,
+            bad_shown: 0,
+            skipped_in_a_row: 0,
+            config,
+        }
+    }
+
+    /// Applies one event at `now`. On `Err` nothing has changed.
+    ///
+    /// # Errors
+    /// [`CoreError`] says why the event is refused.
+    pub fn step(&mut self, now: Timestamp, event: Event) -> Result<Vec<Effect>, CoreError> {
+        let mut out = Vec::new();
+        if matches!(self.phase, JobPhase::Done(_)) && !matches!(event, Event::Hello { .. }) {
+            return Ok(out);
+        }
+        match event {
+            Event::Hello { stream, hello } => self.hello(now, stream, hello, &mut out)?,
+            Event::Message { worker, stream, message } => self.message(now, worker, stream, message, &mut out)?,
+            Event::Closed { worker, stream, cause } => {
+                if self.workers.get(&worker).is_some_and(|known| known.stream == stream) {
+                    self.lose(now, worker, &cause, &mut out);
+                }
+            }
+            Event::Tick => self.tick(now, &mut out),
+            Event::CheckpointStored { step, generation } => self.checkpoint_stored(now, step, generation, &mut out),
+            Event::CheckpointFailed { step, generation, error } => self.checkpoint_failed(now, step, generation, &error, &mut out),
+            Event::Stop { reason } => self.stop(reason, &mut out),
+            Event::Drain { rank } => {
+                let worker = self.workers.iter().find(|(_, worker)| worker.rank == rank).map(|(&id, _)| id);
+                self.leaving(now, worker.ok_or(CoreError::NobodyHasRank(rank))?, "drained on request", &mut out);
+            }
+        }
+        Ok(out)
+    }
+
+    /// When [`Event::Tick`] is next needed.
+    #[must_use]
+    pub fn next_deadline(&self) -> Option<Timestamp> {
+        let silence = self.workers.values().map(|worker| worker.last_seen + self.config.heartbeat_timeout).min();
+        let job = match &self.phase {
+            JobPhase::Gathering { since } => Some(self.next_announcement.min(*since + self.config.join_timeout)),
+            JobPhase::Running { .. } => (!self.checkpoint.asked).then_some(self.checkpoint.next_due),
+            JobPhase::Forming { deadline, .. } | JobPhase::Stopping { deadline, .. } => Some(*deadline),
+            JobPhase::Finishing { .. } | JobPhase::Done(_) => None,
+        };
+        [silence, job].into_iter().flatten().min()
+    }
+
+    fn message(&mut self, now: Timestamp, id: WorkerId, stream: StreamId, message: FromWorker, out: &mut Vec<Effect>) -> Result<(), CoreError> {
+        let worker = self.workers.get_mut(&id).filter(|worker| worker.stream == stream).ok_or(CoreError::StaleStream)?;
+        worker.last_seen = now;
+        match message {
+            FromWorker::Hello(_) => {
+                return Err(CoreError::Unexpected { what: "hello", worker: id, why: "a stream has one".into() });
+            }
+            FromWorker::Ready { model_digest, num_parameters } => self.ready(now, id, model_digest, num_parameters, out)?,
+            FromWorker::Heartbeat(beat) => {
+                (worker.step, worker.phase) = (beat.step, beat.phase);
+                let durable = std::mem::take(&mut worker.tell_durable);
+                out.push(Effect::Send {
+                    worker: id,
+                    message: ToWorker::HeartbeatReply {
+                        generation: self.generation,
+                        running: matches!(self.phase, JobPhase::Running { .. }),
+                        waiting_for: self.waiting_for(),
+                    },
+                });
+                if durable {
+                    let (generation, step) = (self.generation, self.progress.final_step());
+                    out.push(Effect::Send { worker: id, message: ToWorker::Durable { generation, step } });
+                }
+            }
+            FromWorker::Bootstrap { generation, bytes } => self.bootstrap(now, id, generation, bytes, out)?,
+            FromWorker::StepReport(report) => {
+                self.fence(report.generation)?;
+                let index = self.member_index(id, "step report")?;
+                worker_mut(&mut self.workers, id, |worker| worker.step = report.step);
+                self.progress.report(index, report);
+                self.advance(now, out);
+            }
+            FromWorker::Stopped(stopped) => self.member_stopped(now, id, stopped, out)?,
+            FromWorker::LeaseRequest { generation, num_leases } => {
+                self.fence(generation)?;
+                let index = self.member_index(id, "lease request")?;
+                self.grant_leases(id, index, num_leases, out);
+            }
+            FromWorker::ShardReport(report) => self.shard_report(id, report, out),
+            FromWorker::Failure { phase, message, permanent } => {
+                let cause = format!("failed in phase {phase}: {message}");
+                let name = worker.name();
+                if permanent {
+                    self.workers.remove(&id);
+                    out.push(Effect::Detach { worker: id });
+                    self.note_failure(format!("{name} {cause}"));
+                    self.fail(format!("{name} {cause}"), out);
+                } else {
+                    out.push(Effect::Detach { worker: id });
+                    self.lose(now, id, &cause, out);
+                }
+            }
+            FromWorker::Leaving { reason } => self.leaving(now, id, &reason, out),
+        }
+        Ok(())
+    }
+
+    /// The fence: work of an older membership is void, whatever it says. Heartbeats are not fenced; they only say that a
+    /// process lives.
+    fn fence(&self, got: Generation) -> Result<(), CoreError> {
+        if got == self.generation { Ok(()) } else { Err(CoreError::StaleGeneration { got, current: self.generation }) }
+    }
+
+    fn member_index(&self, id: WorkerId, what: &'static str) -> Result<MemberIndex, CoreError> {
+        let members = match &self.phase {
+            JobPhase::Running { members, .. } | JobPhase::Stopping { members, .. } => members.as_slice(),
+            _ => &[],
+        };
+        let index = members.iter().position(|&member| member == id);
+        index.map(|index| MemberIndex(index as u32)).ok_or_else(|| CoreError::Unexpected { what, worker: id, why: "it is not a member".into() })
+    }
+
+    fn tick(&mut self, now: Timestamp, out: &mut Vec<Effect>) {
+        let silent: Vec<WorkerId> =
+            self.workers.iter().filter(|(_, worker)| worker.last_seen + self.config.heartbeat_timeout <= now).map(|(&id, _)| id).collect();
+        for id in silent {
+            let cause = format!("no sign of life for {:.1} s", self.config.heartbeat_timeout.as_secs_f64());
+            out.push(Effect::Detach { worker: id });
+            self.lose(now, id, &cause, out);
+        }
+        match &self.phase {
+            JobPhase::Gathering { since } => {
+                let (since, left) = (*since, (*since + self.config.join_timeout).saturating_sub(now));
+                if left.is_zero() {
+                    let waited = format!("{} for {:.0} s (--join-timeout)", self.waiting_for(), (now - since).as_secs_f64());
+                    let reason = match &self.first_failure {
+                        Some(first) => format!("{first}; then {waited}"),
+                        None => waited,
+                    };
+                    self.fail(reason, out);
+                } else if self.next_announcement <= now {
+                    self.next_announcement = now + ANNOUNCE_EVERY;
+                    out.push(Effect::Notice(Notice::Waiting { text: self.waiting_for(), left }));
+                }
+            }
+            JobPhase::Running { members, .. } if self.checkpoint.next_due <= now && !self.checkpoint.asked => {
+                self.checkpoint.asked = true;
+                let message = ToWorker::TakeSnapshot { generation: self.generation };
+                out.push(Effect::Send { worker: members[0], message });
+            }
+            JobPhase::Forming { deadline, members } if *deadline <= now => {
+                let id = members[0];
+                out.push(Effect::Detach { worker: id });
+                self.lose(now, id, "did not open its end of the collective in time", out);
+            }
+            JobPhase::Stopping { members, stopped, deadline } if *deadline <= now => {
+                let mute: Vec<WorkerId> = members.iter().copied().filter(|member| !stopped.contains_key(member)).collect();
+                for id in mute {
+                    out.push(Effect::Detach { worker: id });
+                    self.lose(now, id, "did not leave its collective in time", out);
+                }
+            }
+            _ => {}
+        }
+    }
+
+    fn grant_leases(&mut self, id: WorkerId, index: MemberIndex, num: u32, out: &mut Vec<Effect>) {
+        // A bound against a request for everything; workers ask for a few at a time.
+        let num = num.clamp(1, 64);
+        let granted = self.leases.grant(id, index, num, &self.ledger);
+        let none_left = granted.len() < num as usize;
+        let leases: Vec<Lease> = granted
+            .into_iter()
+            .map(|granted| Lease {
+                id: granted.id,
+                epoch: granted.epoch,
+                shard: granted.shard,
+                url: self.config.shards[granted.shard.0 as usize].clone(),
+                done: self.ledger.done_samples(granted.epoch, granted.shard),
+            })
+            .collect();
+        if !leases.is_empty() {
+            out.push(Effect::Persist(Fact::Leases { holder: id, leases: leases.clone() }));
+        }
+        out.push(Effect::Send { worker: id, message: ToWorker::LeaseGrant { generation: self.generation, leases, none_left } });
+    }
+
+    fn shard_report(&mut self, id: WorkerId, report: ShardReport, out: &mut Vec<Effect>) {
+        // A lease that ended meanwhile: its shard is done or has another reader, who will find the same.
+        let Some((epoch, shard)) = self.leases.shard_of(report.lease, id) else { return };
+        out.push(Effect::Persist(Fact::Shard(report.clone())));
+        let url = self.config.shards[shard.0 as usize].clone();
+        let result = self.record_shard(epoch, shard, &url, report, out);
+        if self.ledger.is_done(epoch, shard) {
+            self.leases.finish(epoch, shard);
+        }
+        if let Err(error) = result {
+            let error = error.to_string().replacen(&format!("shard {shard} "), &format!("shard {url} "), 1);
+            self.note_failure(error.clone());
+            return self.fail(error, out);
+        }
+        let Totals { committed, filtered, bad, not_finite } = self.ledger.totals();
+        let seen = (committed + filtered + bad + not_finite).max(BAD_BASE);
+        if bad as f64 > self.config.max_bad_fraction * seen as f64 {
+            let reason = format!("{bad} of the first {seen} samples are broken, more than data.max_bad_fraction = {}; the last in {url}", self.config.max_bad_fraction);
+            self.note_failure(reason.clone());
+            self.fail(reason, out);
+        }
+    }
+
+    fn record_shard(
+        &mut self,
+        epoch: Epoch,
+        shard: ShardId,
+        url: &str,
+        report: ShardReport,
+        out: &mut Vec<Effect>,
+    ) -> Result<(), LedgerError> {
+        let mut show = |shown: &mut u64, key: String, detail: String| {
+            *shown += 1;
+            if *shown <= BAD_SHOWN {
+                out.push(Effect::Notice(Notice::BadData { shard: url.to_owned(), key, detail }));
+            }
+        };
+        for sample in report.skipped {
+            let name = SampleName { epoch, shard, index: sample.index };
+            if self.ledger.skip(name, Skip::Data(sample.reason))? && sample.reason == SkipReason::Bad {
+                show(&mut self.bad_shown, sample.key, sample.detail);
+            }
+        }
+        if !report.truncated.is_empty() {
+            show(&mut self.bad_shown, String::new(), report.truncated);
+        }
+        if let Some(num) = report.num_samples {
+            self.ledger.set_size(epoch, shard, num)?;
+        }
+        Ok(())
+    }
+
+    fn checkpoint_stored(&mut self, now: Timestamp, step: Step, generation: Generation, out: &mut Vec<Effect>) {
+        let Some(ledger) = self.checkpoint.frozen.remove(&(step, generation)) else { return };
+        self.checkpoint.next_due = now + self.config.checkpoint_every;
+        if self.checkpoint.last.as_ref().is_none_or(|last| last.step < step) {
+            self.checkpoint.last = Some(Resume { step, ledger, generation });
+        }
+        out.push(Effect::Persist(Fact::Checkpoint(step)));
+        out.push(Effect::Notice(Notice::Checkpoint { step }));
+        if let JobPhase::Finishing { outcome, .. } = &self.phase {
+            if step == self.truth.step {
+                let outcome = outcome.clone();
+                self.finish(outcome, out);
+            }
+        }
+    }
+
+    fn checkpoint_failed(&mut self, now: Timestamp, step: Step, generation: Generation, error: &str, out: &mut Vec<Effect>) {
+        self.checkpoint.frozen.remove(&(step, generation));
+        self.checkpoint.next_due = now + self.config.checkpoint_every;
+        self.checkpoint.asked = false;
+        out.push(Effect::Notice(Notice::CheckpointFailed { step, error: error.to_owned() }));
+        if let JobPhase::Finishing { outcome, attempts } = self.phase.clone() {
+            if attempts >= FINAL_CHECKPOINT_ATTEMPTS {
+                return self.fail(format!("the last checkpoint (step {step}) could not be stored in {attempts} attempts: {error}"), out);
+            }
+            self.ask_for_last_checkpoint(outcome, attempts + 1, out);
+        }
+    }
+
+    fn stop(&mut self, reason: String, out: &mut Vec<Effect>) {
+        if self.stop_requested.is_some() || matches!(self.phase, JobPhase::Finishing { .. } | JobPhase::Done(_)) {
+            return;
+        }
+        self.stop_requested = Some(reason.clone());
+        out.push(Effect::Persist(Fact::Stop(reason.clone())));
+        match &self.phase {
+            JobPhase::Running { .. } => self.plan(&reason, out),
+            // Carried out once all have stopped.
+            JobPhase::Stopping { .. } => {}
+            _ => self.ask_for_last_checkpoint(Outcome::Stopped { reason }, 1, out),
+        }
+    }
+
+    fn fail(&mut self, reason: String, out: &mut Vec<Effect>) {
+        if matches!(self.phase, JobPhase::Done(_)) {
+            return;
+        }
+        self.finish(Outcome::Failed { reason }, out);
+    }
+
+    fn note_failure(&mut self, failure: String) {
+        self.first_failure.get_or_insert(failure);
+    }
+
+    /// The current generation.
+    #[must_use]
+    pub fn generation(&self) -> Generation {
+        self.generation
+    }
+
+    /// Last final step.
+    #[must_use]
+    pub fn final_step(&self) -> Step {
+        self.progress.final_step()
+    }
+
+    /// The ledger.
+    #[must_use]
+    pub fn ledger(&self) -> &Ledger {
+        &self.ledger
+    }
+
+    /// Number of shards of the ledger's first open epoch that are leased now.
+    #[must_use]
+    pub fn num_leased(&self) -> u32 {
+        self.leases.num_leased(self.ledger.first_open_epoch())
+    }
+
+    /// The workers, by rank.
+    #[must_use]
+    pub fn workers(&self, now: Timestamp) -> Vec<WorkerView> {
+        let members = match &self.phase {
+            JobPhase::Running { members, .. } | JobPhase::Stopping { members, .. } => members.as_slice(),
+            _ => &[],
+        };
+        let mut views: Vec<WorkerView> = self.workers.iter().map(|(&id, worker)| worker.view(id, now, members.contains(&id))).collect();
+        views.sort_by_key(|view| view.rank);
+        views
+    }
+
+    /// The job's state in a few words.
+    #[must_use]
+    pub fn state(&self) -> String {
+        match &self.phase {
+            JobPhase::Gathering { .. } => self.waiting_for(),
+            JobPhase::Forming { .. } => "forming".into(),
+            JobPhase::Running { planned: false, .. } => "training".into(),
+            JobPhase::Running { planned: true, .. } => "training, to meet after this step".into(),
+            JobPhase::Stopping { .. } => "regrouping".into(),
+            JobPhase::Finishing { .. } => "storing the last checkpoint".into(),
+            JobPhase::Done(Outcome::Finished) => "finished".into(),
+            JobPhase::Done(Outcome::Stopped { .. }) => "stopped".into(),
+            JobPhase::Done(Outcome::Failed { .. }) => "failed".into(),
+        }
+    }
+
+    /// Step of the newest whole checkpoint.
+    #[must_use]
+    pub fn checkpoint_step(&self) -> Option<Step> {
+        self.checkpoint.last.as_ref().map(|last| last.step)
+    }
+
+    /// The first failure, in one line.
+    #[must_use]
+    pub fn first_failure(&self) -> Option<&str> {
+        self.first_failure.as_deref()
+    }
+
+    /// Addresses of a worker's leases, for messages.
+    #[must_use]
+    pub fn leases_of(&self, worker: WorkerId) -> Vec<LeaseId> {
+        self.leases.held_by(worker)
+    }
+}
+
+fn worker_mut(workers: &mut BTreeMap<WorkerId, Worker>, id: WorkerId, change: impl FnOnce(&mut Worker)) {
+    if let Some(worker) = workers.get_mut(&id) {
+        change(worker);
+    }
+}
