@@ -1,0 +1,208 @@
+//! What the Python libraries compute, computed again: every folder under `golden/cases` and under $PEAPOD_GOLDEN_DIR is a case.
+//!
+//! `golden/generate.py` writes the cases and says what is in a folder. To run a new kind of case, add a function to [`KINDS`].
+
+mod sample;
+mod text;
+mod train;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use peapod_model::adapter::Adapter;
+use peapod_model::distill::{DistillConfig, Distiller, LoadOptions, MicroBatch};
+use peapod_model::unet::{Added, UNet};
+use peapod_model::vae::Vae;
+use serde::de::DeserializeOwned;
+use tch::{Device, Kind, Tensor, no_grad_guard};
+
+type Tensors = BTreeMap<String, Tensor>;
+type Result<T, E = Box<dyn std::error::Error>> = std::result::Result<T, E>;
+
+/// Computes the outputs of a case.
+type Run = fn(&Case) -> Result<Tensors>;
+
+/// The kinds of cases, as `run` in case.toml names them.
+const KINDS: &[(&str, Run)] = &[
+    ("unet", unet),
+    ("vae", vae),
+    ("distill", distill),
+    ("tokenizer", text::tokenizer),
+    ("clip_text", text::clip_text),
+    ("bert_text", text::bert_text),
+    ("prompts", text::prompts),
+    ("adapter", train::adapter),
+    ("adamw", train::adamw),
+    ("solver", sample::solver),
+    ("pictures", sample::pictures),
+];
+
+#[test]
+fn golden_cases_come_out_as_in_python() {
+    // Tests run beside each other, each with libtorch's threads, which would spin for the same cores.
+    tch::set_num_threads(1);
+    let (mut failures, mut count) = (Vec::new(), 0);
+    for folder in case_folders() {
+        let name = folder.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        match Case::open(&folder).and_then(|case| case.check()) {
+            Ok(worst) => println!("{name}: {worst}"),
+            Err(error) => failures.push(format!("{name}: {error}")),
+        }
+        count += 1;
+    }
+    assert!(count > 0, "no golden cases found");
+    assert!(failures.is_empty(), "{} of {count} golden cases differ:\n{}", failures.len(), failures.join("\n"));
+}
+
+/// All folders that hold a case.toml, sorted.
+fn case_folders() -> Vec<PathBuf> {
+    let ours = Path::new(env!("CARGO_MANIFEST_DIR")).join("golden").join("cases");
+    let roots = [Some(ours), std::env::var_os("PEAPOD_GOLDEN_DIR").map(PathBuf::from)];
+    let mut folders = Vec::new();
+    for root in roots.into_iter().flatten() {
+        let entries = std::fs::read_dir(&root).unwrap_or_else(|error| panic!("{}: {error}", root.display()));
+        folders.extend(entries.map(|entry| entry.unwrap().path()).filter(|path| path.join("case.toml").is_file()));
+    }
+    folders.sort();
+    folders
+}
+
+/// One case: its folder, its settings and its tensors.
+struct Case {
+    folder: PathBuf,
+    settings: toml::Table,
+    inputs: Tensors,
+}
+
+impl Case {
+    fn open(folder: &Path) -> Result<Self> {
+        let settings = std::fs::read_to_string(folder.join("case.toml"))?.parse()?;
+        Ok(Self { folder: folder.to_path_buf(), settings, inputs: read_tensors(&folder.join("inputs.safetensors"))? })
+    }
+
+    /// Runs the case and compares; the text names the tensor farthest off.
+    fn check(&self) -> Result<String> {
+        let run: String = self.setting("run")?;
+        let (_, kind) = KINDS.iter().find(|(name, _)| *name == run).ok_or_else(|| format!("run = {run:?} is not known"))?;
+        let outputs = kind(self)?;
+        let expected = read_tensors(&self.folder.join("outputs.safetensors"))?;
+        if !outputs.keys().eq(expected.keys()) {
+            return Err(format!("outputs {:?}, wanted {:?}", outputs.keys(), expected.keys()).into());
+        }
+        let tolerance: f64 = self.setting("tolerance")?;
+        let mut worst = (0.0, "");
+        for (name, wanted) in &expected {
+            let got = &outputs[name];
+            if got.size() != wanted.size() {
+                return Err(format!("{name} is {:?}, wanted {:?}", got.size(), wanted.size()).into());
+            }
+            let distance = relative_distance(got, wanted);
+            if distance.is_nan() || distance > tolerance {
+                return Err(format!("{name} is off by {distance:.2e}, allowed {tolerance:.0e}").into());
+            }
+            if distance >= worst.0 {
+                worst = (distance, name);
+            }
+        }
+        let (distance, name) = worst;
+        Ok(format!("{} tensors, at most {distance:.1e} off ({name}), allowed {tolerance:.0e}", expected.len()))
+    }
+
+    fn setting<T: DeserializeOwned>(&self, name: &str) -> Result<T> {
+        let value = self.settings.get(name).ok_or_else(|| format!("case.toml lacks {name}"))?;
+        Ok(value.clone().try_into()?)
+    }
+
+    /// A setting that is a path, seen from the case's folder.
+    fn path(&self, name: &str) -> Result<PathBuf> {
+        Ok(self.folder.join(self.setting::<String>(name)?))
+    }
+
+    fn input(&self, name: &str) -> Result<Tensor> {
+        let tensor = self.inputs.get(name).ok_or_else(|| format!("inputs.safetensors lacks {name}"))?;
+        Ok(tensor.shallow_clone())
+    }
+}
+
+fn read_tensors(path: &Path) -> Result<Tensors> {
+    Ok(Tensor::read_safetensors(path)?.into_iter().collect())
+}
+
+/// L2 norm of the difference over that of what is wanted.
+fn relative_distance(got: &Tensor, wanted: &Tensor) -> f64 {
+    let (got, wanted) = (got.to_kind(Kind::Double), wanted.to_kind(Kind::Double));
+    let norm = wanted.norm().double_value(&[]);
+    (got - wanted).norm().double_value(&[]) / norm.max(f64::MIN_POSITIVE)
+}
+
+/// A UNet's prediction and features.
+fn unet(case: &Case) -> Result<Tensors> {
+    let unet = UNet::load(&case.path("model")?, Kind::Float, Device::Cpu)?;
+    let added = match case.inputs.contains_key("pooled") {
+        true => Some(Added { pooled: case.input("pooled")?, time_ids: case.input("time_ids")? }),
+        false => None,
+    };
+    let _guard = no_grad_guard();
+    let output = unet.forward(&case.input("sample")?, &case.input("timesteps")?, &case.input("text")?, added.as_ref())?;
+    let levels = unet.config().block_out_channels.len();
+    let down = (0..levels).map(|index| format!("feature.d{index}"));
+    let mid = unet.config().mid_block_type.map(|_| "feature.mid".to_owned());
+    let up = (0..levels).map(|index| format!("feature.u{index}"));
+    let features = down.chain(mid).chain(up).zip(output.features);
+    Ok(features.chain([("sample".to_owned(), output.sample)]).collect())
+}
+
+/// An autoencoder's moments of images, and its images of scaled latents.
+fn vae(case: &Case) -> Result<Tensors> {
+    let vae = Vae::load(&case.path("model")?, Kind::Float, Device::Cpu)?;
+    let _guard = no_grad_guard();
+    let moments = vae.encode(&case.input("images")?)?;
+    let decoded = vae.decode(&(case.input("latents")? / vae.scaling_factor()))?;
+    Ok([("mean", moments.mean), ("log_variance", moments.log_variance), ("decoded", decoded)]
+        .map(|(name, tensor)| (name.into(), tensor))
+        .into())
+}
+
+/// The losses and the adapter's gradients of a training step.
+fn distill(case: &Case) -> Result<Tensors> {
+    let options = LoadOptions {
+        distill: case.setting::<DistillConfig>("distill")?,
+        context_length: case.setting("context_length")?,
+        normalize_quotes: true,
+        kind: Kind::Float,
+        vae_kind: Kind::Float,
+        device: Device::Cpu,
+    };
+    let distiller = Distiller::load(&case.path("model")?, &case.path("student")?, options)?;
+    let adapter_file = case.folder.join("adapter.safetensors");
+    let adapter = Adapter::load(&adapter_file, Device::Cpu)?;
+    let batch = MicroBatch {
+        pixels: case.input("pixels")?,
+        posterior: case.input("posterior")?,
+        noise: case.input("noise")?,
+        offset: case.input("offset")?,
+        timesteps: case.input("timesteps")?,
+        drop: case.input("drop")?.to_kind(Kind::Bool),
+        native: case.input("native")?.to_kind(Kind::Bool),
+        captions: case.setting("captions")?,
+        english: case.setting("english")?,
+        original_size: case.setting("original_size")?,
+        crop: case.setting("crop")?,
+    };
+    let mut gradient = Tensor::zeros([adapter.num_parameters() as i64], (Kind::Float, Device::Cpu));
+    let sums = distiller.accumulate(&adapter, &batch, &mut gradient)?;
+
+    let mut outputs: Tensors = [("loss.task", sums.task), ("loss.logit", sums.logit), ("loss.feature", sums.feature)]
+        .map(|(name, value)| (name.to_owned(), Tensor::from(value)))
+        .into();
+    // The flat gradient follows the order of the state dict (pea-method's list of keys).
+    let names =
+        ["layernorm.weight", "layernorm.bias", "projector.0.weight", "projector.2.weight", "projector.4.weight", "fc.weight", "fc.bias"];
+    let mut start = 0;
+    for (name, parameter) in names.iter().zip(adapter.parameters()) {
+        let length = parameter.numel() as i64;
+        outputs.insert(format!("gradient.{name}"), gradient.narrow(0, start, length).reshape(parameter.size()));
+        start += length;
+    }
+    Ok(outputs)
+}

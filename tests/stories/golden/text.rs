@@ -1,0 +1,48 @@
+//! Tokenizers and text encoders.
+
+use peapod_model::text::{BertEncoder, ClipTextEncoder, SdxlTextEncoders, StudentEncoder, StudentOptions, TextTokenizer};
+use tch::{Device, Kind, Tensor};
+
+use super::{Case, Result, Tensors};
+
+/// The token ids of texts.
+pub fn tokenizer(case: &Case) -> Result<Tensors> {
+    let (folder, length) = (case.path("tokenizer")?, case.setting("length")?);
+    let tokenizer = match case.setting::<String>("kind")?.as_str() {
+        "clip" => TextTokenizer::clip(&folder, length)?,
+        "bert" => TextTokenizer::bert(&folder, length)?,
+        other => return Err(format!("kind = {other:?} is not known").into()),
+    };
+    let ids = tokenizer.encode(&case.setting::<Vec<String>>("texts")?)?;
+    let rows: Vec<Tensor> = ids.iter().map(|row| Tensor::from_slice(row)).collect();
+    Ok([("ids".to_owned(), Tensor::stack(&rows, 0))].into())
+}
+
+/// The states of one CLIP text encoder for given ids.
+pub fn clip_text(case: &Case) -> Result<Tensors> {
+    let encoder = ClipTextEncoder::load(&case.path("model")?, Kind::Float, Device::Cpu)?;
+    let states = encoder.forward(&ids(case)?)?;
+    let named = [("penultimate", states.penultimate), ("last", states.last), ("pooled", states.pooled)];
+    Ok(named.map(|(name, tensor)| (name.into(), tensor)).into())
+}
+
+/// The states of a BERT encoder for given ids, some of them padding.
+pub fn bert_text(case: &Case) -> Result<Tensors> {
+    let encoder = BertEncoder::load(&case.path("model")?, Kind::Float, Device::Cpu)?;
+    Ok([("last".to_owned(), encoder.forward(&ids(case)?, case.setting("pad_id")?)?)].into())
+}
+
+/// What both roads tell the UNet about prompts: English through SDXL's encoders, Chinese through the student's.
+pub fn prompts(case: &Case) -> Result<Tensors> {
+    let english = SdxlTextEncoders::load(&case.path("model")?, Kind::Float, Device::Cpu)?;
+    let states = english.encode(&case.setting::<Vec<String>>("english")?)?;
+    let options = StudentOptions { normalize_quotes: false, device: Device::Cpu, kind: Kind::Float };
+    let student = StudentEncoder::load(&case.path("student")?, case.setting("context_length")?, options)?;
+    let student = student.encode(&case.setting::<Vec<String>>("captions")?)?;
+    let named = [("english.sequence", states.sequence), ("english.pooled", states.pooled), ("student", student)];
+    Ok(named.map(|(name, tensor)| (name.into(), tensor)).into())
+}
+
+fn ids(case: &Case) -> Result<Vec<Vec<i64>>> {
+    Ok(Vec::try_from(case.input("ids")?)?)
+}

@@ -1,0 +1,7 @@
+//! One test binary, a module a story: linking torch once is what keeps `make test` short.
+
+// clippy.toml's exemption covers test functions only; in a test binary helpers may panic too.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod classifier;
+mod golden;

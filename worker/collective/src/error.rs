@@ -1,0 +1,98 @@
+//! Why a collective did not happen.
+
+use std::io;
+
+use crate::{Announcement, Operation};
+
+/// Errors of building or using a communicator. Each of them ends it: the caller drops it and waits for the next generation.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// Somebody called [`AbortHandle::abort`](crate::AbortHandle::abort).
+    #[error("collective aborted: {reason}")]
+    Aborted {
+        /// What the first caller of `abort` gave as the reason.
+        reason: String,
+    },
+
+    /// A connection to a neighbour broke.
+    ///
+    /// The neighbour need not be the culprit: a member that fails or is aborted closes its connections too, which is how a loss travels
+    /// round the ring.
+    #[error("lost member {member_index} during {during}")]
+    PeerLost {
+        /// The neighbour.
+        member_index: u32,
+        /// What was running.
+        during: Operation,
+        /// What the socket said.
+        source: io::Error,
+    },
+
+    /// The deadline passed.
+    #[error("deadline passed during {during}, waiting for member(s) {waiting_for:?}")]
+    Timeout {
+        /// What was running.
+        during: Operation,
+        /// The members this one was waiting for. In a collective that is a neighbour, which may itself be waiting for another.
+        waiting_for: Vec<u32>,
+    },
+
+    /// A neighbour entered another collective than this member: one of the two skipped a call or passed another
+    /// length or root.
+    #[error("members out of step: this one entered {ours}, member {member_index} entered {theirs}")]
+    Mismatch {
+        /// The neighbour.
+        member_index: u32,
+        /// What this member entered.
+        ours: Announcement,
+        /// What the neighbour entered.
+        theirs: Announcement,
+    },
+
+    /// A member and this one could not prove to each other that they belong to the same generation.
+    #[error("handshake with member {member_index} failed: {reason}")]
+    Handshake {
+        /// Who was called.
+        member_index: u32,
+        /// What went wrong.
+        reason: String,
+    },
+
+    /// Bootstrap bytes that this program cannot read.
+    #[error("bad bootstrap: {reason}")]
+    Bootstrap {
+        /// What is wrong with them.
+        reason: String,
+    },
+
+    /// A call that cannot be meant: a root outside the world, a member index outside it, a listener of another rendezvous.
+    #[error("invalid argument: {reason}")]
+    InvalidArgument {
+        /// What is wrong, with the values.
+        reason: String,
+    },
+
+    /// The communicator failed in an earlier call.
+    #[error("communicator already failed: {first}")]
+    Poisoned {
+        /// The first error's text.
+        first: String,
+    },
+
+    /// The operating system refused something that has nothing to do with a peer.
+    #[error("{doing}")]
+    Io {
+        /// What was tried, as a bare verb.
+        doing: &'static str,
+        /// Its answer.
+        source: io::Error,
+    },
+}
+
+impl Error {
+    /// Names what was tried when the operating system refused.
+    pub(crate) fn io(doing: &'static str) -> impl FnOnce(io::Error) -> Self {
+        move |source| Self::Io { doing, source }
+    }
+}

@@ -1,0 +1,55 @@
+//! Collective operations between the members of one generation: all-reduce, broadcast and barrier.
+//!
+//! Each generation of the membership builds a new communicator, uses it until the membership changes or something fails, and drops it. The
+//! trainer thread calls one flat all-reduce a step; other threads hold an [`AbortHandle`] and can break a running call at once.
+//!
+//! # What every backend promises
+//! - All members call the same operations, in the same order, with the same lengths. Meeting another operation, length or root is an error,
+//!   never a wrong sum. A call skipped in a row of equal ones cannot be told apart: what members must agree on, such as the step, belongs in
+//!   the data.
+//! - A sum is bit-identical on all members, and does not depend on timing: the same contributions give the same bits again.
+//! - A call ends: with the result, with the loss of a neighbour, at its deadline, or on abort.
+//! - The first error poisons the communicator: every later call fails. Its buffers then hold unspecified values, which the caller discards.
+//!
+//! [`SoloCollective`] is a world of one, [`tcp::TcpCollective`] a ring of sockets for CPU workers. Both pass the suite in `conformance`,
+//! which the feature of that name exports.
+
+mod abort;
+mod announcement;
+#[cfg(any(test, feature = "conformance"))]
+pub mod conformance;
+mod error;
+mod solo;
+pub mod tcp;
+
+use std::time::Instant;
+
+pub use abort::{AbortHandle, OnAbort};
+pub use announcement::{Announcement, Operation};
+pub use error::Error;
+pub use solo::SoloCollective;
+
+/// A communicator: one member's end of the group that trains together.
+pub trait Collective: Send {
+    /// This member's place, in `0..num_members`.
+    fn member_index(&self) -> u32;
+
+    /// How many members take part in every call.
+    fn num_members(&self) -> u32;
+
+    /// Sums `data` element-wise over all members; every member ends with bit-identical contents.
+    ///
+    /// A slot that one member writes and the others leave 0 keeps that member's integer exactly, below 2^24.
+    fn all_reduce_sum(&mut self, data: &mut [f32], deadline: Instant) -> Result<(), Error>;
+
+    /// Replaces every member's `data` by that of member `root`.
+    ///
+    /// Returns once this member's part is done: others may not have the bytes yet, and if they then fail, this member's next call does.
+    fn broadcast(&mut self, data: &mut [u8], root: u32, deadline: Instant) -> Result<(), Error>;
+
+    /// Returns once every member has entered.
+    fn barrier(&mut self, deadline: Instant) -> Result<(), Error>;
+
+    /// Returns the handle that ends this communicator from any thread.
+    fn abort_handle(&self) -> AbortHandle;
+}

@@ -1,0 +1,238 @@
+//! A ring of TCP connections, for workers on CPUs.
+//!
+//! ```
+//! # use std::{net::{IpAddr, Ipv4Addr}, thread, time::{Duration, Instant}};
+//! use peapod_collective::tcp::{Listener, Membership, TcpCollective};
+//! use peapod_collective::{AbortHandle, Collective};
+//!
+//! # fn main() -> Result<(), peapod_collective::Error> {
+//! let local = IpAddr::from(Ipv4Addr::LOCALHOST);
+//! let soon = || Instant::now() + Duration::from_secs(10);
+//! let at_zero = Listener::open(local, local)?;
+//! let bootstrap = at_zero.bootstrap()?; // travels to the other members as bytes
+//!
+//! # let guest_bootstrap = bootstrap.clone();
+//! let other = thread::spawn(move || {
+//!     let (us, at_one) = (Membership { generation: 1, member_index: 1, num_members: 2 }, Listener::open(local, local)?);
+//!     let mut one = TcpCollective::connect(&guest_bootstrap, us, at_one, AbortHandle::new(), soon())?;
+//!     one.all_reduce_sum(&mut [2.0], soon())
+//! });
+//! let us = Membership { generation: 1, member_index: 0, num_members: 2 };
+//! let mut zero = TcpCollective::connect(&bootstrap, us, at_zero, AbortHandle::new(), soon())?;
+//! let mut data = [1.0];
+//! zero.all_reduce_sum(&mut data, soon())?;
+//! assert_eq!(data, [3.0]);
+//! # other.join().map_err(|_| peapod_collective::Error::InvalidArgument { reason: "panicked".into() })?
+//! # }
+//! ```
+//!
+//! The calling thread does all the work, on sockets that do not block: sending, receiving and adding overlap through the kernel's buffers,
+//! whatever their size. Each collective is announced by a header that the neighbours compare. Nothing is allocated per call.
+//!
+//! Elements travel as little-endian `f32`, straight from and to the caller's memory.
+
+mod bootstrap;
+mod exchange;
+mod handshake;
+mod links;
+mod rendezvous;
+mod socket;
+mod wire;
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Instant;
+
+pub use bootstrap::{Bootstrap, Listener};
+
+use crate::solo::check_root;
+use crate::{AbortHandle, Announcement, Collective, Error, OnAbort, Operation};
+use exchange::{RingCopy, RingSum, SEGMENT_BYTES};
+use links::Links;
+
+#[cfg(target_endian = "big")]
+compile_error!("elements are sent as they lie in memory, and the wire is little-endian");
+
+/// The member that the others register with.
+const MEMBER_ZERO: u32 = 0;
+
+/// One member's place in a generation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Membership {
+    /// The generation; members of another one are refused.
+    pub generation: u64,
+    /// This member's place, in `0..num_members`.
+    pub member_index: u32,
+    /// How many members the generation has.
+    pub num_members: u32,
+}
+
+impl Membership {
+    /// The member this one sends to.
+    fn next(&self) -> u32 {
+        (self.member_index + 1) % self.num_members
+    }
+
+    /// The member this one receives from.
+    fn previous(&self) -> u32 {
+        (self.member_index + self.num_members - 1) % self.num_members
+    }
+}
+
+/// One member's end of a ring of TCP connections.
+pub struct TcpCollective {
+    membership: Membership,
+    /// None in a world of one.
+    ring: Option<Ring>,
+    abort: AbortHandle,
+    /// How many collectives were entered.
+    sequence: u64,
+    failure: Option<String>,
+}
+
+struct Ring {
+    links: Arc<Links>,
+    /// Where elements to be added arrive.
+    scratch: Vec<f32>,
+    /// A barrier is the sum of one element per member: it is whole only after every member has given its own.
+    tokens: Vec<f32>,
+    /// Closes the links on abort.
+    _on_abort: OnAbort,
+}
+
+impl TcpCollective {
+    /// Forms the communicator of a generation; returns when every member's links are up.
+    ///
+    /// `listener` is this member's own; member 0 passes the one that `bootstrap` was made from. It is closed on return. `abort` breaks the
+    /// forming as it later breaks collectives.
+    ///
+    /// Errors: [`Error::Handshake`] if a member does not share the key or the generation; [`Error::PeerLost`] if one dies meanwhile;
+    /// [`Error::Timeout`] naming whom it waits for; [`Error::Aborted`]; [`Error::InvalidArgument`] for an index outside the world or a
+    /// listener that does not fit the bootstrap.
+    pub fn connect(
+        bootstrap: &Bootstrap,
+        membership: Membership,
+        listener: Listener,
+        abort: AbortHandle,
+        deadline: Instant,
+    ) -> Result<Self, Error> {
+        let Membership { member_index, num_members, .. } = membership;
+        if member_index >= num_members {
+            return Err(Error::InvalidArgument { reason: format!("member {member_index} in a world of {num_members}") });
+        }
+        if (member_index == MEMBER_ZERO) != (listener.advertised == bootstrap.address) {
+            let (ours, theirs) = (listener.advertised, bootstrap.address);
+            return Err(Error::InvalidArgument { reason: format!("member {member_index} listens on {ours}, the bootstrap says {theirs}") });
+        }
+        abort.check()?;
+        let ring = match num_members {
+            1 => None,
+            _ => {
+                let links = rendezvous::form(bootstrap, membership, &listener, &abort, deadline)?;
+                Some(Ring::new(links, num_members, &abort))
+            }
+        };
+        Ok(Self { membership, ring, abort, sequence: 0, failure: None })
+    }
+
+    /// Runs one collective, unless the communicator has ended; an error ends it.
+    fn run(
+        &mut self,
+        operation: Operation,
+        num_bytes: usize,
+        work: impl FnOnce(&mut Ring, Announcement, &AbortHandle) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        self.abort.check()?;
+        if let Some(first) = &self.failure {
+            return Err(Error::Poisoned { first: first.clone() });
+        }
+        let announcement = Announcement { sequence: self.sequence, operation, num_bytes: num_bytes as u64 };
+        self.sequence += 1;
+        let outcome = match (operation, &mut self.ring) {
+            (Operation::Broadcast { root }, _) if root >= self.membership.num_members => check_root(root, self.membership.num_members),
+            (_, Some(ring)) => work(ring, announcement, &self.abort),
+            (_, None) => Ok(()),
+        };
+        outcome.map_err(|error| {
+            self.failure = Some(error.to_string());
+            if let Some(ring) = &self.ring {
+                // The neighbours need not wait for their deadline to learn that nothing will come.
+                ring.links.shutdown();
+            }
+            // An abort closes the sockets under a running call: the reason it gave says more than what the sockets then say.
+            self.abort.check().err().unwrap_or(error)
+        })
+    }
+}
+
+impl Ring {
+    fn new(links: Links, num_members: u32, abort: &AbortHandle) -> Self {
+        let links = Arc::new(links);
+        let on_abort = abort.on_abort({
+            let links = Arc::clone(&links);
+            move || links.shutdown()
+        });
+        let scratch = vec![0.0; SEGMENT_BYTES / size_of::<f32>()];
+        Self { links, scratch, tokens: vec![0.0; num_members as usize], _on_abort: on_abort }
+    }
+}
+
+impl Drop for Ring {
+    fn drop(&mut self) {
+        // Not left to the last reference: an abort on another thread may hold one for a moment longer.
+        self.links.shutdown();
+    }
+}
+
+impl Collective for TcpCollective {
+    fn member_index(&self) -> u32 {
+        self.membership.member_index
+    }
+
+    fn num_members(&self) -> u32 {
+        self.membership.num_members
+    }
+
+    fn all_reduce_sum(&mut self, data: &mut [f32], deadline: Instant) -> Result<(), Error> {
+        let Membership { member_index, num_members, .. } = self.membership;
+        self.run(Operation::AllReduceSum, size_of_val(data), |ring, announcement, abort| {
+            let mut sum = RingSum::new(data, &mut ring.scratch, member_index as usize, num_members as usize);
+            ring.links.run(announcement, &mut sum, abort, deadline)
+        })
+    }
+
+    fn broadcast(&mut self, data: &mut [u8], root: u32, deadline: Instant) -> Result<(), Error> {
+        let Membership { member_index, num_members, .. } = self.membership;
+        self.run(Operation::Broadcast { root }, data.len(), |ring, announcement, abort| {
+            let mut copy = RingCopy::new(data, root as usize, member_index as usize, num_members as usize);
+            ring.links.run(announcement, &mut copy, abort, deadline)
+        })
+    }
+
+    fn barrier(&mut self, deadline: Instant) -> Result<(), Error> {
+        let Membership { member_index, num_members, .. } = self.membership;
+        self.run(Operation::Barrier, 0, |ring, announcement, abort| {
+            let Ring { links, scratch, tokens, .. } = ring;
+            links.run(announcement, &mut RingSum::new(tokens, scratch, member_index as usize, num_members as usize), abort, deadline)
+        })
+    }
+
+    fn abort_handle(&self) -> AbortHandle {
+        self.abort.clone()
+    }
+}
+
+impl fmt::Debug for TcpCollective {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { membership, abort, sequence, failure, .. } = self;
+        f.debug_struct("TcpCollective")
+            .field("membership", membership)
+            .field("abort", abort)
+            .field("sequence", sequence)
+            .field("failure", failure)
+            .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,164 @@
+//! A member's two connections in the ring, and the loop that moves an [`Exchange`]'s bytes over them.
+
+use std::io;
+use std::net::{Shutdown, TcpStream};
+use std::time::Instant;
+
+use rustix::event::{PollFd, PollFlags};
+
+use super::exchange::Exchange;
+use super::socket::{try_read, try_write, wait};
+use super::wire::{HEADER_BYTES, decode_header, encode_header, invalid};
+use crate::{AbortHandle, Announcement, Error};
+
+/// The links to both neighbours; data flows from the previous member to the next one. With two members both lead to the same peer.
+#[derive(Debug)]
+pub(super) struct Links {
+    pub(super) previous: Link,
+    pub(super) next: Link,
+}
+
+/// A proved connection. Its socket does not block.
+#[derive(Debug)]
+pub(super) struct Link {
+    pub(super) member_index: u32,
+    pub(super) stream: TcpStream,
+}
+
+impl Links {
+    /// Closes both connections, also under a thread that waits on them. The neighbours notice at once.
+    pub(super) fn shutdown(&self) {
+        for link in [&self.previous, &self.next] {
+            // Fails only where the connection is gone already.
+            _ = link.stream.shutdown(Shutdown::Both);
+        }
+    }
+
+    /// Runs one collective.
+    pub(super) fn run(
+        &self,
+        ours: Announcement,
+        exchange: &mut impl Exchange,
+        abort: &AbortHandle,
+        deadline: Instant,
+    ) -> Result<(), Error> {
+        let mut transfer = Transfer {
+            links: self,
+            ours,
+            header_out: encode_header(&ours),
+            num_header_sent: 0,
+            header_in: [0; HEADER_BYTES],
+            num_header_received: 0,
+            exchange,
+        };
+        loop {
+            abort.check()?;
+            if Instant::now() >= deadline {
+                return Err(transfer.timeout());
+            }
+            // Receiving first: a neighbour's announcement explains more than the connection it closed afterwards.
+            let has_received = transfer.receive()?;
+            let has_sent = transfer.send()?;
+            if transfer.is_sent() && transfer.is_received() {
+                return Ok(());
+            }
+            if !has_received && !has_sent {
+                transfer.wait(deadline)?;
+            }
+        }
+    }
+}
+
+/// A collective in progress: an announcement each way, then the exchange's data.
+struct Transfer<'a, E> {
+    links: &'a Links,
+    ours: Announcement,
+    header_out: [u8; HEADER_BYTES],
+    num_header_sent: usize,
+    header_in: [u8; HEADER_BYTES],
+    num_header_received: usize,
+    exchange: &'a mut E,
+}
+
+impl<E: Exchange> Transfer<'_, E> {
+    /// Reads once. Returns whether anything came.
+    fn receive(&mut self) -> Result<bool, Error> {
+        let link = &self.links.previous;
+        let in_header = self.num_header_received < HEADER_BYTES;
+        let buffer = if in_header { &mut self.header_in[self.num_header_received..] } else { self.exchange.incoming() };
+        if buffer.is_empty() {
+            return Ok(false);
+        }
+        let Some(num_bytes) = try_read(&link.stream, buffer).map_err(|source| self.lost(link, source))? else { return Ok(false) };
+        if !in_header {
+            self.exchange.received(num_bytes);
+            return Ok(true);
+        }
+        self.num_header_received += num_bytes;
+        if self.num_header_received == HEADER_BYTES {
+            let theirs = decode_header(&self.header_in).map_err(|source| self.lost(link, source))?;
+            if theirs != self.ours {
+                return Err(Error::Mismatch { member_index: link.member_index, ours: self.ours, theirs });
+            }
+        }
+        Ok(true)
+    }
+
+    /// Writes once. Returns whether anything went.
+    fn send(&mut self) -> Result<bool, Error> {
+        let link = &self.links.next;
+        let in_header = self.num_header_sent < HEADER_BYTES;
+        let bytes = if in_header { &self.header_out[self.num_header_sent..] } else { self.exchange.outgoing() };
+        if bytes.is_empty() {
+            return Ok(false);
+        }
+        let Some(num_bytes) = try_write(&link.stream, bytes).map_err(|source| self.lost(link, source))? else { return Ok(false) };
+        match in_header {
+            true => self.num_header_sent += num_bytes,
+            false => self.exchange.sent(num_bytes),
+        }
+        Ok(true)
+    }
+
+    /// Waits until either link can go on.
+    ///
+    /// A link whose part is done is left alone: what happens there belongs to the next collective. The next member never sends anything, so
+    /// its link becomes readable only by closing; that is noticed even while this member has nothing to send it.
+    fn wait(&self, deadline: Instant) -> Result<(), Error> {
+        let Links { previous, next } = self.links;
+        let has_outgoing = self.num_header_sent < HEADER_BYTES || !self.exchange.outgoing().is_empty();
+        let towards_next = if has_outgoing { PollFlags::IN | PollFlags::OUT } else { PollFlags::IN };
+        let mut fds = [PollFd::new(&previous.stream, PollFlags::IN), PollFd::new(&next.stream, towards_next)];
+        let waiting = match (self.is_received(), self.is_sent()) {
+            (false, false) => &mut fds[..],
+            (false, true) => &mut fds[..1],
+            _ => &mut fds[1..],
+        };
+        wait(waiting, deadline).map_err(Error::io("wait for members"))?;
+        let next_says = fds[1].revents();
+        if next_says.intersects(PollFlags::IN | PollFlags::HUP | PollFlags::ERR) {
+            let heard = try_read(&next.stream, &mut [0]).map_err(|source| self.lost(next, source))?;
+            if heard.is_some() {
+                return Err(self.lost(next, invalid("bytes against the direction of the ring")));
+            }
+        }
+        Ok(())
+    }
+
+    fn is_sent(&self) -> bool {
+        self.num_header_sent == HEADER_BYTES && self.exchange.is_sent()
+    }
+
+    fn is_received(&self) -> bool {
+        self.num_header_received == HEADER_BYTES && self.exchange.is_received()
+    }
+
+    fn lost(&self, link: &Link, source: io::Error) -> Error {
+        Error::PeerLost { member_index: link.member_index, during: self.ours.operation, source }
+    }
+
+    fn timeout(&self) -> Error {
+        let link = if self.is_received() { &self.links.next } else { &self.links.previous };
+        Error::Timeout { during: self.ours.operation, waiting_for: vec![link.member_index] }
+    }
+}

@@ -1,0 +1,77 @@
+//! Reading the `config.json` that lies beside published weights.
+
+use std::path::Path;
+
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+
+use crate::{Error, Result};
+
+/// A setting given once for all levels of a model, or level by level.
+///
+/// The order of the variants matters to serde: a list is first tried as one entry a level.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(untagged)]
+pub enum PerLevel<T> {
+    /// One entry a level.
+    Each(Vec<T>),
+    /// The same on all levels.
+    Same(T),
+}
+
+impl<T: Clone> PerLevel<T> {
+    /// The entries of `levels` levels, or `None` if there is another number of them.
+    pub(crate) fn resolve(&self, levels: usize) -> Option<Vec<T>> {
+        match self {
+            Self::Each(entries) => (entries.len() == levels).then(|| entries.clone()),
+            Self::Same(entry) => Some(vec![entry.clone(); levels]),
+        }
+    }
+}
+
+/// A setting that only some values of are computed: its name and those values as JSON. An absent setting is fine.
+pub(crate) type Supported = (&'static str, &'static str);
+
+/// Reads a configuration, refusing settings whose value is not among the supported ones. Settings named nowhere are ignored: they
+/// concern training, or describe other variants.
+///
+/// `supported` maps a setting to a JSON list of the values that are computed.
+/// Errors: [`Error::Io`], [`Error::Invalid`] for other JSON than `T` wants, [`Error::Unsupported`] naming the setting.
+pub(crate) fn read_config<T: DeserializeOwned>(path: &Path, supported: &[Supported]) -> Result<T> {
+    let bytes = std::fs::read(path).map_err(|source| Error::Io { path: path.to_path_buf(), source })?;
+    let invalid = |error: serde_json::Error| Error::Invalid { path: path.to_path_buf(), reason: error.to_string() };
+    let settings: Value = serde_json::from_slice(&bytes).map_err(invalid)?;
+    for (name, values) in supported {
+        let accepted: Vec<Value> = serde_json::from_str(values).map_err(invalid)?;
+        if let Some(value) = settings.get(name).filter(|value| !accepted.contains(value)) {
+            let hint = format!("{} must be one of {values}", path.display());
+            return Err(Error::Unsupported { what: format!("{name} = {value}"), hint });
+        }
+    }
+    serde_json::from_slice(&bytes).map_err(invalid)
+}
+
+/// Widest layer and longest list that are believed. Beyond them a configuration is damaged, and sizes computed from it could overflow.
+const MAX_WIDTH: i64 = 1 << 20;
+const MAX_LAYERS: i64 = 1000;
+
+/// A width, such as a number of channels: at least 1.
+pub(crate) fn width(setting: &'static str, value: i64) -> Result<i64> {
+    in_range(setting, value, 1, MAX_WIDTH)
+}
+
+/// A number of layers, from `least`.
+pub(crate) fn num_layers(setting: &'static str, value: i64, least: i64) -> Result<usize> {
+    // The range makes the conversion safe.
+    in_range(setting, value, least, MAX_LAYERS).map(|value| value as usize)
+}
+
+fn in_range(setting: &'static str, value: i64, least: i64, most: i64) -> Result<i64> {
+    if (least..=most).contains(&value) { Ok(value) } else { Err(faulty(setting, format!("{value} is not in {least}..={most}"))) }
+}
+
+/// The error of a setting that does not fit the others.
+pub(crate) fn faulty(setting: &'static str, reason: impl Into<String>) -> Error {
+    Error::Config { setting, reason: reason.into() }
+}

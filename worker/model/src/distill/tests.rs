@@ -1,0 +1,238 @@
+//! The algebra of the step, on the demo's models.
+
+use std::path::PathBuf;
+use std::sync::OnceLock;
+
+use super::*;
+
+fn demo() -> PathBuf {
+    PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/demo/model"))
+}
+
+fn distiller(distill: DistillConfig) -> Distiller {
+    distiller_of_kind(distill, Kind::Float)
+}
+
+fn distiller_of_kind(distill: DistillConfig, kind: Kind) -> Distiller {
+    // Tests run beside each other, each with libtorch's threads, which would spin for the same cores.
+    tch::set_num_threads(1);
+    let vae_kind = kind;
+    let options = LoadOptions { distill, context_length: 24, normalize_quotes: true, kind, vae_kind, device: Device::Cpu };
+    Distiller::load(&demo(), &demo().join("text_encoder_zh"), options).unwrap()
+}
+
+fn adapter() -> Adapter {
+    let config = AdapterConfig { input: 64, hidden: 32, depth: 3, pooled: 48, output: Some(80) };
+    Adapter::fresh(config, 7, Device::Cpu).unwrap()
+}
+
+/// A batch of 64 x 48 pixels whose numbers are the same in every run; sample i depends on i alone.
+fn batch(native: &[bool], drop: &[bool]) -> MicroBatch {
+    let count = native.len() as i64;
+    let wave = |shape: &[i64], speed: f64| {
+        let elements: i64 = shape.iter().product();
+        (Tensor::arange(elements, (Kind::Double, Device::Cpu)) * speed).sin().reshape(shape).to_kind(Kind::Float) * 1.5
+    };
+    let captions = ["红色的圆形", "蓝色的方块", "小的绿色三角形", "白色背景上的大星形"];
+    let english = ["a red circle", "a blue square", "a small green triangle", "a big star on a white background"];
+    let take = |texts: &[&str]| (0..native.len()).map(|index| texts[index % texts.len()].to_owned()).collect();
+    MicroBatch {
+        pixels: ((wave(&[count, 3, 64, 48], 0.37) / 1.5 + 1.0) * 127.0).to_kind(Kind::Uint8),
+        posterior: wave(&[count, 4, 8, 6], 1.7),
+        noise: wave(&[count, 4, 8, 6], 2.3),
+        offset: wave(&[count, 4], 3.1),
+        timesteps: (Tensor::arange(count, (Kind::Int64, Device::Cpu)) * 251 + 17).remainder(1000),
+        drop: Tensor::from_slice(drop),
+        native: Tensor::from_slice(native),
+        captions: take(&captions),
+        english: take(&english),
+        original_size: (0..count).map(|index| (200 + index, 150 - index)).collect(),
+        crop: (0..count).map(|index| (index, 2 * index)).collect(),
+    }
+}
+
+/// One sample of a batch as a batch.
+fn single(batch: &MicroBatch, index: usize) -> MicroBatch {
+    let row = |tensor: &Tensor| tensor.narrow(0, index as i64, 1);
+    MicroBatch {
+        pixels: row(&batch.pixels),
+        posterior: row(&batch.posterior),
+        noise: row(&batch.noise),
+        offset: row(&batch.offset),
+        timesteps: row(&batch.timesteps),
+        drop: row(&batch.drop),
+        native: row(&batch.native),
+        captions: vec![batch.captions[index].clone()],
+        english: vec![batch.english[index].clone()],
+        original_size: vec![batch.original_size[index]],
+        crop: vec![batch.crop[index]],
+    }
+}
+
+fn accumulate(distiller: &Distiller, batch: &MicroBatch) -> (LossSums, Tensor) {
+    let adapter = adapter();
+    let mut gradient = Tensor::zeros([adapter.num_parameters() as i64], (Kind::Float, Device::Cpu));
+    (distiller.accumulate(&adapter, batch, &mut gradient).unwrap(), gradient)
+}
+
+fn norm(tensor: &Tensor) -> f64 {
+    tensor.norm().double_value(&[])
+}
+
+fn relative_distance(got: &Tensor, wanted: &Tensor) -> f64 {
+    norm(&(got - wanted)) / norm(wanted)
+}
+
+/// The demo's models with the default configuration, loaded once for all tests. A tensor may be sent, not shared: hence the lock.
+fn with_default<T>(test: impl FnOnce(&Distiller) -> T) -> T {
+    static SHARED: OnceLock<std::sync::Mutex<Distiller>> = OnceLock::new();
+    tch::set_num_threads(1);
+    let shared = SHARED.get_or_init(|| std::sync::Mutex::new(distiller(DistillConfig::default())));
+    test(&shared.lock().unwrap_or_else(std::sync::PoisonError::into_inner))
+}
+
+/// That the teacher runs on a subset, and that gradients are sums, show in the same comparison: a mixed batch equals its samples alone.
+#[test]
+fn a_mixed_batch_is_the_sum_of_its_samples() {
+    with_default(|distiller| {
+        let batch = batch(&[false, true, false, true], &[false, false, true, true]);
+        let (sums, gradient) = accumulate(distiller, &batch);
+        let mut expected_sums = LossSums::default();
+        let mut expected = gradient.zeros_like();
+        for index in 0..batch.len() {
+            let (part, part_gradient) = accumulate(distiller, &single(&batch, index));
+            expected_sums += part;
+            expected += part_gradient;
+        }
+        assert_eq!(sums.count, 4);
+        for (got, wanted) in [(sums.task, expected_sums.task), (sums.logit, expected_sums.logit), (sums.feature, expected_sums.feature)] {
+            assert!(wanted > 0.0 && (got - wanted).abs() < 1e-4 * wanted, "{sums:?} {expected_sums:?}");
+        }
+        // Other batch sizes take other kernels: equal to rounding only.
+        assert!(relative_distance(&gradient, &expected) < 1e-3, "{}", relative_distance(&gradient, &expected));
+    });
+}
+
+#[test]
+fn native_samples_have_no_distillation_loss_and_do_not_read_english() {
+    with_default(|distiller| {
+        let mut batch = batch(&[true, true], &[false, true]);
+        let (sums, gradient) = accumulate(distiller, &batch);
+        assert!(sums.task > 0.0 && sums.logit == 0.0 && sums.feature == 0.0, "{sums:?}");
+        batch.english = vec![String::new(), "another text".into()];
+        let (_, other) = accumulate(distiller, &batch);
+        assert_eq!(norm(&(gradient - other)), 0.0);
+    });
+}
+
+#[test]
+fn parallel_samples_have_no_task_loss() {
+    with_default(|distiller| {
+        let (sums, _) = accumulate(distiller, &batch(&[false, false], &[false, false]));
+        assert!(sums.task == 0.0 && sums.logit > 0.0 && sums.feature > 0.0, "{sums:?}");
+    });
+}
+
+#[test]
+fn a_dropped_batch_learns_through_pooled_text_and_through_the_empty_prompt() {
+    with_default(|distiller| {
+        let dropped = batch(&[true, true], &[true, true]);
+        let (_, gradient) = accumulate(distiller, &dropped);
+        // The final linear (the last two parameters) makes token states only, so its gradient came through the empty prompt.
+        let length: i64 = adapter().parameters().iter().rev().take(2).map(|parameter| parameter.numel() as i64).sum();
+        assert!(norm(&gradient.narrow(0, gradient.size()[0] - length, length)) > 0.0);
+        // The captions reach a dropped sample as pooled text only: other captions, another gradient.
+        let mut other = batch(&[true, true], &[true, true]);
+        other.captions.reverse();
+        let (_, other_gradient) = accumulate(distiller, &other);
+        assert!(relative_distance(&other_gradient, &gradient) > 1e-6);
+    });
+}
+
+#[test]
+fn gradients_add_up_and_an_empty_batch_adds_nothing() {
+    with_default(|distiller| {
+        let (adapter, batch) = (adapter(), batch(&[true], &[false]));
+        let (sums, once) = accumulate(distiller, &batch);
+        let mut twice = once.copy();
+        distiller.accumulate(&adapter, &batch, &mut twice).unwrap();
+        assert!(relative_distance(&twice, &(&once * 2.0)) < 1e-5);
+        assert_eq!(distiller.evaluate(&adapter, &batch).unwrap(), sums);
+
+        let mut nothing = single(&batch, 0);
+        for tensor in [&mut nothing.pixels, &mut nothing.posterior, &mut nothing.noise] {
+            *tensor = tensor.narrow(0, 0, 0);
+        }
+        nothing.captions.clear();
+        let before = once.copy();
+        let mut gradient = once;
+        assert_eq!(distiller.accumulate(&adapter, &nothing, &mut gradient).unwrap(), LossSums::default());
+        assert_eq!(norm(&(gradient - before)), 0.0);
+    });
+}
+
+#[test]
+fn switches_change_which_samples_count() {
+    let mixed = || batch(&[false, true], &[false, false]);
+    let (plain, _) = accumulate(&distiller(DistillConfig { distill: false, ..DistillConfig::default() }), &mixed());
+    assert!(plain.task > 0.0 && plain.logit == 0.0 && plain.feature == 0.0, "{plain:?}");
+    let (all, _) = accumulate(&distiller(DistillConfig { hybrid: false, ..DistillConfig::default() }), &mixed());
+    let (hybrid, _) = with_default(|distiller| accumulate(distiller, &mixed()));
+    // Without hybrid training the task loss is over both samples, as without a teacher, and the native sample has a teacher too.
+    assert!((all.task - plain.task).abs() < 1e-5 * plain.task && all.task > hybrid.task, "{all:?} {plain:?} {hybrid:?}");
+    assert!(all.logit > hybrid.logit && all.feature > hybrid.feature, "{all:?} {hybrid:?}");
+
+    // With `drop_pooled`, captions cannot reach a dropped sample at all.
+    let fully_dropped = distiller(DistillConfig { drop_pooled: true, ..DistillConfig::default() });
+    let mut dropped = batch(&[false, false], &[true, true]);
+    let (sums, _) = accumulate(&fully_dropped, &dropped);
+    dropped.captions.reverse();
+    dropped.english.reverse();
+    assert_eq!(accumulate(&fully_dropped, &dropped).0, sums);
+}
+
+#[test]
+fn bf16_models_give_about_the_same_step() {
+    let batch = batch(&[false, true], &[false, true]);
+    let (sums, gradient) = with_default(|distiller| accumulate(distiller, &batch));
+    let (rough_sums, rough_gradient) = accumulate(&distiller_of_kind(DistillConfig::default(), Kind::BFloat16), &batch);
+    // bf16 has 8 significant bits; the losses are differences of rounded values.
+    for (rough, exact) in [(rough_sums.task, sums.task), (rough_sums.logit, sums.logit), (rough_sums.feature, sums.feature)] {
+        assert!((rough - exact).abs() < 0.1 * exact, "{rough_sums:?} {sums:?}");
+    }
+    assert_eq!(rough_gradient.kind(), Kind::Float);
+    assert!(relative_distance(&rough_gradient, &gradient) < 0.3, "{}", relative_distance(&rough_gradient, &gradient));
+}
+
+#[test]
+fn time_ids_put_height_or_width_first() {
+    let batch = batch(&[true], &[false]);
+    let ids = |order| Vec::<f32>::try_from(batch.time_ids(order, Device::Cpu).flatten(0, 1)).unwrap();
+    assert_eq!(ids(TimeIdsOrder::Hw), [150.0, 200.0, 0.0, 0.0, 64.0, 48.0]);
+    assert_eq!(ids(TimeIdsOrder::Wh), [200.0, 150.0, 0.0, 0.0, 48.0, 64.0]);
+}
+
+#[test]
+fn batches_that_do_not_fit_are_refused() {
+    with_default(|distiller| {
+        let adapter = adapter();
+        let num_parameters = adapter.num_parameters() as i64;
+        let mut gradient = Tensor::zeros([num_parameters], (Kind::Float, Device::Cpu));
+        let mut refused = |change: &dyn Fn(&mut MicroBatch), part: &str| {
+            let mut faulty = batch(&[false, true], &[false, false]);
+            change(&mut faulty);
+            let error = distiller.accumulate(&adapter, &faulty, &mut gradient).unwrap_err();
+            assert!(error.to_string().contains(part), "{error}");
+        };
+        refused(&|batch| batch.timesteps = Tensor::from_slice(&[3i64, 1000]), "timestep 1000");
+        refused(&|batch| batch.pixels = batch.pixels.narrow(2, 0, 60), "multiples of 8");
+        refused(&|batch| batch.noise = batch.noise.narrow(2, 0, 7), "noise");
+        refused(&|batch| batch.drop = batch.drop.to_kind(Kind::Int64), "drop");
+        refused(&|batch| batch.english.truncate(1), "english");
+        let mut short = Tensor::zeros([num_parameters - 1], (Kind::Float, Device::Cpu));
+        assert!(distiller.accumulate(&adapter, &batch(&[true], &[false]), &mut short).is_err());
+        let narrow = Adapter::fresh(AdapterConfig { input: 63, ..*adapter.config() }, 7, Device::Cpu).unwrap();
+        let error = distiller.evaluate(&narrow, &batch(&[true], &[false])).unwrap_err();
+        assert!(error.to_string().contains("63"), "{error}");
+    });
+}

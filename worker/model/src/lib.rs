@@ -1,0 +1,20 @@
+//! The models of PEA distillation and what is computed with them: SDXL's UNet, VAE and text encoders, the student text
+//! encoder, the adapter, the training losses, schedules and samplers.
+//!
+//! Knows tensors, not ranks: nothing here opens a socket or reads a clock.
+
+pub mod adapter;
+mod config;
+pub mod distill;
+mod error;
+pub mod nn;
+pub mod optim;
+pub mod sample;
+pub mod schedule;
+pub mod text;
+pub mod unet;
+pub mod vae;
+pub mod weights;
+
+pub use config::PerLevel;
+pub use error::{Error, Result};

@@ -1,0 +1,128 @@
+//! The frozen layers models are made of.
+//!
+//! Each is built from a [`Scope`] whose keys are those of the PyTorch layer of the same name, and holds weights without gradient:
+//! a backward pass goes through them to their inputs and saves nothing else.
+
+mod resnet;
+
+use std::borrow::Borrow;
+
+use tch::Tensor;
+
+pub(crate) use resnet::{ResnetBlock, ResnetSpec};
+
+use crate::weights::Scope;
+
+/// `y = x Wᵀ + b` on the last dimension.
+pub struct Linear {
+    weight: Tensor,
+    bias: Option<Tensor>,
+}
+
+impl Linear {
+    /// Takes `weight` `[outputs, inputs]` and, with `bias`, `bias` `[outputs]`.
+    pub fn new<'a>(scope: impl Borrow<Scope<'a>>, inputs: i64, outputs: i64, bias: bool) -> Self {
+        let scope = scope.borrow();
+        Self { weight: scope.tensor("weight", &[outputs, inputs]), bias: bias.then(|| scope.tensor("bias", &[outputs])) }
+    }
+
+    /// Shapes: `[.., inputs]` to `[.., outputs]`.
+    pub fn forward(&self, input: &Tensor) -> Tensor {
+        input.linear(&self.weight, self.bias.as_ref())
+    }
+}
+
+/// Two-dimensional convolution with a square kernel, zero padding and a bias.
+pub struct Conv2d {
+    weight: Tensor,
+    bias: Tensor,
+    stride: i64,
+    padding: i64,
+}
+
+impl Conv2d {
+    /// Takes `weight` `[outputs, inputs, kernel, kernel]` and `bias` `[outputs]`.
+    pub fn new<'a>(scope: impl Borrow<Scope<'a>>, inputs: i64, outputs: i64, kernel: i64, stride: i64, padding: i64) -> Self {
+        let scope = scope.borrow();
+        let weight = scope.tensor("weight", &[outputs, inputs, kernel, kernel]);
+        Self { weight, bias: scope.tensor("bias", &[outputs]), stride, padding }
+    }
+
+    /// Shapes: `[B, inputs, H, W]` to `[B, outputs, H', W']`.
+    pub fn forward(&self, input: &Tensor) -> Tensor {
+        input.conv2d(&self.weight, Some(&self.bias), [self.stride; 2], [self.padding; 2], [1, 1], 1)
+    }
+}
+
+/// Layer normalisation over the last dimension, with scale and shift.
+pub struct LayerNorm {
+    weight: Tensor,
+    bias: Tensor,
+    eps: f64,
+}
+
+impl LayerNorm {
+    /// Takes `weight` and `bias`, both `[width]`.
+    pub fn new<'a>(scope: impl Borrow<Scope<'a>>, width: i64, eps: f64) -> Self {
+        let scope = scope.borrow();
+        Self { weight: scope.tensor("weight", &[width]), bias: scope.tensor("bias", &[width]), eps }
+    }
+
+    /// Shapes: `[.., width]`, kept.
+    pub fn forward(&self, input: &Tensor) -> Tensor {
+        input.layer_norm(self.weight.size(), Some(&self.weight), Some(&self.bias), self.eps, true)
+    }
+}
+
+/// Group normalisation over channel groups and space, with a scale and a shift per channel.
+pub struct GroupNorm {
+    weight: Tensor,
+    bias: Tensor,
+    groups: i64,
+    eps: f64,
+}
+
+impl GroupNorm {
+    /// Takes `weight` and `bias`, both `[channels]`; `groups` divides `channels`.
+    pub fn new<'a>(scope: impl Borrow<Scope<'a>>, groups: i64, channels: i64, eps: f64) -> Self {
+        let scope = scope.borrow();
+        Self { weight: scope.tensor("weight", &[channels]), bias: scope.tensor("bias", &[channels]), groups, eps }
+    }
+
+    /// Shapes: `[B, channels, ..]`, kept.
+    pub fn forward(&self, input: &Tensor) -> Tensor {
+        input.group_norm(self.groups, Some(&self.weight), Some(&self.bias), self.eps, true)
+    }
+}
+
+/// A table of vectors, looked up by index.
+pub struct Embedding {
+    weight: Tensor,
+}
+
+impl Embedding {
+    /// Takes `weight` `[rows, width]`.
+    pub fn new<'a>(scope: impl Borrow<Scope<'a>>, rows: i64, width: i64) -> Self {
+        Self { weight: scope.borrow().tensor("weight", &[rows, width]) }
+    }
+
+    /// Shapes: int64 `[..]`, every index in `0..rows`, to `[.., width]`.
+    pub fn forward(&self, indices: &Tensor) -> Tensor {
+        Tensor::embedding(&self.weight, indices, -1, false, false)
+    }
+}
+
+/// Multi-head scaled dot-product attention of projected inputs; scores are divided by the square root of the head width.
+///
+/// Shapes: `query` `[B, Q, heads * width]`, `key` and `value` `[B, K, heads * width]`; returns `[B, Q, heads * width]`.
+/// `mask`, if any, is broadcast to `[B, heads, Q, K]` and added to the scores; `is_causal` hides later positions and excludes a mask.
+pub fn attention(query: &Tensor, key: &Tensor, value: &Tensor, heads: i64, mask: Option<&Tensor>, is_causal: bool) -> Tensor {
+    let split = |x: &Tensor| x.unflatten(-1, [heads, -1]).transpose(1, 2);
+    let (query, key, value) = (split(query), split(key), split(value));
+    Tensor::scaled_dot_product_attention(&query, &key, &value, mask, 0.0, is_causal, None::<f64>, false).transpose(1, 2).flatten(2, 3)
+}
+
+/// Doubles height and width by repeating pixels, to exactly `size` where rounding in the downsampling left one less than the double.
+pub(crate) fn upsample_nearest(input: &Tensor, size: [i64; 2]) -> Tensor {
+    input.upsample_nearest2d(size, None, None)
+}

@@ -1,0 +1,57 @@
+//! The residual block of the UNet and of the VAE.
+
+use tch::Tensor;
+
+use super::{Conv2d, GroupNorm, Linear};
+use crate::weights::Scope;
+
+/// What is alike in all residual blocks of a model.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct ResnetSpec {
+    /// Groups of the group norms.
+    pub groups: i64,
+    /// Epsilon of the group norms.
+    pub eps: f64,
+    /// Width of the time embedding; `None` where there is none (the VAE).
+    pub time_width: Option<i64>,
+}
+
+/// Two 3x3 convolutions, each behind group norm and SiLU, beside a shortcut; the time embedding is added between them.
+///
+/// Source: `ResnetBlock2D` of diffusers, `time_embedding_norm="default"`.
+pub(crate) struct ResnetBlock {
+    norm1: GroupNorm,
+    conv1: Conv2d,
+    time_emb_proj: Option<Linear>,
+    norm2: GroupNorm,
+    conv2: Conv2d,
+    /// 1x1, where the number of channels changes.
+    conv_shortcut: Option<Conv2d>,
+}
+
+impl ResnetBlock {
+    pub fn new(scope: &Scope, inputs: i64, outputs: i64, spec: &ResnetSpec) -> Self {
+        Self {
+            norm1: GroupNorm::new(scope / "norm1", spec.groups, inputs, spec.eps),
+            conv1: Conv2d::new(scope / "conv1", inputs, outputs, 3, 1, 1),
+            time_emb_proj: spec.time_width.map(|width| Linear::new(scope / "time_emb_proj", width, outputs, true)),
+            norm2: GroupNorm::new(scope / "norm2", spec.groups, outputs, spec.eps),
+            conv2: Conv2d::new(scope / "conv2", outputs, outputs, 3, 1, 1),
+            conv_shortcut: (inputs != outputs).then(|| Conv2d::new(scope / "conv_shortcut", inputs, outputs, 1, 1, 0)),
+        }
+    }
+
+    /// Shapes: `input` `[B, inputs, H, W]`; `time`, after its SiLU (which all blocks share), `[B, time_width]`; returns
+    /// `[B, outputs, H, W]`.
+    pub fn forward(&self, input: &Tensor, time: Option<&Tensor>) -> Tensor {
+        let mut hidden = self.conv1.forward(&self.norm1.forward(input).silu());
+        if let (Some(projection), Some(time)) = (&self.time_emb_proj, time) {
+            hidden += projection.forward(time).unsqueeze(-1).unsqueeze(-1);
+        }
+        let hidden = self.conv2.forward(&self.norm2.forward(&hidden).silu());
+        match &self.conv_shortcut {
+            Some(shortcut) => shortcut.forward(input) + hidden,
+            None => input + hidden,
+        }
+    }
+}

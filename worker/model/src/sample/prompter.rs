@@ -1,0 +1,54 @@
+//! Prompts to what the UNet is conditioned on, by either road.
+
+use tch::Tensor;
+
+use crate::Result;
+use crate::adapter::Adapter;
+use crate::text::{SdxlTextEncoders, StudentEncoder, TextStates};
+
+/// What the UNet is told about each image.
+#[derive(Debug)]
+pub struct Conditioning {
+    /// Token states, `[B, L, D]`.
+    pub sequence: Tensor,
+    /// Embedding of the whole text, `[B, P]`; `None` for models without one (SD1.5).
+    pub pooled: Option<Tensor>,
+}
+
+/// The road from a prompt to the UNet.
+#[derive(Clone, Copy)]
+pub enum Prompter<'a> {
+    /// The model's own English encoders: the teacher's road.
+    English(&'a SdxlTextEncoders),
+    /// Another language's encoder and the adapter. The empty prompt takes the same road.
+    Student {
+        /// The frozen encoder.
+        encoder: &'a StudentEncoder,
+        /// The adapter trained for it.
+        adapter: &'a Adapter,
+    },
+}
+
+impl Prompter<'_> {
+    /// Encodes prompts, without gradient.
+    ///
+    /// Errors: [`crate::Error::Shape`] if there is no prompt, or if the adapter does not fit the encoder.
+    pub fn encode<S: AsRef<str>>(&self, prompts: &[S]) -> Result<Conditioning> {
+        match self {
+            Self::English(encoders) => {
+                let TextStates { sequence, pooled } = encoders.encode(prompts)?;
+                Ok(Conditioning { sequence, pooled: Some(pooled) })
+            }
+            Self::Student { encoder, adapter } => {
+                let (has, wants) = (encoder.width(), adapter.config().input);
+                if has != wants {
+                    let detail = format!("the text encoder's states are {has} wide, the adapter was made for {wants}");
+                    return Err(crate::Error::Shape { what: "student conditioning", detail });
+                }
+                let _guard = tch::no_grad_guard();
+                let output = adapter.forward(&encoder.encode(prompts)?);
+                Ok(Conditioning { sequence: output.sequence, pooled: output.pooled })
+            }
+        }
+    }
+}

@@ -1,0 +1,238 @@
+//! The text half of CLIP, as Stable Diffusion uses it.
+
+use std::path::Path;
+
+use serde::Deserialize;
+use tch::{Device, Kind, Tensor};
+
+use super::config::{check_transformer, ids_to_tensor};
+use crate::Result;
+use crate::config::read_config;
+use crate::nn::{Embedding, LayerNorm, Linear, attention};
+use crate::weights::{Scope, Weights};
+
+/// Old configurations name this id as end of text though no tokenizer uses it so.
+const MISNAMED_EOS: i64 = 2;
+
+/// A `config.json` of a CLIP text model.
+#[derive(Debug, Clone, Deserialize)]
+struct ClipTextConfig {
+    vocab_size: i64,
+    hidden_size: i64,
+    intermediate_size: i64,
+    num_hidden_layers: usize,
+    num_attention_heads: i64,
+    #[serde(default = "max_position_embeddings")]
+    max_position_embeddings: i64,
+    #[serde(default)]
+    hidden_act: Activation,
+    #[serde(default = "layer_norm_eps")]
+    layer_norm_eps: f64,
+    #[serde(default = "eos_token_id")]
+    eos_token_id: i64,
+    #[serde(default)]
+    projection_dim: i64,
+}
+
+fn max_position_embeddings() -> i64 {
+    77
+}
+
+fn layer_norm_eps() -> f64 {
+    1e-5
+}
+
+fn eos_token_id() -> i64 {
+    49407
+}
+
+/// The activation of the feed-forward layers.
+#[derive(Debug, Clone, Copy, Default, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Activation {
+    /// `x * sigmoid(1.702 x)`: OpenAI's models.
+    #[default]
+    QuickGelu,
+    /// The exact erf form: OpenCLIP's models.
+    Gelu,
+}
+
+/// A CLIP text encoder: causal, normalised before each block.
+pub struct ClipTextEncoder {
+    config: ClipTextConfig,
+    device: Device,
+    token_embedding: Embedding,
+    position_embedding: Tensor,
+    layers: Vec<Layer>,
+    final_layer_norm: LayerNorm,
+    projection: Option<Linear>,
+}
+
+/// What a CLIP text encoder computes, in the kind it was loaded in.
+#[derive(Debug)]
+pub struct ClipTextStates {
+    /// The states entering the last layer, not normalised, `[B, L, width]`.
+    pub penultimate: Tensor,
+    /// The states after the last layer and the final norm, `[B, L, width]`.
+    pub last: Tensor,
+    /// [`ClipTextStates::last`] at the end of the text, projected where the model has a projection: `[B, width]` or `[B, projection]`.
+    pub pooled: Tensor,
+}
+
+struct Layer {
+    layer_norm1: LayerNorm,
+    query: Linear,
+    key: Linear,
+    value: Linear,
+    out: Linear,
+    layer_norm2: LayerNorm,
+    fc1: Linear,
+    fc2: Linear,
+}
+
+impl ClipTextEncoder {
+    /// Loads a folder with `config.json` and safetensors weights.
+    ///
+    /// Errors: [`crate::Error::Io`], [`crate::Error::Invalid`] for a broken or contradictory configuration, [`crate::Error::Unsupported`] for another
+    /// activation, [`crate::Error::Weights`] if the weights do not fit.
+    pub fn load(dir: &Path, kind: Kind, device: Device) -> Result<Self> {
+        let path = dir.join("config.json");
+        let config: ClipTextConfig = read_config(&path, &[("hidden_act", r#"["quick_gelu", "gelu"]"#)])?;
+        let sizes = [config.vocab_size, config.intermediate_size, config.max_position_embeddings, config.num_hidden_layers as i64];
+        check_transformer(&path, config.hidden_size, config.num_attention_heads, &sizes)?;
+
+        let weights = Weights::open(dir)?;
+        let root = weights.root(kind, device);
+        // Files written by transformers 5 for the model without projection leave the prefix out.
+        let bare = root.has("embeddings.token_embedding.weight");
+        let model = if bare { root.clone() } else { &root / "text_model" };
+        let embeddings = &model / "embeddings";
+        let width = config.hidden_size;
+        let encoder = Self {
+            device,
+            token_embedding: Embedding::new(&embeddings / "token_embedding", config.vocab_size, width),
+            position_embedding: (&embeddings / "position_embedding").tensor("weight", &[config.max_position_embeddings, width]),
+            layers: (0..config.num_hidden_layers).map(|index| Layer::new(&model / "encoder" / "layers" / index, &config)).collect(),
+            final_layer_norm: LayerNorm::new(&model / "final_layer_norm", width, config.layer_norm_eps),
+            projection: root
+                .has("text_projection.weight")
+                .then(|| Linear::new(&root / "text_projection", width, config.projection_dim, false)),
+            config,
+        };
+        // Whole CLIP models carry the image half too, and old exports a table of position numbers.
+        weights.finish(&["position_ids", "vision_model.", "visual_projection.", "logit_scale"])?;
+        Ok(encoder)
+    }
+
+    /// Runs all layers. Shapes: equally long rows of ids; see [`ClipTextStates`].
+    ///
+    /// Errors: [`crate::Error::Shape`] if the rows do not fit the encoder.
+    pub fn forward(&self, ids: &[Vec<i64>]) -> Result<ClipTextStates> {
+        let penultimate = self.penultimate(ids)?;
+        let last = self.layers.last().map_or_else(|| penultimate.shallow_clone(), |layer| self.run(layer, &penultimate));
+        let last = self.final_layer_norm.forward(&last);
+
+        let ends: Vec<i64> = ids.iter().map(|row| self.end_of_text(row)).collect();
+        let rows = Tensor::arange(ids.len() as i64, (Kind::Int64, self.device));
+        let ends = Tensor::f_from_slice(&ends)?.f_to_device(self.device)?;
+        let pooled = last.f_index(&[Some(rows), Some(ends)])?;
+        let pooled = self.projection.as_ref().map_or_else(|| pooled.shallow_clone(), |projection| projection.forward(&pooled));
+        Ok(ClipTextStates { penultimate, last, pooled })
+    }
+
+    /// Runs all layers but the last, whose work would be thrown away. Shapes: equally long rows of ids, to `[B, L, width]`.
+    ///
+    /// Errors: [`crate::Error::Shape`] if the rows do not fit the encoder.
+    pub fn penultimate(&self, ids: &[Vec<i64>]) -> Result<Tensor> {
+        let tokens = ids_to_tensor(ids, self.config.max_position_embeddings, self.config.vocab_size, self.device)?;
+        let positions = self.position_embedding.narrow(0, 0, tokens.size()[1]);
+        let embedded = self.token_embedding.forward(&tokens) + positions;
+        let but_last = self.layers.len().saturating_sub(1);
+        Ok(self.layers[..but_last].iter().fold(embedded, |states, layer| self.run(layer, &states)))
+    }
+
+    /// Returns the width of the token states.
+    pub fn width(&self) -> i64 {
+        self.config.hidden_size
+    }
+
+    /// Returns the longest row of ids it takes.
+    pub fn max_length(&self) -> i64 {
+        self.config.max_position_embeddings
+    }
+
+    /// Finds the position whose state stands for the whole text.
+    ///
+    /// With the id 2 in the configuration it is the highest id, which for OpenAI's vocabulary is the end of text; otherwise the first
+    /// end of text, since some tokenizers pad with higher ids. 0 if there is none.
+    fn end_of_text(&self, ids: &[i64]) -> i64 {
+        let position = if self.config.eos_token_id == MISNAMED_EOS {
+            let highest = ids.iter().max();
+            ids.iter().position(|id| Some(id) == highest)
+        } else {
+            ids.iter().position(|&id| id == self.config.eos_token_id)
+        };
+        position.unwrap_or(0) as i64
+    }
+
+    fn run(&self, layer: &Layer, states: &Tensor) -> Tensor {
+        let normed = layer.layer_norm1.forward(states);
+        let (query, key, value) = (layer.query.forward(&normed), layer.key.forward(&normed), layer.value.forward(&normed));
+        let attended = layer.out.forward(&attention(&query, &key, &value, self.config.num_attention_heads, None, true));
+        let states = states + attended;
+        let inner = layer.fc1.forward(&layer.layer_norm2.forward(&states));
+        let inner = match self.config.hidden_act {
+            Activation::QuickGelu => &inner * (&inner * 1.702).sigmoid(),
+            Activation::Gelu => inner.gelu("none"),
+        };
+        states + layer.fc2.forward(&inner)
+    }
+}
+
+impl Layer {
+    fn new(scope: Scope<'_>, config: &ClipTextConfig) -> Self {
+        let (width, inner, eps) = (config.hidden_size, config.intermediate_size, config.layer_norm_eps);
+        let attention = &scope / "self_attn";
+        let projection = |name: &str| Linear::new(&attention / name, width, width, true);
+        Self {
+            layer_norm1: LayerNorm::new(&scope / "layer_norm1", width, eps),
+            query: projection("q_proj"),
+            key: projection("k_proj"),
+            value: projection("v_proj"),
+            out: projection("out_proj"),
+            layer_norm2: LayerNorm::new(&scope / "layer_norm2", width, eps),
+            fc1: Linear::new(&scope / "mlp" / "fc1", width, inner, true),
+            fc2: Linear::new(&scope / "mlp" / "fc2", inner, width, true),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Error;
+
+    /// Writes a configuration, with some settings replaced, into a folder without weights, and says why loading it fails.
+    fn refusal(settings: &[(&str, serde_json::Value)]) -> Error {
+        let mut config = serde_json::json!({
+            "vocab_size": 10, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+        });
+        for (name, value) in settings {
+            config[name] = value.clone();
+        }
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
+        ClipTextEncoder::load(dir.path(), Kind::Float, Device::Cpu).err().unwrap()
+    }
+
+    #[test]
+    fn contradictory_configurations_are_refused() {
+        assert!(refusal(&[]).to_string().contains("holds no weights"));
+        assert!(matches!(refusal(&[("hidden_act", "relu".into())]), Error::Unsupported { .. }));
+        for (name, value) in [("num_attention_heads", 3), ("num_attention_heads", 0), ("hidden_size", -8), ("num_hidden_layers", 0)] {
+            let error = refusal(&[(name, value.into())]);
+            assert!(error.to_string().contains("multiple of the heads"), "{name} = {value}: {error}");
+        }
+        assert!(matches!(refusal(&[("vocab_size", "many".into())]), Error::Invalid { .. }));
+    }
+}

@@ -1,0 +1,109 @@
+//! Ids are compared with those of transformers by the golden cases; here are the rules that hold for any vocabulary.
+
+use std::path::PathBuf;
+
+use super::*;
+
+const TEXTS: [&str; 7] = [
+    "",
+    "a big red circle on a white background",
+    "A BIG Red circle!!",
+    "don't 12345  mixed 红色 😀 ｆｕｌｌ cafe\u{301}",
+    "<|startoftext|> inside <|endoftext|> text",
+    "tab\tnew\nline\u{3000}wide",
+    "[CLS] literal [SEP] 圆形",
+];
+
+fn demo(folder: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/demo/model").join(folder)
+}
+
+/// A copy of `files` of a demo folder.
+fn copy_of(folder: &str, files: &[&str]) -> tempfile::TempDir {
+    let copy = tempfile::tempdir().unwrap();
+    for file in files {
+        std::fs::copy(demo(folder).join(file), copy.path().join(file)).unwrap();
+    }
+    copy
+}
+
+#[test]
+fn vocabulary_files_alone_give_the_same_ids_as_tokenizer_json() {
+    for folder in ["tokenizer", "tokenizer_2"] {
+        let whole = TextTokenizer::clip(&demo(folder), 77).unwrap();
+        let copy = copy_of(folder, &["vocab.json", "merges.txt", "tokenizer_config.json"]);
+        let parts = TextTokenizer::clip(copy.path(), 77).unwrap();
+        assert_eq!((whole.length(), whole.pad_id()), (24, parts.pad_id()));
+        assert_eq!(whole.encode(&TEXTS).unwrap(), parts.encode(&TEXTS).unwrap(), "{folder}");
+    }
+}
+
+#[test]
+fn every_text_starts_ends_and_is_filled_up() {
+    let clip = TextTokenizer::clip(&demo("tokenizer"), 77).unwrap();
+    let bert = TextTokenizer::bert(&demo("text_encoder_zh"), 24).unwrap();
+    for (tokenizer, start, end) in [(clip, 124, 125), (bert, 2, 3)] {
+        for ids in tokenizer.encode(&TEXTS).unwrap() {
+            assert_eq!((ids.len(), ids[0]), (24, start));
+            let end_at = ids.iter().position(|&id| id == end).unwrap();
+            // A literal end in the text is followed by more text.
+            let rest = &ids[end_at + 1..];
+            assert!(rest.iter().all(|&id| id == tokenizer.pad_id()) || rest.contains(&end));
+        }
+        let empty = &tokenizer.encode(&[""]).unwrap()[0];
+        assert_eq!(empty[..2], [start, end]);
+        assert_eq!(empty[2..], [tokenizer.pad_id(); 22]);
+        assert_eq!(tokenizer.encode(&["圆 circle ".repeat(30)]).unwrap()[0][23], end);
+    }
+}
+
+#[test]
+fn a_pad_token_in_the_text_is_the_pad_id() {
+    let tokenizer = TextTokenizer::clip(&demo("tokenizer_2"), 77).unwrap();
+    assert_eq!(tokenizer.pad_id(), 126);
+    let ids = &tokenizer.encode(&["circle! circle"]).unwrap()[0];
+    assert_eq!(ids[2], 126);
+    assert_eq!((ids[1], ids[4]), (ids[3], 125));
+}
+
+#[test]
+fn the_encoder_bounds_a_tokenizer_without_a_limit() {
+    let copy = copy_of("tokenizer", &["vocab.json", "merges.txt"]);
+    let config = r#"{"model_max_length": 1000000000000000019884624838656, "pad_token": {"content": "<|endoftext|>", "normalized": true}}"#;
+    std::fs::write(copy.path().join("tokenizer_config.json"), config).unwrap();
+    let tokenizer = TextTokenizer::clip(copy.path(), 10).unwrap();
+    assert_eq!((tokenizer.length(), tokenizer.pad_id()), (10, 125));
+}
+
+#[test]
+fn bert_isolates_chinese_characters_and_lowers_case_unless_told_otherwise() {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("vocab.txt"), "[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n红\n色\ncafe\n##s\nCafe\n").unwrap();
+    let encode = |text: &str| TextTokenizer::bert(dir.path(), 8).unwrap().encode(&[text]).unwrap().remove(0);
+    assert_eq!(encode("Cafés红色"), [2, 7, 8, 5, 6, 3, 0, 0]);
+    assert_eq!(encode("red"), [2, 1, 3, 0, 0, 0, 0, 0]);
+    std::fs::write(dir.path().join("tokenizer_config.json"), r#"{"do_lower_case": false}"#).unwrap();
+    assert_eq!(encode("Cafes红"), [2, 9, 8, 5, 3, 0, 0, 0]);
+}
+
+#[test]
+fn broken_folders_are_refused_by_file_name() {
+    let refuse = |files: &[(&str, &str)], clip: bool, length: usize| {
+        let dir = tempfile::tempdir().unwrap();
+        for (name, content) in files {
+            std::fs::write(dir.path().join(name), content).unwrap();
+        }
+        let result = if clip { TextTokenizer::clip(dir.path(), length) } else { TextTokenizer::bert(dir.path(), length) };
+        result.err().unwrap().to_string()
+    };
+    let vocab = r#"{"<|startoftext|>": 0, "<|endoftext|>": 1, "a": 2, "b": 3}"#;
+    assert!(refuse(&[], true, 8).contains("vocab.json"));
+    assert!(refuse(&[("vocab.json", vocab)], true, 8).contains("merges.txt"));
+    assert!(refuse(&[("vocab.json", "{}"), ("merges.txt", "")], true, 8).contains("<|startoftext|>"));
+    assert!(refuse(&[("vocab.json", vocab), ("merges.txt", "#version: 0.2\nab\n")], true, 8).contains("line 2 is not a pair"));
+    assert!(refuse(&[("vocab.json", vocab), ("merges.txt", "a c\n")], true, 8).contains("not a tokenizer"));
+    assert!(refuse(&[("vocab.json", vocab), ("merges.txt", "")], true, 2).contains("no room for text"));
+    assert!(refuse(&[("tokenizer.json", "{")], true, 8).contains("tokenizer.json"));
+    assert!(refuse(&[("tokenizer_config.json", "[")], false, 8).contains("tokenizer_config.json"));
+    assert!(refuse(&[("vocab.txt", "[PAD]\n[UNK]\n[CLS]\n")], false, 8).contains("[SEP]"));
+}
