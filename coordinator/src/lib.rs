@@ -1,6 +1,16 @@
 //! The coordinator of a Peapod job: it assigns ranks and shards, decides which steps are final, and keeps the checkpoints.
 //!
 //! [`core`] holds the rules as a pure value; [`driver`] owns it and does what it says; [`service`] speaks gRPC; [`store`]
-//! keeps checkpoints. The coordinator knows nothing of tensors.
+//! keeps checkpoints; [`run`](mod@run) puts them together. The coordinator knows nothing of tensors.
 
+pub mod check;
+pub mod config;
+pub mod control;
 pub mod core;
+pub mod driver;
+pub mod journal;
+pub mod local;
+pub mod observe;
+pub mod run;
+pub mod service;
+pub mod store;

@@ -1,1 +1,72 @@
-fn main() {}
+//! `coordinator`: parse, validate, run.
+
+use std::io::{IsTerminal, Write};
+use std::path::Path;
+use std::process::ExitCode;
+
+use clap::Parser;
+use peapod_coordinator::config::{Cli, Command};
+use peapod_coordinator::observe::Bar;
+use peapod_coordinator::run::{Exit, run};
+use peapod_coordinator::{check, control};
+use peapod_proto::job::TEMPLATE;
+use tracing_subscriber::EnvFilter;
+
+/// Bad arguments, job file or checkpoint.
+const REFUSED: u8 = 2;
+
+const DEMO: &str = include_str!("../../tests/demo/job.toml");
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let bar = Bar::new();
+    tracing_subscriber::fmt()
+        .with_env_filter(EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info")))
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_target(false)
+        .with_writer(bar.clone())
+        .init();
+    match command(cli, bar).await {
+        Ok(Exit::Finished) => ExitCode::SUCCESS,
+        Ok(Exit::Stopped { code }) => ExitCode::from(code),
+        Ok(Exit::Failed(reason)) => fail(&reason, 1),
+        Ok(Exit::Refused(reason)) => fail(&reason, REFUSED),
+        Err(error) => fail(&format!("{error:#}"), 1),
+    }
+}
+
+fn fail(reason: &str, code: u8) -> ExitCode {
+    // The last line a person sees says what went wrong.
+    eprintln!("coordinator: {reason}");
+    ExitCode::from(code)
+}
+
+async fn command(cli: Cli, bar: Bar) -> anyhow::Result<Exit> {
+    match cli.command {
+        None => return run(cli.run, bar).await,
+        Some(Command::Init { demo, path }) => return init(&path, if demo { DEMO } else { TEMPLATE }),
+        Some(Command::Check { job }) => match check::report(&job) {
+            Ok(report) => print!("{report}"),
+            Err(problem) => return Ok(Exit::Refused(problem)),
+        },
+        Some(Command::Status { target, json }) => println!("{}", control::status(&target.coordinator, json).await?),
+        Some(Command::Stop { target }) => control::stop(&target.coordinator).await?,
+        Some(Command::Drain { rank, target }) => control::drain(&target.coordinator, rank).await?,
+    }
+    Ok(Exit::Finished)
+}
+
+fn init(path: &Path, text: &str) -> anyhow::Result<Exit> {
+    let file = std::fs::OpenOptions::new().write(true).create_new(true).open(path);
+    match file.and_then(|mut file| file.write_all(text.as_bytes())) {
+        Ok(()) => {
+            println!("wrote {}", path.display());
+            Ok(Exit::Finished)
+        }
+        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {
+            Ok(Exit::Refused(format!("{} exists already; name another file", path.display())))
+        }
+        Err(error) => Err(anyhow::anyhow!("cannot write {}: {error}", path.display())),
+    }
+}

@@ -72,7 +72,8 @@ impl Leases {
     pub fn deal_among(&mut self, num_members: u32) {
         let members = self.rounds.len() as u64;
         let next = |index: usize, rounds: u64| self.base + index as u64 + rounds * members;
-        let frontier = self.rounds.iter().enumerate().filter(|&(_, &rounds)| rounds > 0).map(|(index, &rounds)| next(index, rounds - 1) + 1).max();
+        let frontier =
+            self.rounds.iter().enumerate().filter(|&(_, &rounds)| rounds > 0).map(|(index, &rounds)| next(index, rounds - 1) + 1).max();
         if let Some(frontier) = frontier {
             for (index, &rounds) in self.rounds.iter().enumerate() {
                 let mut position = next(index, rounds);
@@ -175,7 +176,12 @@ impl Leases {
         let pick = match left(own, *self.rounds.get(own)?) {
             Some(position) => Some((own, position)),
             // Lowest position left among the others: only in the last epoch, where idle hands help out.
-            None => self.rounds.iter().enumerate().filter_map(|(index, &rounds)| Some((index, left(index, rounds)?))).min_by_key(|&(_, position)| position),
+            None => self
+                .rounds
+                .iter()
+                .enumerate()
+                .filter_map(|(index, &rounds)| Some((index, left(index, rounds)?)))
+                .min_by_key(|&(_, position)| position),
         };
         let (index, position) = pick?;
         self.rounds[index] += 1;
@@ -265,7 +271,8 @@ mod tests {
         let ask = |order: [u32; 4]| {
             let mut leases = Leases::new(3, 6, None, Epoch(0));
             leases.deal_among(2);
-            let mut got: Vec<_> = order.iter().map(|&m| (m, leases.grant(WorkerId(m.into()), MemberIndex(m), 1, &ledger)[0].shard)).collect();
+            let mut got: Vec<_> =
+                order.iter().map(|&m| (m, leases.grant(WorkerId(m.into()), MemberIndex(m), 1, &ledger)[0].shard)).collect();
             got.sort();
             got
         };

@@ -111,7 +111,8 @@ impl Core {
             return Err(CoreError::NoSuchRank { rank, world_size });
         }
         // The same process on a new stream: the old stream is dead, whether or not its end has been seen.
-        let returning = self.workers.iter().find(|(_, worker)| worker.incarnation == hello.incarnation).map(|(&id, worker)| (id, worker.attempt));
+        let returning =
+            self.workers.iter().find(|(_, worker)| worker.incarnation == hello.incarnation).map(|(&id, worker)| (id, worker.attempt));
         if let Some((id, attempt)) = returning {
             if hello.attempt <= attempt {
                 return Err(CoreError::StaleStream);
@@ -178,7 +179,8 @@ impl Core {
         out: &mut Vec<Effect>,
     ) -> Result<(), CoreError> {
         let state = WorkerState::Ready { model_digest, num_parameters };
-        let other = self.workers.iter().find(|&(&other, worker)| other != id && worker.state != WorkerState::Loading && worker.state != state);
+        let other =
+            self.workers.iter().find(|&(&other, worker)| other != id && worker.state != WorkerState::Loading && worker.state != state);
         if let Some((_, other)) = other {
             let worker = self.workers.get(&id).map(Worker::name).unwrap_or_default();
             return Err(CoreError::ModelsDiffer { worker, other: other.name() });
@@ -358,7 +360,13 @@ impl Core {
         self.truth.holders.remove(&id);
     }
 
-    pub(super) fn member_stopped(&mut self, now: Timestamp, id: WorkerId, stopped: Stopped, out: &mut Vec<Effect>) -> Result<(), CoreError> {
+    pub(super) fn member_stopped(
+        &mut self,
+        now: Timestamp,
+        id: WorkerId,
+        stopped: Stopped,
+        out: &mut Vec<Effect>,
+    ) -> Result<(), CoreError> {
         self.fence(stopped.generation)?;
         self.member_index(id, "stopped")?;
         worker_mut(&mut self.workers, id, |worker| {
@@ -418,12 +426,15 @@ impl Core {
             return self.try_form(now, out);
         };
         out.push(Effect::Void { generation: self.generation, after: said.applied });
-        self.checkpoint.frozen.retain(|&(step, generation), _| generation != self.generation || step <= said.applied);
+        let stands = |&(step, generation): &(Step, Generation)| generation != self.generation || step <= said.applied;
+        self.checkpoint.frozen.retain(|key, _| stands(key));
+        self.checkpoint.senders.retain(|key, _| stands(key));
         self.commit_source(now, &said, out);
         if matches!(self.phase, JobPhase::Done(_)) {
             return;
         }
-        let mut holders: BTreeSet<WorkerId> = stopped.iter().filter(|(_, other)| other.applied == said.applied).map(|(&id, _)| id).collect();
+        let mut holders: BTreeSet<WorkerId> =
+            stopped.iter().filter(|(_, other)| other.applied == said.applied).map(|(&id, _)| id).collect();
         holders.insert(source);
         if said.applied == Step(0) {
             // Nothing is trained, and some may never have received the fresh weights: the next source makes the same ones.
@@ -472,15 +483,21 @@ impl Core {
         if self.checkpoint_step() == Some(self.truth.step) || self.truth.step == Step(0) {
             return self.finish(outcome, out);
         }
+        let key = (self.truth.step, self.generation);
+        if self.checkpoint.senders.get(&key).is_some_and(|sender| self.workers.contains_key(sender)) {
+            // A copy of this very step is on its way: its arrival ends the job.
+            self.phase = JobPhase::Finishing { outcome, attempts };
+            return;
+        }
         let Some(&holder) = self.truth.holders.iter().find(|holder| self.workers.contains_key(holder)) else {
             let reason = self.first_failure.clone().unwrap_or_default();
             let kept = self.checkpoint_step().map_or_else(|| "nothing is kept".to_owned(), |step| format!("step {step} is kept"));
             return self.fail(format!("every worker that held step {} is gone, {kept}: {reason}", self.truth.step), out);
         };
         let ledger = Arc::new(self.ledger.clone());
-        self.checkpoint.frozen.insert((self.truth.step, self.generation), ledger.clone());
+        self.checkpoint.frozen.insert(key, ledger.clone());
+        self.checkpoint.senders.insert(key, holder);
         out.push(Effect::Freeze { step: self.truth.step, generation: self.generation, ledger });
-        // A copy of this very step may be on its way already; its arrival ends the job just as well.
         out.push(Effect::Send { worker: holder, message: ToWorker::TakeSnapshot { generation: self.generation } });
         self.phase = JobPhase::Finishing { outcome, attempts };
     }
@@ -517,13 +534,11 @@ impl Core {
         if from > to {
             out.push(Effect::Notice(Notice::RolledBack { from, to }));
             out.push(Effect::Void { generation: self.generation, after: to });
-            self.ledger = self
-                .checkpoint
-                .last
-                .as_ref()
-                .map_or_else(|| Ledger::new(self.config.shards.len() as u32), |last| (*last.ledger).clone());
+            self.ledger =
+                self.checkpoint.last.as_ref().map_or_else(|| Ledger::new(self.config.shards.len() as u32), |last| (*last.ledger).clone());
             self.leases.restart(&self.ledger);
             self.checkpoint.frozen.clear();
+            self.checkpoint.senders.clear();
             self.progress = Progress::new(to);
         }
         self.truth = Truth { step: to, generation: Generation::NONE, holders: BTreeSet::new() };

@@ -24,8 +24,8 @@ use peapod_proto::message::{FromWorker, Hello, Lease, ShardReport, SkipReason, S
 
 use leases::Leases;
 use ledger::{Ledger, LedgerError, Skip, Totals};
-pub use membership::WorkerView;
 use membership::Worker;
+pub use membership::WorkerView;
 use progress::Progress;
 
 /// Time since the coordinator started.
@@ -124,6 +124,11 @@ pub enum Event {
     /// Somebody wants the job to end with a checkpoint.
     Stop {
         /// Who or why.
+        reason: String,
+    },
+    /// The shell knows that a missing worker will not come back.
+    GiveUp {
+        /// Why.
         reason: String,
     },
     /// Somebody wants a worker to leave.
@@ -319,7 +324,9 @@ pub enum Notice {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum CoreError {
     /// Another protocol.
-    #[error("worker {theirs} speaks protocol {theirs_protocol}, this coordinator {ours} speaks {ours_protocol}: install the same version on all hosts")]
+    #[error(
+        "worker {theirs} speaks protocol {theirs_protocol}, this coordinator {ours} speaks {ours_protocol}: install the same version on all hosts"
+    )]
     Version {
         /// Version of the worker.
         theirs: String,
@@ -444,6 +451,8 @@ pub struct Core {
     stop_requested: Option<String>,
     next_announcement: Timestamp,
     bad_shown: u64,
+    /// Shards of which nothing at all could be read.
+    unreadable: BTreeSet<ShardId>,
     skipped_in_a_row: u32,
 }
 
@@ -453,6 +462,8 @@ struct Checkpoint {
     last: Option<Resume>,
     /// Steps whose copy is being sent, with their ledger.
     frozen: BTreeMap<(Step, Generation), Arc<Ledger>>,
+    /// Who sends them.
+    senders: BTreeMap<(Step, Generation), WorkerId>,
     next_due: Timestamp,
     asked: bool,
 }
@@ -475,11 +486,12 @@ impl Core {
             ledger,
             leases,
             progress: Progress::new(step),
-            checkpoint: Checkpoint { last: resume, frozen: BTreeMap::new(), next_due, asked: false },
+            checkpoint: Checkpoint { last: resume, frozen: BTreeMap::new(), senders: BTreeMap::new(), next_due, asked: false },
             first_failure: None,
             stop_requested: None,
             next_announcement: ANNOUNCE_EVERY,
             bad_shown: 0,
+            unreadable: BTreeSet::new(),
             skipped_in_a_row: 0,
             config,
         }
@@ -506,6 +518,10 @@ impl Core {
             Event::CheckpointStored { step, generation } => self.checkpoint_stored(now, step, generation, &mut out),
             Event::CheckpointFailed { step, generation, error } => self.checkpoint_failed(now, step, generation, &error, &mut out),
             Event::Stop { reason } => self.stop(reason, &mut out),
+            Event::GiveUp { reason } => {
+                let reason = self.first_failure.as_ref().map_or_else(|| reason.clone(), |first| format!("{first}; {reason}"));
+                self.fail(reason, &mut out);
+            }
             Event::Drain { rank } => {
                 let worker = self.workers.iter().find(|(_, worker)| worker.rank == rank).map(|(&id, _)| id);
                 self.leaving(now, worker.ok_or(CoreError::NobodyHasRank(rank))?, "drained on request", &mut out);
@@ -527,7 +543,14 @@ impl Core {
         [silence, job].into_iter().flatten().min()
     }
 
-    fn message(&mut self, now: Timestamp, id: WorkerId, stream: StreamId, message: FromWorker, out: &mut Vec<Effect>) -> Result<(), CoreError> {
+    fn message(
+        &mut self,
+        now: Timestamp,
+        id: WorkerId,
+        stream: StreamId,
+        message: FromWorker,
+        out: &mut Vec<Effect>,
+    ) -> Result<(), CoreError> {
         let worker = self.workers.get_mut(&id).filter(|worker| worker.stream == stream).ok_or(CoreError::StaleStream)?;
         worker.last_seen = now;
         match message {
@@ -596,7 +619,11 @@ impl Core {
             _ => &[],
         };
         let index = members.iter().position(|&member| member == id);
-        index.map(|index| MemberIndex(index as u32)).ok_or_else(|| CoreError::Unexpected { what, worker: id, why: "it is not a member".into() })
+        index.map(|index| MemberIndex(index as u32)).ok_or_else(|| CoreError::Unexpected {
+            what,
+            worker: id,
+            why: "it is not a member".into(),
+        })
     }
 
     fn tick(&mut self, now: Timestamp, out: &mut Vec<Effect>) {
@@ -669,6 +696,10 @@ impl Core {
         let Some((epoch, shard)) = self.leases.shard_of(report.lease, id) else { return };
         out.push(Effect::Persist(Fact::Shard(report.clone())));
         let url = self.config.shards[shard.0 as usize].clone();
+        let truncated = report.truncated.clone();
+        if !truncated.is_empty() && report.num_samples == Some(0) {
+            self.unreadable.insert(shard);
+        }
         let result = self.record_shard(epoch, shard, &url, report, out);
         if self.ledger.is_done(epoch, shard) {
             self.leases.finish(epoch, shard);
@@ -678,10 +709,20 @@ impl Core {
             self.note_failure(error.clone());
             return self.fail(error, out);
         }
+        let limit = self.config.max_bad_fraction;
+        let (unreadable, shards) = (self.unreadable.len(), self.config.shards.len());
+        if unreadable as f64 > limit * shards as f64 {
+            let reason = format!(
+                "{unreadable} of {shards} shards cannot be read at all, more than data.max_bad_fraction = {limit}; the last is {url}: {truncated}"
+            );
+            self.note_failure(reason.clone());
+            return self.fail(reason, out);
+        }
         let Totals { committed, filtered, bad, not_finite } = self.ledger.totals();
         let seen = (committed + filtered + bad + not_finite).max(BAD_BASE);
-        if bad as f64 > self.config.max_bad_fraction * seen as f64 {
-            let reason = format!("{bad} of the first {seen} samples are broken, more than data.max_bad_fraction = {}; the last in {url}", self.config.max_bad_fraction);
+        if bad as f64 > limit * seen as f64 {
+            let reason =
+                format!("{bad} of the first {seen} samples are broken, more than data.max_bad_fraction = {limit}; the last in {url}");
             self.note_failure(reason.clone());
             self.fail(reason, out);
         }
@@ -717,6 +758,7 @@ impl Core {
     }
 
     fn checkpoint_stored(&mut self, now: Timestamp, step: Step, generation: Generation, out: &mut Vec<Effect>) {
+        self.checkpoint.senders.remove(&(step, generation));
         let Some(ledger) = self.checkpoint.frozen.remove(&(step, generation)) else { return };
         self.checkpoint.next_due = now + self.config.checkpoint_every;
         if self.checkpoint.last.as_ref().is_none_or(|last| last.step < step) {
@@ -734,6 +776,7 @@ impl Core {
 
     fn checkpoint_failed(&mut self, now: Timestamp, step: Step, generation: Generation, error: &str, out: &mut Vec<Effect>) {
         self.checkpoint.frozen.remove(&(step, generation));
+        self.checkpoint.senders.remove(&(step, generation));
         self.checkpoint.next_due = now + self.config.checkpoint_every;
         self.checkpoint.asked = false;
         out.push(Effect::Notice(Notice::CheckpointFailed { step, error: error.to_owned() }));

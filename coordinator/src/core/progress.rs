@@ -130,7 +130,10 @@ impl Core {
                 }
             }
             Err(step) => {
-                let reason = format!("the source of the next generation holds step {} but not the names of step {step}: the ledger cannot follow", source.applied);
+                let reason = format!(
+                    "the source of the next generation holds step {} but not the names of step {step}: the ledger cannot follow",
+                    source.applied
+                );
                 self.note_failure(reason.clone());
                 self.fail(reason, out);
             }
@@ -157,6 +160,11 @@ impl Core {
         if digests.iter().any(|(member, _)| *member == MemberIndex(0)) {
             let ledger = std::sync::Arc::new(self.ledger.clone());
             self.checkpoint.frozen.insert((record.step, record.generation), ledger.clone());
+            if let JobPhase::Running { members, .. } | JobPhase::Stopping { members, .. } = &self.phase {
+                if let Some(&sender) = members.first() {
+                    self.checkpoint.senders.insert((record.step, record.generation), sender);
+                }
+            }
             self.checkpoint.asked = false;
             self.checkpoint.next_due = now + self.config.checkpoint_every;
             out.push(Effect::Freeze { step: record.step, generation: record.generation, ledger });
@@ -201,7 +209,14 @@ impl Core {
             JobPhase::Running { members, .. } | JobPhase::Stopping { members, .. } => members.as_slice(),
             _ => &[],
         };
-        let rank = |index: MemberIndex| members.get(index.0 as usize).and_then(|id| self.workers.get(id)).map_or(Rank(index.0), |worker| worker.rank);
-        Some(format!("rank {} holds other weights than rank {} after step {}: the ranks have diverged", rank(other), rank(digests[0].0), record.step))
+        let rank = |index: MemberIndex| {
+            members.get(index.0 as usize).and_then(|id| self.workers.get(id)).map_or(Rank(index.0), |worker| worker.rank)
+        };
+        Some(format!(
+            "rank {} holds other weights than rank {} after step {}: the ranks have diverged",
+            rank(other),
+            rank(digests[0].0),
+            record.step
+        ))
     }
 }

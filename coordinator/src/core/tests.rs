@@ -57,7 +57,9 @@ impl World {
             }
             Err(error) => {
                 // A refused message is still a sign of life, but nothing else may have moved.
-                let strip = |text: &str| text.split("last_seen").map(|part| part.split_once(',').map_or(part, |(_, rest)| rest).to_owned()).collect::<Vec<_>>();
+                let strip = |text: &str| {
+                    text.split("last_seen").map(|part| part.split_once(',').map_or(part, |(_, rest)| rest).to_owned()).collect::<Vec<_>>()
+                };
                 assert_eq!(strip(&before), strip(&format!("{:?}", self.core)), "refused with {error}, yet changed");
                 Err(error)
             }
@@ -107,7 +109,13 @@ impl World {
     }
 
     fn record(&self, step: u64, names: &[SampleName]) -> StepRecord {
-        StepRecord { step: Step(step), generation: self.core.generation(), names: names.to_vec(), skipped: false, losses: StepLosses::default() }
+        StepRecord {
+            step: Step(step),
+            generation: self.core.generation(),
+            names: names.to_vec(),
+            skipped: false,
+            losses: StepLosses::default(),
+        }
     }
 
     /// A report; with names it is member 0's.
@@ -118,7 +126,10 @@ impl World {
     fn report_with(&mut self, worker: WorkerId, step: u64, names: Option<&[SampleName]>, snapshot: Option<u64>) -> Result<(), CoreError> {
         let record = names.map(|names| self.record(step, names));
         let generation = self.core.generation();
-        self.say(worker, FromWorker::StepReport(StepReport { generation, step: Step(step), record, timings: StepTimings::default(), snapshot }))
+        self.say(
+            worker,
+            FromWorker::StepReport(StepReport { generation, step: Step(step), record, timings: StepTimings::default(), snapshot }),
+        )
     }
 
     fn stopped(&mut self, worker: WorkerId, applied: u64, cause: StopCause, records: Vec<StepRecord>) {
@@ -349,7 +360,10 @@ fn work_of_an_older_generation_is_void() {
     let stale = StepReport { generation: Generation(1), step: Step(1), record: None, timings: StepTimings::default(), snapshot: None };
     let error = world.say(workers[0], FromWorker::StepReport(stale)).unwrap_err();
     assert!(matches!(error, CoreError::StaleGeneration { .. }));
-    assert!(matches!(world.say(workers[0], FromWorker::LeaseRequest { generation: Generation(1), num_leases: 1 }), Err(CoreError::StaleGeneration { .. })));
+    assert!(matches!(
+        world.say(workers[0], FromWorker::LeaseRequest { generation: Generation(1), num_leases: 1 }),
+        Err(CoreError::StaleGeneration { .. })
+    ));
 }
 
 #[test]
@@ -539,7 +553,8 @@ fn too_much_bad_data_ends_the_job_and_the_first_are_shown() {
     let (mut world, workers) = World::running(1);
     let (leases, _) = world.lease(workers[0], 1);
     let bad = |index| SkippedSample { index, reason: SkipReason::Bad, key: format!("k{index}"), detail: "no jpg".into() };
-    let report = |skipped| FromWorker::ShardReport(ShardReport { lease: leases[0].id, skipped, num_samples: None, truncated: String::new() });
+    let report =
+        |skipped| FromWorker::ShardReport(ShardReport { lease: leases[0].id, skipped, num_samples: None, truncated: String::new() });
     world.say(workers[0], report((0..5).map(bad).collect())).unwrap();
     assert_eq!(world.outcome(), None);
     world.say(workers[0], report((5..30).map(bad).collect())).unwrap();
@@ -547,6 +562,21 @@ fn too_much_bad_data_ends_the_job_and_the_first_are_shown() {
     assert!(reason.contains("data.max_bad_fraction"), "{reason}");
     let shown = world.said.iter().filter(|effect| matches!(effect, Effect::Notice(Notice::BadData { .. }))).count();
     assert_eq!(shown, 10);
+}
+
+#[test]
+fn truncated_shard_is_shown_and_one_that_cannot_be_read_counts_as_a_share_of_all() {
+    let (mut world, workers) = World::running(1);
+    let (leases, _) = world.lease(workers[0], 2);
+    let report = |lease: &Lease, num, why: &str| {
+        FromWorker::ShardReport(ShardReport { lease: lease.id, skipped: vec![], num_samples: Some(num), truncated: why.into() })
+    };
+    world.say(workers[0], report(&leases[0], 7, "unexpected end")).unwrap();
+    assert!(world.said.iter().any(|effect| matches!(effect, Effect::Notice(Notice::BadData { key, .. }) if key.is_empty())));
+    assert_eq!(world.outcome(), None);
+    world.say(workers[0], report(&leases[1], 0, "open 3.tar: no such file")).unwrap();
+    let Some(Outcome::Failed { reason }) = world.outcome() else { panic!() };
+    assert!(reason.starts_with("1 of 4 shards cannot be read at all") && reason.contains("no such file"), "{reason}");
 }
 
 #[test]
@@ -566,7 +596,13 @@ fn skipped_steps_count_their_samples_and_a_row_of_them_ends_the_job() {
         let index = step as u32;
         let mut record = world.record(step, &names(0, ShardId(0), index..index + 1));
         record.skipped = true;
-        let report = StepReport { generation: Generation(1), step: Step(step), record: Some(record), timings: StepTimings::default(), snapshot: None };
+        let report = StepReport {
+            generation: Generation(1),
+            step: Step(step),
+            record: Some(record),
+            timings: StepTimings::default(),
+            snapshot: None,
+        };
         world.say(workers[0], FromWorker::StepReport(report)).unwrap();
         assert_eq!(world.outcome().is_some(), step == 3);
     }

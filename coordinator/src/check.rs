@@ -1,0 +1,150 @@
+//! Reading a job file and its shard list, before anything starts.
+
+use std::fmt::Write as _;
+use std::path::Path;
+use std::sync::Arc;
+
+use peapod_proto::job::Job;
+
+/// A job that can be started.
+#[derive(Debug, Clone)]
+pub struct LoadedJob {
+    /// The parsed file.
+    pub job: Job,
+    /// Its text, as workers receive it.
+    pub toml: String,
+    /// Addresses of all shards.
+    pub shards: Arc<[String]>,
+    /// Which of them this machine sees.
+    pub visible: Visibility,
+}
+
+/// What this machine sees of the shards.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Visibility {
+    /// Shards found here.
+    pub found: usize,
+    /// Their size.
+    pub num_bytes: u64,
+    /// Shards not found here.
+    pub missing: Vec<String>,
+}
+
+/// Shards named in an error before the rest is counted.
+const MISSING_SHOWN: usize = 5;
+
+/// Reads and validates a job file and expands its shard list.
+///
+/// # Errors
+/// One line for each thing that is wrong, with the file's name.
+pub fn load(path: &Path) -> Result<LoadedJob, String> {
+    let toml = std::fs::read_to_string(path).map_err(|error| {
+        let hint = if error.kind() == std::io::ErrorKind::NotFound { "; `coordinator init` writes one to start from" } else { "" };
+        format!("cannot read job file {}: {error}{hint}", path.display())
+    })?;
+    let job = Job::parse(&toml).map_err(|error| {
+        let lines = error.problems.iter().map(|problem| format!("{}: {problem}", path.display()));
+        lines.collect::<Vec<_>>().join("\n")
+    })?;
+    let shards = peapod_data::expand_shards(&job.data.shards).map_err(|error| format!("{}: data.shards: {error}", path.display()))?;
+    let visible = look(&shards);
+    Ok(LoadedJob { job, toml, shards: shards.into(), visible })
+}
+
+fn look(shards: &[String]) -> Visibility {
+    let mut seen = Visibility::default();
+    for shard in shards {
+        match std::fs::metadata(shard.strip_prefix("file://").unwrap_or(shard)) {
+            Ok(metadata) if metadata.is_file() => {
+                seen.found += 1;
+                seen.num_bytes += metadata.len();
+            }
+            _ => seen.missing.push(shard.clone()),
+        }
+    }
+    seen
+}
+
+impl Visibility {
+    /// What is wrong with the shard list as far as this machine can tell; `here` if the workers run on it too.
+    ///
+    /// A coordinator may run where no data is mounted: if it sees none of the shards it cannot judge them. If it sees some,
+    /// the others are missing.
+    ///
+    /// # Errors
+    /// Names the first missing shards.
+    pub fn judge(&self, here: bool) -> Result<(), String> {
+        if self.missing.is_empty() || (self.found == 0 && !here) {
+            return Ok(());
+        }
+        let mut text = format!("{} of {} shards do not exist:", self.missing.len(), self.missing.len() + self.found);
+        for shard in self.missing.iter().take(MISSING_SHOWN) {
+            let _ = write!(text, "\n  {shard}");
+        }
+        if self.missing.len() > MISSING_SHOWN {
+            let _ = write!(text, "\n  and {} more", self.missing.len() - MISSING_SHOWN);
+        }
+        Err(text)
+    }
+}
+
+/// What `coordinator check` prints.
+///
+/// # Errors
+/// As [`load`], and for shards that are missing.
+pub fn report(path: &Path) -> Result<String, String> {
+    let LoadedJob { job, shards, visible, .. } = load(path)?;
+    visible.judge(false)?;
+    let mut text = format!("{} is a valid job: {}\n", path.display(), job.name);
+    let length = match (job.train.steps, job.train.epochs) {
+        (Some(steps), _) => format!("{steps} steps"),
+        (_, Some(epochs)) => format!("{epochs} epochs"),
+        _ => String::new(),
+    };
+    let _ = writeln!(text, "  {length}, {} samples a step, in parts of {}", job.train.global_batch, job.train.micro_batch);
+    if visible.found > 0 {
+        let _ = writeln!(text, "  {} shards, {:.1} MB", shards.len(), visible.num_bytes as f64 / 1e6);
+    } else {
+        let _ = writeln!(text, "  {} shards, none of them visible from this machine: the workers must see them", shards.len());
+    }
+    for (name, folder) in [("model", &job.model.path), ("student", &job.student.path)] {
+        let seen = if folder.is_dir() { "is here" } else { "is not visible from this machine: the workers must see it" };
+        let _ = writeln!(text, "  {name} {} {seen}", folder.display());
+    }
+    Ok(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn job(folder: &Path, shards: &str) -> std::path::PathBuf {
+        let path = folder.join("job.toml");
+        let text =
+            format!("[model]\npath=\"m\"\n[student]\npath=\"s\"\n[data]\nshards=[\"{}/{shards}\"]\n[train]\nsteps=1\n", folder.display());
+        std::fs::write(&path, text).unwrap();
+        path
+    }
+
+    #[test]
+    fn missing_shards_are_named_where_others_are_seen() {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("00.tar"), b"x").unwrap();
+        let path = job(folder.path(), "{00..07}.tar");
+        let error = report(&path).unwrap_err();
+        assert!(error.starts_with("7 of 8 shards do not exist") && error.contains("01.tar") && error.contains("and 2 more"), "{error}");
+    }
+
+    #[test]
+    fn a_machine_without_the_data_cannot_judge_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = job(folder.path(), "{00..07}.tar");
+        assert!(report(&path).unwrap().contains("none of them visible"));
+        assert!(load(&path).unwrap().visible.judge(true).is_err(), "unless the workers run here too");
+    }
+
+    #[test]
+    fn missing_job_file_says_how_to_get_one() {
+        assert!(load(Path::new("nowhere/job.toml")).unwrap_err().contains("coordinator init"));
+    }
+}

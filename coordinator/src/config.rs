@@ -1,0 +1,190 @@
+//! Command-line arguments, and what they come to once they are checked.
+
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand};
+use peapod_proto::DEFAULT_PORT;
+
+/// Coordinates the workers of a Peapod job: distils an English SDXL into another language on many GPUs.
+#[derive(Debug, Parser)]
+#[command(name = "coordinator", version, args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
+pub struct Cli {
+    /// What else to do than to run a job.
+    #[command(subcommand)]
+    pub command: Option<Command>,
+    /// How to run a job.
+    #[command(flatten)]
+    pub run: RunArgs,
+}
+
+/// Everything but running a job.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Write a job file with every field explained
+    Init {
+        /// Write the demo's job instead
+        #[arg(long)]
+        demo: bool,
+        /// File to write; it must not exist
+        #[arg(default_value = "job.toml")]
+        path: PathBuf,
+    },
+    /// Check a job file and its shard list, start nothing
+    Check {
+        /// Job file
+        #[arg(long, default_value = "job.toml")]
+        job: PathBuf,
+    },
+    /// Show what a running job is doing
+    Status {
+        /// Which coordinator
+        #[command(flatten)]
+        target: Target,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// End a running job with a checkpoint
+    Stop {
+        /// Which coordinator
+        #[command(flatten)]
+        target: Target,
+    },
+    /// Let one worker finish its step and leave
+    Drain {
+        /// Its rank
+        rank: u32,
+        /// Which coordinator
+        #[command(flatten)]
+        target: Target,
+    },
+}
+
+/// A running coordinator.
+#[derive(Debug, Args)]
+pub struct Target {
+    /// Address of the coordinator
+    #[arg(long, env = "PEAPOD_COORDINATOR", default_value = "http://127.0.0.1:7733")]
+    pub coordinator: String,
+}
+
+/// How to run a job.
+#[derive(Debug, Args)]
+pub struct RunArgs {
+    /// Number of workers, one a GPU
+    #[arg(long, required = true, default_value_t = 0, hide_default_value = true)]
+    pub world_size: u32,
+    /// Job file
+    #[arg(long, default_value = "job.toml")]
+    pub job: PathBuf,
+    /// Start the workers too, on this machine
+    #[arg(long)]
+    pub local: bool,
+    /// Address to listen on [default: 127.0.0.1:7733; with --local a free port]
+    #[arg(long)]
+    pub listen: Option<SocketAddr>,
+    /// Listen beyond this machine without encryption or authentication
+    #[arg(long)]
+    pub insecure: bool,
+    /// Folder for checkpoints and logs of this job
+    #[arg(long, default_value = "peapod-state")]
+    pub state_dir: PathBuf,
+    /// Silence after which a worker is dead
+    #[arg(long, default_value = "3s", value_parser = humantime::parse_duration)]
+    pub heartbeat_timeout: Duration,
+    /// How long to wait for missing workers
+    #[arg(long, default_value = "10m", value_parser = humantime::parse_duration)]
+    pub join_timeout: Duration,
+    /// With --local: how often dead workers are started again
+    #[arg(long, default_value_t = 3)]
+    pub max_restarts: u32,
+    /// Write one line for each trained sample: step, epoch, shard, index
+    #[arg(long)]
+    pub sample_log: Option<PathBuf>,
+}
+
+/// Most workers a job can have.
+const MAX_WORLD_SIZE: u32 = 65_536;
+
+impl RunArgs {
+    /// Checks ranges and relations.
+    ///
+    /// # Errors
+    /// One line that names the relation that does not hold.
+    pub fn validate(&self) -> Result<(), String> {
+        if !(1..=MAX_WORLD_SIZE).contains(&self.world_size) {
+            return Err(format!("--world-size {} must be within 1..={MAX_WORLD_SIZE}", self.world_size));
+        }
+        if self.heartbeat_timeout < Duration::from_millis(100) {
+            return Err(format!("--heartbeat-timeout {} must be at least 100ms", humantime::format_duration(self.heartbeat_timeout)));
+        }
+        if self.join_timeout < self.heartbeat_timeout {
+            return Err(format!(
+                "--join-timeout {} must be at least --heartbeat-timeout {}",
+                humantime::format_duration(self.join_timeout),
+                humantime::format_duration(self.heartbeat_timeout)
+            ));
+        }
+        let ip = self.listen_address().ip();
+        if !ip.is_loopback() && !self.insecure {
+            return Err(format!(
+                "--listen {ip} is reachable from other machines, and TLS is not built yet: listen on 127.0.0.1, or add --insecure on a network you trust"
+            ));
+        }
+        Ok(())
+    }
+
+    /// Where to listen.
+    #[must_use]
+    pub fn listen_address(&self) -> SocketAddr {
+        let port = if self.local { 0 } else { DEFAULT_PORT };
+        self.listen.unwrap_or_else(|| SocketAddr::new(IpAddr::from([127, 0, 0, 1]), port))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn run(arguments: &[&str]) -> Result<RunArgs, String> {
+        let all = ["coordinator"].iter().chain(arguments);
+        let cli = Cli::try_parse_from(all).map_err(|error| error.to_string())?;
+        cli.run.validate().map(|()| cli.run)
+    }
+
+    #[test]
+    fn arguments_form_a_valid_command() {
+        use clap::CommandFactory;
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn refusals_name_the_relation() {
+        for (arguments, words) in [
+            (&["--world-size", "0"][..], "within 1..=65536"),
+            (&[], "--world-size"),
+            (&["--world-size", "2", "--heartbeat-timeout", "10ms"], "at least 100ms"),
+            (&["--world-size", "2", "--join-timeout", "1s"], "at least --heartbeat-timeout"),
+            (&["--world-size", "2", "--listen", "0.0.0.0:7733"], "--insecure"),
+            (&["--world-size", "2", "--heartbeat-timeout", "soon"], "--heartbeat-timeout"),
+        ] {
+            let error = run(arguments).unwrap_err();
+            assert!(error.contains(words), "{arguments:?}: {error}");
+        }
+        assert!(run(&["--world-size", "2", "--listen", "0.0.0.0:7733", "--insecure"]).is_ok());
+    }
+
+    #[test]
+    fn local_world_takes_a_free_port() {
+        assert_eq!(run(&["--world-size", "2", "--local"]).unwrap().listen_address().port(), 0);
+        assert_eq!(run(&["--world-size", "2"]).unwrap().listen_address().port(), DEFAULT_PORT);
+    }
+
+    #[test]
+    fn subcommands_need_no_world() {
+        assert!(Cli::try_parse_from(["coordinator", "status"]).is_ok());
+        assert!(Cli::try_parse_from(["coordinator", "drain", "3"]).is_ok());
+    }
+}

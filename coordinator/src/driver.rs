@@ -1,0 +1,328 @@
+//! The one task that owns the core: commands in, effects out, asleep until the next deadline.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use peapod_proto::ids::{Generation, Rank, Step, WorkerId};
+use peapod_proto::message::{FromWorker, Hello, StopReason, ToWorker};
+use tokio::sync::{mpsc, oneshot};
+
+use crate::core::ledger::{Ledger, Totals};
+use crate::core::{Core, CoreError, Effect, Event, Outcome, StreamId, Timestamp, WorkerView};
+use crate::journal::Journal;
+use crate::observe::Observer;
+
+/// Messages that may wait for one worker before it counts as stuck.
+pub const OUTBOUND_CAPACITY: usize = 1024;
+/// Frozen ledgers that wait for their parts; older ones are of uploads that never came.
+const MAX_FROZEN: usize = 4;
+
+/// What the shell asks of the driver. Every reply is sent, or dropped when the job is over.
+#[derive(Debug)]
+pub enum Command {
+    /// A worker opened a stream; messages for it go to `outbound`.
+    Hello {
+        /// What it said.
+        hello: Hello,
+        /// Its end of the stream.
+        outbound: mpsc::Sender<ToWorker>,
+        /// Its id and its stream's, or why it is refused.
+        reply: oneshot::Sender<Result<(WorkerId, StreamId), CoreError>>,
+    },
+    /// A worker said something.
+    Message {
+        /// Who.
+        worker: WorkerId,
+        /// On which stream.
+        stream: StreamId,
+        /// What.
+        message: FromWorker,
+    },
+    /// A stream ended.
+    Closed {
+        /// Whose.
+        worker: WorkerId,
+        /// Which.
+        stream: StreamId,
+        /// Why.
+        cause: String,
+    },
+    /// The parts of a checkpoint are stored: give its ledger once its step is final.
+    LedgerOf {
+        /// Its step.
+        step: Step,
+        /// Its generation.
+        generation: Generation,
+        /// The ledger, or why there is none.
+        reply: oneshot::Sender<Result<Arc<Ledger>, String>>,
+    },
+    /// A checkpoint is whole, or could not be stored.
+    CheckpointDone {
+        /// Its step.
+        step: Step,
+        /// Its generation.
+        generation: Generation,
+        /// How it went.
+        result: Result<(), String>,
+    },
+    /// What the job is doing.
+    Status {
+        /// The answer.
+        reply: oneshot::Sender<Status>,
+    },
+    /// End the job with a checkpoint.
+    Stop {
+        /// Why.
+        reason: String,
+    },
+    /// A missing worker will not come back.
+    GiveUp {
+        /// Why.
+        reason: String,
+    },
+    /// Let a worker leave.
+    Drain {
+        /// Its rank.
+        rank: Rank,
+        /// Whether there is such a worker.
+        reply: oneshot::Sender<Result<(), CoreError>>,
+    },
+}
+
+/// A picture of the job.
+#[derive(Debug, Clone)]
+pub struct Status {
+    /// In a few words.
+    pub state: String,
+    /// Current generation.
+    pub generation: Generation,
+    /// Last final step.
+    pub final_step: Step,
+    /// Workers by rank.
+    pub workers: Vec<WorkerView>,
+    /// First epoch that is not complete.
+    pub epoch: u32,
+    /// Shards of it that are done.
+    pub shards_done: u32,
+    /// Shards of it that are leased.
+    pub shards_leased: u32,
+    /// Samples over all epochs.
+    pub totals: Totals,
+    /// Newest whole checkpoint.
+    pub checkpoint_step: Option<Step>,
+    /// First failure, if any.
+    pub first_failure: Option<String>,
+}
+
+/// Owns the core and the ends of all streams.
+pub struct Driver {
+    core: Core,
+    commands: mpsc::Receiver<Command>,
+    started: Instant,
+    next_stream: u64,
+    /// Streams whose hello has not been answered yet.
+    arriving: HashMap<StreamId, mpsc::Sender<ToWorker>>,
+    streams: HashMap<WorkerId, (StreamId, mpsc::Sender<ToWorker>)>,
+    frozen: BTreeMap<(Step, Generation), Arc<Ledger>>,
+    waiters: Vec<(Step, Generation, oneshot::Sender<Result<Arc<Ledger>, String>>)>,
+    journal: Box<dyn Journal>,
+    observer: Observer,
+}
+
+impl Driver {
+    /// A driver for `core`, fed by `commands`.
+    #[must_use]
+    pub fn new(core: Core, commands: mpsc::Receiver<Command>, journal: Box<dyn Journal>, observer: Observer) -> Self {
+        Self {
+            core,
+            commands,
+            started: Instant::now(),
+            next_stream: 1,
+            arriving: HashMap::new(),
+            streams: HashMap::new(),
+            frozen: BTreeMap::new(),
+            waiters: Vec::new(),
+            journal,
+            observer,
+        }
+    }
+
+    /// Runs until the job is over.
+    pub async fn run(mut self) -> (Outcome, Observer) {
+        loop {
+            let sleep = self.core.next_deadline().map_or(Duration::from_secs(3600), |at| at.saturating_sub(self.now()));
+            let outcome = tokio::select! {
+                command = self.commands.recv() => match command {
+                    Some(command) => self.handle(command),
+                    None => Some(Outcome::Failed { reason: "the coordinator's services ended".into() }),
+                },
+                () = tokio::time::sleep(sleep) => self.event(Event::Tick).unwrap_or_else(|error| {
+                    tracing::error!("tick refused: {error}");
+                    None
+                }),
+            };
+            if let Some(outcome) = outcome {
+                return (outcome, self.observer);
+            }
+        }
+    }
+
+    fn now(&self) -> Timestamp {
+        self.started.elapsed()
+    }
+
+    fn handle(&mut self, command: Command) -> Option<Outcome> {
+        match command {
+            Command::Hello { hello, outbound, reply } => {
+                let stream = StreamId(self.next_stream);
+                self.next_stream += 1;
+                self.arriving.insert(stream, outbound);
+                let result = self.event(Event::Hello { stream, hello });
+                self.arriving.remove(&stream);
+                let attached = self.streams.iter().find(|(_, (attached, _))| *attached == stream).map(|(&worker, _)| worker);
+                let (answer, outcome) = match (result, attached) {
+                    (Ok(outcome), Some(worker)) => (Ok((worker, stream)), outcome),
+                    (Ok(outcome), None) => (Err(CoreError::StaleStream), outcome),
+                    (Err(error), _) => (Err(error), None),
+                };
+                // A stream that is gone before its answer is noticed by the service.
+                let _ = reply.send(answer);
+                outcome
+            }
+            Command::Message { worker, stream, message } => match self.event(Event::Message { worker, stream, message }) {
+                Ok(outcome) => outcome,
+                Err(error) => self.refuse(worker, &error),
+            },
+            Command::Closed { worker, stream, cause } => {
+                if self.streams.get(&worker).is_some_and(|(current, _)| *current == stream) {
+                    self.streams.remove(&worker);
+                }
+                self.event_or_log(Event::Closed { worker, stream, cause })
+            }
+            Command::LedgerOf { step, generation, reply } => {
+                match self.frozen.get(&(step, generation)) {
+                    Some(ledger) => drop(reply.send(Ok(ledger.clone()))),
+                    None if generation != self.core.generation() => {
+                        drop(reply.send(Err(format!("{generation} is over and step {step} is not on its line"))))
+                    }
+                    None => self.waiters.push((step, generation, reply)),
+                }
+                None
+            }
+            Command::CheckpointDone { step, generation, result } => {
+                self.frozen.remove(&(step, generation));
+                self.event_or_log(match result {
+                    Ok(()) => Event::CheckpointStored { step, generation },
+                    Err(error) => Event::CheckpointFailed { step, generation, error },
+                })
+            }
+            Command::Status { reply } => {
+                let _ = reply.send(self.status());
+                None
+            }
+            Command::Stop { reason } => self.event_or_log(Event::Stop { reason }),
+            Command::GiveUp { reason } => self.event_or_log(Event::GiveUp { reason }),
+            Command::Drain { rank, reply } => {
+                let (answer, outcome) = match self.event(Event::Drain { rank }) {
+                    Ok(outcome) => (Ok(()), outcome),
+                    Err(error) => (Err(error), None),
+                };
+                let _ = reply.send(answer);
+                outcome
+            }
+        }
+    }
+
+    fn event_or_log(&mut self, event: Event) -> Option<Outcome> {
+        self.event(event).unwrap_or_else(|error| {
+            tracing::warn!("{error}");
+            None
+        })
+    }
+
+    /// A message the rules refuse: late ones are normal, others show a broken worker.
+    fn refuse(&mut self, worker: WorkerId, error: &CoreError) -> Option<Outcome> {
+        match error {
+            CoreError::StaleGeneration { .. } | CoreError::StaleStream => tracing::debug!("{worker}: {error}"),
+            CoreError::ModelsDiffer { .. } => {
+                tracing::error!("{error}");
+                self.send(worker, ToWorker::Stop { reason: StopReason::Failed, message: error.to_string() });
+                self.streams.remove(&worker);
+            }
+            _ => tracing::warn!("{error}"),
+        }
+        None
+    }
+
+    /// Applies an event and carries out its effects in order.
+    fn event(&mut self, event: Event) -> Result<Option<Outcome>, CoreError> {
+        let effects = self.core.step(self.now(), event)?;
+        let mut outcome = None;
+        for effect in effects {
+            match effect {
+                Effect::Attach { worker, stream } => {
+                    if let Some(outbound) = self.arriving.remove(&stream) {
+                        self.streams.insert(worker, (stream, outbound));
+                    }
+                }
+                Effect::Send { worker, message } => self.send(worker, message),
+                Effect::Detach { worker } => drop(self.streams.remove(&worker)),
+                Effect::Persist(fact) => {
+                    if let Err(error) = self.journal.append(&fact) {
+                        return Ok(Some(Outcome::Failed { reason: format!("the journal cannot be written: {error}") }));
+                    }
+                }
+                Effect::Committed { record, timings } => self.observer.committed(&record, timings),
+                Effect::Freeze { step, generation, ledger } => self.freeze(step, generation, &ledger),
+                Effect::Void { generation, after } => self.void(generation, after),
+                Effect::Notice(notice) => self.observer.notice(&notice),
+                Effect::Finish(reached) => outcome = Some(reached),
+            }
+        }
+        Ok(outcome)
+    }
+
+    fn send(&mut self, worker: WorkerId, message: ToWorker) {
+        let Some((_, outbound)) = self.streams.get(&worker) else { return };
+        // A worker that does not read is as good as gone; its stream's end says so to the core.
+        if let Err(error) = outbound.try_send(message) {
+            tracing::debug!("{worker} takes no messages: {error}");
+            self.streams.remove(&worker);
+        }
+    }
+
+    fn freeze(&mut self, step: Step, generation: Generation, ledger: &Arc<Ledger>) {
+        self.frozen.insert((step, generation), ledger.clone());
+        while self.frozen.len() > MAX_FROZEN {
+            self.frozen.pop_first();
+        }
+        for (_, _, reply) in self.waiters.extract_if(.., |(s, g, _)| (*s, *g) == (step, generation)) {
+            let _ = reply.send(Ok(ledger.clone()));
+        }
+    }
+
+    fn void(&mut self, generation: Generation, after: Step) {
+        self.frozen.retain(|&(step, frozen), _| frozen != generation || step <= after);
+        for (step, _, reply) in self.waiters.extract_if(.., |(step, waiting, _)| *waiting == generation && *step > after) {
+            let _ = reply.send(Err(format!("step {step} of {generation} is void: the job goes on from step {after}")));
+        }
+    }
+
+    fn status(&self) -> Status {
+        let ledger = self.core.ledger();
+        let epoch = ledger.first_open_epoch();
+        Status {
+            state: self.core.state(),
+            generation: self.core.generation(),
+            final_step: self.core.final_step(),
+            workers: self.core.workers(self.now()),
+            epoch: epoch.0,
+            shards_done: ledger.num_done(epoch),
+            shards_leased: self.core.num_leased(),
+            totals: ledger.totals(),
+            checkpoint_step: self.core.checkpoint_step(),
+            first_failure: self.core.first_failure().map(str::to_owned),
+        }
+    }
+}

@@ -1,0 +1,304 @@
+//! What people see of a job: log lines, a progress bar on a terminal, the step log, and the summary at the end.
+
+use std::io::{self, BufWriter, IsTerminal, Write};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use indicatif::{ProgressBar, ProgressStyle};
+use peapod_proto::ids::Step;
+use peapod_proto::message::{StepLosses, StepRecord, StepTimings};
+
+use crate::core::Notice;
+
+/// Between two progress lines where there is no terminal.
+const LINE_EVERY: Duration = Duration::from_secs(10);
+
+/// The bar, if the job has one: shared with the log writer, so that lines and bar do not mix.
+#[derive(Debug, Clone)]
+pub struct Bar(ProgressBar);
+
+impl Bar {
+    /// A bar on a terminal; hidden elsewhere.
+    #[must_use]
+    pub fn new() -> Self {
+        if io::stderr().is_terminal() { Self(ProgressBar::no_length()) } else { Self(ProgressBar::hidden()) }
+    }
+}
+
+impl Default for Bar {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Write for &Bar {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.suspend(|| io::stderr().write(bytes))
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        io::stderr().flush()
+    }
+}
+
+impl<'a> tracing_subscriber::fmt::MakeWriter<'a> for Bar {
+    type Writer = &'a Bar;
+
+    fn make_writer(&'a self) -> Self::Writer {
+        self
+    }
+}
+
+/// Files that an observer writes.
+#[derive(Debug, Default)]
+pub struct Logs {
+    /// One line of JSON a final step.
+    steps: Option<BufWriter<std::fs::File>>,
+    /// One line a trained sample: step, epoch, shard, index.
+    samples: Option<BufWriter<std::fs::File>>,
+}
+
+impl Logs {
+    /// Opens the files for appending.
+    ///
+    /// # Errors
+    /// Names the file that cannot be opened.
+    pub fn open(steps: &Path, samples: Option<&Path>) -> anyhow::Result<Self> {
+        let open = |path: &Path| {
+            let file = std::fs::OpenOptions::new().create(true).append(true).open(path);
+            file.map(BufWriter::new).map_err(|error| anyhow::anyhow!("cannot write {}: {error}", path.display()))
+        };
+        Ok(Self { steps: Some(open(steps)?), samples: samples.map(open).transpose()? })
+    }
+}
+
+/// What a job came to.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Summary {
+    /// Final steps of this run.
+    pub steps: u64,
+    /// The last of them.
+    pub last_step: Step,
+    /// Losses of the first one.
+    pub first: StepLosses,
+    /// Mean losses of the last tenth.
+    pub last: StepLosses,
+    /// Samples trained.
+    pub samples: u64,
+    /// Samples a second, from the first final step to the last.
+    pub samples_per_second: f64,
+}
+
+/// Watches a job.
+pub struct Observer {
+    bar: Bar,
+    logs: Logs,
+    last_step: Option<u64>,
+    losses: Vec<StepLosses>,
+    samples: u64,
+    samples_after_first: u64,
+    first_at: Option<Instant>,
+    last_at: Option<Instant>,
+    last_line: Instant,
+    last_final: Step,
+    shown: StepLosses,
+}
+
+impl Observer {
+    /// An observer of a job that ends with `last_step`, if it is given in steps, and stands at `step`.
+    #[must_use]
+    pub fn new(bar: Bar, logs: Logs, step: Step, last_step: Option<u64>) -> Self {
+        let template = match last_step {
+            Some(_) => "{bar:30} step {pos}/{len}  {msg}  {eta} left",
+            None => "{spinner} step {pos}  {msg}",
+        };
+        if let Ok(style) = ProgressStyle::with_template(template) {
+            bar.0.set_style(style.progress_chars("━━╌"));
+        }
+        if let Some(last) = last_step {
+            bar.0.set_length(last);
+        }
+        bar.0.set_position(step.0);
+        bar.0.reset_eta();
+        Self {
+            bar,
+            logs,
+            last_step,
+            losses: Vec::new(),
+            samples: 0,
+            samples_after_first: 0,
+            first_at: None,
+            last_at: None,
+            last_line: Instant::now(),
+            last_final: step,
+            shown: StepLosses::default(),
+        }
+    }
+
+    /// A step is final.
+    pub fn committed(&mut self, record: &StepRecord, timings: StepTimings) {
+        let now = Instant::now();
+        if self.first_at.is_some() {
+            self.samples_after_first += record.names.len() as u64;
+        }
+        self.first_at.get_or_insert(now);
+        self.last_at = Some(now);
+        self.samples += record.names.len() as u64;
+        self.last_final = record.step;
+        if !record.skipped {
+            self.losses.push(record.losses);
+            self.shown = smooth(self.shown, record.losses, self.losses.len());
+        }
+        self.write_logs(record, timings);
+        let StepLosses { task, logit, feature, .. } = self.shown;
+        let rate = self.samples_per_second();
+        let line = format!("task {task:.4}  logit {logit:.4}  feature {feature:.3}  {rate:.0} samples/s");
+        self.bar.0.set_position(record.step.0);
+        self.bar.0.set_message(line.clone());
+        if self.bar.0.is_hidden() && (self.last_line.elapsed() >= LINE_EVERY || self.losses.len() == 1) {
+            self.last_line = now;
+            let of = self.last_step.map_or_else(String::new, |last| format!("/{last}"));
+            tracing::info!("step {}{of}  {line}", record.step);
+        }
+    }
+
+    fn write_logs(&mut self, record: &StepRecord, timings: StepTimings) {
+        let result = (|| -> io::Result<()> {
+            if let Some(steps) = &mut self.logs.steps {
+                let line = serde_json::json!({
+                    "step": record.step.0, "generation": record.generation.0, "samples": record.names.len(), "skipped": record.skipped,
+                    "task": record.losses.task, "logit": record.losses.logit, "feature": record.losses.feature,
+                    "grad_norm": record.losses.grad_norm, "learning_rate": record.losses.learning_rate,
+                    "data_s": timings.data, "compute_s": timings.compute, "collective_s": timings.collective, "update_s": timings.update,
+                });
+                writeln!(steps, "{line}")?;
+                steps.flush()?;
+            }
+            if let Some(samples) = self.logs.samples.as_mut().filter(|_| !record.skipped) {
+                for name in &record.names {
+                    writeln!(samples, "{}\t{}\t{}\t{}", record.step, name.epoch, name.shard, name.index)?;
+                }
+                samples.flush()?;
+            }
+            Ok(())
+        })();
+        if let Err(error) = result {
+            // These files explain a run; the run itself does not need them.
+            tracing::error!("step and sample logs stop here: {error}");
+            self.logs = Logs::default();
+        }
+    }
+
+    fn samples_per_second(&self) -> f64 {
+        match (self.first_at, self.last_at) {
+            (Some(first), Some(last)) if last > first => self.samples_after_first as f64 / (last - first).as_secs_f64(),
+            _ => 0.0,
+        }
+    }
+
+    /// Something people want to read.
+    pub fn notice(&mut self, notice: &Notice) {
+        match notice {
+            Notice::Joined(worker) => tracing::info!("{worker} joined, training on {}", worker.device),
+            Notice::Ready(worker) => tracing::info!("{worker} is ready"),
+            Notice::Waiting { text, left } => tracing::warn!("{text}; giving up in {:.0} s (--join-timeout)", left.as_secs_f64()),
+            Notice::Formed { generation, num_members, base_step, from_checkpoint } => {
+                let from = if *from_checkpoint { " (from its checkpoint)" } else { "" };
+                tracing::info!("{generation}: {num_members} workers train from step {base_step}{from}");
+            }
+            Notice::Lost { worker, cause } => {
+                tracing::error!("{worker} lost at step {} in phase {}: {cause}", worker.step, worker.phase.as_str());
+            }
+            Notice::Left(worker) => tracing::info!("{worker} left as asked"),
+            Notice::Aborted { generation, reason } => tracing::warn!("{generation} is broken up: {reason}"),
+            Notice::Planned { reason } => tracing::info!("{reason}: the workers meet after this step"),
+            Notice::RolledBack { from, to } => {
+                tracing::error!(
+                    "no worker that held step {from} is left: going back to step {to}, {} steps are trained again",
+                    from.0 - to.0
+                );
+            }
+            Notice::StepSkipped { step, in_a_row } => tracing::warn!("step {step} is not finite and was skipped ({in_a_row} in a row)"),
+            Notice::BadData { shard, key, detail } if key.is_empty() => tracing::warn!("shard {shard}: {detail}; the rest of it is lost"),
+            Notice::BadData { shard, key, detail } => tracing::warn!("bad sample {key} in {shard}: {detail}"),
+            Notice::Checkpoint { step } => tracing::info!("checkpoint of step {step} stored"),
+            Notice::CheckpointFailed { step, error } => tracing::error!("checkpoint of step {step} not stored: {error}"),
+        }
+    }
+
+    /// Ends the display; nothing if no step became final.
+    #[must_use]
+    pub fn finish(self) -> Option<Summary> {
+        self.bar.0.finish_and_clear();
+        let tenth = self.losses.len().div_ceil(10);
+        let (first, last) = (*self.losses.first()?, &self.losses[self.losses.len() - tenth..]);
+        let mean = |part: fn(&StepLosses) -> f32| last.iter().map(|losses| f64::from(part(losses))).sum::<f64>() as f32 / tenth as f32;
+        Some(Summary {
+            steps: self.losses.len() as u64,
+            last_step: self.last_final,
+            first,
+            last: StepLosses {
+                task: mean(|losses| losses.task),
+                logit: mean(|losses| losses.logit),
+                feature: mean(|losses| losses.feature),
+                grad_norm: mean(|losses| losses.grad_norm),
+                learning_rate: mean(|losses| losses.learning_rate),
+            },
+            samples: self.samples,
+            samples_per_second: self.samples_per_second(),
+        })
+    }
+}
+
+impl std::fmt::Display for Summary {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { steps, last_step, first, last, samples, samples_per_second } = self;
+        writeln!(f, "steps       {steps}, up to step {last_step}, {samples} samples at {samples_per_second:.1} samples/s")?;
+        writeln!(f, "losses      first step -> mean of the last tenth")?;
+        writeln!(f, "  task      {:.4} -> {:.4}", first.task, last.task)?;
+        writeln!(f, "  logit     {:.4} -> {:.4}", first.logit, last.logit)?;
+        write!(f, "  feature   {:.3} -> {:.3}", first.feature, last.feature)
+    }
+}
+
+/// An average that follows the last twenty steps or so.
+fn smooth(shown: StepLosses, new: StepLosses, count: usize) -> StepLosses {
+    let share = (1.0 / count as f32).max(0.05);
+    let mix = |old: f32, new: f32| old + share * (new - old);
+    StepLosses {
+        task: mix(shown.task, new.task),
+        logit: mix(shown.logit, new.logit),
+        feature: mix(shown.feature, new.feature),
+        grad_norm: new.grad_norm,
+        learning_rate: new.learning_rate,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use peapod_proto::ids::{Epoch, Generation, SampleName, ShardId};
+
+    #[test]
+    fn summary_compares_the_first_step_with_the_last_tenth() {
+        let folder = tempfile::tempdir().unwrap();
+        let (steps, samples) = (folder.path().join("steps.jsonl"), folder.path().join("samples.tsv"));
+        let mut observer = Observer::new(Bar(ProgressBar::hidden()), Logs::open(&steps, Some(&samples)).unwrap(), Step(0), Some(20));
+        for step in 1..=20u32 {
+            let record = StepRecord {
+                step: Step(step.into()),
+                generation: Generation(1),
+                names: vec![SampleName { epoch: Epoch(0), shard: ShardId(1), index: step }],
+                skipped: step == 5,
+                losses: StepLosses { feature: (21 - step) as f32, ..StepLosses::default() },
+            };
+            observer.committed(&record, StepTimings::default());
+        }
+        let summary = observer.finish().unwrap();
+        assert_eq!((summary.steps, summary.samples, summary.first.feature, summary.last.feature), (19, 20, 20.0, 1.5));
+        assert_eq!(std::fs::read_to_string(steps).unwrap().lines().count(), 20);
+        let samples = std::fs::read_to_string(samples).unwrap();
+        assert_eq!(samples.lines().next(), Some("1\t0\t1\t1"));
+        assert_eq!(samples.lines().count(), 19, "samples of a skipped step were not trained");
+    }
+}

@@ -1,0 +1,273 @@
+//! Running a job: everything put together, from the job file to the exit code.
+
+use std::fs::File;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context;
+use peapod_proto::ids::Step;
+use peapod_proto::job::Job;
+use peapod_proto::v1;
+use tokio::net::TcpListener;
+use tokio::sync::{mpsc, watch};
+use tokio_stream::wrappers::TcpListenerStream;
+use tonic::transport::Server;
+
+use crate::check::{self, LoadedJob};
+use crate::config::RunArgs;
+use crate::core::{Config, Core, Outcome, Resume};
+use crate::driver::{Command, Driver};
+use crate::journal::Volatile;
+use crate::local::Local;
+use crate::observe::{Bar, Logs, Observer, Summary};
+use crate::service::{JobFacts, Service};
+use crate::store::Store;
+
+/// Commands that may wait for the driver.
+const COMMAND_CAPACITY: usize = 4096;
+/// How long connections may take to end after the job.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How a run ended, in the terms of the shell.
+#[derive(Debug)]
+pub enum Exit {
+    /// All done.
+    Finished,
+    /// Stopped on request; 130 after Ctrl-C, 143 after SIGTERM.
+    Stopped {
+        /// The exit code.
+        code: u8,
+    },
+    /// The job failed.
+    Failed(String),
+    /// Arguments, job file or checkpoint do not fit.
+    Refused(String),
+}
+
+/// Runs a job to its end.
+///
+/// # Errors
+/// What the machine refuses: a port, a folder, a program.
+pub async fn run(args: RunArgs, bar: Bar) -> anyhow::Result<Exit> {
+    if let Err(problem) = args.validate() {
+        return Ok(Exit::Refused(problem));
+    }
+    let LoadedJob { job, toml, shards, visible } = match check::load(&args.job) {
+        Ok(loaded) => loaded,
+        Err(problem) => return Ok(Exit::Refused(problem)),
+    };
+    if let Err(problem) = visible.judge(args.local) {
+        return Ok(Exit::Refused(format!("{}: {problem}", args.job.display())));
+    }
+    if visible.found == 0 {
+        tracing::warn!("none of the {} shards is visible from this machine; the workers must see them", shards.len());
+    }
+    if job.train.global_batch < args.world_size {
+        let (batch, world) = (job.train.global_batch, args.world_size);
+        return Ok(Exit::Refused(format!(
+            "train.global_batch ({batch}) must be at least --world-size ({world}): every worker trains part of it"
+        )));
+    }
+    let _lock = match lock(&args.state_dir)? {
+        Ok(lock) => lock,
+        Err(problem) => return Ok(Exit::Refused(problem)),
+    };
+    let checkpoints = job.checkpoint.store.clone().unwrap_or_else(|| args.state_dir.join("checkpoints"));
+    let store = Store::local(&checkpoints)?;
+    let resume = match resume(&store, &job).await? {
+        Ok(resume) => resume,
+        Err(problem) => return Ok(Exit::Refused(problem)),
+    };
+    let step = resume.as_ref().map_or(Step(0), |resume| resume.step);
+    if let Some(last) = job.last_step().filter(|&last| step.0 >= last) {
+        tracing::info!("the job is finished already: its checkpoint in {} is of step {step}, train.steps is {last}", checkpoints.display());
+        return Ok(Exit::Finished);
+    }
+    let logs = Logs::open(&args.state_dir.join("steps.jsonl"), args.sample_log.as_deref())?;
+    let listener = TcpListener::bind(args.listen_address()).await.with_context(|| format!("cannot listen on {}", args.listen_address()))?;
+    let address = format!("http://{}", listener.local_addr()?);
+    announce(&args, &job, &address, shards.len());
+
+    let job_id = format!("{:016x}", random()?);
+    let facts = JobFacts {
+        job_id: job_id.clone(),
+        name: job.name.clone(),
+        toml: toml.clone(),
+        last_step: job.last_step(),
+        num_shards: shards.len() as u32,
+        keep: job.checkpoint.keep,
+    };
+    let config = Config {
+        world_size: args.world_size,
+        heartbeat_timeout: args.heartbeat_timeout,
+        join_timeout: args.join_timeout,
+        job_id,
+        job_toml: toml,
+        seed: job.seed,
+        shards,
+        epochs: job.train.epochs,
+        last_step: job.last_step().map(Step),
+        checkpoint_every: job.checkpoint.every,
+        max_bad_fraction: job.data.max_bad_fraction,
+        max_skipped_steps: job.train.max_skipped_steps,
+    };
+    let observer = Observer::new(bar, logs, step, job.last_step());
+    let (commands, inbox) = mpsc::channel(COMMAND_CAPACITY);
+    let driver = Driver::new(Core::new(config, resume), inbox, Box::new(Volatile), observer);
+    let (over, is_over) = watch::channel(false);
+
+    let service = Service::new(commands.clone(), store.clone(), facts);
+    let server = Server::builder()
+        .tcp_nodelay(true)
+        .http2_keepalive_interval(Some(args.heartbeat_timeout))
+        .http2_keepalive_timeout(Some(args.heartbeat_timeout))
+        .add_service(v1::membership_server::MembershipServer::new(service.clone()))
+        .add_service(v1::checkpoints_server::CheckpointsServer::new(service.clone()))
+        .add_service(v1::control_server::ControlServer::new(service))
+        .serve_with_incoming_shutdown(TcpListenerStream::new(listener), wait_for(is_over.clone()));
+    let server = tokio::spawn(server);
+    let signals = tokio::spawn(watch_signals(commands.clone()));
+    let local = args.local.then(|| {
+        let local = Local {
+            program: Local::find_program(),
+            world_size: args.world_size,
+            coordinator: address.clone(),
+            max_restarts: args.max_restarts,
+        };
+        tokio::spawn(local.run(commands.clone(), is_over.clone()))
+    });
+
+    let driver = tokio::spawn(driver.run());
+    let ended = match local {
+        // Without workers the driver would wait for its whole join timeout.
+        Some(local) => run_with_children(driver, local, &over).await?,
+        None => driver.await.context("driver")?,
+    };
+    let (outcome, observer) = ended;
+    let _ = over.send(true);
+    // The last messages to the workers are on their way; a connection that does not end by itself is cut.
+    let _ = tokio::time::timeout(CLOSE_TIMEOUT, server).await;
+    let code = if signals.is_finished() { signals.await.context("signals")? } else { 0 };
+    let summary = observer.finish();
+    conclude(outcome, code, summary, &store).await
+}
+
+type Driven = (Outcome, Observer);
+
+async fn run_with_children(
+    mut driver: tokio::task::JoinHandle<Driven>,
+    mut local: tokio::task::JoinHandle<std::io::Result<()>>,
+    over: &watch::Sender<bool>,
+) -> anyhow::Result<Driven> {
+    tokio::select! {
+        driven = &mut driver => {
+            let _ = over.send(true);
+            local.await.context("workers")??;
+            driven.context("driver")
+        }
+        result = &mut local => {
+            // All children ended in a way that no restart cures; what they said is in the log.
+            result.context("workers")??;
+            driver.await.context("driver")
+        }
+    }
+}
+
+async fn conclude(outcome: Outcome, code: u8, summary: Option<Summary>, store: &Store) -> anyhow::Result<Exit> {
+    if let Some(summary) = &summary {
+        println!("{summary}");
+    }
+    if let Some(manifest) = store.list().await?.pop() {
+        println!("checkpoint  {}", store.location(manifest.step, manifest.generation));
+    }
+    Ok(match outcome {
+        Outcome::Finished => Exit::Finished,
+        Outcome::Stopped { reason } => {
+            tracing::info!("stopped: {reason}");
+            Exit::Stopped { code }
+        }
+        Outcome::Failed { reason } => Exit::Failed(reason),
+    })
+}
+
+fn announce(args: &RunArgs, job: &Job, address: &str, num_shards: usize) {
+    tracing::info!("job {}: {} workers, {num_shards} shards, listening on {address}", job.name, args.world_size);
+    if args.insecure {
+        tracing::warn!("--insecure: anyone who reaches {address} can join, stop or replace this job");
+    }
+    if !args.local {
+        tracing::info!("start on each host, once a GPU:  worker --coordinator {address}");
+    }
+}
+
+/// Keeps a second coordinator out of the folder.
+fn lock(state_dir: &Path) -> anyhow::Result<Result<File, String>> {
+    std::fs::create_dir_all(state_dir).with_context(|| format!("cannot make --state-dir {}", state_dir.display()))?;
+    let path = state_dir.join("lock");
+    let file = File::create(&path).with_context(|| format!("cannot write {}", path.display()))?;
+    Ok(match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(std::fs::TryLockError::WouldBlock) => {
+            Err(format!("--state-dir {} belongs to a coordinator that is running; give each job its own", state_dir.display()))
+        }
+        Err(std::fs::TryLockError::Error(error)) => return Err(error).with_context(|| format!("cannot lock {}", path.display())),
+    })
+}
+
+/// The newest checkpoint, if it is of this job.
+async fn resume(store: &Store, job: &Job) -> anyhow::Result<Result<Option<Resume>, String>> {
+    let Some((manifest, ledger)) = store.newest().await? else { return Ok(Ok(None)) };
+    let location = store.location(manifest.step, manifest.generation);
+    let before = match Job::parse(&manifest.job) {
+        Ok(before) => before,
+        Err(error) => return Ok(Err(format!("the job file kept in {location} cannot be read: {error}"))),
+    };
+    let differences = job.identity_differences(&before);
+    if !differences.is_empty() {
+        let list = differences.iter().map(|difference| format!("\n  {difference}")).collect::<String>();
+        return Ok(Err(format!(
+            "the checkpoint in {location} belongs to another job:{list}\nTo go on with it, restore these; to start anew, give another --state-dir or checkpoint.store"
+        )));
+    }
+    if *job != before {
+        tracing::info!("the job file has changed since {location}; its new settings hold from here on");
+    }
+    tracing::info!("resuming from {location}");
+    Ok(Ok(Some(Resume { step: manifest.step, ledger: Arc::new(ledger), generation: manifest.generation })))
+}
+
+async fn wait_for(mut over: watch::Receiver<bool>) {
+    // The sender lives as long as the run.
+    let _ = over.wait_for(|&over| over).await;
+}
+
+/// Turns the first Ctrl-C or SIGTERM into an orderly stop and the second into an end; returns the code of the first.
+async fn watch_signals(commands: mpsc::Sender<Command>) -> u8 {
+    use tokio::signal::unix::{SignalKind, signal};
+    let (Ok(mut interrupt), Ok(mut terminate)) = (signal(SignalKind::interrupt()), signal(SignalKind::terminate())) else {
+        tracing::error!("signals cannot be caught: Ctrl-C will end the job without a checkpoint");
+        return std::future::pending().await;
+    };
+    let (name, code) = tokio::select! {
+        _ = interrupt.recv() => ("Ctrl-C", 130),
+        _ = terminate.recv() => ("SIGTERM", 143),
+    };
+    tracing::info!("{name}: ending the job with a checkpoint; once more to end it at once");
+    let _ = commands.send(Command::Stop { reason: name.into() }).await;
+    tokio::spawn(async move {
+        tokio::select! {
+            _ = interrupt.recv() => {}
+            _ = terminate.recv() => {}
+        }
+        tracing::error!("ended at once, without a checkpoint");
+        std::process::exit(code.into());
+    });
+    code
+}
+
+fn random() -> anyhow::Result<u64> {
+    let mut bytes = [0; 8];
+    getrandom::fill(&mut bytes).map_err(|error| anyhow::anyhow!("no randomness from the system: {error}"))?;
+    Ok(u64::from_le_bytes(bytes))
+}

@@ -1,0 +1,332 @@
+//! The gRPC services: decode, send a command, await its reply, encode.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::{Stream, StreamExt};
+use peapod_proto::ids::{Generation, Rank, Step, WorkerId};
+use peapod_proto::message::{FromWorker, ToWorker};
+use peapod_proto::v1;
+use sha2::Digest;
+use tokio::sync::{mpsc, oneshot};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status, Streaming};
+
+use crate::core::{CoreError, StreamId};
+use crate::driver::{Command, OUTBOUND_CAPACITY};
+use crate::store::{Manifest, Part, Store, StoreError, hex};
+
+/// How long a peer may take to say hello.
+const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
+/// Files in one checkpoint.
+const MAX_PARTS: usize = 16;
+/// Size of one file of a checkpoint: far above any adapter, far below a disk.
+const MAX_PART_BYTES: u64 = 8 << 30;
+/// Bytes in one message of a download.
+const DOWNLOAD_CHUNK: usize = 1 << 20;
+
+/// Serves all three services.
+#[derive(Debug, Clone)]
+pub struct Service {
+    commands: mpsc::Sender<Command>,
+    store: Store,
+    facts: Arc<JobFacts>,
+}
+
+/// What the services say about the job besides its state.
+#[derive(Debug)]
+pub struct JobFacts {
+    /// Names this run.
+    pub job_id: String,
+    /// Name in the job file.
+    pub name: String,
+    /// The job file.
+    pub toml: String,
+    /// Last step, if the job is given in steps.
+    pub last_step: Option<u64>,
+    /// Number of shards.
+    pub num_shards: u32,
+    /// Checkpoints to keep.
+    pub keep: u32,
+}
+
+impl From<CoreError> for Status {
+    fn from(error: CoreError) -> Self {
+        let message = error.to_string();
+        match error {
+            CoreError::NoSuchRank { .. } => Self::invalid_argument(message),
+            CoreError::RankTaken { .. } | CoreError::WorldFull { .. } => Self::already_exists(message),
+            CoreError::Version { .. } | CoreError::ModelsDiffer { .. } | CoreError::Ending(_) | CoreError::Unexpected { .. } => {
+                Self::failed_precondition(message)
+            }
+            CoreError::StaleStream | CoreError::StaleGeneration { .. } => Self::aborted(message),
+            CoreError::NobodyHasRank(_) => Self::not_found(message),
+        }
+    }
+}
+
+fn over() -> Status {
+    Status::unavailable("the coordinator is stopping")
+}
+
+impl Service {
+    /// Services that talk to the driver through `commands`.
+    #[must_use]
+    pub fn new(commands: mpsc::Sender<Command>, store: Store, facts: JobFacts) -> Self {
+        Self { commands, store, facts: Arc::new(facts) }
+    }
+
+    async fn ask<T>(&self, command: impl FnOnce(oneshot::Sender<T>) -> Command) -> Result<T, Status> {
+        let (reply, answer) = oneshot::channel();
+        self.commands.send(command(reply)).await.map_err(|_| over())?;
+        answer.await.map_err(|_| over())
+    }
+}
+
+/// A stream of messages to one worker.
+type Outbound = std::pin::Pin<Box<dyn Stream<Item = Result<v1::ToWorker, Status>> + Send>>;
+
+#[tonic::async_trait]
+impl v1::membership_server::Membership for Service {
+    type JoinStream = Outbound;
+
+    async fn join(&self, request: Request<Streaming<v1::FromWorker>>) -> Result<Response<Outbound>, Status> {
+        let mut inbound = request.into_inner();
+        let first = tokio::time::timeout(HELLO_TIMEOUT, inbound.message())
+            .await
+            .map_err(|_| Status::deadline_exceeded(format!("no hello within {} s", HELLO_TIMEOUT.as_secs())))??
+            .ok_or_else(|| Status::invalid_argument("the stream ended before its hello"))?;
+        let FromWorker::Hello(hello) = FromWorker::try_from(first).map_err(|error| Status::invalid_argument(error.to_string()))? else {
+            return Err(Status::invalid_argument("the first message of a stream is a hello"));
+        };
+        let (outbound, messages) = mpsc::channel::<ToWorker>(OUTBOUND_CAPACITY);
+        let (worker, stream) = self.ask(|reply| Command::Hello { hello, outbound, reply }).await??;
+        tokio::spawn(read_worker(inbound, self.commands.clone(), worker, stream));
+        let messages = ReceiverStream::new(messages).map(|message| Ok(v1::ToWorker::from(message)));
+        Ok(Response::new(Box::pin(messages)))
+    }
+}
+
+/// Hands on what a worker says until its stream ends; the end is its death notice.
+async fn read_worker(mut inbound: Streaming<v1::FromWorker>, commands: mpsc::Sender<Command>, worker: WorkerId, stream: StreamId) {
+    let cause = loop {
+        let message = match inbound.message().await {
+            Ok(Some(message)) => message,
+            Ok(None) => break "its process closed the connection".to_owned(),
+            Err(status) => break transport_cause(&status),
+        };
+        let message = match FromWorker::try_from(message) {
+            Ok(message) => message,
+            Err(error) => break error.to_string(),
+        };
+        if commands.send(Command::Message { worker, stream, message }).await.is_err() {
+            return;
+        }
+    };
+    // The driver may be gone: then the job is over and nobody needs to know.
+    let _ = commands.send(Command::Closed { worker, stream, cause }).await;
+}
+
+/// The transport's reason without its layers of wrapping.
+fn transport_cause(status: &Status) -> String {
+    let mut source: Option<&(dyn std::error::Error + 'static)> = std::error::Error::source(status);
+    let mut cause = status.message().to_owned();
+    while let Some(error) = source {
+        cause = error.to_string();
+        source = error.source();
+    }
+    if cause.is_empty() || cause.contains("connection error") || cause.contains("broken pipe") || cause.contains("reset") {
+        return "its connection broke (the process died or its network did)".into();
+    }
+    cause
+}
+
+type Downloads = std::pin::Pin<Box<dyn Stream<Item = Result<v1::DownloadMessage, Status>> + Send>>;
+
+#[tonic::async_trait]
+impl v1::checkpoints_server::Checkpoints for Service {
+    async fn upload(&self, request: Request<Streaming<v1::UploadMessage>>) -> Result<Response<v1::UploadReceipt>, Status> {
+        let mut messages = request.into_inner();
+        let header = match messages.message().await?.and_then(|message| message.message) {
+            Some(v1::upload_message::Message::Header(header)) => header,
+            _ => return Err(Status::invalid_argument("an upload begins with its header")),
+        };
+        let header = Header::try_from(header)?;
+        let (step, generation) = (header.step, header.generation);
+        let result = self.receive(&header, &mut messages).await;
+        let report = result.as_ref().map(drop).map_err(|status| status.message().to_owned());
+        let _ = self.commands.send(Command::CheckpointDone { step, generation, result: report }).await;
+        let location = result?;
+        if let Err(error) = self.store.retain(self.facts.keep).await {
+            tracing::warn!("old checkpoints stay: {error}");
+        }
+        Ok(Response::new(v1::UploadReceipt { location }))
+    }
+
+    type DownloadStream = Downloads;
+
+    async fn download(&self, request: Request<v1::DownloadRequest>) -> Result<Response<Downloads>, Status> {
+        let step = Step(request.into_inner().step);
+        let manifest = self.store.find(step).await.map_err(store_failed)?;
+        let manifest = manifest.ok_or_else(|| Status::not_found(format!("there is no checkpoint of step {step}")))?;
+        let (sender, receiver) = mpsc::channel(4);
+        tokio::spawn(send_checkpoint(self.store.clone(), manifest, sender));
+        Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
+    }
+}
+
+/// A checked upload header.
+struct Header {
+    step: Step,
+    generation: Generation,
+    parts: Vec<Part>,
+}
+
+impl TryFrom<v1::CheckpointHeader> for Header {
+    type Error = Status;
+
+    fn try_from(wire: v1::CheckpointHeader) -> Result<Self, Status> {
+        if wire.parts.is_empty() || wire.parts.len() > MAX_PARTS {
+            return Err(Status::invalid_argument(format!("a checkpoint has 1 to {MAX_PARTS} parts, not {}", wire.parts.len())));
+        }
+        let part = |part: v1::CheckpointPart| {
+            let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.');
+            if part.name.is_empty() || part.name.starts_with('.') || part.name.len() > 100 || !part.name.chars().all(plain) {
+                return Err(Status::invalid_argument(format!("{:?} is no name for a part", part.name)));
+            }
+            if part.num_bytes > MAX_PART_BYTES || part.sha256.len() != 32 {
+                return Err(Status::invalid_argument(format!(
+                    "part {}: {} bytes or its digest cannot be right",
+                    part.name, part.num_bytes
+                )));
+            }
+            Ok(Part { name: part.name, num_bytes: part.num_bytes, sha256: hex(&part.sha256) })
+        };
+        let parts = wire.parts.into_iter().map(part).collect::<Result<_, _>>()?;
+        Ok(Self { step: Step(wire.step), generation: Generation(wire.generation), parts })
+    }
+}
+
+fn store_failed(error: StoreError) -> Status {
+    Status::internal(error.to_string())
+}
+
+impl Service {
+    /// Writes the parts as they come; the manifest only once the step is known to be final.
+    async fn receive(&self, header: &Header, messages: &mut Streaming<v1::UploadMessage>) -> Result<String, Status> {
+        let (step, generation) = (header.step, header.generation);
+        let mut rest = bytes::Bytes::new();
+        for part in &header.parts {
+            let mut writer = self.store.begin_part(step, generation, &part.name).await.map_err(store_failed)?;
+            let mut hasher = sha2::Sha256::new();
+            let mut left = part.num_bytes;
+            while left > 0 {
+                if rest.is_empty() {
+                    rest = match messages.message().await?.and_then(|message| message.message) {
+                        Some(v1::upload_message::Message::Chunk(chunk)) => chunk.into(),
+                        Some(v1::upload_message::Message::Header(_)) => return Err(Status::invalid_argument("a second header")),
+                        None => return Err(Status::aborted(format!("the upload ended {left} bytes before the end of {}", part.name))),
+                    };
+                }
+                let now = rest.split_to(rest.len().min(usize::try_from(left).unwrap_or(usize::MAX)));
+                left -= now.len() as u64;
+                hasher.update(&now);
+                writer.write(now).await.map_err(store_failed)?;
+            }
+            if hex(&hasher.finalize()) != part.sha256 {
+                return Err(Status::data_loss(format!("{} does not have its SHA-256", part.name)));
+            }
+            writer.finish().await.map_err(store_failed)?;
+        }
+        let ledger = self.ask(|reply| Command::LedgerOf { step, generation, reply }).await?.map_err(Status::aborted)?;
+        let manifest = Manifest { format: Manifest::FORMAT, step, generation, job: self.facts.toml.clone(), parts: header.parts.clone() };
+        self.store.seal(manifest, &ledger).await.map_err(store_failed)?;
+        Ok(self.store.location(step, generation))
+    }
+}
+
+async fn send_checkpoint(store: Store, manifest: Manifest, sender: mpsc::Sender<Result<v1::DownloadMessage, Status>>) {
+    use v1::download_message::Message;
+    let send = async |message| sender.send(Ok(v1::DownloadMessage { message: Some(message) })).await.is_ok();
+    let digest = |part: &Part| (0..32).filter_map(|at| u8::from_str_radix(part.sha256.get(at * 2..at * 2 + 2)?, 16).ok()).collect();
+    let parts = manifest.parts.iter();
+    let header = v1::CheckpointHeader {
+        worker_id: 0,
+        generation: manifest.generation.0,
+        step: manifest.step.0,
+        parts: parts.map(|part| v1::CheckpointPart { name: part.name.clone(), num_bytes: part.num_bytes, sha256: digest(part) }).collect(),
+    };
+    if !send(Message::Header(header)).await {
+        return;
+    }
+    for part in &manifest.parts {
+        let result = async {
+            let mut stream = store.stream(&manifest, &part.name).await?;
+            while let Some(bytes) = stream.next().await {
+                let bytes = bytes?;
+                for chunk in bytes.chunks(DOWNLOAD_CHUNK) {
+                    if !send(Message::Chunk(chunk.to_vec())).await {
+                        return Ok(false);
+                    }
+                }
+            }
+            Ok::<bool, StoreError>(true)
+        };
+        match result.await {
+            Ok(true) => {}
+            Ok(false) => return,
+            Err(error) => return drop(sender.send(Err(store_failed(error))).await),
+        }
+    }
+}
+
+#[tonic::async_trait]
+impl v1::control_server::Control for Service {
+    async fn status(&self, _request: Request<v1::StatusRequest>) -> Result<Response<v1::StatusReply>, Status> {
+        let status = self.ask(|reply| Command::Status { reply }).await?;
+        let worker = |worker: crate::core::WorkerView| v1::WorkerStatus {
+            worker_id: worker.id.0,
+            rank: worker.rank.0,
+            host: worker.host,
+            pid: worker.pid,
+            device: worker.device,
+            phase: worker.phase.as_str().into(),
+            step: worker.step.0,
+            last_seen_ms: worker.silence.as_millis() as u32,
+            member: worker.member,
+        };
+        Ok(Response::new(v1::StatusReply {
+            job_id: self.facts.job_id.clone(),
+            job_name: self.facts.name.clone(),
+            state: status.state,
+            generation: status.generation.0,
+            final_step: status.final_step.0,
+            total_steps: self.facts.last_step.unwrap_or_default(),
+            workers: status.workers.into_iter().map(worker).collect(),
+            shards: Some(v1::ShardCounts {
+                epoch: status.epoch,
+                total: self.facts.num_shards,
+                leased: status.shards_leased,
+                done: status.shards_done,
+            }),
+            samples_committed: status.totals.committed,
+            samples_filtered: status.totals.filtered,
+            samples_bad: status.totals.bad,
+            checkpoint_step: status.checkpoint_step.map(|step| step.0),
+            first_failure: status.first_failure.unwrap_or_default(),
+        }))
+    }
+
+    async fn stop(&self, request: Request<v1::StopRequest>) -> Result<Response<v1::StopReply>, Status> {
+        let reason = request.into_inner().reason;
+        let reason = if reason.is_empty() { "stopped on request".to_owned() } else { reason };
+        self.commands.send(Command::Stop { reason }).await.map_err(|_| over())?;
+        Ok(Response::new(v1::StopReply {}))
+    }
+
+    async fn drain(&self, request: Request<v1::DrainRequest>) -> Result<Response<v1::DrainReply>, Status> {
+        let rank = Rank(request.into_inner().rank);
+        self.ask(|reply| Command::Drain { rank, reply }).await??;
+        Ok(Response::new(v1::DrainReply {}))
+    }
+}

@@ -1,0 +1,358 @@
+//! Checkpoints in an object store: parts first, the manifest last and create-only, so that half a checkpoint is none.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use futures::{StreamExt, TryStreamExt};
+use object_store::path::Path as Key;
+use object_store::{ObjectStore, ObjectStoreExt, PutMode, PutPayload, WriteMultipart};
+use peapod_proto::ids::{Generation, Step};
+use serde::{Deserialize, Serialize};
+
+use crate::core::ledger::Ledger;
+
+/// What keeps a checkpoint from being written or read.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// The store itself failed.
+    #[error("checkpoint store {root}: {source}")]
+    Store {
+        /// The store.
+        root: String,
+        /// What it said.
+        source: object_store::Error,
+    },
+    /// A stored file is not what the manifest says.
+    #[error("checkpoint {name} in {root} is damaged: {reason}")]
+    Damaged {
+        /// The store.
+        root: String,
+        /// The checkpoint.
+        name: String,
+        /// What is wrong.
+        reason: String,
+    },
+    /// The folder cannot be used.
+    #[error("checkpoint store {root}: {source}")]
+    Folder {
+        /// The folder.
+        root: String,
+        /// What the system said.
+        source: std::io::Error,
+    },
+}
+
+/// One file of a checkpoint.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Part {
+    /// File name.
+    pub name: String,
+    /// Size.
+    pub num_bytes: u64,
+    /// SHA-256, hexadecimal.
+    pub sha256: String,
+}
+
+/// What makes a checkpoint whole.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Manifest {
+    /// Version of this file's layout.
+    pub format: u32,
+    /// The step its weights are of.
+    pub step: Step,
+    /// The generation that trained it.
+    pub generation: Generation,
+    /// The job file it was trained with.
+    pub job: String,
+    /// Its files.
+    pub parts: Vec<Part>,
+}
+
+impl Manifest {
+    /// Layout this program writes and reads.
+    pub const FORMAT: u32 = 1;
+
+    fn name(&self) -> String {
+        name(self.step, self.generation)
+    }
+}
+
+const MANIFEST: &str = "manifest.json";
+/// The file that the coordinator itself adds to a checkpoint.
+pub const LEDGER: &str = "ledger.json";
+
+fn name(step: Step, generation: Generation) -> String {
+    format!("step-{:09}-{generation}", step.0)
+}
+
+/// A store of checkpoints.
+#[derive(Debug, Clone)]
+pub struct Store {
+    objects: Arc<dyn ObjectStore>,
+    root: String,
+}
+
+impl Store {
+    /// A store in a local folder, which is made if it is not there.
+    ///
+    /// # Errors
+    /// [`StoreError::Folder`] if the folder cannot be made or used.
+    pub fn local(folder: &Path) -> Result<Self, StoreError> {
+        let root = folder.display().to_string();
+        let with_root = |source| StoreError::Folder { root: root.clone(), source };
+        std::fs::create_dir_all(folder).map_err(with_root)?;
+        let folder = folder.canonicalize().map_err(with_root)?;
+        let objects = object_store::local::LocalFileSystem::new_with_prefix(&folder)
+            .map_err(|source| StoreError::Store { root: root.clone(), source })?
+            .with_fsync(true);
+        Ok(Self { objects: Arc::new(objects), root: folder.display().to_string() })
+    }
+
+    /// Where a checkpoint lies, for people.
+    #[must_use]
+    pub fn location(&self, step: Step, generation: Generation) -> String {
+        format!("{}/{}", self.root, name(step, generation))
+    }
+
+    fn failed(&self, source: object_store::Error) -> StoreError {
+        StoreError::Store { root: self.root.clone(), source }
+    }
+
+    fn damaged(&self, name: String, reason: impl std::fmt::Display) -> StoreError {
+        StoreError::Damaged { root: self.root.clone(), name, reason: reason.to_string() }
+    }
+
+    /// Starts to write one file of a checkpoint.
+    ///
+    /// # Errors
+    /// [`StoreError::Store`].
+    pub async fn begin_part(&self, step: Step, generation: Generation, part: &str) -> Result<PartWriter, StoreError> {
+        let key = Key::from(format!("{}/{part}", name(step, generation)));
+        let upload = self.objects.put_multipart(&key).await.map_err(|error| self.failed(error))?;
+        Ok(PartWriter { writer: WriteMultipart::new_with_chunk_size(upload, 8 << 20), root: self.root.clone() })
+    }
+
+    /// Makes a checkpoint whole, once all its parts are there: adds the ledger, then the manifest.
+    ///
+    /// # Errors
+    /// [`StoreError::Store`], also when a manifest of this step and generation exists already.
+    pub async fn seal(&self, mut manifest: Manifest, ledger: &Ledger) -> Result<(), StoreError> {
+        let name = manifest.name();
+        let bytes = serde_json::to_vec(ledger).map_err(|error| self.damaged(name.clone(), error))?;
+        manifest.parts.push(Part { name: LEDGER.into(), num_bytes: bytes.len() as u64, sha256: hex(&sha256(&bytes)) });
+        self.objects.put(&Key::from(format!("{name}/{LEDGER}")), PutPayload::from(bytes)).await.map_err(|error| self.failed(error))?;
+        let bytes = serde_json::to_vec_pretty(&manifest).map_err(|error| self.damaged(name.clone(), error))?;
+        let key = Key::from(format!("{name}/{MANIFEST}"));
+        self.objects.put_opts(&key, PutPayload::from(bytes), PutMode::Create.into()).await.map_err(|error| self.failed(error))?;
+        Ok(())
+    }
+
+    /// All whole checkpoints, oldest first. Folders without a manifest are of writers that died: they do not count.
+    ///
+    /// # Errors
+    /// [`StoreError`] if the store cannot be read, or a manifest is not one.
+    pub async fn list(&self) -> Result<Vec<Manifest>, StoreError> {
+        let folders = self.objects.list_with_delimiter(None).await.map_err(|error| self.failed(error))?.common_prefixes;
+        let mut manifests = Vec::new();
+        for folder in folders {
+            let key = folder.clone().join(MANIFEST);
+            let bytes = match self.objects.get(&key).await {
+                Ok(found) => found.bytes().await.map_err(|error| self.failed(error))?,
+                Err(object_store::Error::NotFound { .. }) => continue,
+                Err(error) => return Err(self.failed(error)),
+            };
+            let manifest: Manifest = serde_json::from_slice(&bytes).map_err(|error| self.damaged(folder.to_string(), error))?;
+            if manifest.format != Manifest::FORMAT {
+                return Err(
+                    self.damaged(folder.to_string(), format!("its format is {}, this program reads {}", manifest.format, Manifest::FORMAT))
+                );
+            }
+            manifests.push(manifest);
+        }
+        manifests.sort_by_key(|manifest| (manifest.step, manifest.generation));
+        Ok(manifests)
+    }
+
+    /// The newest whole checkpoint with its ledger, its parts checked for presence and size.
+    ///
+    /// # Errors
+    /// [`StoreError`] if the newest one is damaged: going on from an older one would lose steps without a word.
+    pub async fn newest(&self) -> Result<Option<(Manifest, Ledger)>, StoreError> {
+        let Some(manifest) = self.list().await?.pop() else { return Ok(None) };
+        for part in &manifest.parts {
+            let key = Key::from(format!("{}/{}", manifest.name(), part.name));
+            let found = self.objects.head(&key).await.map_err(|error| self.damaged(manifest.name(), error))?;
+            if found.size != part.num_bytes {
+                let reason = format!("{} has {} bytes, the manifest says {}", part.name, found.size, part.num_bytes);
+                return Err(self.damaged(manifest.name(), reason));
+            }
+        }
+        let bytes = self.read(&manifest, LEDGER).await?;
+        let ledger = serde_json::from_slice(&bytes).map_err(|error| self.damaged(manifest.name(), format!("{LEDGER}: {error}")))?;
+        Ok(Some((manifest, ledger)))
+    }
+
+    /// The checkpoint of `step` that was made last.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn find(&self, step: Step) -> Result<Option<Manifest>, StoreError> {
+        Ok(self.list().await?.into_iter().rfind(|manifest| manifest.step == step))
+    }
+
+    async fn read(&self, manifest: &Manifest, part: &str) -> Result<bytes::Bytes, StoreError> {
+        let key = Key::from(format!("{}/{part}", manifest.name()));
+        let found = self.objects.get(&key).await.map_err(|error| self.failed(error))?;
+        let bytes = found.bytes().await.map_err(|error| self.failed(error))?;
+        let expected = manifest.parts.iter().find(|known| known.name == part).map(|part| part.sha256.clone());
+        if expected.as_deref() != Some(hex(&sha256(&bytes)).as_str()) {
+            return Err(self.damaged(manifest.name(), format!("{part} does not have the manifest's SHA-256")));
+        }
+        Ok(bytes)
+    }
+
+    /// Streams one file of a checkpoint.
+    ///
+    /// # Errors
+    /// [`StoreError`] from the call or from the stream.
+    pub async fn stream(
+        &self,
+        manifest: &Manifest,
+        part: &str,
+    ) -> Result<impl futures::Stream<Item = Result<bytes::Bytes, StoreError>> + Send + use<>, StoreError> {
+        let key = Key::from(format!("{}/{part}", manifest.name()));
+        let found = self.objects.get(&key).await.map_err(|error| self.failed(error))?;
+        let root = self.root.clone();
+        Ok(found.into_stream().map_err(move |source| StoreError::Store { root: root.clone(), source }))
+    }
+
+    /// Deletes all but the newest `keep` whole checkpoints, and what dead writers left behind before them.
+    ///
+    /// # Errors
+    /// [`StoreError::Store`].
+    pub async fn retain(&self, keep: u32) -> Result<(), StoreError> {
+        let manifests = self.list().await?;
+        let Some(oldest_kept) = manifests.len().checked_sub(keep as usize).and_then(|at| manifests.get(at)) else { return Ok(()) };
+        let boundary = oldest_kept.name();
+        let folders = self.objects.list_with_delimiter(None).await.map_err(|error| self.failed(error))?.common_prefixes;
+        // Names sort by step: a folder before the boundary is either an old checkpoint or a half one.
+        for folder in folders.into_iter().filter(|folder| folder.as_ref().starts_with("step-") && folder.as_ref() < boundary.as_str()) {
+            // The manifest first: whatever happens next, no reader takes a checkpoint that has begun to vanish.
+            match self.objects.delete(&folder.clone().join(MANIFEST)).await {
+                Ok(()) | Err(object_store::Error::NotFound { .. }) => {}
+                Err(error) => return Err(self.failed(error)),
+            }
+            let mut objects = self.objects.list(Some(&folder));
+            while let Some(object) = objects.next().await {
+                let object = object.map_err(|error| self.failed(error))?;
+                self.objects.delete(&object.location).await.map_err(|error| self.failed(error))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Writes one file. Dropped before [`PartWriter::finish`], it leaves no file.
+pub struct PartWriter {
+    writer: WriteMultipart,
+    root: String,
+}
+
+impl PartWriter {
+    /// Adds bytes; waits when the store is behind.
+    ///
+    /// # Errors
+    /// [`StoreError::Store`].
+    pub async fn write(&mut self, bytes: bytes::Bytes) -> Result<(), StoreError> {
+        self.writer.wait_for_capacity(2).await.map_err(|source| StoreError::Store { root: self.root.clone(), source })?;
+        self.writer.put(bytes);
+        Ok(())
+    }
+
+    /// Makes the file appear.
+    ///
+    /// # Errors
+    /// [`StoreError::Store`].
+    pub async fn finish(self) -> Result<(), StoreError> {
+        let root = self.root;
+        self.writer.finish().await.map(drop).map_err(|source| StoreError::Store { root, source })
+    }
+}
+
+/// SHA-256 of `bytes`.
+#[must_use]
+pub fn sha256(bytes: &[u8]) -> [u8; 32] {
+    use sha2::Digest;
+    sha2::Sha256::digest(bytes).into()
+}
+
+/// Lower-case hexadecimal digits.
+#[must_use]
+pub fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    async fn write(store: &Store, step: u64, seal: bool) {
+        let (step, generation) = (Step(step), Generation(1));
+        let mut writer = store.begin_part(step, generation, "adapter.safetensors").await.unwrap();
+        writer.write(bytes::Bytes::from_static(b"weights")).await.unwrap();
+        writer.finish().await.unwrap();
+        if seal {
+            let parts = vec![Part { name: "adapter.safetensors".into(), num_bytes: 7, sha256: hex(&sha256(b"weights")) }];
+            let manifest = Manifest { format: Manifest::FORMAT, step, generation, job: String::new(), parts };
+            store.seal(manifest, &Ledger::new(1)).await.unwrap();
+        }
+    }
+
+    #[tokio::test]
+    async fn reader_takes_the_newest_whole_checkpoint() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::local(folder.path()).unwrap();
+        assert!(store.newest().await.unwrap().is_none());
+        write(&store, 9, true).await;
+        write(&store, 100, true).await;
+        write(&store, 200, false).await;
+        let (manifest, ledger) = store.newest().await.unwrap().unwrap();
+        assert_eq!((manifest.step, ledger), (Step(100), Ledger::new(1)));
+    }
+
+    #[tokio::test]
+    async fn whole_checkpoint_is_never_overwritten() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::local(folder.path()).unwrap();
+        write(&store, 1, true).await;
+        let manifest = store.list().await.unwrap().remove(0);
+        assert!(store.seal(manifest, &Ledger::new(1)).await.is_err());
+    }
+
+    #[tokio::test]
+    async fn damage_is_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::local(folder.path()).unwrap();
+        write(&store, 1, true).await;
+        let part = folder.path().join("step-000000001-g000001/adapter.safetensors");
+        std::fs::write(&part, b"half").unwrap();
+        let error = store.newest().await.unwrap_err().to_string();
+        assert!(error.contains("adapter.safetensors has 4 bytes, the manifest says 7"), "{error}");
+        std::fs::write(folder.path().join("step-000000001-g000001/manifest.json"), b"{").unwrap();
+        assert!(matches!(store.newest().await, Err(StoreError::Damaged { .. })));
+    }
+
+    #[tokio::test]
+    async fn retention_keeps_the_newest_and_clears_half_ones_before_them() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::local(folder.path()).unwrap();
+        for (step, seal) in [(1, true), (2, false), (3, true), (4, true), (5, false)] {
+            write(&store, step, seal).await;
+        }
+        store.retain(2).await.unwrap();
+        let steps: Vec<_> = store.list().await.unwrap().iter().map(|manifest| manifest.step.0).collect();
+        assert_eq!(steps, [3, 4]);
+        assert!(!folder.path().join("step-000000002-g000001/adapter.safetensors").exists());
+        assert!(folder.path().join("step-000000005-g000001/adapter.safetensors").exists(), "it may still be on its way");
+    }
+}

@@ -1,0 +1,69 @@
+//! What can go wrong between a shard and a batch.
+
+use std::io;
+
+/// This crate's result.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Why data could not be had. A broken *sample* is no error: it is reported as a [`Skip`](crate::Skip).
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// An entry of `data.shards` cannot be expanded.
+    #[error("shard pattern `{pattern}`: {reason}")]
+    Pattern {
+        /// The entry as written.
+        pattern: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A shard lies where this build cannot read.
+    #[error("shard `{url}`: this build reads local paths only, not {scheme}://")]
+    UnsupportedScheme {
+        /// The shard.
+        url: String,
+        /// What stands before `://`.
+        scheme: String,
+    },
+    /// A shard names a shell command.
+    #[error("shard `{url}`: `pipe:` would run a shell command and is refused")]
+    Pipe {
+        /// The shard.
+        url: String,
+    },
+    /// A shard cannot be opened.
+    #[error("open {url}: {source}")]
+    Open {
+        /// The shard.
+        url: String,
+        /// The system's answer.
+        source: io::Error,
+    },
+    /// A picture cannot be decoded.
+    #[error("jpg: {0}")]
+    Picture(String),
+    /// A picture's header claims more pixels than are decoded.
+    #[error("jpg: {width} x {height} is more than {limit} pixels")]
+    PictureSize {
+        /// Width in pixels.
+        width: u32,
+        /// Height in pixels.
+        height: u32,
+        /// Most pixels that are decoded.
+        limit: u64,
+    },
+    /// The tables from traditional to simplified characters cannot be read.
+    #[error("read the tables from traditional to simplified characters: {0}")]
+    Tables(String),
+    /// The loader's configuration contradicts itself.
+    #[error("loader: {0}")]
+    Config(String),
+    /// A data thread cannot be started.
+    #[error("start a data thread: {0}")]
+    Spawn(io::Error),
+    /// A data thread ended in a panic; nothing more will come.
+    #[error("a data thread panicked")]
+    ThreadPanicked,
+    /// [`LoaderHandle::cancel`](crate::LoaderHandle::cancel) was called while a share was awaited. Nothing is lost.
+    #[error("cancelled while waiting for samples")]
+    Cancelled,
+}

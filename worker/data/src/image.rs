@@ -1,0 +1,251 @@
+//! Pictures: JPEG bytes to the RGB crop a model sees.
+
+use std::panic::catch_unwind;
+
+use fast_image_resize::images::{Image, ImageRef};
+use fast_image_resize::{FilterType, PixelType, ResizeAlg, ResizeOptions, Resizer};
+use zune_jpeg::JpegDecoder;
+use zune_jpeg::zune_core::bytestream::ZCursor;
+use zune_jpeg::zune_core::colorspace::ColorSpace;
+use zune_jpeg::zune_core::options::DecoderOptions;
+
+use crate::bucket::{Bucket, covering_size};
+use crate::draws::SampleRng;
+use crate::{Error, Result};
+
+/// A picture with more pixels is not decoded: a few bytes of header can claim gigabytes. Enough for any camera.
+pub const MAX_PIXELS: u64 = 1 << 26;
+
+type Decoder<'a> = JpegDecoder<ZCursor<&'a [u8]>>;
+
+/// A picture as three bytes a pixel, red first, row by row.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Rgb {
+    /// Pixels.
+    pub width: u32,
+    /// Pixels.
+    pub height: u32,
+    /// `width * height * 3` bytes.
+    pub bytes: Vec<u8>,
+}
+
+/// A crop of a scaled picture.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Cropped {
+    /// RGB, `[height, width, 3]` of the bucket.
+    pub pixels: Vec<u8>,
+    /// Where its corner lies in the scaled picture, `(y, x)`.
+    pub corner: (u32, u32),
+}
+
+/// Reads width and height from a JPEG's header.
+///
+/// Errors: [`Error::Picture`] if it is no JPEG, [`Error::PictureSize`] beyond [`MAX_PIXELS`].
+pub fn size(jpeg: &[u8]) -> Result<(u32, u32)> {
+    guarded(|| open(jpeg).map(|(_, size)| size))
+}
+
+/// Decodes a JPEG; grayscale and CMYK become RGB. A rotation noted in its EXIF data is ignored, as by Pillow.
+///
+/// A picture that breaks off or is damaged is refused rather than filled up with grey.
+///
+/// Errors: [`Error::Picture`], [`Error::PictureSize`].
+pub fn decode(jpeg: &[u8]) -> Result<Rgb> {
+    guarded(|| {
+        let (mut decoder, (width, height)) = open(jpeg)?;
+        let bytes = decoder.decode().map_err(|error| Error::Picture(error.to_string()))?;
+        let expected = u64::from(width) * u64::from(height) * 3;
+        if bytes.len() as u64 != expected {
+            return Err(Error::Picture(format!("{} bytes of pixels where {expected} were expected", bytes.len())));
+        }
+        Ok(Rgb { width, height, bytes })
+    })
+}
+
+/// Scales a picture so that it just covers the bucket, then cuts out the bucket's size where `rng` says.
+///
+/// Bilinear and antialiased as Pillow's `Image.resize` on 8 bits: within one grey level of it. Only the crop is computed, so that a thin
+/// picture, which would become very long, costs no more than another.
+///
+/// Errors: [`Error::Picture`] if the picture has no pixels.
+pub fn cover(resizer: &mut Resizer, picture: &Rgb, bucket: Bucket, rng: &SampleRng) -> Result<Cropped> {
+    let unusable = |error: &dyn std::fmt::Display| Error::Picture(error.to_string());
+    let scaled = covering_size((picture.width, picture.height), bucket);
+    let slack = (scaled.1.saturating_sub(bucket.height.into()), scaled.0.saturating_sub(bucket.width.into()));
+    let (y, x) = rng.crop(slack);
+    let corner = u32::try_from(y).and_then(|y| Ok((y, u32::try_from(x)?))).map_err(|error| unusable(&error))?;
+
+    let (left, width) = source_span(picture.width, scaled.0, x, bucket.width);
+    let (top, height) = source_span(picture.height, scaled.1, y, bucket.height);
+    let source = ImageRef::new(picture.width, picture.height, &picture.bytes, PixelType::U8x3).map_err(|error| unusable(&error))?;
+    let mut target = Image::new(bucket.width, bucket.height, PixelType::U8x3);
+    let options = ResizeOptions::new().resize_alg(ResizeAlg::Convolution(FilterType::Bilinear)).crop(left, top, width, height);
+    resizer.resize(&source, &mut target, &options).map_err(|error| unusable(&error))?;
+    Ok(Cropped { pixels: target.into_vec(), corner })
+}
+
+/// The stretch of the source, start and length in its pixels, that `target_len` pixels from `start` of its scaled version show.
+fn source_span(source_len: u32, scaled_len: u64, start: u64, target_len: u32) -> (f64, f64) {
+    let source_len = f64::from(source_len);
+    let scale = source_len / scaled_len as f64;
+    let from = (start as f64 * scale).min(source_len);
+    // Rounding must not carry the end past the picture.
+    (from, (f64::from(target_len) * scale).min(source_len - from))
+}
+
+/// A decoder that has read the header, and the size found there.
+fn open(jpeg: &[u8]) -> Result<(Decoder<'_>, (u32, u32))> {
+    let side = usize::from(u16::MAX);
+    let options =
+        DecoderOptions::default().set_strict_mode(true).set_max_width(side).set_max_height(side).jpeg_set_out_colorspace(ColorSpace::RGB);
+    let mut decoder = JpegDecoder::new_with_options(ZCursor::new(jpeg), options);
+    decoder.decode_headers().map_err(|error| Error::Picture(error.to_string()))?;
+    let info = decoder.info().ok_or_else(|| Error::Picture("no header".into()))?;
+    let (width, height) = (u32::from(info.width), u32::from(info.height));
+    if width == 0 || height == 0 {
+        return Err(Error::Picture("no pixels".into()));
+    }
+    if u64::from(width) * u64::from(height) > MAX_PIXELS {
+        return Err(Error::PictureSize { width, height, limit: MAX_PIXELS });
+    }
+    Ok((decoder, (width, height)))
+}
+
+/// Runs the decoder so that bytes which make it panic are an error like any other.
+fn guarded<T>(decode: impl FnOnce() -> Result<T> + std::panic::UnwindSafe) -> Result<T> {
+    catch_unwind(decode).unwrap_or_else(|_| Err(Error::Picture("the decoder panicked".into())))
+}
+
+#[cfg(test)]
+mod tests {
+    use peapod_proto::ids::{Epoch, SampleName, ShardId};
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::testing::{jpeg_of, noisy_jpeg};
+
+    fn rng(index: u32) -> SampleRng {
+        SampleRng::new(1, SampleName { epoch: Epoch(0), shard: ShardId(0), index })
+    }
+
+    /// A PPM file as Pillow writes it.
+    fn ppm(bytes: &[u8]) -> Rgb {
+        let header_len = bytes.iter().enumerate().filter(|(_, byte)| **byte == b'\n').nth(2).unwrap().0 + 1;
+        let header = std::str::from_utf8(&bytes[..header_len]).unwrap();
+        let numbers: Vec<u32> = header.split_ascii_whitespace().skip(1).map(|word| word.parse().unwrap()).collect();
+        Rgb { width: numbers[0], height: numbers[1], bytes: bytes[header_len..].to_vec() }
+    }
+
+    fn largest_difference(a: &[u8], b: &[u8]) -> u8 {
+        assert_eq!(a.len(), b.len());
+        a.iter().zip(b).map(|(a, b)| a.abs_diff(*b)).max().unwrap()
+    }
+
+    /// Files by testdata/make_pillow_cases.py. The picture is smaller or larger than the bucket, and exceeds it on either axis.
+    #[test]
+    fn resizing_is_within_one_grey_level_of_pillow() {
+        let source = ppm(include_bytes!("../testdata/source.ppm"));
+        let cases: [(&str, &[u8]); 4] = [
+            ("wider, shrunk", include_bytes!("../testdata/shrunk_wide.ppm")),
+            ("taller, shrunk", include_bytes!("../testdata/shrunk_tall.ppm")),
+            ("taller, enlarged", include_bytes!("../testdata/enlarged.ppm")),
+            ("barely enlarged", include_bytes!("../testdata/barely.ppm")),
+        ];
+        let buckets = [(24, 32), (40, 16), (96, 64), (56, 48)];
+        for ((case, expected), (width, height)) in cases.into_iter().zip(buckets) {
+            let (expected, bucket) = (ppm(expected), Bucket { width, height });
+            assert_eq!((u64::from(expected.width), u64::from(expected.height)), covering_size((source.width, source.height), bucket));
+            for index in 0..8 {
+                let crop = cover(&mut Resizer::new(), &source, bucket, &rng(index)).unwrap();
+                let wanted = cut(&expected, crop.corner, bucket);
+                assert!(largest_difference(&crop.pixels, &wanted) <= 1, "{case}: {}", largest_difference(&crop.pixels, &wanted));
+            }
+        }
+    }
+
+    fn cut(picture: &Rgb, (y, x): (u32, u32), bucket: Bucket) -> Vec<u8> {
+        let row = |row: u32| {
+            let start = 3 * ((y + row) * picture.width + x) as usize;
+            &picture.bytes[start..start + 3 * bucket.width as usize]
+        };
+        (0..bucket.height).flat_map(row).copied().collect()
+    }
+
+    /// Files by testdata/make_pillow_cases.py. Decoders may round differently; where colour is stored at half the resolution (4:2:0) they also
+    /// enlarge it by different filters, which shows at edges.
+    #[test]
+    fn every_kind_of_jpeg_becomes_the_rgb_that_pillow_gives() {
+        let cases: [(&str, &[u8], &[u8], u8, f64); 3] = [
+            ("grayscale", include_bytes!("../testdata/gray.jpg"), include_bytes!("../testdata/gray.ppm"), 1, 0.1),
+            ("CMYK", include_bytes!("../testdata/cmyk.jpg"), include_bytes!("../testdata/cmyk.ppm"), 1, 0.1),
+            ("progressive 4:2:0", include_bytes!("../testdata/progressive.jpg"), include_bytes!("../testdata/progressive.ppm"), 8, 0.6),
+        ];
+        for (case, jpeg, expected, largest, mean) in cases {
+            let (picture, expected) = (decode(jpeg).unwrap(), ppm(expected));
+            assert_eq!((picture.width, picture.height), (expected.width, expected.height));
+            assert!(largest_difference(&picture.bytes, &expected.bytes) <= largest, "{case}");
+            let sum: f64 = picture.bytes.iter().zip(&expected.bytes).map(|(a, b)| f64::from(a.abs_diff(*b))).sum();
+            assert!(sum / picture.bytes.len() as f64 <= mean, "{case}: {} on average", sum / picture.bytes.len() as f64);
+        }
+    }
+
+    #[test]
+    fn the_size_is_read_from_the_header_alone() {
+        let jpeg = jpeg_of(40, 24, [200, 10, 10]);
+        assert_eq!(size(&jpeg).unwrap(), (40, 24));
+        assert_eq!(decode(&jpeg).unwrap().bytes.len(), 40 * 24 * 3);
+    }
+
+    #[test]
+    fn a_header_that_claims_too_many_pixels_is_refused() {
+        let mut jpeg = jpeg_of(8, 8, [0; 3]);
+        let frame = jpeg.windows(2).position(|marker| marker == [0xff, 0xc0]).unwrap();
+        jpeg[frame + 5..frame + 9].copy_from_slice(&[0xff; 4]);
+        assert!(matches!(size(&jpeg).unwrap_err(), Error::PictureSize { width: 65_535, height: 65_535, .. }));
+        assert!(matches!(decode(&jpeg).unwrap_err(), Error::PictureSize { .. }));
+    }
+
+    #[test]
+    fn a_picture_that_breaks_off_is_refused() {
+        let jpeg = noisy_jpeg(64, 64, 1);
+        for part in [0, 10, jpeg.len() / 2, jpeg.len() * 9 / 10] {
+            assert!(decode(&jpeg[..part]).is_err(), "cut at {part} of {}", jpeg.len());
+        }
+    }
+
+    #[test]
+    fn plain_pictures_decode_to_their_end() {
+        // So few bits to a row that the decoder's look-ahead meets the end of the file long before the last row.
+        let picture = decode(&jpeg_of(512, 512, [250, 250, 250])).unwrap();
+        assert!(picture.bytes.iter().all(|byte| byte.abs_diff(250) <= 2));
+    }
+
+    #[test]
+    fn a_thin_picture_costs_no_more_than_its_crop() {
+        let bucket = Bucket { width: 448, height: 896 };
+        let picture = decode(&jpeg_of(1, 9000, [9, 99, 199])).unwrap();
+        let crop = cover(&mut Resizer::new(), &picture, bucket, &rng(0)).unwrap();
+        assert_eq!(crop.pixels.len(), 448 * 896 * 3);
+        assert!(crop.corner.0 <= 448 * 9000 - 896);
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_refused_or_decoded(bytes in proptest::collection::vec(any::<u8>(), 0..512)) {
+            let _ = decode(&bytes);
+        }
+
+        #[test]
+        fn a_damaged_jpeg_is_refused_or_decoded(changes in proptest::collection::vec((0_usize..4096, any::<u8>()), 1..8)) {
+            let mut jpeg = noisy_jpeg(32, 24, 3);
+            let len = jpeg.len();
+            for (position, byte) in changes {
+                jpeg[position % len] = byte;
+            }
+            if let Ok(picture) = decode(&jpeg) {
+                let crop = cover(&mut Resizer::new(), &picture, Bucket { width: 16, height: 16 }, &rng(0)).unwrap();
+                prop_assert_eq!(crop.pixels.len(), 16 * 16 * 3);
+            }
+        }
+    }
+}

@@ -1,0 +1,28 @@
+//! From leased shards to the batches a trainer computes: no torch, no network runtime, no clock.
+//!
+//! ```text
+//! lease -> source -> shard (tar) -> sample (filter, caption, header) -> plan (shuffle, buckets) -> image (decode, resize, crop) -> Share
+//! ```
+//!
+//! Which samples make up which batch is chosen from headers alone, by a pure rule (plan.rs); pictures are decoded afterwards, on other threads. All randomness of one sample is a function of the job's seed and the sample's name ([`draws`]).
+
+pub mod bucket;
+pub mod caption;
+pub mod draws;
+mod error;
+pub mod image;
+pub mod loader;
+mod plan;
+pub mod sample;
+pub mod shard;
+pub mod source;
+
+pub use draws::Draws;
+pub use error::{Error, Result};
+pub use loader::{Batch, LeasedShard, Loader, LoaderConfig, LoaderEvent, LoaderHandle, Prepared, Share};
+pub use sample::{Reason, Skip};
+pub use shard::ShardEnd;
+pub use source::expand_shards;
+
+#[cfg(test)]
+mod testing;

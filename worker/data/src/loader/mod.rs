@@ -1,0 +1,336 @@
+//! Turns leases into shares: one thread reads tars, some decode, and what is trained together is decided by rules that do not know of them.
+//!
+//! ```text
+//! granted leases -> reader -> stream -> pool (shuffle buffer) -> planned batches -> decoders -> next_share
+//!                   examines   ------ encoded bytes, bounded by buffer_bytes ------  two shares ahead
+//! ```
+//!
+//! - Nothing is lost and nothing comes twice: each index of a tar is handed out once, or reported once as skipped, or passed over because the
+//!   lease says that it is done.
+//! - Undisturbed, the same leases granted in the same order give the same shares, however fast disks and threads are: the pool is always filled
+//!   to the same mark before a batch is drawn from it.
+//! - What is left at the end of an epoch stays buffered and is trained with the samples of the next.
+
+mod state;
+mod threads;
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::thread::JoinHandle;
+
+use peapod_proto::ids::{Bitmap, Epoch, LeaseId, SampleName, ShardId};
+use peapod_proto::job::DataSection;
+
+use crate::caption::Cleaner;
+use crate::draws::{DrawShape, Draws};
+use crate::sample::{Rules, Skip};
+use crate::shard::ShardEnd;
+use crate::{Error, Result};
+use state::State;
+use threads::Shared;
+
+/// Most decoding threads when the job leaves their number open.
+const MAX_DEFAULT_THREADS: usize = 8;
+
+/// A shard to read, by right of a lease.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LeasedShard {
+    /// The lease.
+    pub lease: LeaseId,
+    /// The pass over the data it belongs to.
+    pub epoch: Epoch,
+    /// The shard.
+    pub shard: ShardId,
+    /// Where it lies.
+    pub url: String,
+    /// Samples that are already trained or skipped: they are passed over.
+    pub done: Bitmap,
+}
+
+/// What the loader needs of a job.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LoaderConfig {
+    /// Rules and sizes of buffers.
+    pub data: DataSection,
+    /// The job's seed.
+    pub seed: u64,
+    /// Most samples in a batch.
+    pub micro_batch: usize,
+    /// Channels of the VAE's latents.
+    pub latent_channels: usize,
+    /// Pixels to a latent, along one side.
+    pub vae_scale: u32,
+    /// Length of the diffusion.
+    pub num_timesteps: u32,
+    /// Probability with which a sample is trained with the empty prompt.
+    pub condition_dropout: f64,
+}
+
+impl LoaderConfig {
+    /// A configuration for Stable Diffusion's latents: 4 channels, 8 pixels, 1000 timesteps.
+    #[must_use]
+    pub fn new(data: DataSection, seed: u64, micro_batch: usize, condition_dropout: f64) -> Self {
+        Self { data, seed, micro_batch, latent_channels: 4, vae_scale: 8, num_timesteps: 1000, condition_dropout }
+    }
+
+    fn validate(&self) -> Result<()> {
+        let misaligned = self.data.buckets.iter().find(|side| side.iter().any(|side| side % self.vae_scale.max(1) != 0 || *side == 0));
+        let problem = match misaligned {
+            _ if self.micro_batch == 0 => "micro_batch must be at least 1".into(),
+            _ if self.latent_channels == 0 || self.vae_scale == 0 || self.num_timesteps == 0 => {
+                "latent_channels, vae_scale and num_timesteps must be at least 1".into()
+            }
+            _ if self.data.buckets.is_empty() => "no bucket".into(),
+            Some([width, height]) => format!("bucket {width} x {height} is not a multiple of vae_scale ({})", self.vae_scale),
+            None => return Ok(()),
+        };
+        Err(Error::Config(problem))
+    }
+
+    fn num_decode_threads(&self) -> usize {
+        match self.data.decode_threads as usize {
+            0 => (std::thread::available_parallelism().map_or(1, usize::from) / 2).clamp(1, MAX_DEFAULT_THREADS),
+            given => given,
+        }
+    }
+
+    fn draw_shape(&self, (width, height): (u32, u32)) -> DrawShape {
+        DrawShape {
+            latent_channels: self.latent_channels,
+            latent_area: (width / self.vae_scale) as usize * (height / self.vae_scale) as usize,
+            num_timesteps: self.num_timesteps,
+            condition_dropout: self.condition_dropout,
+        }
+    }
+}
+
+/// What the loader says to its supervisor.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum LoaderEvent {
+    /// This many more leases are wanted. Not repeated until the next grant or [`LoaderHandle::ask_again`].
+    NeedLeases {
+        /// How many.
+        num: u32,
+    },
+    /// News of a leased shard. Samples skipped while reading come in tar order; one whose picture fails to decode comes when that shows.
+    Shard {
+        /// The lease.
+        lease: LeaseId,
+        /// Samples that will not be handed out, each reported once.
+        skipped: Vec<Skip>,
+        /// Set when the tar was read to its end.
+        end: Option<ShardEnd>,
+    },
+}
+
+/// Samples that a trainer owes in one step.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Share {
+    /// Each of one bucket and of at most `micro_batch` samples.
+    pub batches: Vec<Batch>,
+}
+
+impl Share {
+    /// Samples in all batches.
+    #[must_use]
+    pub fn num_samples(&self) -> usize {
+        self.batches.iter().map(|batch| batch.samples.len()).sum()
+    }
+
+    /// Its samples' names, in order.
+    pub fn names(&self) -> impl Iterator<Item = SampleName> + '_ {
+        self.batches.iter().flat_map(|batch| &batch.samples).map(|sample| sample.name)
+    }
+}
+
+/// Samples that are computed at once.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Batch {
+    /// Width and height of their pictures.
+    pub bucket: (u32, u32),
+    /// At least one.
+    pub samples: Vec<Prepared>,
+}
+
+/// A sample, ready to be trained.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Prepared {
+    /// Its name.
+    pub name: SampleName,
+    /// The lease it was read under.
+    pub lease: LeaseId,
+    /// RGB, 0..=255, `[height, width, 3]` of the bucket: a batch of them is a channels-last tensor as it stands.
+    pub pixels: Vec<u8>,
+    /// For the student.
+    pub prompt: String,
+    /// For the teacher.
+    pub english: String,
+    /// Whether it trains by the diffusion loss (`z = 1`) rather than by distillation.
+    pub native: bool,
+    /// Width and height of the picture as found.
+    pub original_size: (u32, u32),
+    /// Where the crop's corner lies in the scaled picture, `(y, x)`.
+    pub crop: (u32, u32),
+    /// Its random numbers.
+    pub draws: Draws,
+}
+
+/// How full the buffers are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Stats {
+    /// Samples that wait to be planned.
+    pub buffered_samples: usize,
+    /// Bytes they hold.
+    pub buffered_bytes: u64,
+    /// Samples of planned batches.
+    pub planned_samples: usize,
+    /// Those among them that are decoded.
+    pub ready_samples: usize,
+    /// Whether every granted lease is read and the supervisor said that there are no more.
+    pub is_at_end: bool,
+}
+
+/// The trainer's side of the loader. Dropping it ends its threads.
+pub struct Loader {
+    shared: Arc<Shared>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+/// The supervisor's side: may be used from any thread while the trainer waits in [`Loader::next_share`].
+#[derive(Clone)]
+pub struct LoaderHandle {
+    shared: Arc<Shared>,
+}
+
+impl Loader {
+    /// Starts the threads and asks for the first leases.
+    ///
+    /// `events` is called on the loader's threads and inside its methods: it must neither block nor call the loader. Sending on a channel is
+    /// what it is for.
+    ///
+    /// Errors: [`Error::Config`], [`Error::Tables`], [`Error::Spawn`].
+    pub fn start(config: LoaderConfig, events: impl Fn(LoaderEvent) + Send + Sync + 'static) -> Result<Self> {
+        config.validate()?;
+        let cleaner = Cleaner::new()?;
+        let rules = Rules::new(&config.data);
+        let num_threads = config.num_decode_threads();
+        let shared = Arc::new(Shared::new(State::new(&config), config, rules, Box::new(events)));
+        let mut loader = Self { shared: shared.clone(), threads: Vec::with_capacity(num_threads + 1) };
+        let reader = shared.clone();
+        loader.spawn("data-reader".into(), move || threads::read_leases(&reader, &cleaner))?;
+        for number in 0..num_threads {
+            let decoder = shared.clone();
+            loader.spawn(format!("data-decode-{number}"), move || threads::decode_pictures(&decoder))?;
+        }
+        shared.ask(&mut shared.lock());
+        Ok(loader)
+    }
+
+    /// A handle for the supervisor.
+    #[must_use]
+    pub fn handle(&self) -> LoaderHandle {
+        LoaderHandle { shared: self.shared.clone() }
+    }
+
+    /// Waits for the next share and takes it.
+    ///
+    /// It has `num_samples`, or fewer, possibly none, once the supervisor has said that no lease is left and everything read is handed out.
+    /// Pictures of later shares of the same size are decoded meanwhile.
+    ///
+    /// Errors: [`Error::Cancelled`] from [`LoaderHandle::cancel`] until [`LoaderHandle::resume`], whereupon nothing is lost;
+    /// [`Error::ThreadPanicked`].
+    pub fn next_share(&mut self, num_samples: usize) -> Result<Share> {
+        let mut state = self.shared.lock();
+        loop {
+            // Looked at with the lock held, so that no wake-up falls between the look and the wait.
+            if self.shared.has_panicked.load(Ordering::Acquire) {
+                return Err(Error::ThreadPanicked);
+            }
+            if state.is_cancelled {
+                return Err(Error::Cancelled);
+            }
+            let share = state.take_share(num_samples);
+            // Planning has moved samples on: there may be pictures to decode and room to read.
+            self.shared.work.notify_all();
+            match share {
+                Some(share) => return Ok(share),
+                None => state = self.shared.wait(&self.shared.progress, state),
+            }
+        }
+    }
+
+    /// Takes back the share of a void step: the next call of [`next_share`](Self::next_share) gives the same batches again.
+    ///
+    /// Samples of leases that are no longer held are dropped.
+    pub fn put_back(&mut self, share: Share) {
+        self.shared.lock().put_back(share);
+    }
+
+    /// Drops every buffered, planned and decoded sample of leases other than `held`, and stops reading those.
+    ///
+    /// For a change of membership, after [`put_back`](Self::put_back) of what the trainer held.
+    pub fn retain_leases(&mut self, held: &[LeaseId]) {
+        let mut state = self.shared.lock();
+        state.retain_leases(held);
+        self.shared.ask(&mut state);
+        self.shared.wake_all();
+    }
+
+    fn spawn(&mut self, name: String, body: impl FnOnce() + Send + 'static) -> Result<()> {
+        let shared = self.shared.clone();
+        let body = move || threads::watch(&shared, body);
+        self.threads.push(std::thread::Builder::new().name(name).spawn(body).map_err(Error::Spawn)?);
+        Ok(())
+    }
+}
+
+impl Drop for Loader {
+    fn drop(&mut self) {
+        self.shared.lock().is_stopping = true;
+        self.shared.wake_all();
+        for thread in self.threads.drain(..) {
+            // A panic has been noted by `watch`.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl LoaderHandle {
+    /// Gives the loader leases to read, in this order. A lease that it already has is ignored.
+    ///
+    /// `none_left`: no more will come for now. Shares are then cut short when the buffers run dry, instead of waiting. A later grant takes
+    /// it back.
+    pub fn grant(&self, leases: Vec<LeasedShard>, none_left: bool) {
+        let mut state = self.shared.lock();
+        state.grant(leases, none_left);
+        self.shared.ask(&mut state);
+        self.shared.wake_all();
+    }
+
+    /// Forgets that leases were asked for or that none were left, and asks anew: after a change of membership or a lost connection.
+    pub fn ask_again(&self) {
+        let mut state = self.shared.lock();
+        state.forget_answer();
+        self.shared.ask(&mut state);
+    }
+
+    /// Makes [`Loader::next_share`] return [`Error::Cancelled`] at once, now and until [`resume`](Self::resume).
+    pub fn cancel(&self) {
+        self.shared.lock().is_cancelled = true;
+        self.shared.wake_all();
+    }
+
+    /// Ends what [`cancel`](Self::cancel) began.
+    pub fn resume(&self) {
+        self.shared.lock().is_cancelled = false;
+    }
+
+    /// How full the buffers are.
+    #[must_use]
+    pub fn stats(&self) -> Stats {
+        self.shared.lock().stats()
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,384 @@
+//! What the loader's threads share: leases, buffers and the plan. No thread, clock or I/O in here.
+
+use std::collections::{HashSet, VecDeque};
+
+use peapod_proto::ids::{LeaseId, SampleName};
+
+use super::{Batch, LeasedShard, LoaderConfig, Prepared, Share, Stats};
+use crate::plan::{Cuts, Pool, Pooled};
+use crate::sample::Encoded;
+
+/// Granted leases to keep: the one that is read and the next.
+const LEASES_AHEAD: usize = 2;
+
+/// Memory a buffered sample takes beside its picture and captions, roughly.
+const SAMPLE_OVERHEAD: u64 = 256;
+
+/// A sample whose picture is not decoded yet.
+#[derive(Debug)]
+pub struct Buffered {
+    pub name: SampleName,
+    pub lease: LeaseId,
+    /// Its key in the tar, for reports.
+    pub key: String,
+    pub encoded: Encoded,
+}
+
+impl Pooled for Buffered {
+    fn name(&self) -> SampleName {
+        self.name
+    }
+
+    fn bucket(&self) -> usize {
+        self.encoded.bucket
+    }
+
+    fn num_bytes(&self) -> u64 {
+        let caption = &self.encoded.caption;
+        (self.encoded.jpeg.len() + caption.prompt.len() + caption.english.len() + self.key.len()) as u64 + SAMPLE_OVERHEAD
+    }
+}
+
+/// A picture to decode.
+#[derive(Debug)]
+pub struct Job {
+    /// Where the result belongs.
+    pub ticket: Ticket,
+    pub sample: Buffered,
+}
+
+/// Names a place in the plan. A result whose place is gone is dropped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ticket(u64);
+
+/// A planned batch; shorter than it was planned if a picture failed, a lease was lost or a share ended in it.
+#[derive(Debug)]
+struct Planned {
+    bucket: (u32, u32),
+    slots: VecDeque<Slot>,
+}
+
+/// One sample's place in the plan.
+#[derive(Debug)]
+struct Slot {
+    ticket: Ticket,
+    lease: LeaseId,
+    picture: Picture,
+}
+
+#[derive(Debug)]
+enum Picture {
+    Encoded(Buffered),
+    /// With a decoding thread.
+    Decoding,
+    Ready(Prepared),
+    Failed,
+}
+
+/// The loader's state, under its lock.
+pub struct State {
+    buckets: Vec<(u32, u32)>,
+    micro_batch: usize,
+
+    /// Granted and not yet begun.
+    waiting: VecDeque<LeasedShard>,
+    reading: Option<LeaseId>,
+    /// Every lease granted and not taken away, read or not.
+    held: HashSet<LeaseId>,
+    none_left: bool,
+    is_asked: bool,
+
+    /// Read ahead of the pool, in order of reading.
+    stream: VecDeque<Buffered>,
+    stream_bytes: u64,
+    max_stream_bytes: u64,
+    pool: Pool<Buffered>,
+    cuts: Cuts,
+    planned: VecDeque<Planned>,
+    next_ticket: u64,
+
+    pub is_cancelled: bool,
+    pub is_stopping: bool,
+}
+
+impl State {
+    pub fn new(config: &LoaderConfig) -> Self {
+        let data = &config.data;
+        // A quarter of the bytes lets the reader run ahead of the pool.
+        let max_stream_bytes = data.buffer_bytes / 4;
+        let pool_bytes = data.buffer_bytes - max_stream_bytes;
+        Self {
+            buckets: data.buckets.iter().map(|&[width, height]| (width, height)).collect(),
+            micro_batch: config.micro_batch,
+            waiting: VecDeque::new(),
+            reading: None,
+            held: HashSet::new(),
+            none_left: false,
+            is_asked: false,
+            stream: VecDeque::new(),
+            stream_bytes: 0,
+            max_stream_bytes,
+            pool: Pool::new(config.seed, data.buckets.len(), data.shuffle_buffer as usize, pool_bytes),
+            cuts: Cuts::default(),
+            planned: VecDeque::new(),
+            next_ticket: 0,
+            is_cancelled: false,
+            is_stopping: false,
+        }
+    }
+
+    // ---- leases ----
+
+    pub fn grant(&mut self, leases: Vec<LeasedShard>, none_left: bool) {
+        for lease in leases {
+            if self.held.insert(lease.lease) {
+                self.waiting.push_back(lease);
+            }
+        }
+        self.is_asked = false;
+        self.none_left = none_left;
+    }
+
+    pub fn forget_answer(&mut self) {
+        self.is_asked = false;
+        self.none_left = false;
+    }
+
+    /// How many leases to ask for, if it is time to.
+    pub fn ask(&mut self) -> Option<u32> {
+        let wanted = LEASES_AHEAD.saturating_sub(self.waiting.len() + usize::from(self.reading.is_some()));
+        if wanted == 0 || self.is_asked || self.none_left {
+            return None;
+        }
+        self.is_asked = true;
+        Some(wanted as u32)
+    }
+
+    /// The next lease to read.
+    pub fn begin_lease(&mut self) -> Option<LeasedShard> {
+        let lease = self.waiting.pop_front()?;
+        self.reading = Some(lease.lease);
+        Some(lease)
+    }
+
+    pub fn is_held(&self, lease: LeaseId) -> bool {
+        self.held.contains(&lease)
+    }
+
+    pub fn end_lease(&mut self) {
+        self.reading = None;
+    }
+
+    pub fn retain_leases(&mut self, held: &[LeaseId]) {
+        let held: HashSet<LeaseId> = held.iter().copied().collect();
+        self.held.retain(|lease| held.contains(lease));
+        let held = &self.held;
+        self.waiting.retain(|lease| held.contains(&lease.lease));
+        self.stream.retain(|sample| held.contains(&sample.lease));
+        self.stream_bytes = self.stream.iter().map(Pooled::num_bytes).sum();
+        self.pool.retain(|sample| held.contains(&sample.lease));
+        let before = self.num_planned();
+        for batch in &mut self.planned {
+            batch.slots.retain(|slot| held.contains(&slot.lease));
+        }
+        self.planned.retain(|batch| !batch.slots.is_empty());
+        let planned = self.num_planned();
+        if planned != before {
+            self.cuts.restart(self.cuts.share(), planned);
+        }
+    }
+
+    // ---- reading ----
+
+    /// Whether the reader may go on. A single sample always fits, however large.
+    pub fn has_room(&self) -> bool {
+        self.stream_bytes < self.max_stream_bytes || self.stream.is_empty()
+    }
+
+    /// Takes in a sample from the reader.
+    pub fn push(&mut self, sample: Buffered) {
+        self.stream_bytes += sample.num_bytes();
+        self.stream.push_back(sample);
+        self.plan();
+    }
+
+    fn feed_pool(&mut self) -> bool {
+        let Some(sample) = self.stream.pop_front() else { return false };
+        self.stream_bytes -= sample.num_bytes();
+        self.pool.push(sample);
+        true
+    }
+
+    /// Whether all that was granted is read and nothing more will be granted.
+    fn is_at_end(&self) -> bool {
+        self.none_left && self.reading.is_none() && self.waiting.is_empty() && self.stream.is_empty()
+    }
+
+    // ---- planning ----
+
+    /// Plans batches as far ahead as the cuts allow. Stops where more samples must be read first: a batch is never drawn from a pool that is
+    /// not as full as it will be.
+    pub fn plan(&mut self) {
+        loop {
+            while self.pool.is_filling() && self.feed_pool() {}
+            let want = self.cuts.left().min(self.micro_batch);
+            if want == 0 {
+                return;
+            }
+            while self.pool.wants_more_for(want) {
+                if !self.feed_pool() {
+                    break;
+                }
+            }
+            if self.pool.is_empty() || (self.pool.wants_more_for(want) && !self.is_at_end()) {
+                return;
+            }
+            let samples = self.pool.draw(want);
+            self.cuts.planned(samples.len());
+            self.plan_batch(samples);
+        }
+    }
+
+    fn plan_batch(&mut self, samples: Vec<Buffered>) {
+        let Some(bucket) = samples.first().and_then(|sample| self.buckets.get(sample.bucket())).copied() else { return };
+        let slots = samples.into_iter().map(|sample| self.slot(sample.lease, Picture::Encoded(sample))).collect();
+        self.planned.push_back(Planned { bucket, slots });
+    }
+
+    fn slot(&mut self, lease: LeaseId, picture: Picture) -> Slot {
+        self.next_ticket += 1;
+        Slot { ticket: Ticket(self.next_ticket), lease, picture }
+    }
+
+    fn slots(&self) -> impl Iterator<Item = &Slot> {
+        self.planned.iter().flat_map(|batch| &batch.slots)
+    }
+
+    fn slots_mut(&mut self) -> impl Iterator<Item = &mut Slot> {
+        self.planned.iter_mut().flat_map(|batch| &mut batch.slots)
+    }
+
+    fn num_planned(&self) -> usize {
+        self.planned.iter().map(|batch| batch.slots.len()).sum()
+    }
+
+    // ---- decoding ----
+
+    /// The next picture to decode, in the order in which they are needed.
+    pub fn next_job(&mut self) -> Option<Job> {
+        let slot = self.slots_mut().find(|slot| matches!(slot.picture, Picture::Encoded(_)))?;
+        match std::mem::replace(&mut slot.picture, Picture::Decoding) {
+            Picture::Encoded(sample) => Some(Job { ticket: slot.ticket, sample }),
+            other => {
+                slot.picture = other;
+                None
+            }
+        }
+    }
+
+    /// Takes in a decoded picture, or `None` if it failed. Returns whether anybody still waits for it: its lease may be gone.
+    pub fn decoded(&mut self, ticket: Ticket, picture: Option<Prepared>) -> bool {
+        let Some(slot) = self.slots_mut().find(|slot| slot.ticket == ticket) else { return false };
+        slot.picture = picture.map_or(Picture::Failed, Picture::Ready);
+        true
+    }
+
+    // ---- shares ----
+
+    /// The next share, if its pictures are decoded.
+    pub fn take_share(&mut self, num_samples: usize) -> Option<Share> {
+        if num_samples == 0 {
+            return Some(Share::default());
+        }
+        if self.cuts.share() != num_samples {
+            self.cuts.restart(num_samples, self.num_planned());
+        }
+        loop {
+            self.plan();
+            let ready = self.num_ready(num_samples)?;
+            if ready == num_samples || self.is_dry() {
+                return Some(self.hand_out(num_samples));
+            }
+            if self.cuts.left() > 0 {
+                // Samples have to be read first.
+                return None;
+            }
+            // So many pictures failed that nothing planned is left: plan what is missing.
+            self.cuts.restart(num_samples, ready);
+        }
+    }
+
+    /// The number of decoded samples at the front, up to `num_samples`; `None` if one of them is not decoded yet.
+    fn num_ready(&self, num_samples: usize) -> Option<usize> {
+        let mut ready = 0;
+        for slot in self.slots() {
+            match slot.picture {
+                _ if ready == num_samples => break,
+                Picture::Ready(_) => ready += 1,
+                Picture::Failed => {}
+                Picture::Encoded(_) | Picture::Decoding => return None,
+            }
+        }
+        Some(ready)
+    }
+
+    /// Whether nothing is left to plan and nothing will come.
+    fn is_dry(&self) -> bool {
+        self.is_at_end() && self.pool.is_empty()
+    }
+
+    fn hand_out(&mut self, num_samples: usize) -> Share {
+        let mut batches: Vec<Batch> = Vec::new();
+        let (mut left, mut failed) = (num_samples, 0);
+        while let Some(front) = self.planned.front_mut() {
+            let bucket = front.bucket;
+            while left > 0
+                && let Some(slot) = front.slots.pop_front()
+            {
+                let Picture::Ready(sample) = slot.picture else {
+                    failed += 1;
+                    continue;
+                };
+                left -= 1;
+                // A batch shortened by a failure is filled up by the next of its bucket.
+                match batches.iter_mut().find(|batch| batch.bucket == bucket && batch.samples.len() < self.micro_batch) {
+                    Some(batch) => batch.samples.push(sample),
+                    None => batches.push(Batch { bucket, samples: vec![sample] }),
+                }
+            }
+            if !front.slots.is_empty() {
+                break;
+            }
+            self.planned.pop_front();
+        }
+        if left == 0 {
+            self.cuts.handed_out(failed);
+        } else {
+            // Cut short: what comes later starts with a whole share.
+            self.cuts.restart(num_samples, 0);
+        }
+        self.plan();
+        Share { batches }
+    }
+
+    pub fn put_back(&mut self, share: Share) {
+        for batch in share.batches.into_iter().rev() {
+            let samples: Vec<Prepared> = batch.samples.into_iter().filter(|sample| self.held.contains(&sample.lease)).collect();
+            let slots: VecDeque<Slot> = samples.into_iter().map(|sample| self.slot(sample.lease, Picture::Ready(sample))).collect();
+            if !slots.is_empty() {
+                self.planned.push_front(Planned { bucket: batch.bucket, slots });
+            }
+        }
+        self.cuts.restart(self.cuts.share(), self.num_planned());
+    }
+
+    pub fn stats(&self) -> Stats {
+        Stats {
+            buffered_samples: self.stream.len() + self.pool.len(),
+            buffered_bytes: self.stream_bytes + self.pool.num_bytes(),
+            planned_samples: self.num_planned(),
+            ready_samples: self.slots().filter(|slot| matches!(slot.picture, Picture::Ready(_))).count(),
+            is_at_end: self.is_at_end(),
+        }
+    }
+}

@@ -1,0 +1,486 @@
+//! The loader with real threads and small tars. Nothing here waits for a time: every wait is for an event or a share.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::path::Path;
+use std::sync::mpsc::{Receiver, channel};
+use std::time::Duration;
+
+use super::*;
+use crate::sample::Reason;
+use crate::testing::{data_section, jpeg_of, noisy_jpeg, tar_of};
+
+/// Long enough for a loaded machine; only a failing test waits it out.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A sample to write into a tar.
+#[derive(Clone, Copy, PartialEq)]
+enum Kind {
+    Good,
+    /// Of another bucket.
+    Wide,
+    Filtered,
+    NoJson,
+    /// The header is whole, the picture is not.
+    BreaksOff,
+}
+
+fn members(kinds: &[Kind]) -> Vec<(String, Vec<u8>)> {
+    let mut members = Vec::new();
+    for (index, kind) in kinds.iter().enumerate() {
+        let jpg = match kind {
+            Kind::Wide => jpeg_of(64, 32, [index as u8, 0, 0]),
+            Kind::BreaksOff => {
+                let jpeg = noisy_jpeg(32, 32, index as u64);
+                jpeg[..jpeg.len() * 3 / 4].to_vec()
+            }
+            _ => jpeg_of(40, 36, [index as u8, 0, 0]),
+        };
+        members.push((format!("{index:04}.jpg"), jpg));
+        match kind {
+            Kind::NoJson => {}
+            Kind::Filtered => members.push((format!("{index:04}.json"), br#"{"caption_zh": "x"}"#.to_vec())),
+            _ => {
+                members.push((format!("{index:04}.json"), format!(r#"{{"caption_zh": "{index}", "caption_en": "{index}"}}"#).into_bytes()))
+            }
+        }
+    }
+    members
+}
+
+fn write_shard(folder: &Path, shard: u32, kinds: &[Kind]) -> String {
+    let members = members(kinds);
+    let members: Vec<(&str, &[u8])> = members.iter().map(|(name, bytes)| (name.as_str(), bytes.as_slice())).collect();
+    let path = folder.join(format!("{shard:05}.tar"));
+    std::fs::write(&path, tar_of(&members)).unwrap();
+    path.to_str().unwrap().to_owned()
+}
+
+fn lease(number: u32, epoch: u32, url: &str) -> LeasedShard {
+    LeasedShard {
+        lease: LeaseId(u64::from(number) + 100),
+        epoch: Epoch(epoch),
+        shard: ShardId(number),
+        url: url.to_owned(),
+        done: Bitmap::default(),
+    }
+}
+
+/// Two small buckets, batches of 4.
+fn config(shuffle_buffer: u32, decode_threads: u32) -> LoaderConfig {
+    let mut data = data_section();
+    data.buckets = vec![[16, 16], [32, 16]];
+    data.shuffle_buffer = shuffle_buffer;
+    data.decode_threads = decode_threads;
+    LoaderConfig::new(data, 7, 4, 0.1)
+}
+
+struct Rig {
+    loader: Loader,
+    handle: LoaderHandle,
+    events: Receiver<LoaderEvent>,
+}
+
+impl Rig {
+    fn start(config: LoaderConfig) -> Self {
+        let (sender, events) = channel();
+        let loader = Loader::start(config, move |event| drop(sender.send(event))).unwrap();
+        Self { handle: loader.handle(), loader, events }
+    }
+
+    /// Shares of `num_samples` until one is empty.
+    fn drain(&mut self, num_samples: usize) -> Vec<Share> {
+        std::iter::from_fn(|| Some(self.loader.next_share(num_samples).unwrap()).filter(|share| share.num_samples() > 0)).collect()
+    }
+
+    /// Everything reported of a lease, up to its end.
+    fn reports(&self, lease: LeaseId) -> (Vec<Skip>, ShardEnd) {
+        let mut all = Vec::new();
+        loop {
+            if let LoaderEvent::Shard { lease: of, skipped, end } = self.events.recv_timeout(PATIENCE).unwrap()
+                && of == lease
+            {
+                all.extend(skipped);
+                if let Some(end) = end {
+                    return (all, end);
+                }
+            }
+        }
+    }
+
+    fn all_skips(self) -> Vec<Skip> {
+        drop((self.loader, self.handle));
+        let shard_skips = |event| if let LoaderEvent::Shard { skipped, .. } = event { skipped } else { Vec::new() };
+        self.events.into_iter().flat_map(shard_skips).collect()
+    }
+}
+
+fn names(shares: &[Share]) -> Vec<SampleName> {
+    shares.iter().flat_map(Share::names).collect()
+}
+
+fn mixed(num: usize) -> Vec<Kind> {
+    let pattern = [Kind::Good, Kind::Wide, Kind::Good, Kind::Filtered, Kind::Good, Kind::BreaksOff, Kind::Wide, Kind::NoJson];
+    pattern.into_iter().cycle().take(num).collect()
+}
+
+#[test]
+fn every_index_is_handed_out_or_reported_exactly_once() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut rig = Rig::start(config(10, 2));
+    let leases: Vec<_> = (0..3).map(|shard| lease(shard, 0, &write_shard(folder.path(), shard, &mixed(40)))).collect();
+    rig.handle.grant(leases, true);
+    let shares = rig.drain(6);
+    let mut fates: BTreeMap<u32, u32> = BTreeMap::new();
+    for name in names(&shares) {
+        *fates.entry(name.index).or_default() += 1;
+    }
+    let skips = rig.all_skips();
+    for skip in &skips {
+        *fates.entry(skip.index).or_default() += 1;
+    }
+    assert_eq!(fates, (0..40).map(|index| (index, 3)).collect(), "three shards of 40");
+    let of = |reason| skips.iter().filter(|skip| skip.reason == reason).count();
+    assert_eq!((of(Reason::Filtered), of(Reason::Bad)), (15, 30));
+    assert!(skips.iter().filter(|skip| skip.index % 8 == 5).all(|skip| skip.detail.starts_with("jpg: ")), "{skips:?}");
+    // All but the last are full although a picture in eight fails to decode.
+    assert!(shares[..shares.len() - 1].iter().all(|share| share.num_samples() == 6));
+}
+
+#[test]
+fn batches_are_of_one_bucket_and_their_samples_complete() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut rig = Rig::start(config(10, 2));
+    rig.handle.grant(vec![lease(0, 3, &write_shard(folder.path(), 0, &mixed(64)))], true);
+    for share in rig.drain(8) {
+        for batch in share.batches {
+            assert!((1..=4).contains(&batch.samples.len()));
+            let (width, height) = batch.bucket;
+            for sample in batch.samples {
+                assert_eq!(sample.pixels.len(), (width * height * 3) as usize);
+                assert_eq!(sample.original_size, if width == 32 { (64, 32) } else { (40, 36) });
+                assert_eq!(sample.prompt, sample.name.index.to_string());
+                assert_eq!((sample.name.epoch, sample.lease), (Epoch(3), LeaseId(100)));
+                assert_eq!(sample.draws.noise.len(), (4 * width / 8 * height / 8) as usize);
+                // 40 x 36 becomes 17 x 16: the crop starts in column 0 or 1.
+                assert!(sample.crop.0 == 0 && sample.crop.1 <= 1);
+            }
+        }
+    }
+}
+
+/// The batches of a run, as text.
+fn run(folder: &Path, decode_threads: u32, grant_at_once: bool) -> String {
+    let mut rig = Rig::start(config(20, decode_threads));
+    let mut leases: Vec<_> = (0..4).map(|shard| lease(shard, 0, &format!("{}/{shard:05}.tar", folder.display()))).collect();
+    if grant_at_once {
+        rig.handle.grant(leases, true);
+    } else {
+        let handle = rig.handle.clone();
+        let events = std::mem::replace(&mut rig.events, channel().1);
+        leases.reverse();
+        std::thread::spawn(move || {
+            for event in events {
+                if let LoaderEvent::NeedLeases { .. } = event {
+                    let next = leases.pop();
+                    handle.grant(next.into_iter().collect(), leases.is_empty());
+                }
+            }
+        });
+    }
+    let mut text = String::new();
+    for share in rig.drain(10) {
+        for batch in share.batches {
+            let indices: Vec<String> = batch.samples.iter().map(|sample| format!("{}:{:?}", sample.name, sample.crop)).collect();
+            write!(text, "{:?} {} | ", batch.bucket, indices.join(" ")).unwrap();
+        }
+        text.push('\n');
+    }
+    text
+}
+
+#[test]
+fn the_sequence_of_shares_does_not_depend_on_threads_or_time() {
+    let folder = tempfile::tempdir().unwrap();
+    for shard in 0..4 {
+        write_shard(folder.path(), shard, &mixed(50 + shard as usize));
+    }
+    let first = run(folder.path(), 1, true);
+    assert!(first.lines().count() > 10);
+    for (decode_threads, grant_at_once) in [(1, true), (4, true), (2, false), (3, false)] {
+        assert_eq!(run(folder.path(), decode_threads, grant_at_once), first);
+    }
+}
+
+#[test]
+fn shares_are_shuffled_across_shards() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut rig = Rig::start(config(60, 1));
+    let leases = (0..2).map(|shard| lease(shard, 0, &write_shard(folder.path(), shard, &[Kind::Good; 30]))).collect();
+    rig.handle.grant(leases, true);
+    let first = rig.loader.next_share(20).unwrap();
+    let of_second = first.names().filter(|name| name.shard == ShardId(1)).count();
+    assert!((3..=17).contains(&of_second), "{of_second} of 20 from the second shard");
+}
+
+#[test]
+fn a_share_put_back_comes_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut rig = Rig::start(config(12, 2));
+    rig.handle.grant(vec![lease(0, 0, &write_shard(folder.path(), 0, &mixed(200)))], true);
+    let mut all = Vec::new();
+    loop {
+        let share = rig.loader.next_share(10).unwrap();
+        // Three times, as three steps in a row may be void.
+        for _ in 0..3 {
+            rig.loader.put_back(share.clone());
+            assert_eq!(rig.loader.next_share(10).unwrap(), share);
+        }
+        assert!(rig.handle.stats().planned_samples <= 40, "planned ahead without end");
+        if share.num_samples() == 0 {
+            break;
+        }
+        all.extend(share.names());
+    }
+    let num_handed_out = all.len();
+    all.sort();
+    all.dedup();
+    assert_eq!((all.len(), num_handed_out), (125, 125));
+}
+
+#[test]
+fn another_size_of_share_uses_what_was_planned() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut rig = Rig::start(config(12, 2));
+    rig.handle.grant(vec![lease(0, 0, &write_shard(folder.path(), 0, &[Kind::Good; 90]))], true);
+    let mut all = Vec::new();
+    for num_samples in [10, 3, 25, 0, 7, 40, 10] {
+        let share = rig.loader.next_share(num_samples).unwrap();
+        assert_eq!(share.num_samples(), num_samples.min(90 - all.len()));
+        all.extend(share.names());
+    }
+    all.sort();
+    all.dedup();
+    assert_eq!(all.len(), 90);
+}
+
+#[test]
+fn leases_taken_away_leave_nothing_behind() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut rig = Rig::start(config(30, 2));
+    let leases: Vec<_> = (0..3).map(|shard| lease(shard, 0, &write_shard(folder.path(), shard, &[Kind::Good; 40]))).collect();
+    rig.handle.grant(leases, true);
+    let share = rig.loader.next_share(10).unwrap();
+    let kept_of_share = share.names().filter(|name| name.shard == ShardId(1)).count();
+    rig.loader.put_back(share);
+    rig.loader.retain_leases(&[LeaseId(101)]);
+    let shares = rig.drain(10);
+    let mut all = names(&shares);
+    assert!(all.iter().all(|name| name.shard == ShardId(1)));
+    all.sort();
+    assert_eq!(all.iter().map(|name| name.index).collect::<Vec<_>>(), (0..40).collect::<Vec<_>>());
+    assert!(names(&shares[..1]).len() >= kept_of_share);
+    assert!(shares[..4].iter().all(|share| share.num_samples() == 10));
+    assert_eq!(rig.handle.stats(), Stats { is_at_end: true, ..Stats::default() });
+}
+
+#[test]
+fn a_share_put_back_after_its_lease_is_gone_is_dropped() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut rig = Rig::start(config(5, 1));
+    rig.handle.grant(vec![lease(0, 0, &write_shard(folder.path(), 0, &[Kind::Good; 20]))], true);
+    let share = rig.loader.next_share(5).unwrap();
+    rig.loader.retain_leases(&[]);
+    rig.loader.put_back(share);
+    assert_eq!(rig.loader.next_share(5).unwrap().num_samples(), 0);
+}
+
+#[test]
+fn cancelling_interrupts_the_wait_and_loses_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut rig = Rig::start(config(5, 1));
+    // Eight samples, and more are promised: a share of ten has to wait.
+    rig.handle.grant(vec![lease(0, 0, &write_shard(folder.path(), 0, &[Kind::Good; 8]))], false);
+    rig.reports(LeaseId(100));
+    let handle = rig.handle.clone();
+    let waiter = std::thread::spawn(move || {
+        let outcome = rig.loader.next_share(10);
+        (rig, outcome)
+    });
+    handle.cancel();
+    let (mut rig, outcome) = waiter.join().unwrap();
+    assert!(matches!(outcome, Err(Error::Cancelled)));
+    assert!(matches!(rig.loader.next_share(1), Err(Error::Cancelled)), "until resumed");
+    handle.resume();
+    handle.grant(vec![lease(1, 0, &write_shard(folder.path(), 1, &[Kind::Good; 8]))], true);
+    assert_eq!(rig.drain(10).iter().map(Share::num_samples).collect::<Vec<_>>(), [10, 6]);
+}
+
+#[test]
+fn an_epochs_leftovers_are_trained_with_the_next_one() {
+    let folder = tempfile::tempdir().unwrap();
+    let url = write_shard(folder.path(), 0, &[Kind::Good; 15]);
+    let mut rig = Rig::start(config(4, 1));
+    let next = LeasedShard { lease: LeaseId(900), ..lease(0, 1, &url) };
+    rig.handle.grant(vec![lease(0, 0, &url), next], true);
+    let shares = rig.drain(10);
+    assert_eq!(shares.iter().map(Share::num_samples).collect::<Vec<_>>(), [10, 10, 10]);
+    let epochs: Vec<u32> = shares[1].names().map(|name| name.epoch.0).collect();
+    assert!(epochs.contains(&0) && epochs.contains(&1), "{epochs:?}");
+}
+
+#[test]
+fn shares_are_whole_again_after_a_short_one() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut rig = Rig::start(config(4, 1));
+    rig.handle.grant(vec![lease(0, 0, &write_shard(folder.path(), 0, &[Kind::Good; 6]))], true);
+    assert_eq!(rig.loader.next_share(8).unwrap().num_samples(), 6);
+    assert_eq!(rig.loader.next_share(8).unwrap().num_samples(), 0);
+    rig.handle.ask_again();
+    rig.handle.grant(vec![lease(1, 1, &write_shard(folder.path(), 1, &[Kind::Good; 40]))], true);
+    for share in rig.drain(8) {
+        assert_eq!(share.batches.iter().map(|batch| batch.samples.len()).collect::<Vec<_>>(), [4, 4]);
+    }
+}
+
+#[test]
+fn failures_do_not_leave_batches_fragmented() {
+    let folder = tempfile::tempdir().unwrap();
+    // Runs of four of a bucket: in tar order each makes a batch.
+    let mut kinds: Vec<Kind> =
+        (0..120).map(|index| if 0b1101_0011_1001 >> (index / 4 % 12) & 1 == 1 { Kind::Good } else { Kind::Wide }).collect();
+    kinds[3] = Kind::BreaksOff;
+    let mut rig = Rig::start(config(1, 2));
+    rig.handle.grant(vec![lease(0, 0, &write_shard(folder.path(), 0, &kinds))], true);
+    let shapes: Vec<Vec<usize>> =
+        rig.drain(8).iter().map(|share| share.batches.iter().map(|batch| batch.samples.len()).collect()).collect();
+    assert_eq!((shapes.len(), &shapes[0]), (15, &vec![3, 4, 1]));
+    assert!(shapes[4..14].iter().all(|shape| shape == &[4, 4]), "{shapes:?}");
+}
+
+#[test]
+fn a_shard_whose_pictures_all_fail_holds_nobody_up() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut rig = Rig::start(config(4, 2));
+    let bad = write_shard(folder.path(), 0, &[Kind::BreaksOff; 50]);
+    let good = write_shard(folder.path(), 1, &[Kind::Good; 9]);
+    rig.handle.grant(vec![lease(0, 0, &bad), lease(1, 0, &good)], true);
+    assert_eq!(rig.drain(5).iter().map(Share::num_samples).collect::<Vec<_>>(), [5, 4]);
+    assert_eq!(rig.all_skips().len(), 50);
+}
+
+#[test]
+fn leases_are_asked_for_once_and_ahead() {
+    let folder = tempfile::tempdir().unwrap();
+    let rig = Rig::start(config(1000, 1));
+    let need = |num| LoaderEvent::NeedLeases { num };
+    let next = || rig.events.recv_timeout(PATIENCE).unwrap();
+    assert_eq!(next(), need(2));
+    rig.handle.grant(vec![lease(0, 0, &write_shard(folder.path(), 0, &[Kind::Good; 2]))], false);
+    // One of two came: the other is asked for at once, and once more when the first is read.
+    assert_eq!(next(), need(1));
+    assert!(matches!(next(), LoaderEvent::Shard { lease: LeaseId(100), end: Some(ShardEnd { num_samples: 2, .. }), .. }));
+    rig.handle.grant(Vec::new(), true);
+    rig.handle.grant(Vec::new(), false);
+    assert_eq!(next(), need(2), "not while none were left");
+    rig.handle.ask_again();
+    assert_eq!(next(), need(2));
+    assert!(rig.events.try_recv().is_err());
+}
+
+#[test]
+fn what_a_lease_says_is_done_is_passed_over_in_silence() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut shard = lease(0, 0, &write_shard(folder.path(), 0, &mixed(16)));
+    for index in 0..14 {
+        shard.done.insert(index);
+    }
+    let mut rig = Rig::start(config(4, 1));
+    rig.handle.grant(vec![shard.clone(), shard], true);
+    assert_eq!(names(&rig.drain(3)).iter().map(|name| name.index).collect::<Vec<_>>(), [14]);
+    let (skips, end) = rig.reports(LeaseId(100));
+    assert_eq!(skips.iter().map(|skip| skip.index).collect::<Vec<_>>(), [15]);
+    assert_eq!(end, ShardEnd { num_samples: 16, truncated: None });
+    assert!(rig.all_skips().is_empty(), "a lease granted twice is read once");
+}
+
+#[test]
+fn missing_and_truncated_shards_end_with_their_reason() {
+    let folder = tempfile::tempdir().unwrap();
+    let url = write_shard(folder.path(), 0, &[Kind::Good; 10]);
+    let bytes = std::fs::read(&url).unwrap();
+    std::fs::write(&url, &bytes[..bytes.len() / 2 + 100]).unwrap();
+    let mut rig = Rig::start(config(4, 1));
+    rig.handle.grant(vec![lease(1, 0, "/no/such.tar"), lease(0, 0, &url)], true);
+    let (skips, end) = rig.reports(LeaseId(101));
+    assert!(skips.is_empty() && end.num_samples == 0 && end.truncated.unwrap().starts_with("open /no/such.tar"));
+    let (skips, end) = rig.reports(LeaseId(100));
+    assert!(end.truncated.is_some() && end.num_samples < 10);
+    assert_eq!(names(&rig.drain(20)).len() + skips.len(), end.num_samples as usize);
+}
+
+#[test]
+fn reading_pauses_when_the_bytes_are_used_up() {
+    let folder = tempfile::tempdir().unwrap();
+    let tar: Vec<_> = (0..100).map(|index| (format!("{index:03}"), noisy_jpeg(128, 128, index))).collect();
+    let members: Vec<(String, &[u8])> =
+        tar.iter().flat_map(|(key, jpeg)| [(format!("{key}.jpg"), jpeg.as_slice()), (format!("{key}.json"), &b"{}"[..])]).collect();
+    let members: Vec<(&str, &[u8])> = members.iter().map(|(name, bytes)| (name.as_str(), *bytes)).collect();
+    let path = folder.path().join("0.tar");
+    std::fs::write(&path, tar_of(&members)).unwrap();
+
+    let mut config = config(1000, 1);
+    config.data.buffer_bytes = 200_000;
+    let largest = tar.iter().map(|(_, jpeg)| jpeg.len() as u64).max().unwrap() + 512;
+    let mut rig = Rig::start(config);
+    rig.handle.grant(vec![lease(0, 0, path.to_str().unwrap())], true);
+    let mut num = 0;
+    loop {
+        let share = rig.loader.next_share(4).unwrap();
+        let stats = rig.handle.stats();
+        assert!(stats.buffered_bytes <= 200_000 + 2 * largest, "{stats:?}");
+        if share.num_samples() == 0 {
+            break;
+        }
+        num += share.num_samples();
+    }
+    assert_eq!(num, 100);
+}
+
+#[test]
+fn a_loader_is_dropped_in_the_middle_of_everything() {
+    let folder = tempfile::tempdir().unwrap();
+    let url = write_shard(folder.path(), 0, &mixed(100));
+    for num_samples in [0, 1, 10] {
+        let mut rig = Rig::start(config(4, 2));
+        rig.handle.grant(vec![lease(0, 0, &url)], false);
+        assert_eq!(rig.loader.next_share(num_samples).unwrap().num_samples(), num_samples);
+    }
+}
+
+#[test]
+fn contradictions_in_the_configuration_are_refused() {
+    let refused = |change: fn(&mut LoaderConfig)| {
+        let mut config = config(4, 1);
+        change(&mut config);
+        matches!(Loader::start(config, |_| {}), Err(Error::Config(_)))
+    };
+    assert!(refused(|config| config.micro_batch = 0));
+    assert!(refused(|config| config.data.buckets = vec![[20, 16]]));
+    assert!(refused(|config| config.data.buckets.clear()));
+    assert!(refused(|config| config.vae_scale = 0));
+}
+
+#[test]
+fn the_demo_shards_are_read_whole() {
+    let mut config = config(100, 1);
+    config.data.buckets = vec![[64, 64], [96, 64], [64, 96]];
+    let mut rig = Rig::start(config);
+    rig.handle.grant(vec![lease(0, 0, concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/demo/shards/00000.tar"))], true);
+    let shares = rig.drain(32);
+    assert_eq!(names(&shares).len(), 256);
+    let native = shares.iter().flat_map(|share| &share.batches).flat_map(|batch| &batch.samples).filter(|sample| sample.native).count();
+    assert!((32..=96).contains(&native), "{native} of 256: about a quarter");
+    let (skips, end) = rig.reports(LeaseId(100));
+    assert_eq!((skips.len(), end), (0, ShardEnd { num_samples: 256, truncated: None }));
+}

@@ -1,0 +1,218 @@
+//! The loader's threads: thin loops around [`State`].
+
+use std::ops::ControlFlow;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+
+use fast_image_resize::Resizer;
+use peapod_proto::ids::{LeaseId, SampleName};
+
+use super::state::{Buffered, Job, State};
+use super::{LeasedShard, LoaderConfig, LoaderEvent, Prepared};
+use crate::bucket::Bucket;
+use crate::caption::Cleaner;
+use crate::draws::SampleRng;
+use crate::sample::{Encoded, Reason, Rules, Skip, examine};
+use crate::shard::{ShardEnd, read_shard};
+use crate::{Result, image, source};
+
+/// Skipped samples that are reported together.
+const REPORT_LEN: usize = 64;
+
+/// What all threads see.
+pub struct Shared {
+    state: Mutex<State>,
+    /// For the trainer: a picture is decoded, or something about the leases has changed.
+    pub progress: Condvar,
+    /// For the reader and the decoders: there is a lease, room, or a picture to decode.
+    pub work: Condvar,
+    pub has_panicked: AtomicBool,
+    config: LoaderConfig,
+    rules: Rules,
+    events: Box<dyn Fn(LoaderEvent) + Send + Sync>,
+}
+
+impl Shared {
+    pub fn new(state: State, config: LoaderConfig, rules: Rules, events: Box<dyn Fn(LoaderEvent) + Send + Sync>) -> Self {
+        Self {
+            state: Mutex::new(state),
+            progress: Condvar::new(),
+            work: Condvar::new(),
+            has_panicked: AtomicBool::new(false),
+            config,
+            rules,
+            events,
+        }
+    }
+
+    pub fn lock(&self) -> MutexGuard<'_, State> {
+        // A thread that panicked with the lock held is noted in `has_panicked`.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub fn wait<'a>(&self, condition: &Condvar, state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
+        condition.wait(state).unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub fn wake_all(&self) {
+        self.progress.notify_all();
+        self.work.notify_all();
+    }
+
+    /// Asks for leases if it is time to. With the lock held, so that the request and a grant cannot cross.
+    pub fn ask(&self, state: &mut State) {
+        if let Some(num) = state.ask() {
+            (self.events)(LoaderEvent::NeedLeases { num });
+        }
+    }
+
+    fn report(&self, lease: LeaseId, skipped: Vec<Skip>, end: Option<ShardEnd>) {
+        (self.events)(LoaderEvent::Shard { lease, skipped, end });
+    }
+}
+
+/// Runs a thread's body and notes a panic, which would otherwise leave the trainer waiting for ever.
+pub fn watch(shared: &Shared, body: impl FnOnce()) {
+    if catch_unwind(AssertUnwindSafe(body)).is_err() {
+        let state = shared.lock();
+        shared.has_panicked.store(true, Ordering::Release);
+        drop(state);
+        shared.wake_all();
+    }
+}
+
+/// The reader: reads granted leases one after the other until the loader stops.
+pub fn read_leases(shared: &Shared, cleaner: &Cleaner) {
+    loop {
+        let mut state = shared.lock();
+        let lease = loop {
+            if state.is_stopping {
+                return;
+            }
+            match state.begin_lease() {
+                Some(lease) => break lease,
+                None => state = shared.wait(&shared.work, state),
+            }
+        };
+        shared.ask(&mut state);
+        drop(state);
+
+        let id = lease.lease;
+        let mut skipped = Vec::new();
+        let end = read_lease(shared, cleaner, &lease, &mut skipped);
+
+        let mut state = shared.lock();
+        state.end_lease();
+        if end.is_some() && state.is_held(id) {
+            shared.report(id, skipped, end);
+        }
+        state.plan();
+        shared.ask(&mut state);
+        drop(state);
+        shared.wake_all();
+    }
+}
+
+/// Reads one tar into the buffers; `skipped` keeps what is not reported yet. `None` if the lease was lost or the loader stops.
+fn read_lease(shared: &Shared, cleaner: &Cleaner, lease: &LeasedShard, skipped: &mut Vec<Skip>) -> Option<ShardEnd> {
+    let tar = match source::open(&lease.url) {
+        Ok(tar) => tar,
+        Err(error) => return Some(ShardEnd { num_samples: 0, truncated: Some(error.to_string()) }),
+    };
+    read_shard(tar, &lease.done, |raw| {
+        let (index, key) = (raw.index, raw.key.clone());
+        match examine(raw, &shared.rules, cleaner) {
+            Ok(encoded) => {
+                let name = SampleName { epoch: lease.epoch, shard: lease.shard, index };
+                buffer(shared, Buffered { name, lease: lease.lease, key, encoded })
+            }
+            Err(skip) => {
+                skipped.push(skip);
+                if skipped.len() < REPORT_LEN {
+                    return ControlFlow::Continue(());
+                }
+                let state = shared.lock();
+                if state.is_stopping || !state.is_held(lease.lease) {
+                    return ControlFlow::Break(());
+                }
+                shared.report(lease.lease, std::mem::take(skipped), None);
+                ControlFlow::Continue(())
+            }
+        }
+    })
+}
+
+/// Puts a sample into the buffers, waiting for room.
+fn buffer(shared: &Shared, sample: Buffered) -> ControlFlow<()> {
+    let mut state = shared.lock();
+    loop {
+        if state.is_stopping || !state.is_held(sample.lease) {
+            return ControlFlow::Break(());
+        }
+        if state.has_room() {
+            break;
+        }
+        state = shared.wait(&shared.work, state);
+    }
+    state.push(sample);
+    drop(state);
+    // The trainer waits for pictures only; it is woken by the decoders.
+    shared.work.notify_all();
+    ControlFlow::Continue(())
+}
+
+/// A decoder: decodes the pictures of planned samples until the loader stops.
+pub fn decode_pictures(shared: &Shared) {
+    let mut resizer = Resizer::new();
+    loop {
+        let mut state = shared.lock();
+        let Job { ticket, sample } = loop {
+            if state.is_stopping {
+                return;
+            }
+            match state.next_job() {
+                Some(job) => break job,
+                None => state = shared.wait(&shared.work, state),
+            }
+        };
+        drop(state);
+
+        let (lease, index, key) = (sample.lease, sample.name.index, sample.key.clone());
+        let decoded = prepare(&mut resizer, sample, &shared.config);
+
+        let mut state = shared.lock();
+        match decoded {
+            Ok(prepared) => {
+                state.decoded(ticket, Some(prepared));
+            }
+            Err(error) => {
+                if state.decoded(ticket, None) {
+                    shared.report(lease, vec![Skip { index, reason: Reason::Bad, key, detail: error.to_string() }], None);
+                }
+            }
+        }
+        drop(state);
+        shared.progress.notify_all();
+    }
+}
+
+/// Decodes, scales and crops a sample's picture and draws its random numbers.
+fn prepare(resizer: &mut Resizer, sample: Buffered, config: &LoaderConfig) -> Result<Prepared> {
+    let Buffered { name, lease, encoded: Encoded { jpeg, size, bucket, caption }, .. } = sample;
+    let [width, height] = config.data.buckets.get(bucket).copied().unwrap_or_default();
+    let rng = SampleRng::new(config.seed, name);
+    let picture = image::decode(&jpeg)?;
+    let crop = image::cover(resizer, &picture, Bucket { width, height }, &rng)?;
+    Ok(Prepared {
+        name,
+        lease,
+        pixels: crop.pixels,
+        prompt: caption.prompt,
+        english: caption.english,
+        native: caption.native,
+        original_size: size,
+        crop: crop.corner,
+        draws: rng.draws(&config.draw_shape((width, height))),
+    })
+}

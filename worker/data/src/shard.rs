@@ -1,0 +1,250 @@
+//! One shard: a tar whose consecutive members with the same key make a sample.
+
+use std::io::{self, Read};
+use std::ops::ControlFlow;
+
+use peapod_proto::ids::{Bitmap, SampleName};
+use webdataset::core::utils::{base_plus_ext, is_shard_metadata};
+
+/// A member larger than this is not read: a picture or caption of this size is a mistake in the data.
+const MAX_MEMBER_BYTES: u64 = 64 << 20;
+
+/// One sample as it lies in the tar. What of it is usable is for [`sample`](crate::sample) to say.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RawSample {
+    /// Position among the tar's samples.
+    pub index: u32,
+    /// The members' common path, up to the first dot of the file name.
+    pub key: String,
+    /// The member `.jpg`.
+    pub jpg: Option<Vec<u8>>,
+    /// The member `.json`.
+    pub json: Option<Vec<u8>>,
+    /// Why the members cannot be used, if they cannot.
+    pub fault: Option<String>,
+}
+
+/// How a shard ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ShardEnd {
+    /// Samples in the tar, those passed over included.
+    pub num_samples: u32,
+    /// Why reading broke off, if it did: what lies behind the break is lost.
+    pub truncated: Option<String>,
+}
+
+/// Reads a tar to its end and gives each sample to `visit`, in order, except those marked in `done`.
+///
+/// A sample is all consecutive members that share the path up to the first dot of the file name; files without an extension and names in
+/// double underscores belong to none. A tar that breaks off gives what precedes the break.
+///
+/// Returns `None` if `visit` broke off.
+pub fn read_shard(tar: impl Read, done: &Bitmap, mut visit: impl FnMut(RawSample) -> ControlFlow<()>) -> Option<ShardEnd> {
+    let mut grouper = Grouper { done, num_samples: 0, current: None };
+    let truncated = match read_members(tar, &mut grouper, &mut visit) {
+        Ok(ControlFlow::Continue(())) => None,
+        Ok(ControlFlow::Break(())) => return None,
+        Err(error) => Some(error.to_string()),
+    };
+    // The sample before a break is whole unless a member was to follow: without its jpg or json it is reported as bad.
+    if grouper.finish().map(visit).is_some_and(|flow| flow.is_break()) {
+        return None;
+    }
+    Some(ShardEnd { num_samples: grouper.num_samples, truncated })
+}
+
+fn read_members(
+    tar: impl Read,
+    grouper: &mut Grouper<'_>,
+    visit: &mut impl FnMut(RawSample) -> ControlFlow<()>,
+) -> io::Result<ControlFlow<()>> {
+    for entry in tar::Archive::new(tar).entries()? {
+        let mut entry = entry?;
+        let name = String::from_utf8_lossy(&entry.path_bytes()).into_owned();
+        if !entry.header().entry_type().is_file() || is_shard_metadata(&name) {
+            continue;
+        }
+        let Some((key, extension)) = base_plus_ext(&name) else { continue };
+        // The sample before this one is let go first: a break within this member must not cost it.
+        if grouper.turn_to(key)?.map(&mut *visit).is_some_and(|flow| flow.is_break()) {
+            return Ok(ControlFlow::Break(()));
+        }
+        grouper.read(extension, &mut entry)?;
+    }
+    Ok(ControlFlow::Continue(()))
+}
+
+/// Puts members together into samples.
+struct Grouper<'a> {
+    done: &'a Bitmap,
+    num_samples: u32,
+    current: Option<RawSample>,
+}
+
+impl Grouper<'_> {
+    /// Goes on with the sample `key`; returns the one that this brings to an end.
+    fn turn_to(&mut self, key: &str) -> io::Result<Option<RawSample>> {
+        if self.current.as_ref().is_some_and(|sample| sample.key == key) {
+            return Ok(None);
+        }
+        if self.num_samples == SampleName::LIMIT {
+            return Err(io::Error::other(format!("more than {} samples", SampleName::LIMIT)));
+        }
+        let finished = self.finish();
+        self.current = Some(RawSample { index: self.num_samples, key: key.to_owned(), jpg: None, json: None, fault: None });
+        self.num_samples += 1;
+        Ok(finished)
+    }
+
+    /// Takes out the current sample, unless it is to be passed over.
+    fn finish(&mut self) -> Option<RawSample> {
+        self.current.take().filter(|sample| !self.done.contains(sample.index))
+    }
+
+    /// Reads a member of the current sample, if it is one that is used.
+    fn read<R: Read>(&mut self, extension: &str, entry: &mut tar::Entry<'_, R>) -> io::Result<()> {
+        let Some(sample) = self.current.as_mut().filter(|sample| !self.done.contains(sample.index)) else { return Ok(()) };
+        let slot = match extension.to_ascii_lowercase().as_str() {
+            "jpg" => &mut sample.jpg,
+            "json" => &mut sample.json,
+            _ => return Ok(()),
+        };
+        let size = entry.size();
+        if slot.is_some() {
+            sample.fault = Some(format!("two members .{extension}"));
+        } else if size > MAX_MEMBER_BYTES {
+            sample.fault = Some(format!(".{extension} has {size} bytes, more than {MAX_MEMBER_BYTES}"));
+        } else {
+            *slot = Some(read_whole(entry, size)?);
+        }
+        Ok(())
+    }
+}
+
+/// Reads a member whose header says `size` bytes.
+///
+/// The buffer grows with what arrives: a forged size must not reserve memory. The tar reader takes a stream that ends early for a short member,
+/// hence the check.
+fn read_whole(member: &mut impl Read, size: u64) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    member.read_to_end(&mut bytes)?;
+    if bytes.len() as u64 == size {
+        Ok(bytes)
+    } else {
+        Err(io::Error::new(io::ErrorKind::UnexpectedEof, format!("a member of {size} bytes breaks off after {}", bytes.len())))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::testing::tar_of;
+
+    fn read_all(tar: &[u8], done: &Bitmap) -> (Vec<RawSample>, ShardEnd) {
+        let mut samples = Vec::new();
+        let end = read_shard(tar, done, |sample| {
+            samples.push(sample);
+            ControlFlow::Continue(())
+        });
+        (samples, end.unwrap())
+    }
+
+    fn keys(samples: &[RawSample]) -> Vec<(u32, &str)> {
+        samples.iter().map(|sample| (sample.index, sample.key.as_str())).collect()
+    }
+
+    #[test]
+    fn a_sample_is_all_members_that_share_the_path_up_to_the_first_dot() {
+        let tar = tar_of(&[
+            ("__index__", b"x"),
+            ("dir.v1/a.jpg", b"A"),
+            ("dir.v1/a.seg.png", b"-"),
+            ("dir.v1/a.json", b"{}"),
+            ("README", b"no extension"),
+            ("dir.v1/b.JSON", b"[]"),
+            ("c.jpg", b"C"),
+            ("c.jpg", b"again"),
+        ]);
+        let (samples, end) = read_all(&tar, &Bitmap::default());
+        assert_eq!(keys(&samples), [(0, "dir.v1/a"), (1, "dir.v1/b"), (2, "c")]);
+        assert_eq!((samples[0].jpg.as_deref(), samples[0].json.as_deref()), (Some(&b"A"[..]), Some(&b"{}"[..])));
+        assert_eq!((samples[1].jpg.as_deref(), samples[1].json.as_deref()), (None, Some(&b"[]"[..])));
+        assert_eq!(samples[2].fault.as_deref(), Some("two members .jpg"));
+        assert_eq!(end, ShardEnd { num_samples: 3, truncated: None });
+    }
+
+    #[test]
+    fn done_samples_are_passed_over_but_counted() {
+        let tar = tar_of(&[("a.jpg", b"1"), ("b.jpg", b"2"), ("c.jpg", b"3")]);
+        let mut done = Bitmap::default();
+        done.insert(1);
+        let (samples, end) = read_all(&tar, &done);
+        assert_eq!(keys(&samples), [(0, "a"), (2, "c")]);
+        assert_eq!(end.num_samples, 3);
+    }
+
+    #[test]
+    fn a_tar_cut_off_anywhere_gives_the_samples_before_the_break() {
+        let tar = tar_of(&[("a.jpg", &[7; 700]), ("a.json", b"{}"), ("b.jpg", &[8; 700]), ("b.json", b"{}")]);
+        let (whole, _) = read_all(&tar, &Bitmap::default());
+        // Where each sample's last member ends, without its padding.
+        let ends = [512 + 1024 + 512 + 2, 2 * (512 + 1024) + 1024 + 512 + 2];
+        for cut in 0..ends[1] {
+            let (samples, end) = read_all(&tar[..cut], &Bitmap::default());
+            let num_whole = ends.iter().filter(|&&end| cut >= end).count();
+            assert_eq!(samples[..num_whole], whole[..num_whole], "cut at {cut}");
+            assert_eq!(end.num_samples as usize, samples.len());
+            // A tar without the blocks of zeros at its end is in use; one that ends between two members cannot be told from it.
+            assert!(end.truncated.is_some() || cut % 512 == 0, "cut at {cut}");
+        }
+    }
+
+    #[test]
+    fn a_corrupt_header_ends_the_shard_with_its_reason() {
+        let mut tar = tar_of(&[("a.jpg", b"1"), ("b.jpg", b"2"), ("c.jpg", b"3")]);
+        tar[1024 + 3] ^= 0xff;
+        let (samples, end) = read_all(&tar, &Bitmap::default());
+        assert_eq!(keys(&samples), [(0, "a")]);
+        assert!(end.truncated.unwrap().contains("checksum") || end.num_samples == 1);
+    }
+
+    #[test]
+    fn a_visitor_may_break_off() {
+        let tar = tar_of(&[("a.jpg", b"1"), ("b.jpg", b"2")]);
+        assert_eq!(read_shard(&tar[..], &Bitmap::default(), |_| ControlFlow::Break(())), None);
+    }
+
+    #[test]
+    fn gzip_is_undone_when_a_shard_is_opened() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("shard.tar.gz");
+        let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+        gzip.write_all(&tar_of(&[("a.jpg", b"1"), ("b.jpg", b"2")])).unwrap();
+        std::fs::write(&path, gzip.finish().unwrap()).unwrap();
+        let end = read_shard(crate::source::open(path.to_str().unwrap()).unwrap(), &Bitmap::default(), |_| ControlFlow::Continue(()));
+        assert_eq!(end, Some(ShardEnd { num_samples: 2, truncated: None }));
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_come_to_an_end(bytes in proptest::collection::vec(any::<u8>(), 0..2048)) {
+            read_all(&bytes, &Bitmap::default());
+        }
+
+        #[test]
+        fn a_damaged_tar_comes_to_an_end(changes in proptest::collection::vec((0_usize..5120, any::<u8>()), 1..16)) {
+            let mut tar = tar_of(&[("a.jpg", &[7; 700]), ("a.json", b"{}"), ("b.jpg", b"x"), ("b.json", b"{}")]);
+            for (position, byte) in changes {
+                if let Some(target) = tar.get_mut(position) {
+                    *target = byte;
+                }
+            }
+            let (samples, end) = read_all(&tar, &Bitmap::default());
+            prop_assert_eq!(samples.len(), end.num_samples as usize);
+        }
+    }
+}

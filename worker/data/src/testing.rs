@@ -1,0 +1,52 @@
+//! Small tars and pictures for the tests.
+
+use std::io::Cursor;
+
+use ::image::{ImageFormat, RgbImage};
+use peapod_proto::job::DataSection;
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+use crate::bucket::Bucket;
+
+/// A tar with these members.
+pub fn tar_of(members: &[(&str, &[u8])]) -> Vec<u8> {
+    let mut builder = tar::Builder::new(Vec::new());
+    for (name, bytes) in members {
+        let mut header = tar::Header::new_gnu();
+        header.set_size(bytes.len() as u64);
+        header.set_mode(0o644);
+        builder.append_data(&mut header, name, *bytes).unwrap();
+    }
+    builder.into_inner().unwrap()
+}
+
+/// A JPEG of one colour.
+pub fn jpeg_of(width: u32, height: u32, colour: [u8; 3]) -> Vec<u8> {
+    encode(&RgbImage::from_pixel(width, height, ::image::Rgb(colour)))
+}
+
+/// A JPEG of noise: every byte of it counts.
+pub fn noisy_jpeg(width: u32, height: u32, seed: u64) -> Vec<u8> {
+    let mut picture = RgbImage::new(width, height);
+    ChaCha8Rng::seed_from_u64(seed).fill_bytes(&mut picture);
+    encode(&picture)
+}
+
+fn encode(picture: &RgbImage) -> Vec<u8> {
+    let mut jpeg = Cursor::new(Vec::new());
+    picture.write_to(&mut jpeg, ImageFormat::Jpeg).unwrap();
+    jpeg.into_inner()
+}
+
+/// A job's data section with its defaults.
+pub fn data_section() -> DataSection {
+    serde_json::from_str(r#"{"shards": []}"#).unwrap()
+}
+
+/// The buckets of the method.
+pub fn method_buckets() -> Vec<Bucket> {
+    [(448, 896), (448, 832), (512, 768), (576, 704), (640, 640), (704, 576), (768, 512), (832, 448), (896, 448)]
+        .map(|(width, height)| Bucket { width, height })
+        .to_vec()
+}

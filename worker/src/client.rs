@@ -1,0 +1,230 @@
+//! Calls to the coordinator, each with its deadline.
+
+use std::time::Duration;
+
+use futures::StreamExt;
+use peapod_proto::ids::{Generation, Step, WorkerId};
+use peapod_proto::message::{FromWorker, ToWorker};
+use peapod_proto::v1;
+use sha2::{Digest, Sha256};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::transport::{Channel, Endpoint};
+use tonic::{Code, Streaming};
+
+/// Messages that may wait to be sent.
+const OUTBOUND_CAPACITY: usize = 1024;
+/// One attempt to connect.
+const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(5);
+/// Between attempts: the first wait, doubled up to the longest.
+const FIRST_WAIT: Duration = Duration::from_millis(100);
+const LONGEST_WAIT: Duration = Duration::from_secs(2);
+/// Silence of the transport after which it is probed, and then given up.
+const KEEPALIVE: Duration = Duration::from_secs(3);
+/// Bytes in one message of an upload.
+const CHUNK: usize = 1 << 20;
+
+/// Why there is no connection.
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    /// The address is not one.
+    #[error("{0} is not an address like http://master:7733")]
+    Address(String),
+    /// Nobody answers.
+    #[error("no coordinator answers at {address} (tried for {:.0} s): is it running, and is the address right? Last error: {last}", tried_for.as_secs_f64())]
+    Unreachable {
+        /// The address.
+        address: String,
+        /// How long it was tried.
+        tried_for: Duration,
+        /// The last attempt's error.
+        last: String,
+    },
+    /// The coordinator refuses this worker for good.
+    #[error("{message}")]
+    Refused {
+        /// Its words.
+        message: String,
+        /// Whether the arguments are to blame.
+        bad_arguments: bool,
+    },
+    /// A transfer failed.
+    #[error("{what}: {message}")]
+    Transfer {
+        /// The transfer.
+        what: &'static str,
+        /// What went wrong.
+        message: String,
+    },
+}
+
+/// An open membership stream.
+pub struct Stream {
+    /// For messages up; dropping it ends the stream in order.
+    pub outbound: mpsc::Sender<FromWorker>,
+    /// Messages down.
+    pub inbound: Streaming<v1::ToWorker>,
+    /// The connection, for other calls.
+    pub channel: Channel,
+    /// This host's address on the way to the coordinator.
+    pub local_ip: Option<std::net::IpAddr>,
+}
+
+/// Opens a membership stream, trying for `patience`.
+///
+/// # Errors
+/// [`ClientError::Unreachable`] after that time; [`ClientError::Refused`] at once.
+pub async fn join(address: &str, hello: FromWorker, patience: Duration) -> Result<Stream, ClientError> {
+    let endpoint = Endpoint::from_shared(address.to_owned()).map_err(|_| ClientError::Address(address.into()))?;
+    let endpoint = endpoint
+        .connect_timeout(ATTEMPT_TIMEOUT)
+        .tcp_nodelay(true)
+        .http2_keep_alive_interval(KEEPALIVE)
+        .keep_alive_timeout(KEEPALIVE)
+        .keep_alive_while_idle(true);
+    let started = std::time::Instant::now();
+    let mut wait = FIRST_WAIT;
+    loop {
+        let last = match attempt(&endpoint, hello.clone()).await {
+            Ok(mut stream) => {
+                stream.local_ip = local_ip(address).await;
+                return Ok(stream);
+            }
+            Err(Attempt::Refused { message, bad_arguments }) => return Err(ClientError::Refused { message, bad_arguments }),
+            Err(Attempt::Failed(last)) => last,
+        };
+        if started.elapsed() + wait > patience {
+            return Err(ClientError::Unreachable { address: address.into(), tried_for: started.elapsed(), last });
+        }
+        tokio::time::sleep(wait.mul_f64(jitter())).await;
+        wait = (wait * 2).min(LONGEST_WAIT);
+    }
+}
+
+enum Attempt {
+    Refused { message: String, bad_arguments: bool },
+    Failed(String),
+}
+
+async fn attempt(endpoint: &Endpoint, hello: FromWorker) -> Result<Stream, Attempt> {
+    let channel = endpoint.connect().await.map_err(|error| Attempt::Failed(innermost(&error)))?;
+    let (outbound, messages) = mpsc::channel(OUTBOUND_CAPACITY);
+    // The channel has room: nothing is in it yet.
+    let _ = outbound.try_send(hello);
+    let messages = ReceiverStream::new(messages).map(v1::FromWorker::from);
+    let reply = v1::membership_client::MembershipClient::new(channel.clone()).join(messages).await;
+    match reply {
+        Ok(reply) => Ok(Stream { outbound, inbound: reply.into_inner(), channel, local_ip: None }),
+        Err(status) => Err(match status.code() {
+            Code::InvalidArgument | Code::AlreadyExists => Attempt::Refused { message: status.message().into(), bad_arguments: true },
+            Code::FailedPrecondition | Code::Unimplemented => Attempt::Refused { message: status.message().into(), bad_arguments: false },
+            _ => Attempt::Failed(status.message().into()),
+        }),
+    }
+}
+
+/// A factor within 0.5..1.5, so that workers that lost the same coordinator do not all come back at once.
+fn jitter() -> f64 {
+    let mut byte = [0; 1];
+    // Without randomness there is no jitter; nothing depends on it.
+    let _ = getrandom::fill(&mut byte);
+    0.5 + f64::from(byte[0]) / 256.0
+}
+
+/// The address this host has towards the coordinator: what other workers can reach, in all but odd networks.
+async fn local_ip(address: &str) -> Option<std::net::IpAddr> {
+    let uri: tonic::codegen::http::Uri = address.parse().ok()?;
+    let host = uri.host()?.trim_matches(['[', ']']);
+    // Connecting a datagram socket sends nothing; it only chooses a route.
+    let any: std::net::SocketAddr = ([0, 0, 0, 0], 0).into();
+    let socket = tokio::net::UdpSocket::bind(any).await.ok()?;
+    socket.connect((host, uri.port_u16().unwrap_or(80))).await.ok()?;
+    Some(socket.local_addr().ok()?.ip())
+}
+
+/// The deepest reason of an error: what the system said.
+fn innermost(error: &dyn std::error::Error) -> String {
+    let mut deepest = error;
+    while let Some(source) = deepest.source() {
+        deepest = source;
+    }
+    deepest.to_string()
+}
+
+/// The next message of a stream, checked.
+///
+/// # Errors
+/// Why the stream is over.
+pub async fn next(inbound: &mut Streaming<v1::ToWorker>) -> Result<ToWorker, String> {
+    match inbound.message().await {
+        Ok(Some(message)) => ToWorker::try_from(message).map_err(|error| error.to_string()),
+        Ok(None) => Err("it closed the connection".into()),
+        Err(status) => Err(if status.message().is_empty() { innermost(&status) } else { status.message().into() }),
+    }
+}
+
+/// Sends a checkpoint's files.
+///
+/// # Errors
+/// [`ClientError::Transfer`] with the coordinator's words.
+pub async fn upload(
+    channel: Channel,
+    worker: WorkerId,
+    generation: Generation,
+    step: Step,
+    files: Vec<(&'static str, Vec<u8>)>,
+) -> Result<String, ClientError> {
+    use v1::upload_message::Message;
+    let part = |(name, bytes): &(&'static str, Vec<u8>)| v1::CheckpointPart {
+        name: (*name).into(),
+        num_bytes: bytes.len() as u64,
+        sha256: Sha256::digest(bytes).to_vec(),
+    };
+    let header =
+        v1::CheckpointHeader { worker_id: worker.0, generation: generation.0, step: step.0, parts: files.iter().map(part).collect() };
+    let mut messages = vec![Message::Header(header)];
+    for (_, bytes) in &files {
+        messages.extend(bytes.chunks(CHUNK).map(|chunk| Message::Chunk(chunk.to_vec())));
+    }
+    drop(files);
+    let messages: Vec<v1::UploadMessage> = messages.into_iter().map(|message| v1::UploadMessage { message: Some(message) }).collect();
+    let messages = futures::stream::iter(messages);
+    let reply = v1::checkpoints_client::CheckpointsClient::new(channel).upload(messages).await;
+    let reply = reply.map_err(|status| ClientError::Transfer { what: "checkpoint not stored", message: status.message().into() })?;
+    Ok(reply.into_inner().location)
+}
+
+/// Fetches a checkpoint's files and checks each against its SHA-256.
+///
+/// # Errors
+/// [`ClientError::Transfer`].
+pub async fn download(channel: Channel, worker: WorkerId, step: Step) -> Result<Vec<(String, Vec<u8>)>, ClientError> {
+    use v1::download_message::Message;
+    let failed = |message: String| ClientError::Transfer { what: "checkpoint not received", message };
+    let request = v1::DownloadRequest { worker_id: worker.0, step: step.0 };
+    let mut client = v1::checkpoints_client::CheckpointsClient::new(channel);
+    let mut messages = client.download(request).await.map_err(|status| failed(status.message().into()))?.into_inner();
+    let mut next = async || messages.message().await.map(|message| message.and_then(|message| message.message));
+    let header = match next().await.map_err(|status| failed(status.message().into()))? {
+        Some(Message::Header(header)) => header,
+        _ => return Err(failed("it does not begin with its header".into())),
+    };
+    let mut files: Vec<(String, Vec<u8>)> = Vec::new();
+    let mut rest: Vec<u8> = Vec::new();
+    for part in header.parts {
+        while (rest.len() as u64) < part.num_bytes {
+            match next().await.map_err(|status| failed(status.message().into()))? {
+                Some(Message::Chunk(chunk)) => rest.extend(chunk),
+                _ => return Err(failed(format!("it ended in the middle of {}", part.name))),
+            }
+        }
+        // The loop above has made sure that this fits in memory: it is there.
+        let after = rest.split_off(part.num_bytes as usize);
+        let bytes = std::mem::replace(&mut rest, after);
+        if Sha256::digest(&bytes).as_slice() != part.sha256 {
+            return Err(failed(format!("{} does not have its SHA-256", part.name)));
+        }
+        files.push((part.name, bytes));
+    }
+    Ok(files)
+}

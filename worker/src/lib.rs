@@ -1,0 +1,15 @@
+//! The worker: trains an adapter with others, or draws with one.
+//!
+//! [`lifecycle`] holds the rules of a worker's life, [`trainer`] the thread that owns the tensors, [`client`] the calls to the
+//! coordinator; [`supervisor`] joins them. [`draw`], [`grid`] and [`picture`] serve the program `sample`.
+
+pub mod args;
+pub mod client;
+pub mod draw;
+pub mod grid;
+pub mod lifecycle;
+pub mod picture;
+pub mod setup;
+pub mod supervisor;
+pub mod tail;
+pub mod trainer;

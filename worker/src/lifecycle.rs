@@ -1,0 +1,480 @@
+//! A worker's life as rules: what it does when something is said to it or happens in it. No sockets, tensors or clock.
+//!
+//! ```text
+//! Joining -> Loading -> Waiting <-> Training -> Left
+//! ```
+
+use peapod_proto::ids::{Generation, Rank, Step, WorkerId};
+use peapod_proto::message::{Assignment, FromWorker, Lease, ShardReport, StepReport, StopReason, Stopped, ToWorker};
+
+/// What happens to a worker.
+#[derive(Debug)]
+pub enum Input {
+    /// The coordinator said something.
+    Said(ToWorker),
+    /// The stream to the coordinator broke.
+    StreamLost {
+        /// Why, as far as is known.
+        cause: String,
+    },
+    /// The trainer finished something.
+    Trainer(TrainerEvent),
+    /// The data threads read something.
+    Read(ShardReport),
+    /// The data threads want shards.
+    NeedLeases {
+        /// How many.
+        num: u32,
+    },
+    /// The user wants the worker to go.
+    Signal {
+        /// Its name.
+        name: &'static str,
+    },
+}
+
+/// What the trainer's thread says.
+#[derive(Debug)]
+pub enum TrainerEvent {
+    /// Models are loaded.
+    Loaded {
+        /// SHA-256 over what must be alike on all ranks.
+        model_digest: Vec<u8>,
+        /// Length of the gradient before its tail.
+        num_parameters: u64,
+    },
+    /// A bootstrap is made.
+    Bootstrap {
+        /// For this generation.
+        generation: Generation,
+        /// Opaque bytes.
+        bytes: Vec<u8>,
+    },
+    /// A step is applied.
+    Step(StepReport),
+    /// It has left the collective.
+    Stopped(Stopped),
+    /// It cannot go on.
+    Failed {
+        /// What it was doing.
+        phase: &'static str,
+        /// What went wrong.
+        message: String,
+        /// Whether another try would end the same way.
+        permanent: bool,
+    },
+}
+
+/// What a worker does.
+#[derive(Debug, PartialEq)]
+pub enum Action {
+    /// Tell the coordinator.
+    Send(FromWorker),
+    /// Load the models of a job.
+    Load {
+        /// The job file's text.
+        job_toml: String,
+    },
+    /// Have the trainer make a bootstrap.
+    MakeBootstrap {
+        /// The generation.
+        generation: Generation,
+        /// Its size.
+        num_members: u32,
+    },
+    /// Have the trainer join a generation.
+    Train(Assignment),
+    /// Break what the trainer does in a generation.
+    Abort {
+        /// The generation.
+        generation: Generation,
+        /// Why.
+        reason: String,
+    },
+    /// Have the trainer ask for a meeting in its next all-reduce.
+    PlanChange {
+        /// The generation.
+        generation: Generation,
+    },
+    /// Have the trainer copy its weights for a checkpoint.
+    Snapshot {
+        /// The generation.
+        generation: Generation,
+    },
+    /// Hand shards to the data threads.
+    Grant {
+        /// The leases.
+        leases: Vec<Lease>,
+        /// No more will come in this generation.
+        none_left: bool,
+    },
+    /// Let the trainer forget the names of steps.
+    Durable {
+        /// The generation.
+        generation: Generation,
+        /// The last such step.
+        step: Step,
+    },
+    /// Connect again.
+    Reconnect,
+    /// Say it to the user.
+    Log {
+        /// The words.
+        text: String,
+    },
+    /// Leave, with an exit code and a last line.
+    Exit {
+        /// The code.
+        code: u8,
+        /// The line; empty for none.
+        message: String,
+    },
+}
+
+/// The job is over or gone; starting the worker again may help.
+pub const TRY_AGAIN: u8 = 75;
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum State {
+    /// Before the first welcome, or after a stream was lost.
+    Joining,
+    /// Models are being read.
+    Loading,
+    /// Ready, outside of any generation.
+    Waiting,
+    /// In a generation.
+    Training(Generation),
+    /// Gone.
+    Left,
+}
+
+/// A worker's life.
+#[derive(Debug)]
+pub struct Lifecycle {
+    state: State,
+    identity: Option<(WorkerId, Rank)>,
+    job_id: Option<String>,
+    loaded: Option<(Vec<u8>, u64)>,
+    loading: bool,
+    /// The generation the worker is, or last was, in.
+    generation: Generation,
+    leaving: Option<&'static str>,
+    waiting_for: String,
+}
+
+impl Default for Lifecycle {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Lifecycle {
+    /// A worker that has not joined.
+    #[must_use]
+    pub fn new() -> Self {
+        Self {
+            state: State::Joining,
+            identity: None,
+            job_id: None,
+            loaded: None,
+            loading: false,
+            generation: Generation::NONE,
+            leaving: None,
+            waiting_for: String::new(),
+        }
+    }
+
+    /// The worker's id and rank, once it has been welcomed.
+    #[must_use]
+    pub fn identity(&self) -> Option<(WorkerId, Rank)> {
+        self.identity
+    }
+
+    /// What follows from `input`.
+    pub fn handle(&mut self, input: Input) -> Vec<Action> {
+        if self.state == State::Left {
+            return Vec::new();
+        }
+        match input {
+            Input::Said(message) => self.said(message),
+            Input::StreamLost { cause } => self.stream_lost(&cause),
+            Input::Trainer(event) => self.trainer(event),
+            Input::Read(report) => vec![Action::Send(FromWorker::ShardReport(report))],
+            Input::NeedLeases { num } => match self.state {
+                State::Training(generation) => vec![Action::Send(FromWorker::LeaseRequest { generation, num_leases: num })],
+                // Nobody to ask: the data threads are told to ask again when the next generation begins.
+                _ => Vec::new(),
+            },
+            Input::Signal { name } => self.signal(name),
+        }
+    }
+
+    fn said(&mut self, message: ToWorker) -> Vec<Action> {
+        match message {
+            ToWorker::Welcome { worker, rank, world_size, job_id, job_toml, .. } => {
+                self.welcome(worker, rank, world_size, job_id, job_toml)
+            }
+            ToWorker::HeartbeatReply { generation, running, waiting_for } => self.heartbeat_reply(generation, running, waiting_for),
+            ToWorker::MakeBootstrap { generation, num_members } => vec![Action::MakeBootstrap { generation, num_members }],
+            ToWorker::Assignment(assignment) => {
+                self.generation = assignment.generation;
+                self.state = State::Training(assignment.generation);
+                self.waiting_for.clear();
+                vec![Action::Train(assignment)]
+            }
+            ToWorker::Abort { generation, reason } => vec![Action::Abort { generation, reason }],
+            ToWorker::PlanChange { generation, .. } => vec![Action::PlanChange { generation }],
+            ToWorker::LeaseGrant { generation, leases, none_left } => {
+                // A grant of a generation that is over still holds: the next assignment lists it. Its `none_left` does not.
+                let current = self.state == State::Training(generation);
+                vec![Action::Grant { leases, none_left: none_left && current }]
+            }
+            ToWorker::Durable { generation, step } => vec![Action::Durable { generation, step }],
+            ToWorker::TakeSnapshot { generation } => vec![Action::Snapshot { generation }],
+            ToWorker::Stop { reason, message } => {
+                self.state = State::Left;
+                let code = if reason == StopReason::Failed { 1 } else { 0 };
+                let message = match reason {
+                    StopReason::Finished | StopReason::Stopped => format!("the job ended: {message}"),
+                    StopReason::Drained => format!("left the job: {message}"),
+                    StopReason::Failed => format!("the job failed: {message}"),
+                };
+                vec![Action::Exit { code, message }]
+            }
+        }
+    }
+
+    fn welcome(&mut self, worker: WorkerId, rank: Rank, world_size: u32, job_id: String, job_toml: String) -> Vec<Action> {
+        if self.job_id.as_ref().is_some_and(|known| *known != job_id) {
+            self.state = State::Left;
+            let message =
+                "the coordinator was started anew and no longer knows this run; start the worker again to resume from its checkpoint";
+            return vec![Action::Exit { code: TRY_AGAIN, message: message.into() }];
+        }
+        self.identity = Some((worker, rank));
+        self.job_id = Some(job_id);
+        let mut actions = vec![Action::Log { text: format!("joined as rank {rank} of {world_size}") }];
+        match (&self.loaded, self.loading) {
+            (Some((model_digest, num_parameters)), _) => {
+                self.state = State::Waiting;
+                actions.push(Action::Send(FromWorker::Ready { model_digest: model_digest.clone(), num_parameters: *num_parameters }));
+            }
+            (None, true) => self.state = State::Loading,
+            (None, false) => {
+                self.state = State::Loading;
+                self.loading = true;
+                actions.push(Action::Load { job_toml });
+            }
+        }
+        actions
+    }
+
+    /// Abort is a state as well as a message: a lost Abort is noticed here.
+    fn heartbeat_reply(&mut self, generation: Generation, running: bool, waiting_for: String) -> Vec<Action> {
+        let mut actions = Vec::new();
+        if let State::Training(mine) = self.state {
+            if generation > mine || (generation == mine && !running) {
+                let reason = format!("the coordinator says that {mine} is over");
+                actions.push(Action::Abort { generation: mine, reason });
+            }
+        }
+        if waiting_for != self.waiting_for {
+            if !waiting_for.is_empty() && self.state == State::Waiting {
+                actions.push(Action::Log { text: waiting_for.clone() });
+            }
+            self.waiting_for = waiting_for;
+        }
+        actions
+    }
+
+    fn stream_lost(&mut self, cause: &str) -> Vec<Action> {
+        if self.leaving.is_some() {
+            self.state = State::Left;
+            return vec![Action::Exit { code: 0, message: format!("left while the coordinator was away ({cause})") }];
+        }
+        let mut actions = Vec::new();
+        // To the coordinator this worker is dead from here on: its peers are being told, so it must not go on with them.
+        if let State::Training(generation) = self.state {
+            actions.push(Action::Abort { generation, reason: format!("lost the coordinator: {cause}") });
+        }
+        self.state = State::Joining;
+        actions.push(Action::Log { text: format!("lost the coordinator ({cause}); connecting again") });
+        actions.push(Action::Reconnect);
+        actions
+    }
+
+    fn trainer(&mut self, event: TrainerEvent) -> Vec<Action> {
+        match event {
+            TrainerEvent::Loaded { model_digest, num_parameters } => {
+                self.loaded = Some((model_digest.clone(), num_parameters));
+                self.loading = false;
+                if self.state != State::Loading {
+                    return Vec::new();
+                }
+                self.state = State::Waiting;
+                vec![Action::Send(FromWorker::Ready { model_digest, num_parameters })]
+            }
+            TrainerEvent::Bootstrap { generation, bytes } => vec![Action::Send(FromWorker::Bootstrap { generation, bytes })],
+            TrainerEvent::Step(report) => vec![Action::Send(FromWorker::StepReport(report))],
+            TrainerEvent::Stopped(stopped) => {
+                if self.state == State::Training(stopped.generation) {
+                    self.state = State::Waiting;
+                }
+                vec![Action::Send(FromWorker::Stopped(stopped))]
+            }
+            TrainerEvent::Failed { phase, message, permanent } => {
+                self.state = State::Left;
+                let failure = FromWorker::Failure { phase: phase.into(), message: message.clone(), permanent };
+                vec![Action::Send(failure), Action::Exit { code: 1, message: format!("failed in phase {phase}: {message}") }]
+            }
+        }
+    }
+
+    fn signal(&mut self, name: &'static str) -> Vec<Action> {
+        if self.leaving.is_some() || self.state == State::Joining {
+            self.state = State::Left;
+            return vec![Action::Exit { code: if name == "Ctrl-C" { 130 } else { 143 }, message: format!("{name}: leaving at once") }];
+        }
+        self.leaving = Some(name);
+        vec![
+            Action::Log { text: format!("{name}: leaving after the step in flight; once more to leave at once") },
+            Action::Send(FromWorker::Leaving { reason: name.into() }),
+        ]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use peapod_proto::ids::MemberIndex;
+    use peapod_proto::message::StopCause;
+
+    fn welcome(job: &str) -> Input {
+        Input::Said(ToWorker::Welcome {
+            worker: WorkerId(1),
+            rank: Rank(0),
+            world_size: 2,
+            job_id: job.into(),
+            job_toml: "toml".into(),
+            heartbeat_interval_ms: 500,
+            heartbeat_timeout_ms: 3000,
+        })
+    }
+
+    fn loaded() -> Input {
+        Input::Trainer(TrainerEvent::Loaded { model_digest: vec![1], num_parameters: 5 })
+    }
+
+    fn ready() -> Action {
+        Action::Send(FromWorker::Ready { model_digest: vec![1], num_parameters: 5 })
+    }
+
+    fn assignment(generation: u64) -> Assignment {
+        Assignment {
+            generation: Generation(generation),
+            member_index: MemberIndex(0),
+            num_members: 2,
+            bootstrap: vec![1],
+            base_step: Step(0),
+            base_generation: Generation(0),
+            source_index: MemberIndex(0),
+            broadcast_state: true,
+            checkpoint_step: None,
+            held_leases: vec![],
+        }
+    }
+
+    fn training(generation: u64) -> Lifecycle {
+        let mut life = Lifecycle::new();
+        life.handle(welcome("a"));
+        life.handle(loaded());
+        life.handle(Input::Said(ToWorker::Assignment(assignment(generation))));
+        life
+    }
+
+    #[test]
+    fn worker_loads_once_and_says_ready() {
+        let mut life = Lifecycle::new();
+        assert!(life.handle(welcome("a")).contains(&Action::Load { job_toml: "toml".into() }));
+        assert_eq!(life.handle(loaded()), [ready()]);
+    }
+
+    #[test]
+    fn lost_stream_aborts_and_a_new_one_needs_no_new_models() {
+        let mut life = training(3);
+        let actions = life.handle(Input::StreamLost { cause: "reset".into() });
+        assert!(matches!(&actions[0], Action::Abort { generation: Generation(3), .. }));
+        assert!(actions.contains(&Action::Reconnect));
+        let actions = life.handle(welcome("a"));
+        assert!(actions.contains(&ready()) && !actions.iter().any(|action| matches!(action, Action::Load { .. })));
+    }
+
+    #[test]
+    fn models_that_finish_loading_while_the_stream_is_down_are_announced_on_the_next() {
+        let mut life = Lifecycle::new();
+        life.handle(welcome("a"));
+        life.handle(Input::StreamLost { cause: "reset".into() });
+        assert!(life.handle(loaded()).is_empty());
+        assert!(life.handle(welcome("a")).contains(&ready()));
+    }
+
+    #[test]
+    fn coordinator_that_lost_the_run_ends_the_worker_with_try_again() {
+        let mut life = training(1);
+        life.handle(Input::StreamLost { cause: "reset".into() });
+        assert!(matches!(life.handle(welcome("b"))[..], [Action::Exit { code: TRY_AGAIN, .. }]));
+    }
+
+    #[test]
+    fn lost_abort_is_noticed_in_a_heartbeat_reply() {
+        let mut life = training(2);
+        let reply = |generation, running| {
+            Input::Said(ToWorker::HeartbeatReply { generation: Generation(generation), running, waiting_for: String::new() })
+        };
+        assert!(life.handle(reply(2, true)).is_empty());
+        assert!(matches!(life.handle(reply(2, false))[..], [Action::Abort { generation: Generation(2), .. }]));
+        assert!(matches!(life.handle(reply(3, true))[..], [Action::Abort { generation: Generation(2), .. }]));
+        life.handle(Input::Trainer(TrainerEvent::Stopped(Stopped {
+            generation: Generation(2),
+            applied: Step(1),
+            cause: StopCause::Aborted,
+            records: vec![],
+            reason: String::new(),
+        })));
+        assert!(life.handle(reply(3, true)).is_empty(), "outside of a generation there is nothing to abort");
+    }
+
+    #[test]
+    fn grant_of_an_older_generation_keeps_its_leases_but_not_its_end() {
+        let mut life = training(2);
+        let grant = |generation| Input::Said(ToWorker::LeaseGrant { generation: Generation(generation), leases: vec![], none_left: true });
+        assert_eq!(life.handle(grant(2)), [Action::Grant { leases: vec![], none_left: true }]);
+        assert_eq!(life.handle(grant(1)), [Action::Grant { leases: vec![], none_left: false }]);
+    }
+
+    #[test]
+    fn leases_are_asked_for_in_a_generation_only() {
+        let mut life = training(2);
+        assert_eq!(
+            life.handle(Input::NeedLeases { num: 2 }),
+            [Action::Send(FromWorker::LeaseRequest { generation: Generation(2), num_leases: 2 })]
+        );
+        assert!(Lifecycle::new().handle(Input::NeedLeases { num: 2 }).is_empty());
+    }
+
+    #[test]
+    fn first_signal_leaves_in_order_and_the_second_at_once() {
+        let mut life = training(1);
+        assert!(life.handle(Input::Signal { name: "SIGTERM" }).contains(&Action::Send(FromWorker::Leaving { reason: "SIGTERM".into() })));
+        assert!(matches!(life.handle(Input::Signal { name: "Ctrl-C" })[..], [Action::Exit { code: 130, .. }]));
+        assert!(life.handle(welcome("a")).is_empty(), "who has left does nothing more");
+    }
+
+    #[test]
+    fn exit_code_tells_how_the_job_ended() {
+        for (reason, expected) in [(StopReason::Finished, 0), (StopReason::Stopped, 0), (StopReason::Drained, 0), (StopReason::Failed, 1)] {
+            let actions = training(1).handle(Input::Said(ToWorker::Stop { reason, message: "m".into() }));
+            assert!(matches!(actions[..], [Action::Exit { code, .. }] if code == expected), "{reason:?}");
+        }
+    }
+}

@@ -1,0 +1,142 @@
+//! From a job file to loaded models and the configurations of everything that trains them.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use peapod_data::LoaderConfig;
+use peapod_model::adapter::AdapterConfig;
+use peapod_model::distill::{DistillConfig, Distiller, LoadOptions, TimeIdsOrder};
+use peapod_model::optim::AdamWConfig;
+use peapod_model::schedule::{Decay, LrSchedule};
+use peapod_proto::PROGRAM_VERSION;
+use peapod_proto::ids::Step;
+use peapod_proto::job::{self, Job};
+use sha2::{Digest, Sha256};
+use tch::{Device, Kind};
+
+/// Files whose contents must be the same on all workers; the weights beside them are told apart by their configurations.
+const CONFIGURATIONS: [&str; 5] =
+    ["unet/config.json", "vae/config.json", "text_encoder/config.json", "text_encoder_2/config.json", "scheduler/scheduler_config.json"];
+
+/// Loads the frozen models of a job.
+///
+/// # Errors
+/// The model crate's, naming file and key.
+pub fn load_models(job: &Job, device: Device) -> peapod_model::Result<Distiller> {
+    let options = LoadOptions {
+        distill: distill_config(job),
+        context_length: job.student.context_length.into(),
+        normalize_quotes: job.student.normalize_quotes,
+        kind: Kind::Float,
+        vae_kind: Kind::Float,
+        device,
+    };
+    Distiller::load(&job.model.path, &job.student.path, options)
+}
+
+fn distill_config(job: &Job) -> DistillConfig {
+    DistillConfig {
+        noise_offset: job.loss.noise_offset,
+        hybrid: job.loss.hybrid,
+        distill: job.loss.distill,
+        feature_weight: job.loss.feature_weight,
+        time_ids_order: match job.loss.time_ids_order {
+            job::TimeIdsOrder::Hw => TimeIdsOrder::Hw,
+            job::TimeIdsOrder::Wh => TimeIdsOrder::Wh,
+        },
+        drop_pooled: job.loss.drop_pooled,
+    }
+}
+
+/// The adapter that fits between a job's student encoder and UNet.
+///
+/// # Errors
+/// If the UNet takes no pooled text embedding.
+pub fn adapter_config(job: &Job, models: &Distiller) -> Result<AdapterConfig, String> {
+    let pooled = models.unet().pooled_width().ok_or("the UNet takes no pooled text embedding: only SDXL can be trained by this build")?;
+    Ok(AdapterConfig {
+        input: models.student().width(),
+        hidden: job.adapter.hidden.into(),
+        depth: job.adapter.depth as usize,
+        pooled,
+        output: Some(models.unet().text_width()),
+    })
+}
+
+/// What the data threads need of a job and its models.
+#[must_use]
+pub fn loader_config(job: &Job, models: &Distiller) -> LoaderConfig {
+    LoaderConfig {
+        data: job.data.clone(),
+        seed: job.seed,
+        micro_batch: job.train.micro_batch as usize,
+        latent_channels: models.vae().config().latent_channels as usize,
+        vae_scale: models.vae().downscale() as u32,
+        num_timesteps: models.num_timesteps() as u32,
+        condition_dropout: job.loss.condition_dropout,
+    }
+}
+
+/// The optimiser of a job.
+#[must_use]
+pub fn adamw_config(job: &Job) -> AdamWConfig {
+    let train = &job.train;
+    AdamWConfig { beta1: train.betas[0], beta2: train.betas[1], eps: train.epsilon, weight_decay: train.weight_decay }
+}
+
+/// The learning rate of a job.
+#[must_use]
+pub fn lr_schedule(job: &Job) -> LrSchedule {
+    let train = &job.train;
+    let end_lr = train.final_learning_rate;
+    LrSchedule {
+        lr: train.learning_rate,
+        warmup_steps: train.warmup_steps,
+        // Without an end the decay is constant, which validation has made sure of.
+        total_steps: train.decay_end().unwrap_or(u64::MAX),
+        decay: match train.decay {
+            job::Decay::Constant => Decay::Constant,
+            job::Decay::Cosine => Decay::Cosine { end_lr },
+            job::Decay::Polynomial => Decay::Polynomial { power: train.decay_power, end_lr },
+        },
+    }
+}
+
+/// SHA-256 over what must be alike on all ranks for their gradients to be of the same thing.
+///
+/// # Errors
+/// Names the configuration that cannot be read.
+pub fn model_digest(job: &Job, adapter: &AdapterConfig) -> std::io::Result<Vec<u8>> {
+    let mut hasher = Sha256::new();
+    hasher.update(format!("{adapter:?}"));
+    let mut add = |path: &Path| {
+        let bytes = std::fs::read(path).map_err(|error| std::io::Error::new(error.kind(), format!("{}: {error}", path.display())))?;
+        hasher.update((bytes.len() as u64).to_le_bytes());
+        hasher.update(bytes);
+        Ok::<(), std::io::Error>(())
+    };
+    for file in CONFIGURATIONS {
+        add(&job.model.path.join(file))?;
+    }
+    add(&job.student.path.join("config.json"))?;
+    Ok(hasher.finalize().to_vec())
+}
+
+/// What an adapter file says about itself.
+#[must_use]
+pub fn metadata(job: &Job, step: Step, average: bool) -> BTreeMap<String, String> {
+    let mut metadata = BTreeMap::from([
+        ("format".into(), "pt".into()),
+        ("peapod.version".into(), PROGRAM_VERSION.into()),
+        ("peapod.job".into(), job.name.clone()),
+        ("peapod.step".into(), step.to_string()),
+        ("peapod.architecture".into(), "sdxl".into()),
+        ("peapod.student".into(), job.student.path.display().to_string()),
+        ("peapod.context_length".into(), job.student.context_length.to_string()),
+        ("peapod.normalize_quotes".into(), job.student.normalize_quotes.to_string()),
+    ]);
+    if average {
+        metadata.insert("peapod.ema_decay".into(), job.train.ema_decay.to_string());
+    }
+    metadata
+}

@@ -1,0 +1,342 @@
+//! The async shell of a worker: joins lifecycle, client, trainer and signals.
+
+use std::collections::VecDeque;
+use std::net::{IpAddr, Ipv4Addr};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use peapod_data::LeasedShard;
+use peapod_proto::ids::{Incarnation, Step, WorkerId};
+use peapod_proto::job::Job;
+use peapod_proto::message::{FromWorker, Hello, ToWorker};
+use peapod_proto::{PROGRAM_VERSION, PROTOCOL_VERSION, v1};
+use tch::Device;
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+use tonic::Streaming;
+use tonic::transport::Channel;
+
+use crate::args::Args;
+use crate::client::{self, ClientError};
+use crate::lifecycle::{Action, Input, Lifecycle};
+use crate::setup;
+use crate::trainer::{self, Command, Control, Output, Snapshot, Start};
+
+/// Exit code for arguments that cannot work.
+const BAD_ARGUMENTS: u8 = 2;
+/// What is under way when the worker ends gets this long: the last messages and a checkpoint being sent.
+const GRACE: Duration = Duration::from_secs(10);
+/// Until the coordinator says how often.
+const FIRST_HEARTBEAT_INTERVAL: Duration = Duration::from_millis(500);
+
+/// How a worker ended: an exit code and a last line.
+#[derive(Debug)]
+pub struct Exit {
+    /// The code.
+    pub code: u8,
+    /// The line; may be empty.
+    pub message: String,
+}
+
+/// The connection that the trainer's thread uses for downloads; it changes with every reconnect.
+type SharedChannel = Arc<Mutex<Option<(Channel, WorkerId)>>>;
+
+struct Supervisor {
+    args: Args,
+    incarnation: Incarnation,
+    attempt: u32,
+    life: Lifecycle,
+    control: Arc<Control>,
+    outbound: Option<mpsc::Sender<FromWorker>>,
+    inbound: Option<Streaming<v1::ToWorker>>,
+    channel: SharedChannel,
+    local_ip: Option<IpAddr>,
+    heartbeat_interval: Duration,
+    job: Option<Job>,
+    commands: Option<std::sync::mpsc::Sender<Command>>,
+    trainer: Option<std::thread::JoinHandle<()>>,
+    outputs: mpsc::UnboundedReceiver<Output>,
+    output: mpsc::UnboundedSender<Output>,
+    uploads: JoinSet<()>,
+}
+
+/// Runs a worker to its end.
+pub async fn run(args: Args) -> Exit {
+    if let Err(problem) = args.validate() {
+        return Exit { code: BAD_ARGUMENTS, message: problem };
+    }
+    let mut bytes = [0; 8];
+    if let Err(error) = getrandom::fill(&mut bytes) {
+        return Exit { code: 1, message: format!("no randomness from the system: {error}") };
+    }
+    let (output, outputs) = mpsc::unbounded_channel();
+    let mut supervisor = Supervisor {
+        args,
+        incarnation: Incarnation(u64::from_le_bytes(bytes)),
+        attempt: 0,
+        life: Lifecycle::new(),
+        control: Arc::new(Control::default()),
+        outbound: None,
+        inbound: None,
+        channel: Arc::default(),
+        local_ip: None,
+        heartbeat_interval: FIRST_HEARTBEAT_INTERVAL,
+        job: None,
+        commands: None,
+        trainer: None,
+        outputs,
+        output,
+        uploads: JoinSet::new(),
+    };
+    let exit = supervisor.run().await;
+    supervisor.close(&exit).await;
+    exit
+}
+
+impl Supervisor {
+    async fn run(&mut self) -> Exit {
+        use tokio::signal::unix::{SignalKind, signal};
+        let (mut interrupt, mut terminate) = match (signal(SignalKind::interrupt()), signal(SignalKind::terminate())) {
+            (Ok(interrupt), Ok(terminate)) => (interrupt, terminate),
+            (Err(error), _) | (_, Err(error)) => return Exit { code: 1, message: format!("cannot catch signals: {error}") },
+        };
+        // Nothing is lost by leaving while there is no connection: a signal breaks the search at once.
+        let joined = tokio::select! {
+            joined = self.join() => joined,
+            _ = interrupt.recv() => Err(Exit { code: 130, message: String::new() }),
+            _ = terminate.recv() => Err(Exit { code: 143, message: String::new() }),
+        };
+        if let Err(exit) = joined {
+            return exit;
+        }
+        let mut heartbeat = tokio::time::interval(self.heartbeat_interval);
+        loop {
+            let input = tokio::select! {
+                message = next_message(&mut self.inbound) => match message {
+                    Ok(message) => Some(Input::Said(message)),
+                    Err(cause) => {
+                        (self.inbound, self.outbound) = (None, None);
+                        Some(Input::StreamLost { cause })
+                    }
+                },
+                Some(output) = self.outputs.recv() => self.take(output),
+                _ = heartbeat.tick() => {
+                    self.send(FromWorker::Heartbeat(self.control.heartbeat())).await;
+                    None
+                }
+                _ = interrupt.recv() => Some(Input::Signal { name: "Ctrl-C" }),
+                _ = terminate.recv() => Some(Input::Signal { name: "SIGTERM" }),
+                Some(_) = self.uploads.join_next() => None,
+            };
+            let Some(input) = input else { continue };
+            if let Input::Said(ToWorker::Welcome { heartbeat_interval_ms, .. }) = &input {
+                self.heartbeat_interval = Duration::from_millis((*heartbeat_interval_ms).into());
+                heartbeat = tokio::time::interval(self.heartbeat_interval);
+                // A beat that is late is sent once, not made up for.
+                heartbeat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+            }
+            let mut actions: VecDeque<Action> = self.life.handle(input).into();
+            self.remember_identity();
+            while let Some(action) = actions.pop_front() {
+                if let Some(exit) = self.act(action).await {
+                    return exit;
+                }
+            }
+        }
+    }
+
+    /// Finds the coordinator and opens a stream.
+    async fn join(&mut self) -> Result<(), Exit> {
+        let hello = FromWorker::Hello(Hello {
+            protocol_version: PROTOCOL_VERSION,
+            program_version: PROGRAM_VERSION.into(),
+            incarnation: self.incarnation,
+            attempt: self.attempt,
+            requested_rank: self.life.identity().map(|(_, rank)| rank).or(self.args.requested_rank()),
+            host: host_name(),
+            pid: std::process::id(),
+            device: self.args.device.clone(),
+        });
+        self.attempt += 1;
+        match client::join(&self.args.coordinator, hello, self.args.connect_timeout).await {
+            Ok(stream) => {
+                self.outbound = Some(stream.outbound);
+                self.inbound = Some(stream.inbound);
+                self.local_ip = stream.local_ip;
+                *lock(&self.channel) = Some((stream.channel, WorkerId(0)));
+                Ok(())
+            }
+            Err(error) => {
+                let bad = matches!(error, ClientError::Address(_) | ClientError::Refused { bad_arguments: true, .. });
+                Err(Exit { code: if bad { BAD_ARGUMENTS } else { 1 }, message: error.to_string() })
+            }
+        }
+    }
+
+    fn remember_identity(&self) {
+        if let (Some((_, id)), Some((worker, _))) = (lock(&self.channel).as_mut(), self.life.identity()) {
+            *id = worker;
+        }
+    }
+
+    async fn send(&mut self, message: FromWorker) {
+        if let Some(outbound) = &self.outbound {
+            // A closed stream is noticed where it is read.
+            let _ = outbound.send(message).await;
+        }
+    }
+
+    fn take(&mut self, output: Output) -> Option<Input> {
+        match output {
+            Output::Event(event) => Some(Input::Trainer(event)),
+            Output::Read(report) => Some(Input::Read(report)),
+            Output::NeedLeases { num } => Some(Input::NeedLeases { num }),
+            Output::Snapshot(snapshot) => {
+                self.upload(*snapshot);
+                None
+            }
+        }
+    }
+
+    async fn act(&mut self, action: Action) -> Option<Exit> {
+        match action {
+            Action::Send(message) => self.send(message).await,
+            Action::Load { job_toml } => {
+                if let Err(message) = self.load(&job_toml) {
+                    let failure = FromWorker::Failure { phase: "loading".into(), message: message.clone(), permanent: true };
+                    self.send(failure).await;
+                    return Some(Exit { code: 1, message });
+                }
+            }
+            Action::MakeBootstrap { generation, .. } => self.command(Command::MakeBootstrap { generation }),
+            Action::Train(assignment) => self.command(Command::Train(assignment)),
+            Action::Abort { generation, reason } => self.control.abort(generation, &reason),
+            Action::PlanChange { generation } => self.control.ask_change(generation),
+            Action::Snapshot { generation } => {
+                // A running generation sees the flag after its next step; one that has stopped sees the command.
+                if self.control.heartbeat().generation == generation {
+                    self.control.ask_snapshot(generation);
+                } else {
+                    self.command(Command::Snapshot { generation });
+                }
+            }
+            Action::Grant { leases, none_left } => {
+                let leases = leases.into_iter().map(|lease| LeasedShard {
+                    lease: lease.id,
+                    epoch: lease.epoch,
+                    shard: lease.shard,
+                    url: lease.url,
+                    done: lease.done,
+                });
+                if let Some(loader) = self.control.loader() {
+                    loader.grant(leases.collect(), none_left);
+                }
+            }
+            Action::Durable { generation, step } => self.control.set_durable(generation, step),
+            Action::Reconnect => {
+                if let Err(exit) = self.join().await {
+                    return Some(exit);
+                }
+            }
+            Action::Log { text } => tracing::info!("{text}"),
+            Action::Exit { code, message } => return Some(Exit { code, message }),
+        }
+        None
+    }
+
+    fn command(&self, command: Command) {
+        if let Some(commands) = &self.commands {
+            // A trainer that is gone has said why; the lifecycle ends on it.
+            let _ = commands.send(command);
+        }
+    }
+
+    /// Starts the trainer's thread.
+    fn load(&mut self, job_toml: &str) -> Result<(), String> {
+        let job = Job::parse(job_toml).map_err(|error| format!("the coordinator's job file: {error}"))?;
+        self.job = Some(job.clone());
+        let (commands, inbox) = std::sync::mpsc::channel();
+        self.commands = Some(commands);
+        let output = self.output.clone();
+        let (channel, runtime) = (self.channel.clone(), tokio::runtime::Handle::current());
+        let start = Start {
+            job,
+            device: Device::Cpu,
+            advertise: self.args.advertise.or(self.local_ip).unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST)),
+            commands: inbox,
+            output: Box::new(move |message| {
+                // The supervisor outlives the trainer but for the last moments of the process.
+                let _ = output.send(message);
+            }),
+            control: self.control.clone(),
+            download: Box::new(move |step| {
+                let (channel, worker) = lock(&channel).clone().ok_or("no connection to the coordinator")?;
+                runtime.block_on(client::download(channel, worker, step)).map_err(|error| error.to_string())
+            }),
+        };
+        if let Some(threads) = self.args.threads {
+            tch::set_num_threads(threads as i32);
+        }
+        let thread = std::thread::Builder::new().name("trainer".into()).spawn(move || trainer::run(start));
+        self.trainer = Some(thread.map_err(|error| format!("cannot start the trainer's thread: {error}"))?);
+        Ok(())
+    }
+
+    /// Sends a checkpoint on a call of its own, off both threads.
+    fn upload(&mut self, snapshot: Snapshot) {
+        let (Some((channel, worker)), Some(job)) = (lock(&self.channel).clone(), self.job.clone()) else { return };
+        let (generation, step) = (snapshot.generation, snapshot.step);
+        self.uploads.spawn(async move {
+            let files = tokio::task::spawn_blocking(move || files_of(&job, &snapshot, step)).await;
+            let result = match files {
+                Ok(Ok(files)) => client::upload(channel, worker, generation, step, files).await.map_err(|error| error.to_string()),
+                Ok(Err(error)) => Err(error.to_string()),
+                Err(error) => Err(error.to_string()),
+            };
+            match result {
+                Ok(location) => tracing::debug!("checkpoint of step {step} stored at {location}"),
+                Err(error) => tracing::error!("checkpoint of step {step}: {error}"),
+            }
+        });
+    }
+
+    /// Ends what is under way, each part with its time.
+    async fn close(&mut self, exit: &Exit) {
+        self.control.abort(self.control.heartbeat().generation, "the worker ends");
+        self.commands = None;
+        let mut uploads = std::mem::take(&mut self.uploads);
+        // What takes longer is cut off as the set is dropped.
+        let finish = async move { while uploads.join_next().await.is_some() {} };
+        if exit.code == 0 && tokio::time::timeout(GRACE, finish).await.is_err() {
+            tracing::warn!("a checkpoint was still being sent");
+        }
+        // Dropping the sender ends the stream once everything in it is sent; the coordinator closes its side in answer.
+        self.outbound = None;
+        let drained = async { while next_message(&mut self.inbound).await.is_ok() {} };
+        let _ = tokio::time::timeout(Duration::from_secs(1), drained).await;
+        if let Some(trainer) = self.trainer.take() {
+            // It may be deep in libtorch, which cannot be interrupted; the process ends all the same.
+            let _ = tokio::time::timeout(Duration::from_secs(1), tokio::task::spawn_blocking(move || trainer.join())).await;
+        }
+    }
+}
+
+fn files_of(job: &Job, snapshot: &Snapshot, step: Step) -> peapod_model::Result<Vec<(&'static str, Vec<u8>)>> {
+    snapshot.to_files(setup::adamw_config(job), |average| setup::metadata(job, step, average))
+}
+
+/// The next message, or never while there is no stream.
+async fn next_message(inbound: &mut Option<Streaming<v1::ToWorker>>) -> Result<ToWorker, String> {
+    match inbound {
+        Some(inbound) => client::next(inbound).await,
+        None => std::future::pending().await,
+    }
+}
+
+fn lock(channel: &SharedChannel) -> std::sync::MutexGuard<'_, Option<(Channel, WorkerId)>> {
+    channel.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn host_name() -> String {
+    std::fs::read_to_string("/proc/sys/kernel/hostname").map_or_else(|_| "unknown".into(), |name| name.trim().to_owned())
+}

@@ -1,0 +1,546 @@
+//! The thread that owns the tensors: joins a generation, trains until it ends, says what it holds.
+//!
+//! Orderly ends are looked at between collectives, through flags in the tail, since a rank that skips a collective hangs the
+//! others. Only an abort breaks into one; then the step in flight is dropped and its samples wait for the source's word.
+
+mod control;
+mod state;
+mod step;
+
+use std::collections::VecDeque;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::mpsc::Receiver;
+use std::time::{Duration, Instant};
+
+use peapod_collective::tcp::{Bootstrap, Listener, Membership, TcpCollective};
+use peapod_collective::{AbortHandle, Collective, SoloCollective};
+use peapod_data::{Loader, Share};
+use peapod_model::adapter::AdapterConfig;
+use peapod_model::distill::Distiller;
+use peapod_model::optim::clip_grad_norm;
+use peapod_model::schedule::LrSchedule;
+use peapod_proto::ids::{Generation, LeaseId, MemberIndex, Step};
+use peapod_proto::job::Job;
+use peapod_proto::message::{
+    Assignment, Phase, ShardReport, SkipReason, SkippedSample, StepLosses, StepRecord, StepReport, StepTimings, StopCause, Stopped,
+};
+use tch::{Device, Kind, Tensor};
+
+pub use control::Control;
+pub use state::{Snapshot, TrainState};
+
+use crate::lifecycle::TrainerEvent;
+use crate::setup;
+use crate::tail::{Outcome, TailLayout, share_of};
+
+/// A collective that takes longer than this is stuck for a reason that nobody else noticed.
+const COLLECTIVE_TIMEOUT: Duration = Duration::from_secs(600);
+
+/// What the supervisor tells the trainer between generations. What concerns a running one goes through [`Control`].
+#[derive(Debug)]
+pub enum Command {
+    /// Make the bootstrap of a generation.
+    MakeBootstrap {
+        /// The generation.
+        generation: Generation,
+    },
+    /// Join a generation.
+    Train(Assignment),
+    /// Copy the weights, if there are any.
+    Snapshot {
+        /// The generation that asks.
+        generation: Generation,
+    },
+}
+
+/// What the trainer hands out.
+pub enum Output {
+    /// For the lifecycle.
+    Event(TrainerEvent),
+    /// For the coordinator's store.
+    Snapshot(Box<Snapshot>),
+    /// From the data threads.
+    Read(ShardReport),
+    /// The data threads want shards.
+    NeedLeases {
+        /// How many.
+        num: u32,
+    },
+}
+
+/// Fetches the files of a checkpoint from the coordinator. Called on the trainer's thread.
+pub type Download = Box<dyn Fn(Step) -> Result<Vec<(String, Vec<u8>)>, String> + Send>;
+
+/// What a trainer is started with.
+pub struct Start {
+    /// The job.
+    pub job: Job,
+    /// Where it trains.
+    pub device: Device,
+    /// Address under which the other members reach this one.
+    pub advertise: std::net::IpAddr,
+    /// Its commands.
+    pub commands: Receiver<Command>,
+    /// Where its output goes.
+    pub output: Box<dyn Fn(Output) + Send + Sync>,
+    /// What others ask of it in the middle of a step.
+    pub control: Arc<Control>,
+    /// How it gets a checkpoint.
+    pub download: Download,
+}
+
+/// Why a generation ended for this member.
+enum Ended {
+    /// In order.
+    Orderly(StopCause),
+    /// The collective failed or was aborted.
+    Broken(String),
+    /// This worker cannot go on.
+    Failed { phase: &'static str, message: String },
+}
+
+/// Loads the job's models, then serves commands until the channel closes. The body of the trainer's thread.
+pub fn run(start: Start) {
+    let output: Arc<dyn Fn(Output) + Send + Sync> = start.output.into();
+    let fail = |phase, message: String, permanent| output(Output::Event(TrainerEvent::Failed { phase, message, permanent }));
+    let output_for_trainer = output.clone();
+    let loaded = guarded(|| Trainer::load(start.job, start.device, start.advertise, start.control, start.download, output_for_trainer));
+    let mut trainer = match loaded {
+        Ok(Ok(trainer)) => trainer,
+        // The files are what they are: another worker with the same job would fail in the same way.
+        Ok(Err(message)) => return fail("loading", message, true),
+        Err(panic) => return fail("loading", panic, false),
+    };
+    while let Ok(command) = start.commands.recv() {
+        if let Err(panic) = guarded(|| trainer.serve(command)) {
+            return fail("training", panic, false);
+        }
+    }
+}
+
+/// Turns a panic, which is how libtorch's errors reach Rust, into its message.
+fn guarded<T>(body: impl FnOnce() -> T) -> Result<T, String> {
+    catch_unwind(AssertUnwindSafe(body)).map_err(|panic| {
+        let text = panic.downcast_ref::<String>().cloned().or_else(|| panic.downcast_ref::<&str>().map(|&text| text.to_owned()));
+        text.unwrap_or_else(|| "a panic without a message".into())
+    })
+}
+
+struct Trainer {
+    job: Job,
+    device: Device,
+    advertise: std::net::IpAddr,
+    control: Arc<Control>,
+    download: Download,
+    output: Arc<dyn Fn(Output) + Send + Sync>,
+    models: Distiller,
+    loader: Loader,
+    adapter_config: AdapterConfig,
+    schedule: LrSchedule,
+    /// Absent until the first generation, and while an incomplete one is being received.
+    state: Option<TrainState>,
+    /// The share of a step whose all-reduce did not finish here: consumed if the source holds that step, else to be given again.
+    in_flight: Option<(Step, Share)>,
+    /// Steps of the current generation that are not known to be on disk.
+    records: VecDeque<StepRecord>,
+    /// A listener whose address is in the bootstrap of a generation.
+    listener: Option<(Generation, Listener)>,
+}
+
+impl Trainer {
+    fn load(
+        job: Job,
+        device: Device,
+        advertise: std::net::IpAddr,
+        control: Arc<Control>,
+        download: Download,
+        output: Arc<dyn Fn(Output) + Send + Sync>,
+    ) -> Result<Self, String> {
+        let models = setup::load_models(&job, device).map_err(|error| error.to_string())?;
+        let adapter_config = setup::adapter_config(&job, &models)?;
+        let model_digest = setup::model_digest(&job, &adapter_config).map_err(|error| error.to_string())?;
+        let events = output.clone();
+        let loader = Loader::start(setup::loader_config(&job, &models), move |event| events(data_output(event)))
+            .map_err(|error| error.to_string())?;
+        control.set_loader(loader.handle());
+        let shape = setup::adapter_config(&job, &models)?;
+        let fresh = peapod_model::adapter::Adapter::fresh(shape, job.seed, device).map_err(|error| error.to_string())?;
+        control.enter(Phase::Waiting);
+        output(Output::Event(TrainerEvent::Loaded { model_digest, num_parameters: fresh.num_parameters() as u64 }));
+        let schedule = setup::lr_schedule(&job);
+        Ok(Self {
+            job,
+            device,
+            advertise,
+            control,
+            download,
+            output,
+            models,
+            loader,
+            adapter_config,
+            schedule,
+            state: None,
+            in_flight: None,
+            records: VecDeque::new(),
+            listener: None,
+        })
+    }
+
+    fn event(&self, event: TrainerEvent) {
+        (self.output)(Output::Event(event));
+    }
+
+    fn serve(&mut self, command: Command) {
+        match command {
+            Command::MakeBootstrap { generation } => match self.bootstrap(generation) {
+                Ok(bytes) => self.event(TrainerEvent::Bootstrap { generation, bytes }),
+                Err(message) => self.event(TrainerEvent::Failed { phase: "connecting", message, permanent: false }),
+            },
+            Command::Train(assignment) => self.train(&assignment),
+            Command::Snapshot { generation } => {
+                if let Err(error) = self.snapshot(generation) {
+                    self.event(TrainerEvent::Failed { phase: "snapshot", message: error.to_string(), permanent: false });
+                }
+            }
+        }
+    }
+
+    fn open_listener(&self) -> Result<Listener, String> {
+        let any: std::net::IpAddr = if self.advertise.is_loopback() { self.advertise } else { std::net::Ipv4Addr::UNSPECIFIED.into() };
+        Listener::open(any, self.advertise).map_err(|error| with_sources(&error))
+    }
+
+    fn bootstrap(&mut self, generation: Generation) -> Result<Vec<u8>, String> {
+        let listener = self.open_listener()?;
+        let bootstrap = listener.bootstrap().map_err(|error| with_sources(&error))?;
+        self.listener = Some((generation, listener));
+        Ok(bootstrap.to_bytes())
+    }
+
+    /// One generation, from the assignment to [`Stopped`].
+    fn train(&mut self, assignment: &Assignment) {
+        let generation = assignment.generation;
+        let abort = self.control.begin(generation);
+        self.control.enter(Phase::Connecting);
+        self.records.clear();
+        self.settle_data(assignment);
+        let ended = match self.enter(assignment, &abort) {
+            Ok(collective) => self.steps(assignment, collective),
+            Err(ended) => ended,
+        };
+        self.control.end();
+        self.control.enter(Phase::Waiting);
+        let (cause, reason) = match ended {
+            Ended::Orderly(cause) => (cause, String::new()),
+            Ended::Broken(reason) => (StopCause::Aborted, reason),
+            Ended::Failed { phase, message } => return self.event(TrainerEvent::Failed { phase, message, permanent: false }),
+        };
+        let durable = self.control.durable();
+        self.records.retain(|record| record.step > durable);
+        let applied = self.state.as_ref().map_or(Step(0), |state| state.step);
+        let records = self.records.iter().cloned().collect();
+        self.event(TrainerEvent::Stopped(Stopped { generation, applied, cause, records, reason }));
+    }
+
+    /// Puts the data threads where the new generation starts.
+    fn settle_data(&mut self, assignment: &Assignment) {
+        // The source's sum of a step holds this member's share whether or not the sum arrived here.
+        if let Some((_, share)) = self.in_flight.take().filter(|(step, _)| *step > assignment.base_step) {
+            self.loader.put_back(share);
+        }
+        self.loader.retain_leases(&assignment.held_leases);
+        self.loader.handle().ask_again();
+    }
+
+    /// Builds the communicator and comes to hold the base step.
+    fn enter(&mut self, assignment: &Assignment, abort: &AbortHandle) -> Result<Box<dyn Collective>, Ended> {
+        let deadline = Instant::now() + COLLECTIVE_TIMEOUT;
+        let broken = |error: peapod_collective::Error| Ended::Broken(with_sources(&error));
+        let mut collective: Box<dyn Collective> = if assignment.num_members == 1 {
+            Box::new(SoloCollective::new(abort.clone()))
+        } else {
+            let listener = match self.listener.take().filter(|(generation, _)| *generation == assignment.generation) {
+                Some((_, listener)) => listener,
+                None => self.open_listener().map_err(Ended::Broken)?,
+            };
+            let membership = Membership {
+                generation: assignment.generation.0,
+                member_index: assignment.member_index.0,
+                num_members: assignment.num_members,
+            };
+            let bootstrap = Bootstrap::from_bytes(&assignment.bootstrap).map_err(broken)?;
+            Box::new(TcpCollective::connect(&bootstrap, membership, listener, abort.clone(), deadline).map_err(broken)?)
+        };
+        let held =
+            self.state.as_ref().is_some_and(|state| state.step == assignment.base_step && state.generation == assignment.base_generation);
+        let is_source = assignment.member_index == assignment.source_index;
+        if is_source && !(held && assignment.checkpoint_step.is_none()) {
+            self.state = None;
+            self.state = Some(self.first_state(assignment)?);
+        }
+        if assignment.broadcast_state {
+            self.spread(assignment, collective.as_mut(), is_source, held, deadline)?;
+        }
+        match &self.state {
+            Some(state) if state.step == assignment.base_step => {
+                self.control.set_step(state.step);
+                Ok(collective)
+            }
+            held => {
+                let held = held.as_ref().map_or_else(|| "none".to_owned(), |state| state.step.to_string());
+                let message = format!("holds step {held}, {} starts from step {}", assignment.generation, assignment.base_step);
+                Err(Ended::Failed { phase: "connecting", message })
+            }
+        }
+    }
+
+    /// The state that nobody holds: of the checkpoint, or fresh.
+    fn first_state(&self, assignment: &Assignment) -> Result<TrainState, Ended> {
+        let failed = |message: String| Ended::Failed { phase: "resuming", message };
+        let (optimizer, ema) = (setup::adamw_config(&self.job), self.job.train.ema_decay);
+        let Some(step) = assignment.checkpoint_step else {
+            return self.fresh_state().map_err(failed);
+        };
+        let files = (self.download)(step).map_err(failed)?;
+        let part = |name: &str| files.iter().find(|(file, _)| file == name).map(|(_, bytes)| bytes.clone());
+        TrainState::from_checkpoint(self.adapter_config, optimizer, ema, self.device, step, part)
+            .map_err(|error| failed(format!("checkpoint of step {step}: {error}")))
+    }
+
+    fn fresh_state(&self) -> Result<TrainState, String> {
+        let (optimizer, ema) = (setup::adamw_config(&self.job), self.job.train.ema_decay);
+        TrainState::fresh(self.adapter_config, optimizer, ema, self.job.seed, self.device).map_err(|error| error.to_string())
+    }
+
+    /// The source's state reaches those who lack it. Those who hold it take part and keep their own until the new one is whole.
+    fn spread(
+        &mut self,
+        assignment: &Assignment,
+        collective: &mut dyn Collective,
+        is_source: bool,
+        held: bool,
+        deadline: Instant,
+    ) -> Result<(), Ended> {
+        let failed = |message: String| Ended::Failed { phase: "connecting", message };
+        if !held && !is_source {
+            // What it holds is of another line and must not be taken for the truth if this broadcast is cut off.
+            self.state = None;
+        }
+        let mut scratch = match &self.state {
+            Some(_) => None,
+            None => Some(self.fresh_state().map_err(failed)?),
+        };
+        let shape = scratch.as_ref().or(self.state.as_ref());
+        let mut bytes = match shape {
+            Some(state) if is_source => state.to_bytes(),
+            Some(state) => vec![0; state.num_bytes()],
+            None => return Err(failed("no state to send or receive".into())),
+        };
+        collective.broadcast(&mut bytes, assignment.source_index.0, deadline).map_err(|error| Ended::Broken(with_sources(&error)))?;
+        if let Some(state) = &mut scratch {
+            state.restore(&bytes).map_err(|error| failed(error.to_string()))?;
+            state.generation = assignment.base_generation;
+            self.state = scratch;
+        }
+        Ok(())
+    }
+
+    /// Steps until the generation ends.
+    fn steps(&mut self, assignment: &Assignment, mut collective: Box<dyn Collective>) -> Ended {
+        let global_batch = self.job.train.global_batch;
+        let owed = share_of(global_batch, assignment.member_index, assignment.num_members) as usize;
+        let layout = TailLayout::new(assignment.num_members, global_batch);
+        let num_parameters = self.state.as_ref().map_or(0, |state| state.adapter.num_parameters());
+        let mut gradient = Tensor::zeros([num_parameters as i64], (Kind::Float, self.device));
+        let mut wire = vec![0.0_f32; num_parameters + layout.len()];
+        loop {
+            match self.step(assignment, collective.as_mut(), owed, layout, &mut gradient, &mut wire) {
+                Ok(None) => {}
+                Ok(Some(cause)) => return Ended::Orderly(cause),
+                Err(ended) => return ended,
+            }
+        }
+    }
+
+    /// One step; says when it was the generation's last.
+    fn step(
+        &mut self,
+        assignment: &Assignment,
+        collective: &mut dyn Collective,
+        owed: usize,
+        layout: TailLayout,
+        gradient: &mut Tensor,
+        wire: &mut [f32],
+    ) -> Result<Option<StopCause>, Ended> {
+        let generation = assignment.generation;
+        let Some(state) = &mut self.state else { return Err(Ended::Failed { phase: "training", message: "no state".into() }) };
+        let step = state.step.next();
+        let clock = Instant::now();
+
+        // 1. Samples.
+        self.control.enter(Phase::Data);
+        let share = self.loader.next_share(owed).map_err(|error| match error {
+            peapod_data::Error::Cancelled => Ended::Broken("aborted while waiting for samples".into()),
+            error => Ended::Failed { phase: "data", message: error.to_string() },
+        })?;
+        let data = clock.elapsed();
+
+        // 2. Gradient of this share. From here until the sum has arrived, the share is in flight.
+        self.control.enter(Phase::Compute);
+        let share = &self.in_flight.insert((step, share)).1;
+        let (models, adapter) = (&self.models, &state.adapter);
+        let _ = gradient.zero_();
+        let result = guarded(|| step::accumulate(models, adapter, share, gradient));
+        let mut contribution = match result {
+            Ok(Ok(contribution)) => contribution,
+            Ok(Err(error)) => return Err(Ended::Failed { phase: "compute", message: error.to_string() }),
+            Err(panic) => return Err(Ended::Failed { phase: "compute", message: panic }),
+        };
+        contribution.change = self.control.change_is_asked(generation);
+        let num_parameters = gradient.numel();
+        let (values, tail) = wire.split_at_mut(num_parameters);
+        gradient.to_device(Device::Cpu).copy_data(values, num_parameters);
+        layout.write(tail, step, assignment.member_index, &contribution);
+        let compute = clock.elapsed();
+
+        // 3. The sum over all members.
+        self.control.enter(Phase::Collective);
+        let broken = |reason: String| Ended::Broken(reason);
+        collective.all_reduce_sum(wire, Instant::now() + COLLECTIVE_TIMEOUT).map_err(|error| broken(with_sources(&error)))?;
+        let (values, tail) = wire.split_at(num_parameters);
+        let outcome = layout.read(tail, step).map_err(|error| broken(error.to_string()))?;
+        self.in_flight = None;
+        let reduced = clock.elapsed();
+        if outcome.names.is_empty() {
+            return Ok(Some(StopCause::DataDone));
+        }
+
+        // 4. The update, only now that the sum is known to be whole.
+        self.control.enter(Phase::Update);
+        gradient.copy_(&Tensor::from_slice(values));
+        let learning_rate = self.schedule.rate(state.step.0);
+        let updated = update(state, gradient, &outcome, learning_rate, self.job.train.max_grad_norm);
+        let (grad_norm, skipped) = updated.map_err(|error| Ended::Failed { phase: "update", message: error.to_string() })?;
+        state.step = step;
+        state.generation = generation;
+        self.control.set_step(step);
+        let done = clock.elapsed();
+
+        let record = record(step, generation, &outcome, grad_norm, learning_rate, skipped);
+        let timings = StepTimings {
+            data: data.as_secs_f32(),
+            compute: (compute - data).as_secs_f32(),
+            collective: (reduced - compute).as_secs_f32(),
+            update: (done - reduced).as_secs_f32(),
+        };
+        self.report(assignment.member_index, record, timings)?;
+        if self.job.last_step() == Some(step.0) {
+            return Ok(Some(StopCause::StepsDone));
+        }
+        Ok(outcome.change.then_some(StopCause::Planned))
+    }
+
+    /// Tells the coordinator of an applied step, with a copy of the weights where one is due.
+    fn report(&mut self, member: MemberIndex, record: StepRecord, timings: StepTimings) -> Result<(), Ended> {
+        let (step, generation) = (record.step, record.generation);
+        let scheduled = step.0.is_multiple_of(self.job.checkpoint.every_steps);
+        let asked = self.control.take_snapshot_request(generation);
+        let mut digest = None;
+        if scheduled || asked {
+            self.control.enter(Phase::Snapshot);
+            digest = self.state.as_ref().map(TrainState::digest);
+        }
+        let is_first = member == MemberIndex(0);
+        let durable = self.control.durable();
+        self.records.retain(|record| record.step > durable);
+        self.records.push_back(record.clone());
+        let report = StepReport { generation, step, record: is_first.then_some(record), timings, snapshot: digest };
+        self.event(TrainerEvent::Step(report));
+        if is_first && digest.is_some() {
+            self.snapshot(generation).map_err(|error| Ended::Failed { phase: "snapshot", message: error.to_string() })?;
+        }
+        Ok(())
+    }
+
+    fn snapshot(&mut self, generation: Generation) -> peapod_model::Result<()> {
+        if let Some(state) = &self.state {
+            (self.output)(Output::Snapshot(Box::new(state.snapshot(generation)?)));
+        }
+        Ok(())
+    }
+}
+
+/// Applies the mean gradient; a step that is not finite leaves the weights as they are, on all ranks alike.
+fn update(
+    state: &mut TrainState,
+    gradient: &mut Tensor,
+    outcome: &Outcome,
+    learning_rate: f64,
+    max_grad_norm: f64,
+) -> peapod_model::Result<(f64, bool)> {
+    let _ = gradient.f_div_scalar_(outcome.names.len() as f64)?;
+    let limit = if max_grad_norm > 0.0 { max_grad_norm } else { f64::INFINITY };
+    let norm = clip_grad_norm(gradient, limit)?;
+    if outcome.not_finite || !norm.is_finite() {
+        return Ok((norm, true));
+    }
+    state.optimizer.step(state.adapter.flat(), gradient, learning_rate)?;
+    if let Some(ema) = &mut state.ema {
+        ema.update(state.adapter.flat())?;
+    }
+    Ok((norm, false))
+}
+
+fn record(step: Step, generation: Generation, outcome: &Outcome, grad_norm: f64, learning_rate: f64, skipped: bool) -> StepRecord {
+    let count = outcome.names.len() as f32;
+    StepRecord {
+        step,
+        generation,
+        names: outcome.names.clone(),
+        skipped,
+        losses: StepLosses {
+            task: outcome.losses.task / count,
+            logit: outcome.losses.logit / count,
+            feature: outcome.losses.feature / count,
+            grad_norm: grad_norm as f32,
+            learning_rate: learning_rate as f32,
+        },
+    }
+}
+
+fn data_output(event: peapod_data::LoaderEvent) -> Output {
+    match event {
+        peapod_data::LoaderEvent::NeedLeases { num } => Output::NeedLeases { num },
+        peapod_data::LoaderEvent::Shard { lease, skipped, end } => Output::Read(shard_report(lease, skipped, end)),
+    }
+}
+
+fn shard_report(lease: LeaseId, skipped: Vec<peapod_data::Skip>, end: Option<peapod_data::ShardEnd>) -> ShardReport {
+    let skip = |skip: peapod_data::Skip| SkippedSample {
+        index: skip.index,
+        reason: match skip.reason {
+            peapod_data::Reason::Filtered => SkipReason::Filtered,
+            peapod_data::Reason::Bad => SkipReason::Bad,
+        },
+        key: skip.key,
+        detail: skip.detail,
+    };
+    ShardReport {
+        lease,
+        skipped: skipped.into_iter().map(skip).collect(),
+        num_samples: end.as_ref().map(|end| end.num_samples),
+        truncated: end.and_then(|end| end.truncated).unwrap_or_default(),
+    }
+}
+
+/// An error with what is behind it, in one line.
+fn with_sources(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        text = format!("{text}: {error}");
+        source = error.source();
+    }
+    text
+}

@@ -1,0 +1,258 @@
+//! What training changes: adapter, optimiser moments, moving average, step. Everything else is frozen.
+
+use peapod_model::adapter::{Adapter, AdapterConfig};
+use peapod_model::optim::{AdamW, AdamWConfig, Ema};
+use peapod_model::{Error, Result};
+use peapod_proto::ids::{Generation, Step};
+use sha2::{Digest, Sha256};
+use tch::{Device, Kind, Tensor};
+
+/// The trained state after one step.
+pub struct TrainState {
+    /// The adapter.
+    pub adapter: Adapter,
+    /// Its moments.
+    pub optimizer: AdamW,
+    /// Its moving average, if the job keeps one.
+    pub ema: Option<Ema>,
+    /// The last applied step.
+    pub step: Step,
+    /// The generation that trained it; [`Generation::NONE`] if it is fresh or from a checkpoint.
+    pub generation: Generation,
+}
+
+/// A copy of the state for a checkpoint, on the host.
+pub struct Snapshot {
+    /// The adapter.
+    pub adapter: Adapter,
+    /// First moment.
+    pub exp_avg: Tensor,
+    /// Second moment.
+    pub exp_avg_sq: Tensor,
+    /// Updates the optimiser has made.
+    pub num_updates: u64,
+    /// The moving average.
+    pub ema: Option<Adapter>,
+    /// The step.
+    pub step: Step,
+    /// The generation it was copied in.
+    pub generation: Generation,
+}
+
+impl TrainState {
+    /// Fresh weights: the same on every machine, drawn from the job's seed.
+    ///
+    /// # Errors
+    /// As [`Adapter::fresh`].
+    pub fn fresh(config: AdapterConfig, optimizer: AdamWConfig, ema_decay: f64, seed: u64, device: Device) -> Result<Self> {
+        Self::with_adapter(Adapter::fresh(config, seed, device)?, optimizer, ema_decay, device)
+    }
+
+    fn with_adapter(adapter: Adapter, optimizer: AdamWConfig, ema_decay: f64, device: Device) -> Result<Self> {
+        let optimizer = AdamW::new(optimizer, adapter.num_parameters() as i64, device);
+        let ema = if ema_decay > 0.0 { Some(Ema::new(adapter.flat(), ema_decay)?) } else { None };
+        Ok(Self { adapter, optimizer, ema, step: Step(0), generation: Generation::NONE })
+    }
+
+    /// The state kept in a checkpoint's files. A moving average that the checkpoint lacks starts from its weights.
+    ///
+    /// # Errors
+    /// If a file is missing or of another shape than `config`.
+    pub fn from_checkpoint(
+        config: AdapterConfig,
+        optimizer: AdamWConfig,
+        ema_decay: f64,
+        device: Device,
+        step: Step,
+        part: impl Fn(&str) -> Option<Vec<u8>>,
+    ) -> Result<Self> {
+        let file =
+            |name: &str| part(name).ok_or_else(|| Error::Invalid { path: name.into(), reason: "it is missing from the checkpoint".into() });
+        let adapter = Adapter::from_safetensors(&file(Snapshot::ADAPTER)?, device)?;
+        if *adapter.config() != config {
+            let reason = format!("the checkpoint's adapter is {:?}, the job's is {config:?}", adapter.config());
+            return Err(Error::Invalid { path: Snapshot::ADAPTER.into(), reason });
+        }
+        let mut state = Self::with_adapter(adapter, optimizer, ema_decay, device)?;
+        state.optimizer = AdamW::from_safetensors(optimizer, &file(Snapshot::OPTIMIZER)?, device)?;
+        if let (Some(ema), Some(bytes)) = (&mut state.ema, part(Snapshot::EMA)) {
+            ema.restore(Adapter::from_safetensors(&bytes, device)?.flat())?;
+        }
+        state.step = step;
+        Ok(state)
+    }
+
+    /// First 8 bytes of the SHA-256 of the adapter: equal on all ranks, or they have diverged.
+    #[must_use]
+    pub fn digest(&self) -> u64 {
+        let values = to_host(self.adapter.flat());
+        let digest = Sha256::digest(as_bytes(&values));
+        u64::from_le_bytes(digest.first_chunk::<8>().copied().unwrap_or_default())
+    }
+
+    /// Copies everything, so that training can go on while the copy is written.
+    ///
+    /// # Errors
+    /// From libtorch.
+    pub fn snapshot(&self, generation: Generation) -> Result<Snapshot> {
+        // A host tensor moved to the host is itself: only a clone of its values is a copy.
+        let host = |tensor: &Tensor| tensor.f_to_device(Device::Cpu).map(|tensor| tensor.copy());
+        Ok(Snapshot {
+            adapter: self.adapter.with_parameters(self.adapter.flat())?,
+            exp_avg: host(self.optimizer.exp_avg())?,
+            exp_avg_sq: host(self.optimizer.exp_avg_sq())?,
+            num_updates: self.optimizer.num_steps(),
+            ema: self.ema.as_ref().map(|ema| self.adapter.with_parameters(ema.flat())).transpose()?,
+            step: self.step,
+            generation,
+        })
+    }
+
+    /// Number of bytes of [`TrainState::to_bytes`].
+    #[must_use]
+    pub fn num_bytes(&self) -> usize {
+        let buffers = 3 + usize::from(self.ema.is_some());
+        HEADER_BYTES + buffers * self.adapter.num_parameters() * size_of::<f32>()
+    }
+
+    /// Everything as bytes, for a member that lacks it: step, updates, then the flat buffers.
+    #[must_use]
+    pub fn to_bytes(&self) -> Vec<u8> {
+        let mut bytes = Vec::with_capacity(self.num_bytes());
+        bytes.extend(self.step.0.to_le_bytes());
+        bytes.extend(self.optimizer.num_steps().to_le_bytes());
+        let buffers = [self.adapter.flat(), self.optimizer.exp_avg(), self.optimizer.exp_avg_sq()];
+        for tensor in buffers.into_iter().chain(self.ema.as_ref().map(Ema::flat)) {
+            bytes.extend(as_bytes(&to_host(tensor)));
+        }
+        bytes
+    }
+
+    /// Takes over what [`TrainState::to_bytes`] made of a state of the same shape.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if the length differs.
+    pub fn restore(&mut self, bytes: &[u8]) -> Result<()> {
+        if bytes.len() != self.num_bytes() {
+            let detail = format!("{} bytes for a state of {}", bytes.len(), self.num_bytes());
+            return Err(Error::Shape { what: "TrainState::restore", detail });
+        }
+        let number = |at: usize| bytes[at..].first_chunk::<8>().map(|bytes| u64::from_le_bytes(*bytes)).unwrap_or_default();
+        let buffer_bytes = self.adapter.num_parameters() * size_of::<f32>();
+        let mut buffers = bytes[HEADER_BYTES..].chunks_exact(buffer_bytes).map(|buffer| {
+            let values: Vec<f32> = buffer.as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
+            Tensor::from_slice(&values)
+        });
+        let mut next = || buffers.next().unwrap_or_default();
+        let (parameters, exp_avg, exp_avg_sq) = (next(), next(), next());
+        self.adapter.set_parameters(&parameters)?;
+        self.optimizer.restore(number(8), &exp_avg, &exp_avg_sq)?;
+        if let Some(ema) = &mut self.ema {
+            ema.restore(&next())?;
+        }
+        self.step = Step(number(0));
+        Ok(())
+    }
+}
+
+/// Step and number of updates.
+const HEADER_BYTES: usize = 16;
+
+impl Snapshot {
+    /// File of the adapter in a checkpoint.
+    pub const ADAPTER: &str = "adapter.safetensors";
+    /// File of the optimiser's moments.
+    pub const OPTIMIZER: &str = "optimizer.safetensors";
+    /// File of the moving average.
+    pub const EMA: &str = "adapter_ema.safetensors";
+
+    /// The checkpoint's files. `metadata` is asked for the adapter's (false) and the average's (true).
+    ///
+    /// # Errors
+    /// From serialising.
+    pub fn to_files(
+        &self,
+        optimizer: AdamWConfig,
+        metadata: impl Fn(bool) -> std::collections::BTreeMap<String, String>,
+    ) -> Result<Vec<(&'static str, Vec<u8>)>> {
+        let mut moments = AdamW::new(optimizer, self.exp_avg.numel() as i64, Device::Cpu);
+        moments.restore(self.num_updates, &self.exp_avg, &self.exp_avg_sq)?;
+        let mut files = vec![(Self::ADAPTER, self.adapter.to_safetensors(&metadata(false))?), (Self::OPTIMIZER, moments.to_safetensors()?)];
+        if let Some(ema) = &self.ema {
+            files.push((Self::EMA, ema.to_safetensors(&metadata(true))?));
+        }
+        Ok(files)
+    }
+}
+
+/// The values of a flat `f32` tensor.
+fn to_host(tensor: &Tensor) -> Vec<f32> {
+    let mut values = vec![0.0; tensor.numel()];
+    tensor.to_device(Device::Cpu).to_kind(Kind::Float).copy_data(&mut values, tensor.numel());
+    values
+}
+
+fn as_bytes(values: &[f32]) -> Vec<u8> {
+    values.iter().flat_map(|value| value.to_le_bytes()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config() -> AdapterConfig {
+        AdapterConfig { input: 4, hidden: 8, depth: 3, pooled: 6, output: Some(10) }
+    }
+
+    fn optimizer() -> AdamWConfig {
+        AdamWConfig { beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.0 }
+    }
+
+    fn trained(ema_decay: f64) -> TrainState {
+        let mut state = TrainState::fresh(config(), optimizer(), ema_decay, 3, Device::Cpu).unwrap();
+        let gradient = Tensor::ones_like(state.adapter.flat());
+        state.optimizer.step(state.adapter.flat(), &gradient, 0.1).unwrap();
+        if let Some(ema) = &mut state.ema {
+            ema.update(state.adapter.flat()).unwrap();
+        }
+        state.step = Step(1);
+        state
+    }
+
+    #[test]
+    fn state_travels_whole_to_a_member_that_lacks_it() {
+        for ema_decay in [0.0, 0.9] {
+            let source = trained(ema_decay);
+            let mut other = TrainState::fresh(config(), optimizer(), ema_decay, 99, Device::Cpu).unwrap();
+            assert_ne!(other.digest(), source.digest());
+            other.restore(&source.to_bytes()).unwrap();
+            assert_eq!(other.to_bytes(), source.to_bytes());
+            assert_eq!((other.digest(), other.step, other.optimizer.num_steps()), (source.digest(), Step(1), 1));
+            assert!(other.restore(&[0; 7]).is_err());
+        }
+    }
+
+    #[test]
+    fn checkpoint_files_give_the_same_state_back() {
+        for ema_decay in [0.0, 0.9] {
+            let source = trained(ema_decay);
+            let files = source.snapshot(Generation(1)).unwrap().to_files(optimizer(), |_| Default::default()).unwrap();
+            assert_eq!(files.len(), if ema_decay > 0.0 { 3 } else { 2 });
+            let part = |name: &str| files.iter().find(|(file, _)| *file == name).map(|(_, bytes)| bytes.clone());
+            let state = TrainState::from_checkpoint(config(), optimizer(), ema_decay, Device::Cpu, Step(1), part).unwrap();
+            assert_eq!(state.to_bytes(), source.to_bytes());
+            let narrow = AdapterConfig { hidden: 4, ..config() };
+            assert!(TrainState::from_checkpoint(narrow, optimizer(), ema_decay, Device::Cpu, Step(1), part).is_err());
+        }
+    }
+
+    #[test]
+    fn snapshot_does_not_change_with_training() {
+        let mut state = trained(0.0);
+        let snapshot = state.snapshot(Generation(1)).unwrap();
+        let before = to_host(snapshot.adapter.flat());
+        let gradient = Tensor::ones_like(state.adapter.flat());
+        state.optimizer.step(state.adapter.flat(), &gradient, 0.1).unwrap();
+        assert_eq!(to_host(snapshot.adapter.flat()), before);
+    }
+}
