@@ -11,6 +11,19 @@ setup: ## install libtorch into .libtorch (once)
 build: setup ## build every program
 	cargo build --workspace
 
+demo: setup ## train the demo adapter with two workers on this machine, then draw with it (about five minutes after the build)
+	cargo build -p peapod-coordinator -p peapod-worker
+	rm -rf demo-out
+	target/debug/coordinator --world-size 2 --local --job tests/demo/job.toml --state-dir demo-out/state
+	target/debug/sample --model tests/demo/model --adapter demo-out/state/checkpoints \
+	  --compare --prompts tests/demo/prompts.tsv --steps 20 --guidance 5 --seed 7 --title "Peapod demo" --out demo-out/demo.png
+	@echo "picture     demo-out/demo.png"
+
+# Pools of several threads would spin against each other: the tests run side by side.
+test: export OMP_NUM_THREADS = 1
+test: build ## all tests that need no GPU, no root and no other host
+	cargo test --workspace
+
 lint: setup ## formatting and clippy, warnings denied
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets -- -D warnings

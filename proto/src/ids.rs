@@ -100,9 +100,28 @@ impl fmt::Display for SampleName {
 /// A lease's samples that are not to be read again: one bit each, in tar order.
 ///
 /// Grows as bits are set; a bit past the end reads as unset.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(transparent)]
+///
+/// Serialises as a string of hexadecimal digits, two a byte.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Bitmap(Vec<u8>);
+
+impl Serialize for Bitmap {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(&self.0.iter().map(|byte| format!("{byte:02x}")).collect::<String>())
+    }
+}
+
+impl<'de> Deserialize<'de> for Bitmap {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        use serde::de::Error;
+        let text = String::deserialize(deserializer)?;
+        if !text.is_ascii() || text.len() % 2 != 0 {
+            return Err(D::Error::custom("a bitmap is an even number of hexadecimal digits"));
+        }
+        let byte = |at: usize| u8::from_str_radix(&text[at..at + 2], 16).map_err(D::Error::custom);
+        (0..text.len()).step_by(2).map(byte).collect::<Result<_, _>>().map(Self)
+    }
+}
 
 impl Bitmap {
     /// The bitmap with these bytes, lowest bit first.
@@ -182,6 +201,16 @@ mod tests {
         let both = short.union(&long);
         assert_eq!(both.iter().collect::<Vec<_>>(), [3, 20]);
         assert_eq!(both, long.union(&short));
+    }
+
+    #[test]
+    fn bitmap_is_hexadecimal_text() {
+        let mut bitmap = Bitmap::default();
+        bitmap.insert(9);
+        let text = toml::Value::try_from(&bitmap).unwrap();
+        assert_eq!(text.as_str(), Some("0002"));
+        assert_eq!(Bitmap::deserialize(text).unwrap(), bitmap);
+        assert!(Bitmap::deserialize(toml::Value::String("0x".into())).is_err());
     }
 
     #[test]

@@ -3,5 +3,9 @@
 // clippy.toml's exemption covers test functions only; in a test binary helpers may panic too.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod bad_input;
 mod classifier;
 mod golden;
+mod membership;
+mod resume;
+mod training;

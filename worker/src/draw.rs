@@ -18,6 +18,8 @@ use tch::{Device, Kind};
 
 use crate::picture::{Picture, PictureError};
 
+/// File name of the adapter in a checkpoint.
+const ADAPTER_FILE: &str = "adapter.safetensors";
 /// Adapter metadata: the folder of the text encoder it was trained for.
 pub const ENCODER_KEY: &str = "encoder";
 /// Adapter metadata: the number of tokens its prompts were padded to.
@@ -170,7 +172,8 @@ impl Setup {
         let unet = UNetConfig::read(&unet_path)?;
         let vae_factor = halvings(VaeConfig::read(&model.join("vae/config.json"))?.block_out_channels.len());
         let scheduler = SchedulerConfig::load(model)?;
-        let student = files.adapter.as_ref().map(|adapter| Student::check(files, adapter, &unet, &unet_path)).transpose()?;
+        let check_student = |adapter: &PathBuf| Student::check(files, &adapter_file(adapter)?, &unet, &unet_path);
+        let student = files.adapter.as_ref().map(check_student).transpose()?;
         Ok(Self {
             model: model.clone(),
             english: files.english,
@@ -222,9 +225,27 @@ impl Setup {
     }
 }
 
+/// The adapter file meant by `path`: the file itself, or in a folder of checkpoints that of the newest whole one.
+fn adapter_file(path: &Path) -> Result<PathBuf, SetupError> {
+    if !path.is_dir() {
+        return Ok(path.to_owned());
+    }
+    let own = path.join(ADAPTER_FILE);
+    if own.is_file() {
+        return Ok(own);
+    }
+    // A checkpoint is whole once it has a manifest; names sort by step.
+    let folders = std::fs::read_dir(path).into_iter().flatten().filter_map(|entry| Some(entry.ok()?.path()));
+    let newest = folders.filter(|folder| folder.join("manifest.json").is_file()).max();
+    let hint = "--adapter takes a .safetensors file, a checkpoint's folder, or a folder of checkpoints";
+    let file = newest.map_or(own, |folder| folder.join(ADAPTER_FILE));
+    present("an adapter in that folder", &file, hint)?;
+    Ok(file)
+}
+
 impl Student {
     fn check(files: &Files, path: &Path, unet: &UNetConfig, unet_path: &Path) -> Result<Self, SetupError> {
-        present("the adapter", path, "--adapter takes a .safetensors file")?;
+        present("the adapter", path, "--adapter takes a .safetensors file, or a folder of checkpoints")?;
         let metadata = adapter::metadata(path)?;
         let shipped = files.model.join(SHIPPED_STUDENT);
         let encoder = match (&files.student, metadata.get(ENCODER_KEY)) {

@@ -14,6 +14,8 @@ use peapod_proto::job::{self, Job};
 use sha2::{Digest, Sha256};
 use tch::{Device, Kind};
 
+use crate::draw::{CONTEXT_LENGTH_KEY, ENCODER_KEY, NORMALIZE_QUOTES_KEY};
+
 /// Files whose contents must be the same on all workers; the weights beside them are told apart by their configurations.
 const CONFIGURATIONS: [&str; 5] =
     ["unet/config.json", "vae/config.json", "text_encoder/config.json", "text_encoder_2/config.json", "scheduler/scheduler_config.json"];
@@ -122,21 +124,21 @@ pub fn model_digest(job: &Job, adapter: &AdapterConfig) -> std::io::Result<Vec<u
     Ok(hasher.finalize().to_vec())
 }
 
-/// What an adapter file says about itself.
+/// What an adapter file says about itself: the sampler reads it, people may.
 #[must_use]
 pub fn metadata(job: &Job, step: Step, average: bool) -> BTreeMap<String, String> {
     let mut metadata = BTreeMap::from([
         ("format".into(), "pt".into()),
-        ("peapod.version".into(), PROGRAM_VERSION.into()),
-        ("peapod.job".into(), job.name.clone()),
-        ("peapod.step".into(), step.to_string()),
-        ("peapod.architecture".into(), "sdxl".into()),
-        ("peapod.student".into(), job.student.path.display().to_string()),
-        ("peapod.context_length".into(), job.student.context_length.to_string()),
-        ("peapod.normalize_quotes".into(), job.student.normalize_quotes.to_string()),
+        ("version".into(), PROGRAM_VERSION.into()),
+        ("job".into(), job.name.clone()),
+        ("step".into(), step.to_string()),
+        ("architecture".into(), "sdxl".into()),
+        (ENCODER_KEY.into(), job.student.path.display().to_string()),
+        (CONTEXT_LENGTH_KEY.into(), job.student.context_length.to_string()),
+        (NORMALIZE_QUOTES_KEY.into(), job.student.normalize_quotes.to_string()),
     ]);
     if average {
-        metadata.insert("peapod.ema_decay".into(), job.train.ema_decay.to_string());
+        metadata.insert("ema_decay".into(), job.train.ema_decay.to_string());
     }
     metadata
 }

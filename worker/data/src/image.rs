@@ -175,12 +175,12 @@ mod tests {
     /// enlarge it by different filters, which shows at edges.
     #[test]
     fn every_kind_of_jpeg_becomes_the_rgb_that_pillow_gives() {
-        let cases: [(&str, &[u8], &[u8], u8, f64); 3] = [
-            ("grayscale", include_bytes!("../testdata/gray.jpg"), include_bytes!("../testdata/gray.ppm"), 1, 0.1),
-            ("CMYK", include_bytes!("../testdata/cmyk.jpg"), include_bytes!("../testdata/cmyk.ppm"), 1, 0.1),
-            ("progressive 4:2:0", include_bytes!("../testdata/progressive.jpg"), include_bytes!("../testdata/progressive.ppm"), 8, 0.6),
-        ];
-        for (case, jpeg, expected, largest, mean) in cases {
+        let gray: [&[u8]; 2] = [include_bytes!("../testdata/gray.jpg"), include_bytes!("../testdata/gray.ppm")];
+        let cmyk: [&[u8]; 2] = [include_bytes!("../testdata/cmyk.jpg"), include_bytes!("../testdata/cmyk.ppm")];
+        let progressive: [&[u8]; 2] = [include_bytes!("../testdata/progressive.jpg"), include_bytes!("../testdata/progressive.ppm")];
+        for (case, [jpeg, expected], largest, mean) in
+            [("grayscale", gray, 1, 0.1), ("CMYK", cmyk, 1, 0.1), ("progressive 4:2:0", progressive, 8, 0.6)]
+        {
             let (picture, expected) = (decode(jpeg).unwrap(), ppm(expected));
             assert_eq!((picture.width, picture.height), (expected.width, expected.height));
             assert!(largest_difference(&picture.bytes, &expected.bytes) <= largest, "{case}");

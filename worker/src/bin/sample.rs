@@ -28,8 +28,8 @@ struct Args {
     #[arg(long, value_name = "DIR")]
     model: PathBuf,
 
-    /// The adapter (.safetensors); without it prompts are English
-    #[arg(long, value_name = "FILE")]
+    /// The adapter (.safetensors), or a folder of checkpoints: the newest; without it prompts are English
+    #[arg(long, value_name = "PATH")]
     adapter: Option<PathBuf>,
 
     /// The adapter's text encoder [default: DIR/text_encoder_zh, else what the adapter names]

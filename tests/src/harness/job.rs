@@ -1,0 +1,48 @@
+//! Job files: the demo's with changes.
+
+use toml::{Table, Value};
+
+/// The demo's job, cut down to what a machine trains in a few seconds.
+#[derive(Debug, Clone)]
+pub struct JobFile(Table);
+
+impl Default for JobFile {
+    fn default() -> Self {
+        let mut job = Self(include_str!("../../demo/job.toml").parse().expect("the demo's job file"));
+        job.set("train.steps", 4).set("train.global_batch", 16).set("train.micro_batch", 8).set("train.warmup_steps", 2);
+        job.set("train.decay", "constant").set("data.shuffle_buffer", 16).set("checkpoint.every_steps", 1000).set("checkpoint.keep", 100);
+        job
+    }
+}
+
+impl JobFile {
+    /// Sets the field `key`, a path such as `train.steps`.
+    pub fn set(&mut self, key: &str, value: impl Into<Value>) -> &mut Self {
+        let (section, field) = self.locate(key);
+        section.insert(field, value.into());
+        self
+    }
+
+    /// Makes the job end after this many passes over the data instead of steps.
+    pub fn set_epochs(&mut self, epochs: u32) -> &mut Self {
+        let (train, steps) = self.locate("train.steps");
+        train.remove(&steps);
+        self.set("train.epochs", i64::from(epochs))
+    }
+
+    fn locate(&mut self, key: &str) -> (&mut Table, String) {
+        let mut parts: Vec<&str> = key.split('.').collect();
+        let field = parts.pop().unwrap_or_default().to_owned();
+        let mut table = &mut self.0;
+        for part in parts {
+            table = table.entry(part).or_insert_with(|| Table::new().into()).as_table_mut().expect("a section");
+        }
+        (table, field)
+    }
+}
+
+impl std::fmt::Display for JobFile {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.0.fmt(f)
+    }
+}

@@ -1,0 +1,194 @@
+//! Workers come, go, die, freeze and ask for what they cannot have; the job goes on exactly, or says why not.
+
+use std::net::TcpListener;
+
+use peapod_tests::harness::{Cluster, Coordinator, Process, Signal, assert_trained_once, kill};
+
+const SIZES: [usize; 4] = [48, 48, 48, 48];
+
+/// One epoch of twelve steps: long enough to break into.
+fn twelve_steps() -> Cluster {
+    let mut cluster = Cluster::new();
+    cluster.deal_samples(&SIZES);
+    cluster
+}
+
+fn two_workers(coordinator: &Coordinator) -> [Process; 2] {
+    [0, 1].map(|rank| coordinator.worker_of_rank(rank))
+}
+
+/// What every disturbed epoch must come to.
+#[track_caller]
+fn assert_whole(cluster: &Cluster) {
+    assert_trained_once(&cluster.trained_samples(), &SIZES);
+    assert_eq!(cluster.newest_checkpoint().ledger_total("committed"), 192);
+}
+
+#[test]
+fn replacement_of_a_killed_worker_finishes_the_epoch_exactly() {
+    let cluster = twelve_steps();
+    let mut coordinator = cluster.coordinator(2, &[]);
+    let [mut survivor, mut victim] = two_workers(&coordinator);
+    coordinator.wait_for_step(3);
+    victim.signal(Signal::KILL);
+    victim.wait();
+
+    coordinator.allow_error(" lost at step ");
+    coordinator.wait_for("rank 1 (pid ");
+    coordinator.wait_for(" lost at step ");
+    // It is said at once, and again every few seconds.
+    let line = coordinator.wait_for_times("waiting for rank 1; giving up in ", 2);
+    assert!(line.ends_with(" s (--join-timeout)"), "{line}");
+    assert!(coordinator.is_running() && survivor.is_running());
+
+    let mut replacement = coordinator.worker_of_rank(1);
+    coordinator.expect_exit(0);
+    survivor.expect_exit(0);
+    replacement.expect_exit(0);
+    assert_whole(&cluster);
+}
+
+#[test]
+fn job_without_a_replacement_ends_with_its_first_failure() {
+    let cluster = twelve_steps();
+    let mut coordinator = cluster.coordinator(2, &["--join-timeout", "3s"]);
+    let [mut survivor, victim] = two_workers(&coordinator);
+    coordinator.wait_for_step(2);
+    let pid = victim.id();
+    victim.signal(Signal::KILL);
+
+    coordinator.expect_exit(1);
+    let reason = coordinator.lines_with("coordinator: ").pop().unwrap();
+    assert!(reason.starts_with(&format!("coordinator: rank 1 (pid {pid} on ")), "{reason}");
+    assert!(reason.contains(" lost at step ") && reason.contains(" in phase "), "{reason}");
+    assert!(reason.ends_with("; then waiting for rank 1 for 3 s (--join-timeout)"), "{reason}");
+    survivor.expect_exit(1);
+    survivor.assert_said("the job failed: rank 1 ");
+}
+
+#[test]
+fn local_coordinator_starts_a_dead_worker_again() {
+    let cluster = twelve_steps();
+    let mut coordinator = cluster.coordinator(2, &["--local"]);
+    coordinator.wait_for_step(3);
+    let before = coordinator.pid_of_rank(0);
+    // The one that makes the bootstrap and sends the checkpoints.
+    kill(before);
+    coordinator.allow_error(" lost at step ");
+    coordinator.expect_exit(0);
+    coordinator.assert_said("worker of rank 0 was killed by signal 9 (SIGKILL");
+    coordinator.assert_said("starting it again (restart 1 of 3)");
+    assert_ne!(coordinator.pid_of_rank(0), before);
+    assert_whole(&cluster);
+}
+
+#[test]
+fn restarts_are_not_without_end() {
+    let cluster = twelve_steps();
+    let mut coordinator = cluster.coordinator(2, &["--local", "--max-restarts", "0"]);
+    coordinator.wait_for_step(2);
+    kill(coordinator.pid_of_rank(1));
+    coordinator.expect_exit(1);
+    coordinator.assert_said("worker of rank 1 was killed by signal 9");
+    coordinator.assert_said("no restart is left (--max-restarts 0)");
+}
+
+#[test]
+fn workers_are_replaced_one_after_the_other_without_losing_a_step() {
+    let cluster = twelve_steps();
+    let mut coordinator = cluster.coordinator(2, &[]);
+    let [mut drained, mut terminated] = two_workers(&coordinator);
+    coordinator.wait_for_step(2);
+
+    coordinator.control(&["drain", "0"]).expect_exit(0);
+    drained.expect_exit(0);
+    drained.assert_said("left the job: ");
+    coordinator.wait_for("waiting for rank 0");
+    // Without --rank the free one is assigned.
+    let mut first = coordinator.worker("first replacement", &[]);
+    coordinator.wait_for_times(" workers train from step ", 2);
+    let step = cluster.steps().last().unwrap().step;
+    coordinator.wait_for_step(step + 1);
+
+    terminated.signal(Signal::TERM);
+    terminated.expect_exit(0);
+    terminated.assert_said("left the job: SIGTERM");
+    let mut second = coordinator.worker("second replacement", &[]);
+    coordinator.expect_exit(0);
+    first.expect_exit(0);
+    second.expect_exit(0);
+    // Leaving is not failing: nothing was dropped, so no step was computed twice.
+    assert!(coordinator.lines_with("is broken up").is_empty());
+    assert_whole(&cluster);
+
+    let mut nobody = Process::start("drain", "coordinator", &["drain", "0", "--coordinator", &coordinator.url()]);
+    nobody.expect_exit(1);
+    nobody.assert_said("no coordinator answers at http://127.0.0.1:");
+}
+
+#[test]
+fn frozen_worker_is_dead_until_it_thaws() {
+    let cluster = twelve_steps();
+    let mut coordinator = cluster.coordinator(2, &["--heartbeat-timeout", "2s"]);
+    let [mut steady, mut frozen] = two_workers(&coordinator);
+    coordinator.wait_for_step(2);
+    frozen.signal(Signal::STOP);
+    coordinator.allow_error(" lost at step ");
+    coordinator.wait_for(" lost at step ");
+    coordinator.wait_for("waiting for rank 1");
+    frozen.signal(Signal::CONT);
+    coordinator.expect_exit(0);
+    steady.expect_exit(0);
+    frozen.expect_exit(0);
+    frozen.assert_said("lost the coordinator");
+    assert_whole(&cluster);
+}
+
+#[test]
+fn world_that_cannot_form_says_who_is_missing_and_refuses_who_does_not_fit() {
+    let cluster = Cluster::new();
+    let mut coordinator = cluster.coordinator(4, &["--join-timeout", "8s"]);
+    let mut waiting = coordinator.worker_of_rank(1);
+    coordinator.wait_for(" is ready");
+
+    let mut beyond = coordinator.worker_of_rank(7);
+    beyond.expect_exit(2);
+    beyond.assert_said("worker: rank 7 does not exist: the ranks of this job are 0..=3 (--world-size 4)");
+    let mut doubled = coordinator.worker_of_rank(1);
+    doubled.expect_exit(2);
+    doubled.assert_said(&format!("worker: rank 1 is taken by pid {} on ", waiting.id()));
+    doubled.assert_said("give each worker its own --rank, or none");
+
+    coordinator.wait_for("waiting for ranks 0, 2-3");
+    coordinator.expect_exit(1);
+    coordinator.assert_said("coordinator: waiting for ranks 0, 2-3 for 8 s (--join-timeout)");
+    waiting.expect_exit(1);
+    waiting.assert_said("the job failed: waiting for ranks 0, 2-3");
+}
+
+#[test]
+fn worker_beyond_the_world_is_refused() {
+    let mut cluster = Cluster::new();
+    cluster.job.set("train.steps", 100_000);
+    let mut coordinator = cluster.coordinator(1, &[]);
+    let mut worker = coordinator.worker("worker", &[]);
+    coordinator.wait_for_step(1);
+    let mut surplus = coordinator.worker("surplus worker", &[]);
+    surplus.expect_exit(2);
+    surplus.assert_said("worker: all 1 ranks are taken (--world-size 1): rank 0 (pid ");
+    // The job takes no notice.
+    coordinator.signal(Signal::INT);
+    coordinator.expect_exit(130);
+    worker.expect_exit(0);
+    assert!(coordinator.lines_with("is broken up").is_empty());
+}
+
+#[test]
+fn worker_that_finds_no_coordinator_says_where_it_looked() {
+    let free = TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("http://{}", free.local_addr().unwrap());
+    drop(free);
+    let mut worker = Process::start("worker", "worker", &["--coordinator", &url, "--connect-timeout", "1s"]);
+    worker.expect_exit(1);
+    worker.assert_said(&format!("worker: no coordinator answers at {url}"));
+}

@@ -1,0 +1,134 @@
+//! A job that was stopped goes on from its checkpoint and ends as if it had not been.
+
+use peapod_tests::harness::{Cluster, Signal, assert_trained_once, is_alive, poll};
+
+const SIZES: [usize; 4] = [40, 40, 40, 40];
+
+/// One epoch of ten steps.
+fn ten_steps() -> Cluster {
+    let mut cluster = Cluster::new();
+    cluster.deal_samples(&SIZES);
+    cluster
+}
+
+/// Mean feature loss of the last three steps.
+fn last_losses(cluster: &Cluster) -> f64 {
+    let steps = cluster.steps();
+    steps[steps.len() - 3..].iter().map(|step| step.feature).sum::<f64>() / 3.0
+}
+
+#[test]
+fn job_stopped_by_ctrl_c_resumes_and_ends_as_an_unstopped_one() {
+    let unstopped = ten_steps();
+    unstopped.coordinator(2, &["--local"]).expect_exit(0);
+
+    let cluster = ten_steps();
+    let mut coordinator = cluster.coordinator(2, &["--local"]);
+    coordinator.wait_for_step(3);
+    coordinator.signal(Signal::INT);
+    coordinator.expect_exit(130);
+    coordinator.assert_said("Ctrl-C: ending the job with a checkpoint");
+    let stopped_at = cluster.newest_checkpoint();
+    assert_eq!(stopped_at.step, cluster.steps().last().unwrap().step, "everything done is kept");
+    let trained = cluster.trained_samples().len() as u64;
+    assert_eq!(stopped_at.ledger_total("committed"), trained);
+    assert!(trained < 160, "the job was to be stopped in the middle");
+
+    let mut coordinator = cluster.coordinator(2, &["--local"]);
+    coordinator.expect_exit(0);
+    coordinator.assert_said("resuming from ");
+    coordinator.assert_said(&format!("2 workers train from step {} (from its checkpoint)", stopped_at.step));
+
+    // Neither a sample is lost nor one trained twice, nor a step number given twice.
+    assert_trained_once(&cluster.trained_samples(), &SIZES);
+    let steps: Vec<u64> = cluster.steps().iter().map(|step| step.step).collect();
+    assert_eq!(steps, (1..=steps.len() as u64).collect::<Vec<_>>());
+    // The rest comes in another order, so the losses agree within what the order makes of them.
+    let (resumed, straight) = (last_losses(&cluster), last_losses(&unstopped));
+    println!("feature loss at the end: {resumed:.3} resumed, {straight:.3} unstopped");
+    assert!((resumed / straight - 1.0).abs() < 0.25, "{resumed} after a stop, {straight} without");
+}
+
+#[test]
+fn stopped_job_resumes_with_another_number_of_workers() {
+    let cluster = ten_steps();
+    let mut coordinator = cluster.coordinator(2, &["--local"]);
+    coordinator.wait_for_step(3);
+    coordinator.control(&["stop"]).expect_exit(0);
+    coordinator.expect_exit(0);
+
+    let mut coordinator = cluster.coordinator(1, &["--local"]);
+    coordinator.expect_exit(0);
+    coordinator.assert_said("1 workers train from step ");
+    assert_trained_once(&cluster.trained_samples(), &SIZES);
+    assert_eq!(cluster.newest_checkpoint().ledger_total("committed"), 160);
+}
+
+#[test]
+fn sigterm_ends_the_job_with_a_checkpoint() {
+    let mut cluster = Cluster::new();
+    cluster.job.set("train.steps", 100_000);
+    let mut coordinator = cluster.coordinator(1, &["--local"]);
+    coordinator.wait_for_step(1);
+    coordinator.signal(Signal::TERM);
+    coordinator.expect_exit(143);
+    assert_eq!(cluster.newest_checkpoint().step, cluster.steps().last().unwrap().step);
+}
+
+#[test]
+fn killed_coordinator_leaves_no_orphans_and_the_job_resumes_from_its_last_checkpoint() {
+    let mut cluster = ten_steps();
+    cluster.job.set("checkpoint.every_steps", 2);
+    let mut coordinator = cluster.coordinator(2, &["--local"]);
+    coordinator.wait_for("checkpoint of step 4 stored");
+    let workers = [0, 1].map(|rank| coordinator.pid_of_rank(rank));
+    coordinator.signal(Signal::KILL);
+    coordinator.wait();
+    poll("the workers to follow their coordinator", || workers.iter().all(|&pid| !is_alive(pid)).then_some(()));
+
+    let before = cluster.newest_checkpoint().step;
+    let mut coordinator = cluster.coordinator(2, &["--local"]);
+    coordinator.expect_exit(0);
+    coordinator.assert_said(&format!("2 workers train from step {before} (from its checkpoint)"));
+    // Steps beyond the checkpoint died with the weights they were in; in the weights that are left, every sample is once.
+    assert_eq!(cluster.newest_checkpoint().ledger_total("committed"), 160);
+}
+
+#[test]
+fn finished_job_has_nothing_left_to_do_and_its_state_belongs_to_it_alone() {
+    let mut cluster = Cluster::new();
+    cluster.job.set("train.steps", 2);
+    cluster.coordinator(1, &["--local"]).expect_exit(0);
+
+    let mut again = cluster.coordinator(1, &["--local"]);
+    again.expect_exit(0);
+    again.assert_said("the job is finished already");
+
+    cluster.job.set("seed", 2).set("adapter.hidden", 128);
+    let mut other = cluster.coordinator(1, &["--local"]);
+    other.expect_exit(2);
+    other.assert_said("belongs to another job");
+    other.assert_said("seed: 1 in the checkpoint, 2 in the job file");
+    other.assert_said("adapter.hidden: 256 in the checkpoint, 128 in the job file");
+
+    // What may change, may: a finished job goes on when it is made longer.
+    cluster.job.set("seed", 1).set("adapter.hidden", 256).set("train.steps", 3).set("train.learning_rate", 1e-3);
+    let mut longer = cluster.coordinator(1, &["--local"]);
+    longer.expect_exit(0);
+    longer.assert_said("its new settings hold from here on");
+    assert_eq!(cluster.newest_checkpoint().step, 3);
+}
+
+#[test]
+fn damaged_checkpoint_is_named_and_not_passed_over() {
+    let mut cluster = Cluster::new();
+    cluster.job.set("train.steps", 2).set("checkpoint.every_steps", 1);
+    cluster.coordinator(1, &["--local"]).expect_exit(0);
+    let adapter = cluster.newest_checkpoint().folder.join("adapter.safetensors");
+    std::fs::write(&adapter, b"half").unwrap();
+
+    cluster.job.set("train.steps", 4);
+    let mut coordinator = cluster.coordinator(1, &["--local"]);
+    coordinator.expect_exit(1);
+    coordinator.assert_said("is damaged: adapter.safetensors has 4 bytes, the manifest says ");
+}
