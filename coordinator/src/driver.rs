@@ -18,6 +18,9 @@ pub const OUTBOUND_CAPACITY: usize = 1024;
 /// Frozen ledgers that wait for their parts; older ones are of uploads that never came.
 const MAX_FROZEN: usize = 4;
 
+/// Where the ledger of a step goes, or why there is none.
+pub type LedgerReply = oneshot::Sender<Result<Arc<Ledger>, String>>;
+
 /// What the shell asks of the driver. Every reply is sent, or dropped when the job is over.
 #[derive(Debug)]
 pub enum Command {
@@ -55,7 +58,7 @@ pub enum Command {
         /// Its generation.
         generation: Generation,
         /// The ledger, or why there is none.
-        reply: oneshot::Sender<Result<Arc<Ledger>, String>>,
+        reply: LedgerReply,
     },
     /// A checkpoint is whole, or could not be stored.
     CheckpointDone {
@@ -125,7 +128,7 @@ pub struct Driver {
     arriving: HashMap<StreamId, mpsc::Sender<ToWorker>>,
     streams: HashMap<WorkerId, (StreamId, mpsc::Sender<ToWorker>)>,
     frozen: BTreeMap<(Step, Generation), Arc<Ledger>>,
-    waiters: Vec<(Step, Generation, oneshot::Sender<Result<Arc<Ledger>, String>>)>,
+    waiters: Vec<(Step, Generation, LedgerReply)>,
     journal: Box<dyn Journal>,
     observer: Observer,
 }

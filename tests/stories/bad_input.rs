@@ -155,6 +155,7 @@ fn model_with_wrong_weights_ends_the_job_with_all_that_is_wrong() {
     let mut coordinator = cluster.coordinator(1, &[]);
     let mut worker = coordinator.worker_of_rank(0);
     coordinator.expect_exit(1);
+    worker.expect_exit(1);
     let start = format!("coordinator: rank 0 (pid {} on ", worker.id());
     assert!(coordinator.lines().iter().any(|line| line.starts_with(&start) && line.contains(" failed in phase loading: ")), "{start}");
     for process in [&mut *coordinator, &mut worker] {
@@ -162,7 +163,6 @@ fn model_with_wrong_weights_ends_the_job_with_all_that_is_wrong() {
         process.assert_said("conv_out.bias");
         process.assert_said(model.join("unet").to_str().unwrap());
     }
-    worker.expect_exit(1);
 }
 
 /// A folder like `from`, made of links but for the folder `apart` in it, whose files are links too and whose weights are left out.
@@ -252,7 +252,8 @@ fn coordinator_stays_on_this_machine_unless_told_otherwise() {
 fn port_that_is_taken_is_named() {
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let address = taken.local_addr().unwrap().to_string();
-    let mut coordinator = Cluster::new().coordinator(1, &["--listen", &address]);
+    let cluster = Cluster::new();
+    let mut coordinator = cluster.coordinator(1, &["--listen", &address]);
     coordinator.expect_exit(1);
     coordinator.assert_said(&format!("cannot listen on {address}"));
 }
@@ -270,7 +271,7 @@ fn arguments_that_cannot_work_are_refused_before_anything_starts() {
         ("worker", &["--coordinator", "somewhere:7733"], "http://master:7733"),
         ("worker", &["--coordinator", "https://127.0.0.1:7733"], "TLS is not built yet"),
         ("worker", &["--coordinator", "http://127.0.0.1:7733", "--device", "cuda:0"], "--device cpu"),
-        ("worker", &["--coordinator", "http://127.0.0.1:7733", "--rank", "-1"], "--rank"),
+        ("worker", &["--coordinator", "http://127.0.0.1:7733", "--rank", "first"], "--rank"),
     ] {
         let mut process = Process::start(program, program, arguments);
         process.expect_exit(2);

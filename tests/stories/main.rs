@@ -5,6 +5,7 @@
 
 mod bad_input;
 mod classifier;
+mod demo;
 mod golden;
 mod membership;
 mod resume;

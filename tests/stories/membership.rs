@@ -94,6 +94,25 @@ fn restarts_are_not_without_end() {
 }
 
 #[test]
+fn job_that_loses_all_its_workers_goes_back_to_its_checkpoint() {
+    let mut cluster = twelve_steps();
+    cluster.job.set("checkpoint.every_steps", 4);
+    let mut coordinator = cluster.coordinator(2, &["--local"]);
+    coordinator.wait_for("checkpoint of step 4 stored");
+    coordinator.wait_for_step(6);
+    for rank in [0, 1] {
+        kill(coordinator.pid_of_rank(rank));
+    }
+    coordinator.allow_error(" lost at step ");
+    coordinator.allow_error("no worker that held step ");
+    coordinator.expect_exit(0);
+    coordinator.assert_said(": going back to step 4, ");
+    coordinator.assert_said("2 workers train from step 4 (from its checkpoint)");
+    // Steps were trained again, so the log has samples twice; the weights have not.
+    assert_eq!(cluster.newest_checkpoint().ledger_total("committed"), 192);
+}
+
+#[test]
 fn workers_are_replaced_one_after_the_other_without_losing_a_step() {
     let cluster = twelve_steps();
     let mut coordinator = cluster.coordinator(2, &[]);
@@ -169,7 +188,7 @@ fn world_that_cannot_form_says_who_is_missing_and_refuses_who_does_not_fit() {
 #[test]
 fn worker_beyond_the_world_is_refused() {
     let mut cluster = Cluster::new();
-    cluster.job.set("train.steps", 100_000);
+    cluster.job.set_steps(100_000);
     let mut coordinator = cluster.coordinator(1, &[]);
     let mut worker = coordinator.worker("worker", &[]);
     coordinator.wait_for_step(1);
@@ -191,4 +210,41 @@ fn worker_that_finds_no_coordinator_says_where_it_looked() {
     let mut worker = Process::start("worker", "worker", &["--coordinator", &url, "--connect-timeout", "1s"]);
     worker.expect_exit(1);
     worker.assert_said(&format!("worker: no coordinator answers at {url}"));
+}
+
+#[test]
+fn worker_gives_up_on_a_coordinator_that_vanished() {
+    let mut cluster = Cluster::new();
+    cluster.job.set_steps(100_000);
+    let mut coordinator = cluster.coordinator(1, &[]);
+    let mut worker = coordinator.worker("worker", &["--connect-timeout", "1s"]);
+    coordinator.wait_for_step(1);
+    coordinator.signal(Signal::KILL);
+    coordinator.wait();
+    worker.expect_exit(1);
+    worker.assert_said("lost the coordinator");
+    worker.assert_said(&format!("worker: no coordinator answers at {}", coordinator.url()));
+}
+
+#[test]
+fn worker_of_an_earlier_run_is_sent_away_to_be_started_again() {
+    let mut cluster = Cluster::new();
+    cluster.job.set_steps(100_000).set("checkpoint.every_steps", 2);
+    let mut coordinator = cluster.coordinator(1, &[]);
+    let mut old = coordinator.worker("worker of the first run", &[]);
+    coordinator.wait_for("checkpoint of step 2 stored");
+    let address = coordinator.url().trim_start_matches("http://").to_owned();
+    coordinator.signal(Signal::KILL);
+    coordinator.wait();
+
+    let mut coordinator = cluster.coordinator(1, &["--listen", &address]);
+    // 75 is EX_TEMPFAIL: a service manager starts the worker again.
+    old.expect_exit(75);
+    old.assert_said("the coordinator was started anew and no longer knows this run; start the worker again to resume from its checkpoint");
+    coordinator.allow_error(" lost at step ");
+    let mut new = coordinator.worker("worker of the second run", &[]);
+    coordinator.wait_for("(from its checkpoint)");
+    coordinator.signal(Signal::INT);
+    coordinator.expect_exit(130);
+    new.expect_exit(0);
 }

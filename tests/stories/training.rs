@@ -1,6 +1,8 @@
 //! Two workers train together, started by one command or by hand; what comes of it is whole, exact and the same either way.
 
-use peapod_tests::harness::{Cluster, StoredTensor, TrainedSample, assert_trained_once};
+use peapod_tests::harness::{
+    Checkpoint, Cluster, Process, RawSample, StoredTensor, TrainedSample, assert_trained_once, demo_samples, tar_of,
+};
 use safetensors::Dtype;
 
 /// Shards of unequal size, so that one worker runs out of samples before the other.
@@ -22,7 +24,7 @@ fn two_local_workers_train_an_epoch_and_every_sample_exactly_once() {
 
     let steps = cluster.steps();
     let last = steps.last().unwrap().step;
-    assert!(steps.iter().all(|step| step.samples <= 16) && steps[..3].iter().all(|step| step.samples == 16), "{steps:?}");
+    assert!(steps.iter().all(|step| step.samples <= 16), "{steps:?}");
     assert_trained_once(&cluster.trained_samples(), &SIZES);
 
     coordinator.assert_said(&format!("steps       {last}, up to step {last}, 88 samples at "));
@@ -47,11 +49,25 @@ fn two_local_workers_train_an_epoch_and_every_sample_exactly_once() {
 }
 
 #[test]
+fn every_worker_has_its_part_of_the_last_epoch() {
+    let mut cluster = Cluster::new();
+    cluster.deal_samples(&[8, 8]);
+    cluster.coordinator(2, &["--local"]).expect_exit(0);
+    // One shard each, so both have their half of the only batch.
+    assert_eq!(cluster.steps().iter().map(|step| step.samples).collect::<Vec<_>>(), [16]);
+}
+
+#[test]
 fn workers_started_by_hand_do_the_same_as_local_ones() {
-    let local = one_epoch();
+    let six_steps = || {
+        let mut cluster = one_epoch();
+        cluster.job.set_steps(6);
+        cluster
+    };
+    let local = six_steps();
     local.coordinator(2, &["--local"]).expect_exit(0);
 
-    let by_hand = one_epoch();
+    let by_hand = six_steps();
     let mut coordinator = by_hand.coordinator(2, &[]);
     coordinator.wait_for("start on each host, once a GPU:  worker --coordinator http://127.0.0.1:");
     // The last comes first: places among the members follow ranks, not arrival.
@@ -66,10 +82,15 @@ fn workers_started_by_hand_do_the_same_as_local_ones() {
 
     // An undisturbed fixed world is deterministic: the same samples in the same steps, and the same weights to the last bit.
     assert_eq!(sorted(by_hand.trained_samples()), sorted(local.trained_samples()));
-    let adapters = |cluster: &Cluster| {
-        cluster.checkpoints().iter().map(|checkpoint| checkpoint.parts["adapter.safetensors"].clone()).collect::<Vec<_>>()
+    let weights = |cluster: &Cluster| {
+        let read = |checkpoint: &Checkpoint| (checkpoint.step, checkpoint.tensors("adapter.safetensors"));
+        cluster.checkpoints().iter().map(read).collect::<Vec<_>>()
     };
-    assert_eq!(adapters(&by_hand), adapters(&local));
+    let (by_hand, local) = (weights(&by_hand), weights(&local));
+    assert_eq!(local.len(), 3);
+    for ((step, by_hand), (_, local)) in by_hand.iter().zip(&local) {
+        assert!(by_hand == local, "weights of step {step} differ");
+    }
 }
 
 fn sorted(mut samples: Vec<TrainedSample>) -> Vec<TrainedSample> {
@@ -79,14 +100,17 @@ fn sorted(mut samples: Vec<TrainedSample>) -> Vec<TrainedSample> {
 
 #[test]
 fn one_worker_and_two_compute_the_same_gradient_from_the_same_batch() {
-    // One step over all there is: both worlds see the same sixteen samples with the same draws, in other micro-batches.
+    // Pictures of one bucket in tar order: the same sixteen samples make the first step, in one micro-batch or in two on two workers.
+    let shape = |sample: &RawSample| image::load_from_memory(&sample.jpg).unwrap().to_rgb8().dimensions();
+    let mut samples = demo_samples(128);
+    samples.retain(|sample| matches!(shape(sample), (width, height) if width == height));
+    let tars = [tar_of(&samples[..8]), tar_of(&samples[8..16])];
     let gradient = |world_size: u32| {
         let mut cluster = Cluster::new();
-        cluster.deal_samples(&[8, 8]);
-        cluster.job.set("train.max_grad_norm", 0.0);
-        let mut coordinator = cluster.coordinator(world_size, &["--local"]);
-        coordinator.expect_exit(0);
-        assert_eq!(cluster.steps().iter().map(|step| step.samples).collect::<Vec<_>>(), [16]);
+        cluster.deal_tars(&tars);
+        cluster.job.set_steps(1).set("train.max_grad_norm", 0.0).set("train.micro_batch", 16).set("data.shuffle_buffer", 1);
+        cluster.coordinator(world_size, &["--local"]).expect_exit(0);
+        assert_trained_once(&cluster.trained_samples(), &[8, 8]);
         cluster.newest_checkpoint().mean_gradient()
     };
     let (one, two) = (gradient(1), gradient(2));
@@ -102,7 +126,7 @@ fn one_worker_and_two_compute_the_same_gradient_from_the_same_batch() {
 #[test]
 fn adapter_file_has_the_published_keys_and_says_where_it_comes_from() {
     let mut cluster = Cluster::new();
-    cluster.job.set("train.steps", 2).set("train.ema_decay", 0.5);
+    cluster.job.set_steps(2).set("train.ema_decay", 0.5);
     cluster.coordinator(1, &["--local"]).expect_exit(0);
     let checkpoint = cluster.newest_checkpoint();
     for part in ["adapter.safetensors", "adapter_ema.safetensors"] {
@@ -144,7 +168,7 @@ fn values(tensor: &StoredTensor) -> impl Iterator<Item = f32> + '_ {
 #[test]
 fn running_job_shows_its_state_and_stops_on_request() {
     let mut cluster = Cluster::new();
-    cluster.job.set("train.steps", 100_000);
+    cluster.job.set_steps(100_000);
     let mut coordinator = cluster.coordinator(2, &["--local"]);
     coordinator.wait_for_step(2);
 
@@ -171,4 +195,22 @@ fn running_job_shows_its_state_and_stops_on_request() {
     coordinator.expect_exit(0);
     coordinator.assert_said("stopped: stopped on request");
     assert_eq!(cluster.newest_checkpoint().step, cluster.steps().last().unwrap().step, "everything done is kept");
+}
+
+#[test]
+fn job_file_written_by_init_is_valid_and_never_written_over() {
+    let cluster = Cluster::new();
+    let path = cluster.folder().join("new.toml");
+    let path = path.to_str().unwrap();
+    let run = |arguments: &[&str]| Process::start(arguments[0], "coordinator", arguments);
+    run(&["init", "--demo", path]).expect_exit(0);
+    let mut check = run(&["check", "--job", path]);
+    check.expect_exit(0);
+    check.assert_said(&format!("{path} is a valid job: demo"));
+    check.assert_said("800 steps, 32 samples a step, in parts of 16");
+    check.assert_said("6 shards, ");
+
+    let mut again = run(&["init", path]);
+    again.expect_exit(2);
+    again.assert_said(&format!("{path} exists already; name another file"));
 }

@@ -100,17 +100,19 @@ impl Supervisor {
             (Ok(interrupt), Ok(terminate)) => (interrupt, terminate),
             (Err(error), _) | (_, Err(error)) => return Exit { code: 1, message: format!("cannot catch signals: {error}") },
         };
-        // Nothing is lost by leaving while there is no connection: a signal breaks the search at once.
-        let joined = tokio::select! {
-            joined = self.join() => joined,
-            _ = interrupt.recv() => Err(Exit { code: 130, message: String::new() }),
-            _ = terminate.recv() => Err(Exit { code: 143, message: String::new() }),
-        };
-        if let Err(exit) = joined {
-            return exit;
-        }
         let mut heartbeat = tokio::time::interval(self.heartbeat_interval);
         loop {
+            if self.inbound.is_none() {
+                // Nothing is lost by leaving while there is no connection: a signal breaks the search at once.
+                let joined = tokio::select! {
+                    joined = self.join() => joined,
+                    _ = interrupt.recv() => Err(Exit { code: 130, message: "Ctrl-C".into() }),
+                    _ = terminate.recv() => Err(Exit { code: 143, message: "SIGTERM".into() }),
+                };
+                if let Err(exit) = joined {
+                    return exit;
+                }
+            }
             let input = tokio::select! {
                 message = next_message(&mut self.inbound) => match message {
                     Ok(message) => Some(Input::Said(message)),
@@ -233,11 +235,8 @@ impl Supervisor {
                 }
             }
             Action::Durable { generation, step } => self.control.set_durable(generation, step),
-            Action::Reconnect => {
-                if let Err(exit) = self.join().await {
-                    return Some(exit);
-                }
-            }
+            // The loop sees that there is no stream.
+            Action::Reconnect => {}
             Action::Log { text } => tracing::info!("{text}"),
             Action::Exit { code, message } => return Some(Exit { code, message }),
         }

@@ -185,12 +185,10 @@ impl Core {
             let worker = self.workers.get(&id).map(Worker::name).unwrap_or_default();
             return Err(CoreError::ModelsDiffer { worker, other: other.name() });
         }
-        if let Some(worker) = self.workers.get_mut(&id) {
-            if worker.state == WorkerState::Loading {
-                worker.state = state;
-                worker.phase = Phase::Waiting;
-                out.push(Effect::Notice(Notice::Ready(worker.view(id, now, false))));
-            }
+        if let Some(worker) = self.workers.get_mut(&id).filter(|worker| worker.state == WorkerState::Loading) {
+            worker.state = state;
+            worker.phase = Phase::Waiting;
+            out.push(Effect::Notice(Notice::Ready(worker.view(id, now, false))));
         }
         self.try_form(now, out);
         Ok(())
@@ -287,7 +285,8 @@ impl Core {
             JobPhase::Stopping { members, stopped, .. } => {
                 members.retain(|&member| member != id);
                 stopped.remove(&id);
-                self.note_failure(failure);
+                self.note_failure(failure.clone());
+                self.abort_the_rest(now, &failure, out);
                 self.settle_if_all_stopped(now, out);
             }
             JobPhase::Finishing { outcome, attempts } => {
@@ -313,8 +312,19 @@ impl Core {
             out.push(Effect::Send { worker, message });
         }
         let deadline = now + self.config.heartbeat_timeout;
-        self.phase = JobPhase::Stopping { members, stopped: BTreeMap::new(), deadline };
+        self.phase = JobPhase::Stopping { members, stopped: BTreeMap::new(), deadline, aborted: true };
         self.settle_if_all_stopped(now, out);
+    }
+
+    /// A meeting that one of its members will not come to: those still on their way must not wait for it.
+    fn abort_the_rest(&mut self, now: Timestamp, reason: &str, out: &mut Vec<Effect>) {
+        let JobPhase::Stopping { members, stopped, deadline, aborted: aborted @ false } = &mut self.phase else { return };
+        *aborted = true;
+        *deadline = now + self.config.heartbeat_timeout;
+        for &worker in members.iter().filter(|member| !stopped.contains_key(member)) {
+            let message = ToWorker::Abort { generation: self.generation, reason: reason.to_owned() };
+            out.push(Effect::Send { worker, message });
+        }
     }
 
     /// Asks all members to meet after the step in flight.
@@ -386,7 +396,7 @@ impl Core {
                     *planned = true;
                     let members = members.clone();
                     let deadline = now + self.reply_timeout();
-                    self.phase = JobPhase::Stopping { members, stopped: BTreeMap::new(), deadline };
+                    self.phase = JobPhase::Stopping { members, stopped: BTreeMap::new(), deadline, aborted: false };
                 }
                 if let JobPhase::Stopping { stopped: all, .. } = &mut self.phase {
                     all.insert(id, stopped);
@@ -448,6 +458,12 @@ impl Core {
             StopCause::StepsDone | StopCause::DataDone => true,
             StopCause::Planned | StopCause::Aborted => self.config.last_step.is_some_and(|last| said.applied >= last),
         };
+        if said.cause == StopCause::DataDone
+            && let Some(reason) = self.unaccounted()
+        {
+            self.note_failure(reason.clone());
+            return self.fail(reason, out);
+        }
         if done {
             return self.ask_for_last_checkpoint(Outcome::Finished, 1, out);
         }
@@ -462,6 +478,16 @@ impl Core {
         self.release_leases_of_the_gone();
         self.forget_truth_without_holders(out);
         self.try_form(now, out);
+    }
+
+    /// Why the data cannot be done although no worker has any left: a promise of the ledger is broken.
+    fn unaccounted(&self) -> Option<String> {
+        let epoch = self.ledger.first_open_epoch();
+        let open = self.ledger.num_shards() - self.ledger.num_done(epoch);
+        self.config
+            .epochs
+            .filter(|&epochs| epoch.0 < epochs)
+            .map(|_| format!("no worker has a sample left, yet {open} shards of epoch {epoch} are not accounted for in the ledger"))
     }
 
     /// How long a worker that lives may take to answer: its trainer may be in the middle of something.

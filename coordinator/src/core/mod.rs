@@ -417,8 +417,8 @@ enum JobPhase {
     Forming { deadline: Timestamp, members: Vec<WorkerId> },
     /// Training.
     Running { members: Vec<WorkerId>, planned: bool },
-    /// Members leave their collective and say what they hold.
-    Stopping { members: Vec<WorkerId>, stopped: BTreeMap<WorkerId, Stopped>, deadline: Timestamp },
+    /// Members leave their collective and say what they hold. Unless aborted, some may still be in the step they all meet after.
+    Stopping { members: Vec<WorkerId>, stopped: BTreeMap<WorkerId, Stopped>, deadline: Timestamp, aborted: bool },
     /// The last checkpoint is on its way.
     Finishing { outcome: Outcome, attempts: u32 },
     /// Over.
@@ -565,7 +565,7 @@ impl Core {
                     worker: id,
                     message: ToWorker::HeartbeatReply {
                         generation: self.generation,
-                        running: matches!(self.phase, JobPhase::Running { .. }),
+                        running: matches!(self.phase, JobPhase::Running { .. } | JobPhase::Stopping { aborted: false, .. }),
                         waiting_for: self.waiting_for(),
                     },
                 });
@@ -613,12 +613,16 @@ impl Core {
         if got == self.generation { Ok(()) } else { Err(CoreError::StaleGeneration { got, current: self.generation }) }
     }
 
-    fn member_index(&self, id: WorkerId, what: &'static str) -> Result<MemberIndex, CoreError> {
-        let members = match &self.phase {
-            JobPhase::Running { members, .. } | JobPhase::Stopping { members, .. } => members.as_slice(),
+    /// Members of the generation that runs or is being left.
+    fn members(&self) -> &[WorkerId] {
+        match &self.phase {
+            JobPhase::Running { members, .. } | JobPhase::Stopping { members, .. } => members,
             _ => &[],
-        };
-        let index = members.iter().position(|&member| member == id);
+        }
+    }
+
+    fn member_index(&self, id: WorkerId, what: &'static str) -> Result<MemberIndex, CoreError> {
+        let index = self.members().iter().position(|&member| member == id);
         index.map(|index| MemberIndex(index as u32)).ok_or_else(|| CoreError::Unexpected {
             what,
             worker: id,
@@ -659,7 +663,7 @@ impl Core {
                 out.push(Effect::Detach { worker: id });
                 self.lose(now, id, "did not open its end of the collective in time", out);
             }
-            JobPhase::Stopping { members, stopped, deadline } if *deadline <= now => {
+            JobPhase::Stopping { members, stopped, deadline, .. } if *deadline <= now => {
                 let mute: Vec<WorkerId> = members.iter().copied().filter(|member| !stopped.contains_key(member)).collect();
                 for id in mute {
                     out.push(Effect::Detach { worker: id });
@@ -766,11 +770,12 @@ impl Core {
         }
         out.push(Effect::Persist(Fact::Checkpoint(step)));
         out.push(Effect::Notice(Notice::Checkpoint { step }));
-        if let JobPhase::Finishing { outcome, .. } = &self.phase {
-            if step == self.truth.step {
+        match &self.phase {
+            JobPhase::Finishing { outcome, .. } if step == self.truth.step => {
                 let outcome = outcome.clone();
                 self.finish(outcome, out);
             }
+            _ => {}
         }
     }
 
@@ -840,10 +845,7 @@ impl Core {
     /// The workers, by rank.
     #[must_use]
     pub fn workers(&self, now: Timestamp) -> Vec<WorkerView> {
-        let members = match &self.phase {
-            JobPhase::Running { members, .. } | JobPhase::Stopping { members, .. } => members.as_slice(),
-            _ => &[],
-        };
+        let members = self.members();
         let mut views: Vec<WorkerView> = self.workers.iter().map(|(&id, worker)| worker.view(id, now, members.contains(&id))).collect();
         views.sort_by_key(|view| view.rank);
         views

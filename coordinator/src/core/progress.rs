@@ -160,10 +160,8 @@ impl Core {
         if digests.iter().any(|(member, _)| *member == MemberIndex(0)) {
             let ledger = std::sync::Arc::new(self.ledger.clone());
             self.checkpoint.frozen.insert((record.step, record.generation), ledger.clone());
-            if let JobPhase::Running { members, .. } | JobPhase::Stopping { members, .. } = &self.phase {
-                if let Some(&sender) = members.first() {
-                    self.checkpoint.senders.insert((record.step, record.generation), sender);
-                }
+            if let Some(&sender) = self.members().first() {
+                self.checkpoint.senders.insert((record.step, record.generation), sender);
             }
             self.checkpoint.asked = false;
             self.checkpoint.next_due = now + self.config.checkpoint_every;
@@ -205,10 +203,7 @@ impl Core {
     fn divergence(&self, record: &StepRecord, digests: &[(MemberIndex, u64)]) -> Option<String> {
         let &(_, first) = digests.first()?;
         let &(other, _) = digests.iter().find(|&&(_, digest)| digest != first)?;
-        let members = match &self.phase {
-            JobPhase::Running { members, .. } | JobPhase::Stopping { members, .. } => members.as_slice(),
-            _ => &[],
-        };
+        let members = self.members();
         let rank = |index: MemberIndex| {
             members.get(index.0 as usize).and_then(|id| self.workers.get(id)).map_or(Rank(index.0), |worker| worker.rank)
         };

@@ -474,6 +474,45 @@ fn stop_meets_after_a_step_keeps_a_checkpoint_and_ends() {
 }
 
 #[test]
+fn heartbeats_do_not_break_a_meeting_that_is_under_way() {
+    let (mut world, workers) = World::running(3);
+    world.event(Event::Drain { rank: Rank(2) }).unwrap();
+    let record = world.record(1, &[]);
+    world.stopped(workers[0], 1, StopCause::Planned, vec![record]);
+    let beat = Heartbeat { step: Step(0), phase: Phase::Collective, generation: Generation(1) };
+    world.say(workers[1], FromWorker::Heartbeat(beat)).unwrap();
+    assert!(matches!(world.sent(workers[1]).last(), Some(ToWorker::HeartbeatReply { running: true, .. })));
+    // But a member that dies on the way to the meeting ends it for those still waiting for it.
+    world.die(workers[2]);
+    assert!(matches!(world.sent(workers[1]).last(), Some(ToWorker::Abort { generation: Generation(1), .. })));
+    world.stopped(workers[1], 0, StopCause::Aborted, vec![]);
+    assert_eq!((world.core.state().as_str(), world.core.final_step()), ("waiting for rank 2", Step(1)));
+}
+
+#[test]
+fn epochs_end_only_when_every_shard_is_accounted_for() {
+    let mut with_epochs = config(1);
+    (with_epochs.epochs, with_epochs.last_step) = (Some(1), None);
+    for complete in [false, true] {
+        let mut world = World::new(with_epochs.clone());
+        let worker = world.join(None).unwrap();
+        world.ready(worker);
+        world.bootstrap(worker);
+        let (leases, _) = world.lease(worker, 4);
+        for lease in &leases[..if complete { 4 } else { 3 }] {
+            let report = ShardReport { lease: lease.id, skipped: vec![], num_samples: Some(0), truncated: String::new() };
+            world.say(worker, FromWorker::ShardReport(report)).unwrap();
+        }
+        world.stopped(worker, 0, StopCause::DataDone, vec![]);
+        match world.outcome() {
+            Some(Outcome::Finished) => assert!(complete),
+            Some(Outcome::Failed { reason }) => assert!(!complete && reason.contains("1 shards of epoch 0"), "{reason}"),
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+#[test]
 fn last_checkpoint_that_cannot_be_stored_fails_the_job_after_three_tries() {
     let (mut world, workers) = World::running(1);
     world.report(workers[0], 1, Some(&[]));

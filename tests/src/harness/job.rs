@@ -30,6 +30,13 @@ impl JobFile {
         self.set("train.epochs", i64::from(epochs))
     }
 
+    /// Makes the job end after this many steps instead of passes over the data.
+    pub fn set_steps(&mut self, steps: u32) -> &mut Self {
+        let (train, epochs) = self.locate("train.epochs");
+        train.remove(&epochs);
+        self.set("train.steps", i64::from(steps))
+    }
+
     fn locate(&mut self, key: &str) -> (&mut Table, String) {
         let mut parts: Vec<&str> = key.split('.').collect();
         let field = parts.pop().unwrap_or_default().to_owned();
