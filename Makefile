@@ -11,8 +11,7 @@ setup: ## install libtorch into .libtorch (once)
 build: setup ## build every program
 	cargo build --workspace
 
-demo: setup ## train the demo adapter with two workers on this machine, then draw with it (about five minutes after the build)
-	cargo build -p peapod-coordinator -p peapod-worker
+demo: build ## train the demo adapter with two workers on this machine, then draw with it (about five minutes after the build)
 	rm -rf demo-out
 	target/debug/coordinator --world-size 2 --local --job tests/demo/job.toml --state-dir demo-out/state
 	target/debug/sample --model tests/demo/model --adapter demo-out/state/checkpoints \

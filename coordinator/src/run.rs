@@ -10,6 +10,7 @@ use peapod_proto::ids::Step;
 use peapod_proto::job::Job;
 use peapod_proto::v1;
 use tokio::net::TcpListener;
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::TcpListenerStream;
 use tonic::transport::Server;
@@ -84,6 +85,7 @@ pub async fn run(args: RunArgs, bar: Bar) -> anyhow::Result<Exit> {
         tracing::info!("the job is finished already: its checkpoint in {} is of step {step}, train.steps is {last}", checkpoints.display());
         return Ok(Exit::Finished);
     }
+    let signals = Signals::catch()?;
     let logs = Logs::open(&args.state_dir.join("steps.jsonl"), args.sample_log.as_deref())?;
     let listener = TcpListener::bind(args.listen_address()).await.with_context(|| format!("cannot listen on {}", args.listen_address()))?;
     let address = format!("http://{}", listener.local_addr()?);
@@ -127,7 +129,7 @@ pub async fn run(args: RunArgs, bar: Bar) -> anyhow::Result<Exit> {
         .add_service(v1::control_server::ControlServer::new(service))
         .serve_with_incoming_shutdown(TcpListenerStream::new(listener), wait_for(is_over.clone()));
     let server = tokio::spawn(server);
-    let signals = tokio::spawn(watch_signals(commands.clone()));
+    let signals = tokio::spawn(signals.watch(commands.clone()));
     let local = args.local.then(|| {
         let local = Local {
             program: Local::find_program(),
@@ -242,28 +244,37 @@ async fn wait_for(mut over: watch::Receiver<bool>) {
     let _ = over.wait_for(|&over| over).await;
 }
 
-/// Turns the first Ctrl-C or SIGTERM into an orderly stop and the second into an end; returns the code of the first.
-async fn watch_signals(commands: mpsc::Sender<Command>) -> u8 {
-    use tokio::signal::unix::{SignalKind, signal};
-    let (Ok(mut interrupt), Ok(mut terminate)) = (signal(SignalKind::interrupt()), signal(SignalKind::terminate())) else {
-        tracing::error!("signals cannot be caught: Ctrl-C will end the job without a checkpoint");
-        return std::future::pending().await;
-    };
-    let (name, code) = tokio::select! {
-        _ = interrupt.recv() => ("Ctrl-C", 130),
-        _ = terminate.recv() => ("SIGTERM", 143),
-    };
-    tracing::info!("{name}: ending the job with a checkpoint; once more to end it at once");
-    let _ = commands.send(Command::Stop { reason: name.into() }).await;
-    tokio::spawn(async move {
+/// Ctrl-C and SIGTERM, caught before anyone hears of the coordinator.
+struct Signals {
+    interrupt: Signal,
+    terminate: Signal,
+}
+
+impl Signals {
+    fn catch() -> anyhow::Result<Self> {
+        let catch = |kind| signal(kind).context("cannot catch signals");
+        Ok(Self { interrupt: catch(SignalKind::interrupt())?, terminate: catch(SignalKind::terminate())? })
+    }
+
+    /// Turns the first signal into an orderly stop and the second into an end; returns the exit code of the first.
+    async fn watch(mut self, commands: mpsc::Sender<Command>) -> u8 {
+        let (name, code) = self.next().await;
+        tracing::info!("{name}: ending the job with a checkpoint; once more to end it at once");
+        let _ = commands.send(Command::Stop { reason: name.into() }).await;
+        tokio::spawn(async move {
+            self.next().await;
+            tracing::error!("ended at once, without a checkpoint");
+            std::process::exit(code.into());
+        });
+        code
+    }
+
+    async fn next(&mut self) -> (&'static str, u8) {
         tokio::select! {
-            _ = interrupt.recv() => {}
-            _ = terminate.recv() => {}
+            _ = self.interrupt.recv() => ("Ctrl-C", 130),
+            _ = self.terminate.recv() => ("SIGTERM", 143),
         }
-        tracing::error!("ended at once, without a checkpoint");
-        std::process::exit(code.into());
-    });
-    code
+    }
 }
 
 fn random() -> anyhow::Result<u64> {

@@ -149,11 +149,11 @@ fn adapter_file_has_the_published_keys_and_says_where_it_comes_from() {
         let metadata = checkpoint.metadata(part);
         for (key, value) in [
             ("format", "pt"),
-            ("peapod.step", "2"),
-            ("peapod.job", "demo"),
-            ("peapod.architecture", "sdxl"),
-            ("peapod.context_length", "24"),
-            ("peapod.student", "tests/demo/model/text_encoder_zh"),
+            ("step", "2"),
+            ("job", "demo"),
+            ("architecture", "sdxl"),
+            ("context_length", "24"),
+            ("encoder", "tests/demo/model/text_encoder_zh"),
         ] {
             assert_eq!(metadata.get(key).map(String::as_str), Some(value), "{key} in {part}");
         }

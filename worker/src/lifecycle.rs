@@ -272,11 +272,11 @@ impl Lifecycle {
     /// Abort is a state as well as a message: a lost Abort is noticed here.
     fn heartbeat_reply(&mut self, generation: Generation, running: bool, waiting_for: String) -> Vec<Action> {
         let mut actions = Vec::new();
-        if let State::Training(mine) = self.state {
-            if generation > mine || (generation == mine && !running) {
-                let reason = format!("the coordinator says that {mine} is over");
-                actions.push(Action::Abort { generation: mine, reason });
-            }
+        if let State::Training(mine) = self.state
+            && (generation > mine || (generation == mine && !running))
+        {
+            let reason = format!("the coordinator says that {mine} is over");
+            actions.push(Action::Abort { generation: mine, reason });
         }
         if waiting_for != self.waiting_for {
             if !waiting_for.is_empty() && self.state == State::Waiting {

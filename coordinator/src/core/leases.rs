@@ -16,6 +16,8 @@ type Position = u64;
 struct Held {
     holder: WorkerId,
     position: Position,
+    /// Its holder has reached the end of the tar.
+    read: bool,
 }
 
 /// A lease as the core knows it; the shell adds the shard's address.
@@ -27,6 +29,20 @@ pub struct Granted {
     pub epoch: Epoch,
     /// The shard.
     pub shard: ShardId,
+}
+
+/// What a member that asks for leases gets.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Grant {
+    /// These; with `none_left`, nothing will follow.
+    Now {
+        /// The leases, perhaps fewer than asked for.
+        leases: Vec<Granted>,
+        /// Whether every shard of the job is given out.
+        none_left: bool,
+    },
+    /// Nothing yet: what is left is dealt to others, and this member still reads its own.
+    Later,
 }
 
 /// All leases of a job.
@@ -93,22 +109,43 @@ impl Leases {
         *self = Self { end: self.end, next_id: self.next_id, rounds: vec![0; self.rounds.len()], ..fresh };
     }
 
-    /// Gives the member up to `num` shards that are not done; fewer only when no more are left.
-    pub fn grant(&mut self, holder: WorkerId, member: MemberIndex, num: u32, ledger: &Ledger) -> Vec<Granted> {
-        let mut granted = Vec::new();
-        while granted.len() < num as usize {
-            let Some(position) = self.take_position(member) else { break };
-            let (epoch, shard) = self.place(position);
-            if ledger.is_done(epoch, shard) || self.by_shard.contains_key(&(epoch, shard)) {
-                continue;
-            }
-            let id = LeaseId(self.next_id);
-            self.next_id += 1;
-            self.held.insert(id, Held { holder, position });
-            self.by_shard.insert((epoch, shard), id);
-            granted.push(Granted { id, epoch, shard });
+    /// Gives the member up to `num` shards that are not done: what was given back first, then its own deal.
+    ///
+    /// Once its own deal is exhausted, which happens in the last epoch only, and it has read all it holds, it takes over one shard
+    /// of another member's deal, never that member's first: reading ahead must not leave anybody without work.
+    pub fn grant(&mut self, holder: WorkerId, member: MemberIndex, num: u32, ledger: &Ledger) -> Grant {
+        let mut leases = Vec::new();
+        while leases.len() < num as usize {
+            let Some(position) = self.returned.pop_first().or_else(|| self.deal(member.0 as usize)) else { break };
+            leases.extend(self.lease(holder, position, ledger));
         }
-        granted
+        let idle = self.held.values().all(|held| held.holder != holder || held.read);
+        while leases.is_empty() && idle {
+            let Some(position) = self.take_over() else { break };
+            leases.extend(self.lease(holder, position, ledger));
+        }
+        let left = self.any_left();
+        if leases.is_empty() && left { Grant::Later } else { Grant::Now { none_left: !left && leases.len() < num as usize, leases } }
+    }
+
+    /// A lease on the shard at a position, unless it is done or being read.
+    fn lease(&mut self, holder: WorkerId, position: Position, ledger: &Ledger) -> Option<Granted> {
+        let (epoch, shard) = self.place(position);
+        if ledger.is_done(epoch, shard) || self.by_shard.contains_key(&(epoch, shard)) {
+            return None;
+        }
+        let id = LeaseId(self.next_id);
+        self.next_id += 1;
+        self.held.insert(id, Held { holder, position, read: false });
+        self.by_shard.insert((epoch, shard), id);
+        Some(Granted { id, epoch, shard })
+    }
+
+    /// Notes that a lease's holder has reached the end of the tar.
+    pub fn set_read(&mut self, id: LeaseId) {
+        if let Some(held) = self.held.get_mut(&id) {
+            held.read = true;
+        }
     }
 
     /// Ends the lease on a shard that is done.
@@ -162,30 +199,28 @@ impl Leases {
         self.by_shard.range(shards).count() as u32
     }
 
-    /// Next position for a member: what was given back first, then its own deal, then the deal of whoever has most left.
-    fn take_position(&mut self, member: MemberIndex) -> Option<Position> {
-        if let Some(position) = self.returned.pop_first() {
-            return Some(position);
-        }
-        let members = self.rounds.len() as u64;
-        let left = |index: usize, rounds: u64| {
-            let position = self.base + index as u64 + rounds * members;
-            self.end.is_none_or(|end| position < end).then_some(position)
-        };
-        let own = member.0 as usize;
-        let pick = match left(own, *self.rounds.get(own)?) {
-            Some(position) => Some((own, position)),
-            // Lowest position left among the others: only in the last epoch, where idle hands help out.
-            None => self
-                .rounds
-                .iter()
-                .enumerate()
-                .filter_map(|(index, &rounds)| Some((index, left(index, rounds)?)))
-                .min_by_key(|&(_, position)| position),
-        };
-        let (index, position) = pick?;
-        self.rounds[index] += 1;
+    /// Next position in a member's deal.
+    fn next_of(&self, member: usize) -> Option<Position> {
+        let rounds = *self.rounds.get(member)?;
+        let position = self.base + member as u64 + rounds * self.rounds.len() as u64;
+        self.end.is_none_or(|end| position < end).then_some(position)
+    }
+
+    fn deal(&mut self, member: usize) -> Option<Position> {
+        let position = self.next_of(member)?;
+        self.rounds[member] += 1;
         Some(position)
+    }
+
+    /// The lowest position left in the deal of a member that has its first.
+    fn take_over(&mut self) -> Option<Position> {
+        let others = (0..self.rounds.len()).filter(|&member| self.rounds[member] > 0);
+        let (_, member) = others.filter_map(|member| Some((self.next_of(member)?, member))).min()?;
+        self.deal(member)
+    }
+
+    fn any_left(&self) -> bool {
+        !self.returned.is_empty() || (0..self.rounds.len()).any(|member| self.next_of(member).is_some())
     }
 
     fn place(&mut self, position: Position) -> (Epoch, ShardId) {
@@ -227,12 +262,20 @@ mod tests {
     use super::*;
     use peapod_proto::ids::Step;
 
+    fn take(leases: &mut Leases, member: u32, num: u32, ledger: &Ledger) -> Vec<Granted> {
+        match leases.grant(WorkerId(member.into()), MemberIndex(member), num, ledger) {
+            Grant::Now { leases, .. } => leases,
+            Grant::Later => Vec::new(),
+        }
+    }
+
     fn drain(leases: &mut Leases, members: u32, ledger: &Ledger) -> Vec<Vec<(u32, u32)>> {
         let mut taken = vec![Vec::new(); members as usize];
         loop {
             let mut any = false;
             for member in 0..members {
-                for lease in leases.grant(WorkerId(u64::from(member)), MemberIndex(member), 1, ledger) {
+                for lease in take(leases, member, 1, ledger) {
+                    leases.set_read(lease.id);
                     taken[member as usize].push((lease.epoch.0, lease.shard.0));
                     any = true;
                 }
@@ -271,8 +314,7 @@ mod tests {
         let ask = |order: [u32; 4]| {
             let mut leases = Leases::new(3, 6, None, Epoch(0));
             leases.deal_among(2);
-            let mut got: Vec<_> =
-                order.iter().map(|&m| (m, leases.grant(WorkerId(m.into()), MemberIndex(m), 1, &ledger)[0].shard)).collect();
+            let mut got: Vec<_> = order.iter().map(|&m| (m, take(&mut leases, m, 1, &ledger)[0].shard)).collect();
             got.sort();
             got
         };
@@ -281,15 +323,31 @@ mod tests {
     }
 
     #[test]
+    fn idle_member_takes_over_what_others_have_left_but_never_their_first() {
+        let ledger = Ledger::new(4);
+        let mut leases = Leases::new(1, 4, Some(1), Epoch(0));
+        leases.deal_among(2);
+        let own = take(&mut leases, 0, 3, &ledger);
+        assert_eq!(own.len(), 2, "its own deal, nothing of the other's");
+        assert_eq!(leases.grant(WorkerId(0), MemberIndex(0), 1, &ledger), Grant::Later, "it still reads");
+        own.iter().for_each(|lease| leases.set_read(lease.id));
+        assert_eq!(leases.grant(WorkerId(0), MemberIndex(0), 1, &ledger), Grant::Later, "the other has not had its first");
+        assert_eq!(take(&mut leases, 1, 1, &ledger).len(), 1);
+        let over = leases.grant(WorkerId(0), MemberIndex(0), 2, &ledger);
+        assert!(matches!(over, Grant::Now { leases, none_left: true } if leases.len() == 1));
+        assert_eq!(leases.grant(WorkerId(1), MemberIndex(1), 1, &ledger), Grant::Now { leases: vec![], none_left: true });
+    }
+
+    #[test]
     fn a_dead_holders_shards_go_to_the_next_who_asks() {
         let ledger = Ledger::new(4);
         let mut leases = Leases::new(1, 4, Some(1), Epoch(0));
         leases.deal_among(2);
-        let lost = leases.grant(WorkerId(1), MemberIndex(1), 2, &ledger);
+        let lost = take(&mut leases, 1, 2, &ledger);
         leases.release(WorkerId(1));
         assert_eq!(leases.shard_of(lost[0].id, WorkerId(1)), None);
         leases.deal_among(1);
-        let all = leases.grant(WorkerId(0), MemberIndex(0), 10, &ledger);
+        let all = take(&mut leases, 0, 10, &ledger);
         assert_eq!(all.len(), 4);
         assert!(all.iter().all(|lease| lost.iter().all(|old| old.id != lease.id)), "lease ids are never reused");
     }
@@ -301,13 +359,14 @@ mod tests {
         let mut all = Vec::new();
         leases.deal_among(3);
         // Uneven progress: member 2 is far ahead when the world shrinks, then grows.
-        all.extend(leases.grant(WorkerId(2), MemberIndex(2), 3, &ledger));
-        all.extend(leases.grant(WorkerId(0), MemberIndex(0), 1, &ledger));
+        all.extend(take(&mut leases, 2, 3, &ledger));
+        all.extend(take(&mut leases, 0, 1, &ledger));
         leases.deal_among(1);
-        all.extend(leases.grant(WorkerId(0), MemberIndex(0), 2, &ledger));
+        all.extend(take(&mut leases, 0, 2, &ledger));
         leases.deal_among(4);
         for member in [3, 1, 0, 2, 1] {
-            all.extend(leases.grant(WorkerId(member.into()), MemberIndex(member), 5, &ledger));
+            all.extend(take(&mut leases, member, 5, &ledger));
+            all.iter().for_each(|lease| leases.set_read(lease.id));
         }
         let mut places: Vec<_> = all.iter().map(|lease| (lease.epoch, lease.shard)).collect();
         places.sort();
@@ -332,7 +391,7 @@ mod tests {
         let ledger = Ledger::new(2);
         let mut leases = Leases::new(1, 2, Some(1), Epoch(0));
         leases.deal_among(1);
-        let lease = leases.grant(WorkerId(0), MemberIndex(0), 1, &ledger)[0];
+        let lease = take(&mut leases, 0, 1, &ledger)[0];
         assert_eq!(leases.holder_of(lease.epoch, lease.shard), Some(WorkerId(0)));
         leases.finish(lease.epoch, lease.shard);
         assert_eq!((leases.holder_of(lease.epoch, lease.shard), leases.held_by(WorkerId(0)).len()), (None, 0));

@@ -254,6 +254,7 @@ impl Core {
             base_step: self.truth.step,
             from_checkpoint: checkpoint_step.is_some(),
         }));
+        self.lease_requests.clear();
         self.leases.deal_among(members.len() as u32);
         self.progress = Progress::start(self.truth.step, members.len() as u32);
         self.checkpoint.asked = false;
@@ -265,6 +266,7 @@ impl Core {
     /// A worker is gone, by whatever way. Its stream is the driver's to close.
     pub(super) fn lose(&mut self, now: Timestamp, id: WorkerId, cause: &str, out: &mut Vec<Effect>) {
         let Some(worker) = self.workers.remove(&id) else { return };
+        self.lease_requests.remove(&id);
         let failure = format!("{} lost at step {} in phase {}: {cause}", worker.name(), worker.step, worker.phase.as_str());
         out.push(Effect::Notice(Notice::Lost { worker: worker.view(id, now, false), cause: cause.to_owned() }));
         self.truth.holders.remove(&id);

@@ -22,7 +22,7 @@ use std::time::Duration;
 use peapod_proto::ids::{Epoch, Generation, LeaseId, MemberIndex, Rank, SampleName, ShardId, Step, WorkerId};
 use peapod_proto::message::{FromWorker, Hello, Lease, ShardReport, SkipReason, StepRecord, StepTimings, Stopped, ToWorker};
 
-use leases::Leases;
+use leases::{Grant, Leases};
 use ledger::{Ledger, LedgerError, Skip, Totals};
 use membership::Worker;
 pub use membership::WorkerView;
@@ -445,6 +445,8 @@ pub struct Core {
     truth: Truth,
     ledger: Ledger,
     leases: Leases,
+    /// Members that wait for leases.
+    lease_requests: BTreeMap<WorkerId, (MemberIndex, u32)>,
     progress: Progress,
     checkpoint: Checkpoint,
     first_failure: Option<String>,
@@ -485,6 +487,7 @@ impl Core {
             truth: Truth { step, generation: Generation::NONE, holders: BTreeSet::new() },
             ledger,
             leases,
+            lease_requests: BTreeMap::new(),
             progress: Progress::new(step),
             checkpoint: Checkpoint { last: resume, frozen: BTreeMap::new(), senders: BTreeMap::new(), next_due, asked: false },
             first_failure: None,
@@ -674,25 +677,38 @@ impl Core {
         }
     }
 
+    /// Answers a request for leases, now or as soon as it can be: every request of a generation gets its answer.
     fn grant_leases(&mut self, id: WorkerId, index: MemberIndex, num: u32, out: &mut Vec<Effect>) {
         // A bound against a request for everything; workers ask for a few at a time.
-        let num = num.clamp(1, 64);
-        let granted = self.leases.grant(id, index, num, &self.ledger);
-        let none_left = granted.len() < num as usize;
-        let leases: Vec<Lease> = granted
-            .into_iter()
-            .map(|granted| Lease {
+        self.lease_requests.insert(id, (index, num.clamp(1, 64)));
+        self.answer_lease_requests(out);
+    }
+
+    fn answer_lease_requests(&mut self, out: &mut Vec<Effect>) {
+        // One member's first lease can be what another waits for: go round until nobody gets an answer.
+        loop {
+            let mut answered = None;
+            for (&id, &(index, num)) in &self.lease_requests {
+                if let Grant::Now { leases, none_left } = self.leases.grant(id, index, num, &self.ledger) {
+                    answered = Some((id, leases, none_left));
+                    break;
+                }
+            }
+            let Some((id, granted, none_left)) = answered else { return };
+            self.lease_requests.remove(&id);
+            let lease = |granted: leases::Granted| Lease {
                 id: granted.id,
                 epoch: granted.epoch,
                 shard: granted.shard,
                 url: self.config.shards[granted.shard.0 as usize].clone(),
                 done: self.ledger.done_samples(granted.epoch, granted.shard),
-            })
-            .collect();
-        if !leases.is_empty() {
-            out.push(Effect::Persist(Fact::Leases { holder: id, leases: leases.clone() }));
+            };
+            let leases: Vec<Lease> = granted.into_iter().map(lease).collect();
+            if !leases.is_empty() {
+                out.push(Effect::Persist(Fact::Leases { holder: id, leases: leases.clone() }));
+            }
+            out.push(Effect::Send { worker: id, message: ToWorker::LeaseGrant { generation: self.generation, leases, none_left } });
         }
-        out.push(Effect::Send { worker: id, message: ToWorker::LeaseGrant { generation: self.generation, leases, none_left } });
     }
 
     fn shard_report(&mut self, id: WorkerId, report: ShardReport, out: &mut Vec<Effect>) {
@@ -700,11 +716,14 @@ impl Core {
         let Some((epoch, shard)) = self.leases.shard_of(report.lease, id) else { return };
         out.push(Effect::Persist(Fact::Shard(report.clone())));
         let url = self.config.shards[shard.0 as usize].clone();
-        let truncated = report.truncated.clone();
-        if !truncated.is_empty() && report.num_samples == Some(0) {
+        let (lease, num_samples, truncated) = (report.lease, report.num_samples, report.truncated.clone());
+        if !truncated.is_empty() && num_samples == Some(0) {
             self.unreadable.insert(shard);
         }
         let result = self.record_shard(epoch, shard, &url, report, out);
+        if num_samples.is_some() {
+            self.leases.set_read(lease);
+        }
         if self.ledger.is_done(epoch, shard) {
             self.leases.finish(epoch, shard);
         }
@@ -728,8 +747,9 @@ impl Core {
             let reason =
                 format!("{bad} of the first {seen} samples are broken, more than data.max_bad_fraction = {limit}; the last in {url}");
             self.note_failure(reason.clone());
-            self.fail(reason, out);
+            return self.fail(reason, out);
         }
+        self.answer_lease_requests(out);
     }
 
     fn record_shard(

@@ -673,6 +673,28 @@ fn grant_says_when_no_lease_is_left() {
 }
 
 #[test]
+fn request_that_cannot_be_answered_yet_is_answered_when_it_can() {
+    let mut with_epochs = config(2);
+    with_epochs.epochs = Some(1);
+    let mut world = World::new(with_epochs);
+    let (a, b) = (world.join(None).unwrap(), world.join(None).unwrap());
+    world.ready(a);
+    world.ready(b);
+    world.bootstrap(a);
+    let (own, _) = world.lease(a, 2);
+    let asks = FromWorker::LeaseRequest { generation: Generation(1), num_leases: 1 };
+    let grants = |world: &World| world.sent(a).iter().filter(|message| matches!(message, ToWorker::LeaseGrant { .. })).count();
+    world.say(a, asks).unwrap();
+    assert_eq!(grants(&world), 1, "what is left is dealt to the other");
+    world.lease(b, 1);
+    for lease in &own {
+        let report = ShardReport { lease: lease.id, skipped: vec![], num_samples: Some(3), truncated: String::new() };
+        world.say(a, FromWorker::ShardReport(report)).unwrap();
+    }
+    assert_eq!(grants(&world), 2, "it has read its own: it helps out");
+}
+
+#[test]
 fn durable_steps_are_told_with_the_next_heartbeat() {
     let (mut world, workers) = World::running(1);
     world.report(workers[0], 1, Some(&[]));
