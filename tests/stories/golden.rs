@@ -5,6 +5,7 @@
 mod sample;
 mod text;
 mod train;
+mod weights;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -30,11 +31,14 @@ const KINDS: &[(&str, Run)] = &[
     ("tokenizer", text::tokenizer),
     ("clip_text", text::clip_text),
     ("bert_text", text::bert_text),
+    ("student", text::student),
     ("prompts", text::prompts),
     ("adapter", train::adapter),
     ("adamw", train::adamw),
     ("solver", sample::solver),
     ("pictures", sample::pictures),
+    ("weights", weights::file),
+    ("single_file", weights::single_file),
 ];
 
 #[test]

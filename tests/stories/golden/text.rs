@@ -11,6 +11,9 @@ pub fn tokenizer(case: &Case) -> Result<Tensors> {
     let tokenizer = match case.setting::<String>("kind")?.as_str() {
         "clip" => TextTokenizer::clip(&folder, length)?,
         "bert" => TextTokenizer::bert(&folder, length)?,
+        "roberta" => TextTokenizer::roberta(&folder, length)?,
+        "xlm_roberta" => TextTokenizer::xlm_roberta(&folder, length)?,
+        "t5" => TextTokenizer::t5(&folder, length)?,
         other => return Err(format!("kind = {other:?} is not known").into()),
     };
     let ids = tokenizer.encode(&case.setting::<Vec<String>>("texts")?)?;
@@ -30,6 +33,13 @@ pub fn clip_text(case: &Case) -> Result<Tensors> {
 pub fn bert_text(case: &Case) -> Result<Tensors> {
     let encoder = BertEncoder::load(&case.path("model")?, Kind::Float, Device::Cpu)?;
     Ok([("last".to_owned(), encoder.forward(&ids(case)?, case.setting("pad_id")?)?)].into())
+}
+
+/// The token states of a student encoder of any kind, for texts as users write them.
+pub fn student(case: &Case) -> Result<Tensors> {
+    let options = StudentOptions { normalize_quotes: case.setting("normalize_quotes")?, device: Device::Cpu, kind: Kind::Float };
+    let student = StudentEncoder::load(&case.path("student")?, case.setting("context_length")?, options)?;
+    Ok([("states".to_owned(), student.encode(&case.setting::<Vec<String>>("texts")?)?)].into())
 }
 
 /// What both roads tell the UNet about prompts: English through SDXL's encoders, Chinese through the student's.

@@ -9,26 +9,18 @@
 //! All parameters are views into one flat `f32` buffer, in the order of the state dict, so that the optimiser, the all-reduce and a
 //! hand-over of state each work on a single tensor.
 
+mod file;
 pub(crate) mod flat;
-
-use std::collections::{BTreeMap, BTreeSet};
-use std::fs::File;
-use std::io::Read;
-use std::path::Path;
 
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use tch::{Device, Kind, Tensor, no_grad_guard};
 
-use self::flat::FlatFile;
+pub use self::file::metadata;
 use crate::{Error, Result};
 
-/// What bytes that came from no file are called in errors.
-const ADAPTER: &str = "adapter";
 /// Added to the variance by the layer norm, as PyTorch does by default.
 const LAYER_NORM_EPS: f64 = 1e-5;
-/// No safetensors header is longer than this: the format's own limit.
-const MAX_HEADER_BYTES: u64 = 100_000_000;
 
 /// The widths of an adapter.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -96,42 +88,6 @@ impl Adapter {
             }
         }
         Self::from_elements(config, Layout::Projector, &elements, device)
-    }
-
-    /// Reads an adapter from safetensors of f16, bf16 or f32; everything else follows from names and shapes.
-    ///
-    /// Reads both layouts in use: `projector.*` of any depth, with or without `fc`, and the older `fc1`, `fc2`, `fc3`.
-    /// Errors: [`Error::Invalid`] if the bytes are no safetensors or no adapter; [`Error::Weights`] if shapes do not fit together.
-    pub fn from_safetensors(bytes: &[u8], device: Device) -> Result<Self> {
-        let file = FlatFile::parse(ADAPTER, bytes)?;
-        let shapes = file.shapes();
-        let (config, layout) = infer(&shapes)?;
-        let entries = entries(&config, layout);
-        check_shapes(&entries, &shapes)?;
-        let mut elements = Vec::new();
-        for entry in &entries {
-            elements.extend(file.elements(&entry.name)?);
-        }
-        Self::from_elements(config, layout, &elements, device)
-    }
-
-    /// Reads an adapter from a file, as [`Adapter::from_safetensors`] does.
-    ///
-    /// Errors: [`Error::Io`] if the file cannot be read, and those of [`Adapter::from_safetensors`], naming the file.
-    pub fn load(path: &Path, device: Device) -> Result<Self> {
-        let bytes = std::fs::read(path).map_err(|source| Error::Io { path: path.into(), source })?;
-        Self::from_safetensors(&bytes, device).map_err(|error| match error {
-            Error::Invalid { reason, .. } => Error::Invalid { path: path.into(), reason },
-            Error::Weights { missing, misshapen, extra, .. } => Error::Weights { path: path.into(), missing, misshapen, extra },
-            other => other,
-        })
-    }
-
-    /// Writes the parameters as f32 safetensors under the names of the Python implementation's state dict.
-    pub fn to_safetensors(&self, metadata: &BTreeMap<String, String>) -> Result<Vec<u8>> {
-        let names = entries(&self.config, self.layout).into_iter().map(|entry| entry.name);
-        let tensors: Vec<_> = names.zip(self.parameters.iter().map(Tensor::detach)).collect();
-        flat::serialize(&tensors, metadata)
     }
 
     /// Returns an adapter of the same shape with other parameters, copied from `flat` `[P]`: an average, say.
@@ -222,31 +178,6 @@ impl Adapter {
     }
 }
 
-/// Reads the string metadata of a safetensors file without reading its tensors; empty if it has none.
-///
-/// Errors: [`Error::Io`] if the file cannot be read; [`Error::Invalid`] if it does not begin with a safetensors header.
-pub fn metadata(path: &Path) -> Result<BTreeMap<String, String>> {
-    let io = |source| Error::Io { path: path.into(), source };
-    let invalid = |reason: String| Error::Invalid { path: path.into(), reason };
-    let mut file = File::open(path).map_err(io)?;
-    let mut length = [0; 8];
-    file.read_exact(&mut length).map_err(|error| invalid(format!("not a safetensors file: {error}")))?;
-    let length = u64::from_le_bytes(length);
-    if length > MAX_HEADER_BYTES {
-        return Err(invalid(format!("not a safetensors file: it claims a header of {length} bytes")));
-    }
-    let mut header = Vec::new();
-    file.take(length).read_to_end(&mut header).map_err(io)?;
-
-    #[derive(serde::Deserialize)]
-    struct Header {
-        #[serde(rename = "__metadata__", default)]
-        metadata: BTreeMap<String, String>,
-    }
-    let header: Header = serde_json::from_slice(&header).map_err(|error| invalid(format!("not a safetensors header: {error}")))?;
-    Ok(header.metadata)
-}
-
 /// How a parameter starts.
 #[derive(Debug, Clone, Copy)]
 enum Init {
@@ -292,45 +223,6 @@ fn entries(config: &AdapterConfig, layout: Layout) -> Vec<Entry> {
     entries
 }
 
-/// Reads widths and layout off a state dict. Only what is needed for that is checked.
-fn infer(shapes: &BTreeMap<String, Vec<i64>>) -> Result<(AdapterConfig, Layout)> {
-    let size = |name: &str, dimension: usize| {
-        let length = shapes.get(name).and_then(|shape| shape.get(dimension)).copied();
-        length.filter(|&length| length > 0).ok_or_else(|| {
-            let keys = shapes.keys().map(String::as_str).collect::<Vec<_>>().join(", ");
-            flat::invalid(ADAPTER, format!("not an adapter: no usable {name} among its keys ({keys})"))
-        })
-    };
-    let input = size("layernorm.weight", 0)?;
-    if shapes.contains_key("fc1.weight") {
-        let (hidden, pooled, output) = (size("fc1.weight", 0)?, size("fc2.weight", 0)?, Some(size("fc3.weight", 0)?));
-        return Ok((AdapterConfig { input, hidden, depth: 2, pooled, output }, Layout::Legacy));
-    }
-    let depth = (0..).take_while(|index| shapes.contains_key(&format!("projector.{}.weight", 2 * index))).count();
-    let pooled = size(&format!("projector.{}.weight", 2 * depth.saturating_sub(1)), 0)?;
-    let hidden = size("projector.0.weight", 0)?;
-    let output = if shapes.contains_key("fc.weight") { Some(size("fc.weight", 0)?) } else { None };
-    Ok((AdapterConfig { input, hidden, depth, pooled, output }, Layout::Projector))
-}
-
-/// Checks a state dict against what its own widths ask for.
-fn check_shapes(entries: &[Entry], shapes: &BTreeMap<String, Vec<i64>>) -> Result<()> {
-    let known: BTreeSet<&str> = entries.iter().map(|entry| entry.name.as_str()).collect();
-    let extra: Vec<String> = shapes.keys().filter(|name| !known.contains(name.as_str())).cloned().collect();
-    let (mut missing, mut misshapen) = (Vec::new(), Vec::new());
-    for Entry { name, shape, .. } in entries {
-        match shapes.get(name) {
-            None => missing.push(format!("{name} {shape:?}")),
-            Some(got) if got != shape => misshapen.push(format!("{name} is {got:?}, wanted {shape:?}")),
-            Some(_) => {}
-        }
-    }
-    if missing.is_empty() && misshapen.is_empty() && extra.is_empty() {
-        return Ok(());
-    }
-    Err(Error::Weights { path: ADAPTER.into(), missing, misshapen, extra })
-}
-
 /// Draws from the 2^24 evenly spaced values of `[-bound, bound)`. The mapping is our own: a library's may change with its version.
 fn uniform(rng: &mut ChaCha8Rng, bound: f64) -> f32 {
     let unit = f64::from(rng.next_u32() >> 8) / f64::from(1 << 24);
@@ -339,8 +231,12 @@ fn uniform(rng: &mut ChaCha8Rng, bound: f64) -> f32 {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
     use safetensors::{Dtype, tensor::TensorView};
 
+    use super::file::ADAPTER;
+    use super::flat::FlatFile;
     use super::*;
 
     const SMALL: AdapterConfig = AdapterConfig { input: 6, hidden: 5, depth: 3, pooled: 4, output: Some(7) };

@@ -40,8 +40,14 @@ pub(crate) type Supported = (&'static str, &'static str);
 /// Errors: [`Error::Io`], [`Error::Invalid`] for other JSON than `T` wants, [`Error::Unsupported`] naming the setting.
 pub(crate) fn read_config<T: DeserializeOwned>(path: &Path, supported: &[Supported]) -> Result<T> {
     let bytes = std::fs::read(path).map_err(|source| Error::Io { path: path.to_path_buf(), source })?;
+    let settings =
+        serde_json::from_slice(&bytes).map_err(|error| Error::Invalid { path: path.to_path_buf(), reason: error.to_string() })?;
+    parse_config(path, settings, supported)
+}
+
+/// As [`read_config`], of settings that were read from the file at `path` already.
+pub(crate) fn parse_config<T: DeserializeOwned>(path: &Path, settings: Value, supported: &[Supported]) -> Result<T> {
     let invalid = |error: serde_json::Error| Error::Invalid { path: path.to_path_buf(), reason: error.to_string() };
-    let settings: Value = serde_json::from_slice(&bytes).map_err(invalid)?;
     for (name, values) in supported {
         let accepted: Vec<Value> = serde_json::from_str(values).map_err(invalid)?;
         if let Some(value) = settings.get(name).filter(|value| !accepted.contains(value)) {
@@ -49,7 +55,7 @@ pub(crate) fn read_config<T: DeserializeOwned>(path: &Path, supported: &[Support
             return Err(Error::Unsupported { what: format!("{name} = {value}"), hint });
         }
     }
-    serde_json::from_slice(&bytes).map_err(invalid)
+    serde_json::from_value(settings).map_err(invalid)
 }
 
 /// Widest layer and longest list that are believed. Beyond them a configuration is damaged, and sizes computed from it could overflow.

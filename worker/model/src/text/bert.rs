@@ -1,15 +1,16 @@
-//! BERT, as the text half of Chinese-CLIP and of the demo's student.
+//! BERT and its descendants RoBERTa and XLM-R, alone or as the text half of Chinese-CLIP and others.
 
 use std::path::Path;
 
 use serde::Deserialize;
 use tch::{Device, Kind, Tensor};
 
-use super::config::{check_transformer, ids_to_tensor};
-use crate::Result;
-use crate::config::{Supported, read_config};
+use super::config::{Architecture, TextSettings, check_transformer, ids_to_tensor};
+use super::tower::Tower;
+use crate::config::Supported;
 use crate::nn::{Embedding, LayerNorm, Linear, attention};
 use crate::weights::{Scope, Weights};
+use crate::{Error, Result};
 
 /// A `config.json` of a BERT model.
 #[derive(Debug, Clone, Deserialize)]
@@ -20,26 +21,23 @@ struct BertConfig {
     num_hidden_layers: usize,
     num_attention_heads: i64,
     max_position_embeddings: i64,
-    #[serde(default = "type_vocab_size")]
     type_vocab_size: i64,
-    #[serde(default = "layer_norm_eps")]
     layer_norm_eps: f64,
-}
-
-fn type_vocab_size() -> i64 {
-    2
-}
-
-fn layer_norm_eps() -> f64 {
-    1e-12
+    pad_token_id: Option<i64>,
 }
 
 /// Settings that change the network in ways not computed here, with the values that leave it as it is.
-const SUPPORTED: &[Supported] = &[("hidden_act", r#"["gelu"]"#), ("position_embedding_type", r#"["absolute", null]"#)];
+const SUPPORTED: &[Supported] =
+    &[("hidden_act", r#"["gelu"]"#), ("position_embedding_type", r#"["absolute", null]"#), ("is_decoder", "[false, null]")];
+
+/// The end of a key that each model has once.
+const LANDMARK: &str = "embeddings.word_embeddings.weight";
 
 /// A BERT encoder without its pooler: bidirectional, normalised after each block, no dropout.
 pub struct BertEncoder {
     config: BertConfig,
+    /// The id that RoBERTa does not count: its positions number the other tokens, from the row behind this id's.
+    uncounted: Option<i64>,
     kind: Kind,
     device: Device,
     word_embeddings: Embedding,
@@ -61,35 +59,67 @@ struct Layer {
 }
 
 impl BertEncoder {
-    /// Loads a folder with `config.json` and safetensors weights, whose keys may carry the prefix `bert.` of a task model.
+    /// Loads a folder with `config.json` (of a `bert`, `roberta`, `xlm-roberta` or `chinese_clip` model) and weights, under whatever
+    /// prefix the model they belong to gives them.
     ///
     /// Errors: [`crate::Error::Io`], [`crate::Error::Invalid`] for a broken or contradictory configuration, [`crate::Error::Weights`] if the weights do not
-    /// fit it, [`crate::Error::Unsupported`] for another activation than the exact GELU or relative positions.
+    /// fit it, [`crate::Error::Unsupported`] for another activation than the exact GELU, relative positions or another kind of model.
     pub fn load(dir: &Path, kind: Kind, device: Device) -> Result<Self> {
-        let path = dir.join("config.json");
-        let config: BertConfig = read_config(&path, SUPPORTED)?;
+        let settings = TextSettings::read(&dir.join("config.json"))?;
+        Self::from_weights(&settings, &Weights::open(dir)?, kind, device)
+    }
+
+    /// Takes the encoder from weights that may hold other models too.
+    pub(super) fn from_weights(settings: &TextSettings, weights: &Weights, kind: Kind, device: Device) -> Result<Self> {
+        let tower = Tower::find(weights, LANDMARK);
+        let encoder = Self::new(settings, &tower.scope(kind, device))?;
+        Self::finish(&tower)?;
+        Ok(encoder)
+    }
+
+    /// Where weights hold an encoder of this kind.
+    pub(super) fn tower(weights: &Weights) -> Tower<'_> {
+        Tower::find(weights, LANDMARK)
+    }
+
+    /// Checks that nothing of the encoder was left over but what is not used here: the pooler, the heads of task models and the tables of
+    /// position numbers in old exports.
+    pub(super) fn finish(tower: &Tower<'_>) -> Result<()> {
+        tower.finish(&["pooler.", "cls.", "lm_head.", "classifier.", "embeddings.position_ids", "embeddings.token_type_ids"])
+    }
+
+    /// Takes the tensors of an encoder from `model`; whoever owns the weights finishes the account.
+    pub(super) fn new(settings: &TextSettings, model: &Scope<'_>) -> Result<Self> {
+        let config: BertConfig = settings.parse(SUPPORTED)?;
         let sizes = [config.vocab_size, config.intermediate_size, config.max_position_embeddings, config.type_vocab_size];
-        check_transformer(&path, config.hidden_size, config.num_attention_heads, &sizes)?;
-        let weights = Weights::open(dir)?;
-        let root = weights.root(kind, device);
-        let bare = root.has("embeddings.word_embeddings.weight");
-        let model = if bare { root } else { root / "bert" };
-        let embeddings = &model / "embeddings";
+        check_transformer(settings.path(), config.hidden_size, config.num_attention_heads, &sizes)?;
+        let invalid = |reason: String| Error::Invalid { path: settings.path().into(), reason };
+        let uncounted = match settings.architecture() {
+            Architecture::Bert => None,
+            Architecture::Roberta | Architecture::XlmRoberta | Architecture::AltClip => {
+                let pad = config.pad_token_id.ok_or_else(|| invalid("needs a pad_token_id: positions are counted from it".into()))?;
+                if !(0..config.max_position_embeddings - 1).contains(&pad) {
+                    return Err(invalid(format!("leaves no position behind pad_token_id {pad}")));
+                }
+                Some(pad)
+            }
+            other => return Err(invalid(format!("describes a model of kind {other:?}, not a BERT"))),
+        };
+
+        let embeddings = model / "embeddings";
         let width = config.hidden_size;
         let table = |name: &str, rows: i64| (&embeddings / name).tensor("weight", &[rows, width]);
         let first_type = table("token_type_embeddings", config.type_vocab_size).narrow(0, 0, 1);
-        let encoder = Self {
-            kind,
-            device,
+        Ok(Self {
+            uncounted,
+            kind: model.kind(),
+            device: model.device(),
             word_embeddings: Embedding::new(&embeddings / "word_embeddings", config.vocab_size, width),
             position_embeddings: table("position_embeddings", config.max_position_embeddings) + first_type,
             layer_norm: LayerNorm::new(&embeddings / "LayerNorm", width, config.layer_norm_eps),
-            layers: (0..config.num_hidden_layers).map(|index| Layer::new(&model / "encoder" / "layer" / index, &config)).collect(),
+            layers: (0..config.num_hidden_layers).map(|index| Layer::new(model / "encoder" / "layer" / index, &config)).collect(),
             config,
-        };
-        // The pooler and the heads of task models are not used here.
-        weights.finish(&["position_ids", "pooler.", "bert.pooler.", "cls."])?;
-        Ok(encoder)
+        })
     }
 
     /// Returns the states after the last layer. Positions that hold `pad_id` are not attended to, but have states of their own.
@@ -97,13 +127,38 @@ impl BertEncoder {
     /// Shapes: equally long rows of ids, to `[B, L, width]`, in the kind it was loaded in.
     /// Errors: [`crate::Error::Shape`] if the rows do not fit the encoder.
     pub fn forward(&self, ids: &[Vec<i64>], pad_id: i64) -> Result<Tensor> {
-        let tokens = ids_to_tensor(ids, self.config.max_position_embeddings, self.config.vocab_size, self.device)?;
-        let mask = Tensor::zeros([], (self.kind, self.device)).where_scalarother(&tokens.ne(pad_id), f64::NEG_INFINITY);
+        let tokens = self.tokens(ids)?;
+        Ok(self.run(&tokens, &tokens.ne(pad_id)))
+    }
+
+    /// As [`BertEncoder::forward`], where only the `pad_id` that fill a row up behind its last token are padding: a pad written out in the
+    /// text is attended to, as by callers that take the mask from the tokenizer.
+    pub(super) fn forward_to_the_end(&self, ids: &[Vec<i64>], pad_id: i64) -> Result<Tensor> {
+        let tokens = self.tokens(ids)?;
+        // Counted from the back, positions with a token at or behind them.
+        let reached = tokens.ne(pad_id).to_kind(Kind::Int64).flip([1]).cumsum(1, Kind::Int64).flip([1]).gt(0);
+        Ok(self.run(&tokens, &reached))
+    }
+
+    fn tokens(&self, ids: &[Vec<i64>]) -> Result<Tensor> {
+        ids_to_tensor(ids, self.max_length(), self.config.vocab_size, self.device)
+    }
+
+    /// Shapes: `tokens` int64 and `attended` bool, both `[B, L]`.
+    fn run(&self, tokens: &Tensor, attended: &Tensor) -> Tensor {
+        let mask = Tensor::zeros([], (self.kind, self.device)).where_scalarother(attended, f64::NEG_INFINITY);
         let mask = mask.to_kind(self.kind).unsqueeze(1).unsqueeze(1);
 
-        let positions = self.position_embeddings.narrow(0, 0, tokens.size()[1]);
-        let embedded = self.layer_norm.forward(&(self.word_embeddings.forward(&tokens) + positions));
-        Ok(self.layers.iter().fold(embedded, |states, layer| layer.forward(&states, &mask, self.config.num_attention_heads)))
+        let positions = match self.uncounted {
+            None => self.position_embeddings.narrow(0, 0, tokens.size()[1]),
+            Some(pad) => {
+                let counted = tokens.ne(pad).to_kind(Kind::Int64);
+                let rows = counted.cumsum(1, Kind::Int64) * counted + pad;
+                Tensor::embedding(&self.position_embeddings, &rows, -1, false, false)
+            }
+        };
+        let embedded = self.layer_norm.forward(&(self.word_embeddings.forward(tokens) + positions));
+        self.layers.iter().fold(embedded, |states, layer| layer.forward(&states, &mask, self.config.num_attention_heads))
     }
 
     /// Returns the width of the token states.
@@ -113,7 +168,7 @@ impl BertEncoder {
 
     /// Returns the longest row of ids it takes.
     pub fn max_length(&self) -> i64 {
-        self.config.max_position_embeddings
+        self.config.max_position_embeddings - self.uncounted.map_or(0, |pad| pad + 1)
     }
 }
 
@@ -146,15 +201,30 @@ impl Layer {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::Error;
 
     #[test]
     fn what_is_not_computed_is_named() {
         let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("config.json");
         for (setting, value) in [("hidden_act", "gelu_new"), ("position_embedding_type", "relative_key")] {
-            std::fs::write(dir.path().join("config.json"), serde_json::json!({ setting: value }).to_string()).unwrap();
-            let error = BertEncoder::load(dir.path(), Kind::Float, Device::Cpu).err().unwrap();
+            std::fs::write(&path, serde_json::json!({ "model_type": "bert", setting: value }).to_string()).unwrap();
+            let settings = TextSettings::read(&path).unwrap();
+            let error = BertEncoder::new(&settings, &Weights::none().root(Kind::Float, Device::Cpu)).err().unwrap();
             assert!(matches!(error, Error::Unsupported { .. }) && error.to_string().contains(value), "{error}");
+        }
+    }
+
+    /// Positions are looked up behind the pad id: one that leaves none would read beyond the table.
+    #[test]
+    fn a_pad_id_must_leave_room_for_positions() {
+        let read = |pad: serde_json::Value| {
+            let settings = serde_json::json!({ "max_position_embeddings": 8, "pad_token_id": pad }).as_object().unwrap().clone();
+            let settings = TextSettings::published(Path::new("config.json"), Architecture::Roberta, settings);
+            BertEncoder::new(&settings, &Weights::none().root(Kind::Float, Device::Cpu))
+        };
+        assert_eq!(read(1.into()).unwrap().max_length(), 6);
+        for pad in [7.into(), (-1).into(), serde_json::Value::Null] {
+            assert!(matches!(read(pad).err().unwrap(), Error::Invalid { .. }));
         }
     }
 

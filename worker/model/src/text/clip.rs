@@ -5,9 +5,9 @@ use std::path::Path;
 use serde::Deserialize;
 use tch::{Device, Kind, Tensor};
 
-use super::config::{check_transformer, ids_to_tensor};
+use super::config::{Architecture, TextSettings, check_transformer, ids_to_tensor};
+use super::tower::Tower;
 use crate::Result;
-use crate::config::read_config;
 use crate::nn::{Embedding, LayerNorm, Linear, attention};
 use crate::weights::{Scope, Weights};
 
@@ -32,6 +32,15 @@ struct ClipTextConfig {
     eos_token_id: i64,
     #[serde(default)]
     projection_dim: i64,
+}
+
+impl ClipTextConfig {
+    fn new(settings: &TextSettings) -> Result<Self> {
+        let config: Self = settings.parse(&[("hidden_act", r#"["quick_gelu", "gelu"]"#)])?;
+        let sizes = [config.vocab_size, config.intermediate_size, config.max_position_embeddings, config.num_hidden_layers as i64];
+        check_transformer(settings.path(), config.hidden_size, config.num_attention_heads, &sizes)?;
+        Ok(config)
+    }
 }
 
 fn max_position_embeddings() -> i64 {
@@ -91,21 +100,25 @@ struct Layer {
 }
 
 impl ClipTextEncoder {
-    /// Loads a folder with `config.json` and safetensors weights.
+    /// Loads a folder with `config.json` and weights, of a text model or of a whole CLIP.
     ///
     /// Errors: [`crate::Error::Io`], [`crate::Error::Invalid`] for a broken or contradictory configuration, [`crate::Error::Unsupported`] for another
     /// activation, [`crate::Error::Weights`] if the weights do not fit.
     pub fn load(dir: &Path, kind: Kind, device: Device) -> Result<Self> {
-        let path = dir.join("config.json");
-        let config: ClipTextConfig = read_config(&path, &[("hidden_act", r#"["quick_gelu", "gelu"]"#)])?;
-        let sizes = [config.vocab_size, config.intermediate_size, config.max_position_embeddings, config.num_hidden_layers as i64];
-        check_transformer(&path, config.hidden_size, config.num_attention_heads, &sizes)?;
+        let settings = TextSettings::read_as(&dir.join("config.json"), Architecture::Clip)?;
+        let config = ClipTextConfig::new(&settings)?;
+        Self::with_config(config, &Weights::open(dir)?, kind, device)
+    }
 
-        let weights = Weights::open(dir)?;
-        let root = weights.root(kind, device);
-        // Files written by transformers 5 for the model without projection leave the prefix out.
-        let bare = root.has("embeddings.token_embedding.weight");
-        let model = if bare { root.clone() } else { &root / "text_model" };
+    /// Takes the encoder from weights that may hold the image encoder too.
+    pub(super) fn from_weights(settings: &TextSettings, weights: &Weights, kind: Kind, device: Device) -> Result<Self> {
+        Self::with_config(ClipTextConfig::new(settings)?, weights, kind, device)
+    }
+
+    fn with_config(config: ClipTextConfig, weights: &Weights, kind: Kind, device: Device) -> Result<Self> {
+        // The prefix is `text_model`; files written by transformers 5 for the model without projection leave it out.
+        let tower = Tower::find(weights, "embeddings.token_embedding.weight");
+        let (model, beside) = (tower.scope(kind, device), tower.parent(kind, device));
         let embeddings = &model / "embeddings";
         let width = config.hidden_size;
         let encoder = Self {
@@ -114,13 +127,13 @@ impl ClipTextEncoder {
             position_embedding: (&embeddings / "position_embedding").tensor("weight", &[config.max_position_embeddings, width]),
             layers: (0..config.num_hidden_layers).map(|index| Layer::new(&model / "encoder" / "layers" / index, &config)).collect(),
             final_layer_norm: LayerNorm::new(&model / "final_layer_norm", width, config.layer_norm_eps),
-            projection: root
+            projection: beside
                 .has("text_projection.weight")
-                .then(|| Linear::new(&root / "text_projection", width, config.projection_dim, false)),
+                .then(|| Linear::new(&beside / "text_projection", width, config.projection_dim, false)),
             config,
         };
-        // Whole CLIP models carry the image half too, and old exports a table of position numbers.
-        weights.finish(&["position_ids", "vision_model.", "visual_projection.", "logit_scale"])?;
+        // Old exports carry a table of position numbers.
+        tower.finish(&["embeddings.position_ids"])?;
         Ok(encoder)
     }
 

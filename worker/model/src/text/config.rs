@@ -1,10 +1,144 @@
 //! What the configuration files of text encoders and the token ids fed to them have in common.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
+use serde::de::DeserializeOwned;
+use serde_json::{Map, Value};
 use tch::{Device, Tensor};
 
+use crate::config::{Supported, parse_config, read_config};
 use crate::{Error, Result};
+
+/// The settings of a text model as its `config.json` gives them.
+pub(super) struct TextSettings {
+    path: PathBuf,
+    architecture: Architecture,
+    settings: Map<String, Value>,
+}
+
+/// The architectures that can be loaded, by `model_type`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Architecture {
+    /// BERT, also as the text half of Chinese-CLIP.
+    Bert,
+    /// RoBERTa: BERT whose positions are counted from behind the pad id.
+    Roberta,
+    /// XLM-R: RoBERTa with a sentencepiece vocabulary.
+    XlmRoberta,
+    /// AltCLIP: XLM-R and a linear layer.
+    AltClip,
+    /// The text half of CLIP.
+    Clip,
+    /// The encoder of mT5, or of a T5 built like it.
+    T5,
+}
+
+impl Architecture {
+    fn of(model_type: &str) -> Option<Self> {
+        Some(match model_type {
+            "bert" | "chinese_clip" | "chinese_clip_text_model" => Self::Bert,
+            "roberta" => Self::Roberta,
+            "xlm-roberta" => Self::XlmRoberta,
+            "altclip" | "altclip_text_model" => Self::AltClip,
+            "clip" | "clip_text_model" => Self::Clip,
+            "mt5" | "t5" => Self::T5,
+            _ => return None,
+        })
+    }
+
+    /// What the library that writes the configurations fills in where they are silent: nested ones hold only what differs.
+    fn defaults(self) -> Value {
+        let bert = |vocab: i64, width: i64, layers: i64, positions: i64, types: i64, eps: f64, pad: i64| {
+            serde_json::json!({
+                "vocab_size": vocab, "hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers,
+                "num_attention_heads": width / 64, "max_position_embeddings": positions, "type_vocab_size": types,
+                "layer_norm_eps": eps, "pad_token_id": pad,
+            })
+        };
+        match self {
+            Self::Bert => bert(30522, 768, 12, 512, 2, 1e-12, 0),
+            Self::Roberta => bert(50265, 768, 12, 512, 2, 1e-12, 1),
+            Self::XlmRoberta => bert(30522, 768, 12, 512, 2, 1e-12, 1),
+            Self::AltClip => bert(250_002, 1024, 24, 514, 1, 1e-5, 1),
+            Self::Clip => serde_json::json!({
+                "vocab_size": 49408, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 8,
+            }),
+            Self::T5 => Value::Object(Map::new()),
+        }
+    }
+}
+
+impl TextSettings {
+    /// Reads `config.json`, or its part `text_config` where the file describes a model of texts and images.
+    ///
+    /// Errors: [`Error::Io`], [`Error::Invalid`] if it is not such a file or names no `model_type`, [`Error::Unsupported`] for a `model_type`
+    /// that cannot be loaded.
+    pub(super) fn read(path: &Path) -> Result<Self> {
+        let TextPart { settings, whole, part } = TextPart::read(path)?;
+        let Some(named) = whole.as_ref().or(part.as_ref()) else {
+            return Err(Error::Invalid { path: path.into(), reason: "has no model_type".into() });
+        };
+        // A dual encoder of any two models has a name of its own; its text part says what it is.
+        let Some(architecture) = [&whole, &part].into_iter().flatten().find_map(|name| Architecture::of(name)) else {
+            return Err(Error::Unsupported {
+                what: format!("a text encoder of model_type {named:?}"),
+                hint: "bert, chinese_clip, roberta, xlm-roberta, altclip, clip and mt5 can be loaded".into(),
+            });
+        };
+        Ok(Self { path: path.into(), architecture, settings })
+    }
+
+    /// Reads `config.json` of a model whose architecture is known from where it lies.
+    pub(super) fn read_as(path: &Path, architecture: Architecture) -> Result<Self> {
+        Ok(Self { path: path.into(), architecture, settings: TextPart::read(path)?.settings })
+    }
+
+    /// Settings that no `config.json` gives: those of a published model known by its name.
+    pub(super) fn published(path: &Path, architecture: Architecture, settings: Map<String, Value>) -> Self {
+        Self { path: path.into(), architecture, settings }
+    }
+
+    /// The architecture they describe.
+    pub(super) fn architecture(&self) -> Architecture {
+        self.architecture
+    }
+
+    /// The file they come from.
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The settings as `T`, with the defaults of their architecture, refusing those that are not computed (see [`read_config`]).
+    pub(super) fn parse<T: DeserializeOwned>(&self, supported: &[Supported]) -> Result<T> {
+        let mut settings = self.architecture.defaults();
+        if let Value::Object(defaults) = &mut settings {
+            defaults.extend(self.settings.clone());
+        }
+        parse_config(&self.path, settings, supported)
+    }
+}
+
+/// What a `config.json` says of texts.
+struct TextPart {
+    settings: Map<String, Value>,
+    /// The `model_type` of the file.
+    whole: Option<String>,
+    /// The `model_type` of its part `text_config`.
+    part: Option<String>,
+}
+
+impl TextPart {
+    fn read(path: &Path) -> Result<Self> {
+        let mut settings: Map<String, Value> = read_config(path, &[])?;
+        let model_type = |settings: &Map<String, Value>| settings.get("model_type").and_then(Value::as_str).map(str::to_owned);
+        let whole = model_type(&settings);
+        let Some(Value::Object(mut text)) = settings.remove("text_config") else { return Ok(Self { settings, whole, part: None }) };
+        let part = model_type(&text);
+        // The width of the space shared with images is written outside.
+        text.extend(settings.remove("projection_dim").map(|width| ("projection_dim".to_owned(), width)));
+        Ok(Self { settings: text, whole, part })
+    }
+}
 
 /// Checks the widths of a transformer: `width` divides evenly into `heads`, and nothing is zero or negative.
 pub(super) fn check_transformer(path: &Path, width: i64, heads: i64, others: &[i64]) -> Result<()> {

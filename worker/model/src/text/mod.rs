@@ -1,14 +1,20 @@
-//! Prompts to tensors: tokenizers, the English text encoders of SDXL and the student's encoder of another language.
+//! Prompts to tensors: tokenizers, the English text encoders of SDXL and the student's encoders of other languages.
 
+mod alt_clip;
 mod bert;
+mod clean;
 mod clip;
 mod config;
 mod sdxl;
+mod source;
 mod student;
+mod t5;
 mod tokenizer;
+mod tower;
 
 pub use bert::BertEncoder;
 pub use clip::{ClipTextEncoder, ClipTextStates};
 pub use sdxl::{SdxlTextEncoders, TextStates};
 pub use student::{StudentEncoder, StudentOptions};
-pub use tokenizer::TextTokenizer;
+pub use t5::T5Encoder;
+pub use tokenizer::{TextTokenizer, TokenizerKind};

@@ -1,4 +1,6 @@
-//! Text to token ids, for the two kinds of vocabulary the encoders here use.
+//! Text to token ids, for the kinds of vocabulary the encoders here use.
+
+mod sentencepiece;
 
 use std::collections::{BTreeMap, HashSet};
 use std::path::{Path, PathBuf};
@@ -7,13 +9,14 @@ use serde::Deserialize;
 use serde_json::json;
 use tokenizers::{AddedToken, PaddingDirection, PaddingParams, PaddingStrategy, Tokenizer, TruncationParams};
 
+use self::sentencepiece::SentencePiece;
 use crate::config::read_config;
 use crate::{Error, Result};
 
 /// A tokenizer that cuts and pads every text to the same number of ids.
 ///
 /// It is read from `tokenizer.json` where there is one, else from the vocabulary files of its kind. A text too long keeps its first
-/// pieces; start and end ids are always there.
+/// pieces; the ids its kind puts at start and end are always there.
 pub struct TextTokenizer {
     path: PathBuf,
     inner: Tokenizer,
@@ -34,6 +37,11 @@ struct TokenizerConfig {
     mask_token: Option<SpecialToken>,
     /// A float: "no limit" is written as 1e30.
     model_max_length: Option<f64>,
+    /// The class of transformers that reads the folder; "Fast" at its end means the same ids.
+    tokenizer_class: Option<String>,
+    add_prefix_space: Option<bool>,
+    /// How many pieces T5's tokenizer adds behind those of its file.
+    extra_ids: Option<usize>,
     do_lower_case: Option<bool>,
     strip_accents: Option<bool>,
     tokenize_chinese_chars: Option<bool>,
@@ -57,6 +65,35 @@ enum SpecialToken {
     },
 }
 
+/// The kinds of tokenizers, by how they cut a text and what they put around it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TokenizerKind {
+    /// CLIP's byte pairs: `vocab.json` and `merges.txt`.
+    Clip,
+    /// BERT's WordPiece: `vocab.txt`.
+    Bert,
+    /// RoBERTa's byte pairs: `vocab.json` and `merges.txt`.
+    Roberta,
+    /// XLM-R's sentencepiece: `sentencepiece.bpe.model`, its ids behind those of fairseq's special tokens.
+    XlmRoberta,
+    /// T5's and mT5's sentencepiece: `spiece.model`.
+    T5,
+}
+
+impl TokenizerKind {
+    /// What reads the files of a class of transformers; `None` for the classes that leave it to `tokenizer.json`.
+    fn of_class(class: &str) -> Option<Self> {
+        Some(match class.strip_suffix("Fast").unwrap_or(class) {
+            "CLIPTokenizer" => Self::Clip,
+            "BertTokenizer" => Self::Bert,
+            "RobertaTokenizer" => Self::Roberta,
+            "XLMRobertaTokenizer" => Self::XlmRoberta,
+            "T5Tokenizer" | "MT5Tokenizer" => Self::T5,
+            _ => return None,
+        })
+    }
+}
+
 impl SpecialToken {
     fn content(&self) -> &str {
         match self {
@@ -75,38 +112,55 @@ impl SpecialToken {
 }
 
 impl TextTokenizer {
+    /// Reads the tokenizer of a folder: of the kind `tokenizer_config.json` names, else `usual`.
+    ///
+    /// Models are not tied to the tokenizer of their own kind: Korean RoBERTas, say, use BERT's.
+    /// Errors: [`Error::Io`] and [`Error::Invalid`], naming the file; [`Error::Unsupported`] for a sentencepiece of another algorithm.
+    pub fn open(dir: &Path, usual: TokenizerKind, length: usize) -> Result<Self> {
+        let named = TokenizerConfig::read(dir)?.tokenizer_class.as_deref().and_then(TokenizerKind::of_class);
+        match named.unwrap_or(usual) {
+            TokenizerKind::Clip => Self::clip(dir, length),
+            TokenizerKind::Bert => Self::bert(dir, length),
+            TokenizerKind::Roberta => Self::roberta(dir, length),
+            TokenizerKind::XlmRoberta => Self::xlm_roberta(dir, length),
+            TokenizerKind::T5 => Self::t5(dir, length),
+        }
+    }
+
     /// Reads CLIP's byte-pair tokenizer from `tokenizer.json`, or from `vocab.json` and `merges.txt`.
     ///
     /// Texts are cut and padded to `model_max_length` of `tokenizer_config.json`, at most `max_length`, with the pad token it names.
     /// Errors: [`Error::Io`] and [`Error::Invalid`], naming the file.
     pub fn clip(dir: &Path, max_length: usize) -> Result<Self> {
         let config = TokenizerConfig::read(dir)?;
-        let token = |token: &Option<SpecialToken>, default: &str| token.clone().unwrap_or_else(|| SpecialToken::Text(default.into()));
         let (bos, eos) = (token(&config.bos_token, "<|startoftext|>"), token(&config.eos_token, "<|endoftext|>"));
         let (unk, pad) = (token(&config.unk_token, "<|endoftext|>"), token(&config.pad_token, "<|endoftext|>"));
         let length = config.model_max_length.map_or(max_length, |length| (length as usize).min(max_length));
         Self::build(dir, length, &[bos.clone(), eos.clone(), unk.clone(), pad.clone()], &pad, || {
             let vocab: BTreeMap<String, u32> = read_config(&dir.join("vocab.json"), &[])?;
             let id = |token: &SpecialToken| vocab_id(&dir.join("vocab.json"), &vocab, token.content());
-            Ok(json!({
-                "normalizer": { "type": "Sequence", "normalizers": [
-                    { "type": "NFC" },
-                    { "type": "Replace", "pattern": { "Regex": r"\s+" }, "content": " " },
-                    { "type": "Lowercase" },
-                ]},
-                "pre_tokenizer": { "type": "Sequence", "pretokenizers": [
-                    { "type": "Split", "pattern": { "Regex": CLIP_WORDS }, "behavior": "Removed", "invert": true },
-                    { "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true },
-                ]},
-                "post_processor": {
-                    "type": "RobertaProcessing", "trim_offsets": false, "add_prefix_space": false,
-                    "cls": [bos.content(), id(&bos)?], "sep": [eos.content(), id(&eos)?],
-                },
-                "model": {
-                    "type": "BPE", "unk_token": unk.content(), "continuing_subword_prefix": "", "end_of_word_suffix": "</w>",
-                    "vocab": vocab, "merges": read_merges(&dir.join("merges.txt"))?,
-                },
-            }))
+            from_description(
+                dir,
+                json!({
+                    "normalizer": { "type": "Sequence", "normalizers": [
+                        { "type": "NFC" },
+                        { "type": "Replace", "pattern": { "Regex": r"\s+" }, "content": " " },
+                        { "type": "Lowercase" },
+                    ]},
+                    "pre_tokenizer": { "type": "Sequence", "pretokenizers": [
+                        { "type": "Split", "pattern": { "Regex": CLIP_WORDS }, "behavior": "Removed", "invert": true },
+                        { "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true },
+                    ]},
+                    "post_processor": {
+                        "type": "RobertaProcessing", "trim_offsets": false, "add_prefix_space": false,
+                        "cls": [bos.content(), id(&bos)?], "sep": [eos.content(), id(&eos)?],
+                    },
+                    "model": {
+                        "type": "BPE", "unk_token": unk.content(), "continuing_subword_prefix": "", "end_of_word_suffix": "</w>",
+                        "vocab": vocab, "merges": read_merges(&dir.join("merges.txt"))?,
+                    },
+                }),
+            )
         })
     }
 
@@ -116,7 +170,6 @@ impl TextTokenizer {
     /// Texts are cut and padded to `length`. Errors: [`Error::Io`] and [`Error::Invalid`], naming the file.
     pub fn bert(dir: &Path, length: usize) -> Result<Self> {
         let config = TokenizerConfig::read(dir)?;
-        let token = |token: &Option<SpecialToken>, default: &str| token.clone().unwrap_or_else(|| SpecialToken::Text(default.into()));
         let (cls, sep) = (token(&config.cls_token, "[CLS]"), token(&config.sep_token, "[SEP]"));
         let (unk, pad) = (token(&config.unk_token, "[UNK]"), token(&config.pad_token, "[PAD]"));
         let special = [unk.clone(), sep.clone(), pad.clone(), cls.clone(), token(&config.mask_token, "[MASK]")];
@@ -124,39 +177,93 @@ impl TextTokenizer {
             let path = dir.join("vocab.txt");
             let vocab = read_vocab(&path)?;
             let id = |token: &SpecialToken| vocab_id(&path, &vocab, token.content());
-            Ok(json!({
-                "normalizer": {
-                    "type": "BertNormalizer", "clean_text": true,
-                    "handle_chinese_chars": config.tokenize_chinese_chars.unwrap_or(true),
-                    "strip_accents": config.strip_accents, "lowercase": config.do_lower_case.unwrap_or(true),
-                },
-                "pre_tokenizer": { "type": "BertPreTokenizer" },
-                "post_processor": { "type": "BertProcessing", "cls": [cls.content(), id(&cls)?], "sep": [sep.content(), id(&sep)?] },
-                "model": {
-                    "type": "WordPiece", "unk_token": unk.content(), "continuing_subword_prefix": "##",
-                    "max_input_chars_per_word": 100, "vocab": vocab,
-                },
-            }))
+            from_description(
+                dir,
+                json!({
+                    "normalizer": {
+                        "type": "BertNormalizer", "clean_text": true,
+                        "handle_chinese_chars": config.tokenize_chinese_chars.unwrap_or(true),
+                        "strip_accents": config.strip_accents, "lowercase": config.do_lower_case.unwrap_or(true),
+                    },
+                    "pre_tokenizer": { "type": "BertPreTokenizer" },
+                    "post_processor": { "type": "BertProcessing", "cls": [cls.content(), id(&cls)?], "sep": [sep.content(), id(&sep)?] },
+                    "model": {
+                        "type": "WordPiece", "unk_token": unk.content(), "continuing_subword_prefix": "##",
+                        "max_input_chars_per_word": 100, "vocab": vocab,
+                    },
+                }),
+            )
         })
     }
 
-    /// Reads `tokenizer.json` or, where there is none, what `describe` says in the same terms; then fixes the length.
+    /// Reads RoBERTa's byte-pair tokenizer from `tokenizer.json`, or from `vocab.json` and `merges.txt`.
+    ///
+    /// Texts are cut and padded to `length`. Errors: [`Error::Io`] and [`Error::Invalid`], naming the file.
+    pub fn roberta(dir: &Path, length: usize) -> Result<Self> {
+        let config = TokenizerConfig::read(dir)?;
+        let special = config.fairseq_tokens();
+        let [cls, pad, sep, unk, _] = &special;
+        Self::build(dir, length, &special, pad, || {
+            let path = dir.join("vocab.json");
+            let vocab: BTreeMap<String, u32> = read_config(&path, &[])?;
+            let id = |token: &SpecialToken| vocab_id(&path, &vocab, token.content());
+            let add_prefix_space = config.add_prefix_space.unwrap_or(false);
+            from_description(
+                dir,
+                json!({
+                    "pre_tokenizer": { "type": "ByteLevel", "add_prefix_space": add_prefix_space, "trim_offsets": true, "use_regex": true },
+                    "post_processor": {
+                        "type": "RobertaProcessing", "trim_offsets": true, "add_prefix_space": add_prefix_space,
+                        "cls": [cls.content(), id(cls)?], "sep": [sep.content(), id(sep)?],
+                    },
+                    "model": { "type": "BPE", "unk_token": unk.content(), "vocab": vocab, "merges": read_merges(&dir.join("merges.txt"))? },
+                }),
+            )
+        })
+    }
+
+    /// Reads XLM-R's tokenizer from `tokenizer.json`, or from `sentencepiece.bpe.model`.
+    ///
+    /// Texts are cut and padded to `length`. Errors: [`Error::Io`] and [`Error::Invalid`], naming the file; [`Error::Unsupported`] if the
+    /// file's algorithm is not the unigram model.
+    pub fn xlm_roberta(dir: &Path, length: usize) -> Result<Self> {
+        let special = TokenizerConfig::read(dir)?.fairseq_tokens();
+        let pad = &special[1];
+        Self::build(dir, length, &special, pad, || {
+            SentencePiece::read(&dir.join("sentencepiece.bpe.model"))?.xlm_roberta(special.each_ref().map(SpecialToken::content))
+        })
+    }
+
+    /// Reads T5's or mT5's tokenizer from `tokenizer.json`, or from `spiece.model`.
+    ///
+    /// Texts are cut and padded to `length`. Errors: [`Error::Io`] and [`Error::Invalid`], naming the file; [`Error::Unsupported`] if the
+    /// file's algorithm is not the unigram model.
+    pub fn t5(dir: &Path, length: usize) -> Result<Self> {
+        let config = TokenizerConfig::read(dir)?;
+        let pad = token(&config.pad_token, "<pad>");
+        let special = [token(&config.eos_token, "</s>"), token(&config.unk_token, "<unk>"), pad.clone()];
+        Self::build(dir, length, &special, &pad, || {
+            SentencePiece::read(&dir.join("spiece.model"))?.t5(special[0].content(), config.extra_ids.unwrap_or(0))
+        })
+    }
+
+    /// Reads `tokenizer.json` or, where there is none, makes the tokenizer that `other` reads; then fixes the length.
     fn build(
         dir: &Path,
         length: usize,
         special: &[SpecialToken],
         pad: &SpecialToken,
-        describe: impl FnOnce() -> Result<serde_json::Value>,
+        other: impl FnOnce() -> Result<Tokenizer>,
     ) -> Result<Self> {
         let path = dir.join("tokenizer.json");
-        let (path, parsed) = if path.is_file() {
+        let (path, mut inner) = if path.is_file() {
             let bytes = std::fs::read(&path).map_err(|source| Error::Io { path: path.clone(), source })?;
-            (path, Tokenizer::from_bytes(bytes))
+            let inner = Tokenizer::from_bytes(bytes).map_err(|error| not_a_tokenizer(&path, &error.to_string()))?;
+            (path, inner)
         } else {
-            (dir.to_path_buf(), serde_json::from_value(with_defaults(describe()?)).map_err(Into::into))
+            (dir.to_path_buf(), other()?)
         };
         let invalid = |reason: String| Error::Invalid { path: path.clone(), reason };
-        let mut inner = parsed.map_err(|error| invalid(format!("not a tokenizer: {error}")))?;
         if length < 3 {
             return Err(invalid(format!("a context of {length} tokens has no room for text between start and end")));
         }
@@ -164,7 +271,9 @@ impl TextTokenizer {
         // Special tokens are matched in the text before anything else, also those that are ordinary words of the vocabulary: SDXL's
         // second tokenizer pads with "!", so that a "!" in a prompt becomes the pad id. The published models were trained so.
         let known: HashSet<String> = inner.get_added_tokens_decoder().into_values().map(|token| token.content).collect();
-        let new: Vec<_> = special.iter().filter(|token| !known.contains(token.content())).map(SpecialToken::to_added).collect();
+        // Those that the vocabulary lacks would get ids beyond the encoder's.
+        let new = special.iter().filter(|token| !known.contains(token.content()) && inner.token_to_id(token.content()).is_some());
+        let new: Vec<_> = new.map(SpecialToken::to_added).collect();
         inner.add_special_tokens(&new);
 
         let pad_id = inner.token_to_id(pad.content()).ok_or_else(|| invalid(format!("has no pad token {:?}", pad.content())))?;
@@ -217,13 +326,34 @@ impl TokenizerConfig {
         let path = dir.join("tokenizer_config.json");
         if path.is_file() { read_config(&path, &[]) } else { Ok(Self::default()) }
     }
+
+    /// RoBERTa's and XLM-R's special tokens, in the order of XLM-R's ids: start, pad, end, unknown, mask.
+    fn fairseq_tokens(&self) -> [SpecialToken; 5] {
+        let mask = SpecialToken::Object { content: "<mask>".into(), lstrip: true, rstrip: false, single_word: false, normalized: false };
+        [
+            token(&self.cls_token, "<s>"),
+            token(&self.pad_token, "<pad>"),
+            token(&self.sep_token, "</s>"),
+            token(&self.unk_token, "<unk>"),
+            self.mask_token.clone().unwrap_or(mask),
+        ]
+    }
 }
 
-/// Adds the fields every tokenizer description has.
-fn with_defaults(mut description: serde_json::Value) -> serde_json::Value {
+/// The token a configuration names, or the usual one.
+fn token(configured: &Option<SpecialToken>, usual: &str) -> SpecialToken {
+    configured.clone().unwrap_or_else(|| SpecialToken::Text(usual.into()))
+}
+
+/// Makes a tokenizer of the fields of a `tokenizer.json` in which its kind differs from others.
+fn from_description(path: &Path, mut description: serde_json::Value) -> Result<Tokenizer> {
     description["version"] = json!("1.0");
     description["added_tokens"] = json!([]);
-    description
+    serde_json::from_value(description).map_err(|error| not_a_tokenizer(path, &error.to_string()))
+}
+
+fn not_a_tokenizer(path: &Path, reason: &str) -> Error {
+    Error::Invalid { path: path.into(), reason: format!("not a tokenizer: {reason}") }
 }
 
 fn vocab_id(path: &Path, vocab: &BTreeMap<String, u32>, token: &str) -> Result<u32> {

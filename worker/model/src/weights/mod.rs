@@ -1,30 +1,47 @@
-//! One model's tensors, read by name from memory-mapped safetensors.
+//! One model's tensors, read by name from memory-mapped files: safetensors, or what `torch.save` wrote.
 //!
 //! Models are built straight from the file: each layer asks its [`Scope`] for the tensors it needs, in the shapes it needs. Nothing is
 //! drawn at random first, each tensor is copied once, and the set knows what was asked for in vain and what was never asked for, so
 //! that one error tells all the differences between a file and a configuration.
+
+mod entry;
+mod hub;
+mod safetensors_file;
+mod single_file;
+pub(crate) mod torch_file;
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::ops::Div;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use memmap2::Mmap;
-use safetensors::{Dtype, SafeTensors};
 use serde::Deserialize;
 use tch::{Device, Kind, Tensor};
 
+use self::entry::{Entries, Entry};
+pub use self::hub::locate;
+pub use self::single_file::SingleFile;
 use crate::{Error, Result};
 
 /// Names under which the published model folders hold their weights, in the order they are looked for.
-const FILE_NAMES: [&str; 6] = [
+const FILE_NAMES: [&str; 14] = [
     "diffusion_pytorch_model.safetensors",
     "model.safetensors",
     "diffusion_pytorch_model.safetensors.index.json",
     "model.safetensors.index.json",
     "diffusion_pytorch_model.fp16.safetensors",
     "model.fp16.safetensors",
+    "diffusion_pytorch_model.safetensors.index.fp16.json",
+    "model.safetensors.index.fp16.json",
+    "diffusion_pytorch_model.bin",
+    "pytorch_model.bin",
+    "diffusion_pytorch_model.bin.index.json",
+    "pytorch_model.bin.index.json",
+    "diffusion_pytorch_model.fp16.bin",
+    "pytorch_model.fp16.bin",
 ];
 
 /// One model's tensors, by name, with an account of which were used.
@@ -32,17 +49,15 @@ const FILE_NAMES: [&str; 6] = [
 /// The files stay mapped while the value lives. They must not be truncated meanwhile: reading beyond the new end would kill the process.
 pub struct Weights {
     path: PathBuf,
-    maps: Vec<Mmap>,
-    entries: BTreeMap<String, Entry>,
+    entries: BTreeMap<String, Stored>,
     ledger: RefCell<Ledger>,
 }
 
-/// Where one tensor lies, as its file's header says (checked against the file's length).
-struct Entry {
-    map: usize,
-    range: std::ops::Range<usize>,
-    dtype: Dtype,
-    shape: Vec<i64>,
+/// A tensor and the file it lies in.
+#[derive(Clone)]
+struct Stored {
+    map: Arc<Mmap>,
+    entry: Entry,
 }
 
 /// What was asked of a weight set so far.
@@ -63,8 +78,10 @@ struct ShardIndex {
 impl Weights {
     /// Maps the weights of one model.
     ///
-    /// `path` is a `.safetensors` file, the `*.safetensors.index.json` of a sharded one, or a folder that holds either under one of
-    /// the names in use (`diffusion_pytorch_model.*`, `model.*`).
+    /// `path` is a safetensors file, a file of `torch.save` (`.bin`, `.pt`, `.ckpt`: the content decides, not the name), the
+    /// `*.index.json` of a sharded one, or a folder that holds any of them under one of the names in use (`diffusion_pytorch_model.*`,
+    /// `model.*`, `pytorch_model.*`); safetensors are preferred. No code in a torch file is run: what is not a tensor in a dict is an
+    /// error that names it.
     ///
     /// Errors: [`Error::Io`] if a file cannot be opened; [`Error::Invalid`] if the folder holds none, if a header is damaged or does
     /// not describe exactly the bytes that follow it (a truncated download), or if a sharded index names keys that its files lack.
@@ -82,7 +99,7 @@ impl Weights {
     /// The empty set. Every tensor asked of it counts as missing and is a zero that occupies no memory: what a model built on it asks
     /// for can be counted ([`Weights::num_requested`]) without allocating the model.
     pub(crate) fn none() -> Self {
-        Self { path: PathBuf::new(), maps: Vec::new(), entries: BTreeMap::new(), ledger: RefCell::default() }
+        Self { path: PathBuf::new(), entries: BTreeMap::new(), ledger: RefCell::default() }
     }
 
     /// The scope of all keys. Tensors taken from it are converted to `kind` and copied to `device`.
@@ -93,6 +110,11 @@ impl Weights {
     /// All keys, sorted.
     pub fn keys(&self) -> impl Iterator<Item = &str> {
         self.entries.keys().map(String::as_str)
+    }
+
+    /// Copies the tensor `key` as it is stored, in its own kind, to the CPU. This does not count as use. `None` if there is none.
+    pub fn stored(&self, key: &str) -> Option<Tensor> {
+        self.entries.get(key).map(|Stored { map, entry }| entry.copy(map, entry.kind(), Device::Cpu))
     }
 
     /// Number of elements in the tensors asked for so far, missing ones included.
@@ -134,27 +156,13 @@ impl Weights {
     }
 
     fn map_file(&mut self, path: &Path) -> Result<()> {
-        let file = File::open(path).map_err(|source| Error::Io { path: path.to_path_buf(), source })?;
-        // SAFETY: read-only mapping; `Weights` documents that the file must not be truncated while it lives.
-        let map = unsafe { Mmap::map(&file) }.map_err(|source| Error::Io { path: path.to_path_buf(), source })?;
-        let (header_bytes, header) = SafeTensors::read_metadata(&map)
-            .map_err(|error| invalid(path, format!("not a whole safetensors file ({} bytes): {error}", map.len())))?;
-        // The data begins after the header and its 8-byte length; `read_metadata` has checked that the offsets fill the file exactly.
-        let data = header_bytes + size_of::<u64>();
-        for (key, info) in header.tensors() {
-            let (start, end) = info.data_offsets;
-            let shape = info
-                .shape
-                .iter()
-                .map(|&length| i64::try_from(length))
-                .collect::<Result<_, _>>()
-                .map_err(|_| invalid(path, format!("{key} has a dimension beyond 2^63")))?;
-            let entry = Entry { map: self.maps.len(), range: data + start..data + end, dtype: info.dtype, shape };
-            if self.entries.insert(key.clone(), entry).is_some() {
-                return Err(invalid(path, format!("{key} is in two shards")));
+        let (map, entries) = map_file(path)?;
+        for (key, entry) in entries {
+            if self.entries.contains_key(&key) {
+                return Err(invalid(path, format!("{key} is there twice")));
             }
+            self.entries.insert(key, Stored { map: Arc::clone(&map), entry });
         }
-        self.maps.push(map);
         Ok(())
     }
 
@@ -164,17 +172,17 @@ impl Weights {
         ledger.num_elements += shape.iter().product::<i64>();
         // One zero seen through strides of 0: a model whose file lacks everything costs no memory before `finish` refuses it.
         let placeholder = || Tensor::zeros([1], (kind, device)).expand(shape, false);
-        let Some(entry) = self.entries.get(&key) else {
+        let Some(Stored { map, entry }) = self.entries.get(&key) else {
             ledger.missing.push(format!("{key} {shape:?}"));
             return placeholder();
         };
-        let problem = match float_kind(entry.dtype) {
-            _ if entry.shape != shape => Some(format!("{key} is {:?}, wanted {shape:?}", entry.shape)),
-            None => Some(format!("{key} holds {:?}, wanted floating point", entry.dtype)),
-            Some(stored) => {
-                ledger.used.insert(key);
-                return copy_from_bytes(&self.maps[entry.map][entry.range.clone()], shape, stored, kind, device);
-            }
+        let problem = if entry.shape() != shape {
+            Some(format!("{key} is {:?}, wanted {shape:?}", entry.shape()))
+        } else if !is_float(entry.kind()) {
+            Some(format!("{key} holds {:?}, wanted floating point", entry.kind()))
+        } else {
+            ledger.used.insert(key);
+            return entry.copy(map, kind, device);
         };
         ledger.misshapen.extend(problem);
         ledger.used.insert(key);
@@ -259,28 +267,23 @@ fn find_in_folder(folder: &Path) -> Result<PathBuf> {
         .ok_or_else(|| invalid(folder, format!("holds no weights; looked for {}", FILE_NAMES.join(", "))))
 }
 
-/// Copies `bytes` (little-endian `stored` elements) into a new tensor, converting on the way.
-fn copy_from_bytes(bytes: &[u8], shape: &[i64], stored: Kind, kind: Kind, device: Device) -> Tensor {
-    let mut copy = Tensor::empty(shape, (kind, device));
-    // A safetensors file may place a tensor off its natural alignment; torch must not read through such a pointer.
-    if bytes.as_ptr().align_offset(stored.elt_size_in_bytes()) == 0 {
-        // SAFETY: `bytes` holds exactly `shape` elements of `stored` (the header was checked), outlives the view, and is only read.
-        let view = unsafe { Tensor::from_blob(bytes.as_ptr(), shape, &[], stored, Device::Cpu) };
-        copy.copy_(&view);
+/// Maps a file and reads which tensors it holds.
+fn map_file(path: &Path) -> Result<(Arc<Mmap>, Entries)> {
+    let io = |source| Error::Io { path: path.to_path_buf(), source };
+    let file = File::open(path).map_err(io)?;
+    // SAFETY: read-only mapping; `Weights` documents that the file must not be truncated while it lives.
+    let map = unsafe { Mmap::map(&file) }.map_err(io)?;
+    let entries = if torch_file::is_torch_file(&map) {
+        torch_file::read(&map).map_err(|fault| invalid(path, fault.to_string()))?
     } else {
-        copy.copy_(&Tensor::from_data_size(bytes, shape, stored));
-    }
-    copy
+        safetensors_file::read(&map).map_err(|reason| invalid(path, reason))?
+    };
+    Ok((Arc::new(map), entries))
 }
 
-fn float_kind(dtype: Dtype) -> Option<Kind> {
-    match dtype {
-        Dtype::F16 => Some(Kind::Half),
-        Dtype::BF16 => Some(Kind::BFloat16),
-        Dtype::F32 => Some(Kind::Float),
-        Dtype::F64 => Some(Kind::Double),
-        _ => None,
-    }
+fn is_float(kind: Kind) -> bool {
+    use Kind::{BFloat16, Double, Float, Float8e4m3fn, Float8e4m3fnuz, Float8e5m2, Float8e5m2fnuz, Half};
+    matches!(kind, Half | BFloat16 | Float | Double | Float8e4m3fn | Float8e4m3fnuz | Float8e5m2 | Float8e5m2fnuz)
 }
 
 fn invalid(path: &Path, reason: String) -> Error {
@@ -289,6 +292,7 @@ fn invalid(path: &Path, reason: String) -> Error {
 
 #[cfg(test)]
 mod tests {
+    use safetensors::Dtype;
     use safetensors::tensor::{TensorView, serialize};
 
     use super::*;
@@ -308,6 +312,7 @@ mod tests {
     }
 
     fn open_bytes(bytes: &[u8]) -> Result<Weights> {
+        tch::set_num_threads(1);
         let folder = tempfile::tempdir().unwrap();
         std::fs::write(folder.path().join("model.safetensors"), bytes).unwrap();
         Weights::open(folder.path())
@@ -359,6 +364,7 @@ mod tests {
 
     #[test]
     fn sharded_sets_are_joined_and_must_hold_what_their_index_lists() {
+        tch::set_num_threads(1);
         let folder = tempfile::tempdir().unwrap();
         let index = folder.path().join("model.safetensors.index.json");
         std::fs::write(folder.path().join("one.safetensors"), sample_file()).unwrap();
@@ -370,6 +376,31 @@ mod tests {
         assert!(Weights::open(folder.path()).err().unwrap().to_string().contains("the first is b"));
         std::fs::write(&index, r#"{"weight_map": {"b": "../one.safetensors"}}"#).unwrap();
         assert!(Weights::open(folder.path()).err().unwrap().to_string().contains("plain file name"));
+    }
+
+    #[test]
+    fn torch_files_are_read_by_their_content_and_safetensors_are_preferred() {
+        tch::set_num_threads(1);
+        let folder = tempfile::tempdir().unwrap();
+        let save = |name: &str, key: &str| {
+            let tensors = [(key.to_owned(), Tensor::ones([2, 3], (Kind::Float, Device::Cpu)))];
+            std::fs::write(folder.path().join(name), torch_file::serialize(&tensors, Kind::Half).unwrap()).unwrap();
+        };
+        let keys = || Weights::open(folder.path()).unwrap().keys().map(String::from).collect::<Vec<_>>();
+        save("one.bin", "a");
+        save("two.bin", "b");
+        std::fs::write(folder.path().join("pytorch_model.bin.index.json"), r#"{"weight_map": {"a": "one.bin", "b": "two.bin"}}"#).unwrap();
+        assert_eq!(keys(), ["a", "b"]);
+        save("pytorch_model.bin", "c");
+        assert_eq!(keys(), ["c"]);
+        let weights = Weights::open(folder.path()).unwrap();
+        let tensor = weights.root(Kind::Float, Device::Cpu).tensor("c", &[2, 3]);
+        assert_eq!((tensor.kind(), tensor.sum(Kind::Float).double_value(&[])), (Kind::Float, 6.0));
+        assert_eq!(weights.stored("c").unwrap().kind(), Kind::Half);
+        assert!(weights.stored("d").is_none());
+        weights.finish(&[]).unwrap();
+        std::fs::write(folder.path().join("model.safetensors"), sample_file()).unwrap();
+        assert_eq!(keys(), ["a.0.weight", "a.bias"]);
     }
 
     #[test]
