@@ -1,4 +1,4 @@
-# `make demo` is the two-minute tour; `make help` lists the rest.
+# `make demo` shows everything at once; `make help` lists the rest.
 SHELL := bash
 .PHONY: help setup build demo test lint fmt clean
 
@@ -11,7 +11,7 @@ setup: ## install libtorch into .libtorch (once)
 build: setup ## build every program
 	cargo build --workspace
 
-demo: build ## train the demo adapter with two workers on this machine, then draw with it (about five minutes after the build)
+demo: build ## train the demo adapter with two workers on this machine, then draw with it (about four minutes after the build)
 	rm -rf demo-out
 	target/debug/coordinator --world-size 2 --local --job tests/demo/job.toml --state-dir demo-out/state
 	target/debug/sample --model tests/demo/model --adapter demo-out/state/checkpoints \

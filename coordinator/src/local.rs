@@ -95,6 +95,8 @@ impl Local {
             .stderr(Stdio::piped())
             // Ctrl-C is for the coordinator, which ends the job in order.
             .process_group(0)
+            // Idle threads of a pool sleep instead of spinning on cores that another worker needs. libgomp reads it as it is loaded.
+            .env("OMP_WAIT_POLICY", "PASSIVE")
             .kill_on_drop(true);
         die_with_parent(&mut process);
         let mut child = process.spawn().map_err(|error| {

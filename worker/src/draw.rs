@@ -150,6 +150,8 @@ struct Student {
     encoder: PathBuf,
     context_length: i64,
     normalize_quotes: bool,
+    /// Job and step that the adapter comes from, as far as it says.
+    origin: Option<String>,
 }
 
 impl Setup {
@@ -182,6 +184,11 @@ impl Setup {
             multiple: vae_factor * halvings(unet.block_out_channels.len()),
             native_side: vae_factor * config_number(&unet_path, &["sample_size"])?.unwrap_or(SAMPLE_SIZE),
         })
+    }
+
+    /// Job and step that the adapter comes from, if it says so.
+    pub fn adapter_origin(&self) -> Option<&str> {
+        self.student.as_ref()?.origin.as_deref()
     }
 
     /// The width and height of a picture nobody gave a size for.
@@ -284,6 +291,7 @@ impl Student {
             encoder,
             context_length: files.context_length.or(told).ok_or_else(|| SetupError::ContextLength(path.into()))?,
             normalize_quotes: metadata.get(NORMALIZE_QUOTES_KEY).is_none_or(|told| told != "false"),
+            origin: metadata.get("job").zip(metadata.get("step")).map(|(job, step)| format!("{job}, step {step}")),
         })
     }
 }

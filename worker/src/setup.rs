@@ -20,6 +20,9 @@ use crate::draw::{CONTEXT_LENGTH_KEY, ENCODER_KEY, NORMALIZE_QUOTES_KEY};
 const CONFIGURATIONS: [&str; 5] =
     ["unet/config.json", "vae/config.json", "text_encoder/config.json", "text_encoder_2/config.json", "scheduler/scheduler_config.json"];
 
+/// Where the kinds of student encoders keep theirs; a folder has one or two of them.
+const STUDENT_CONFIGURATIONS: [&str; 4] = ["config.json", "open_clip_config.json", "xlm_roberta/config.json", "chinese_clip/config.json"];
+
 /// Loads the frozen models of a job.
 ///
 /// # Errors
@@ -120,7 +123,10 @@ pub fn model_digest(job: &Job, adapter: &AdapterConfig) -> std::io::Result<Vec<u
     for file in CONFIGURATIONS {
         add(&job.model.path.join(file))?;
     }
-    add(&job.student.path.join("config.json"))?;
+    let student = STUDENT_CONFIGURATIONS.map(|file| job.student.path.join(file));
+    for path in student.iter().filter(|path| path.is_file()) {
+        add(path)?;
+    }
     Ok(hasher.finalize().to_vec())
 }
 

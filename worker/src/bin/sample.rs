@@ -207,7 +207,8 @@ fn plan(args: Args) -> anyhow::Result<Plan> {
         format!("{}x{}", options.width, options.height),
     ];
     settings.extend(name(&args.model).map(|model| format!("model {model}")));
-    settings.extend(args.adapter.as_deref().and_then(name).map(|adapter| format!("adapter {adapter}")));
+    let adapter = setup.adapter_origin().map(str::to_owned).or_else(|| args.adapter.as_deref().and_then(name));
+    settings.extend(adapter.map(|adapter| format!("adapter {adapter}")));
     if !options.negative.is_empty() {
         settings.push(format!("without {}", options.negative));
     }
