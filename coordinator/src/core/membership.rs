@@ -1,7 +1,6 @@
 //! Joining, forming a generation, leaving it.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Arc;
 use std::time::Duration;
 
 use peapod_proto::ids::{Generation, Incarnation, MemberIndex, Rank, Step, WorkerId};
@@ -504,30 +503,6 @@ impl Core {
         if ready < self.config.world_size as usize {
             out.push(Effect::Notice(Notice::Waiting { text: self.waiting_for(), left: self.config.join_timeout }));
         }
-    }
-
-    /// Ends the job with a checkpoint of the truth, by one who holds it; at once where there is nothing new to keep.
-    pub(super) fn ask_for_last_checkpoint(&mut self, outcome: Outcome, attempts: u32, out: &mut Vec<Effect>) {
-        if self.checkpoint_step() == Some(self.truth.step) || self.truth.step == Step(0) {
-            return self.finish(outcome, out);
-        }
-        let key = (self.truth.step, self.generation);
-        if self.checkpoint.senders.get(&key).is_some_and(|sender| self.workers.contains_key(sender)) {
-            // A copy of this very step is on its way: its arrival ends the job.
-            self.phase = JobPhase::Finishing { outcome, attempts };
-            return;
-        }
-        let Some(&holder) = self.truth.holders.iter().find(|holder| self.workers.contains_key(holder)) else {
-            let reason = self.first_failure.clone().unwrap_or_default();
-            let kept = self.checkpoint_step().map_or_else(|| "nothing is kept".to_owned(), |step| format!("step {step} is kept"));
-            return self.fail(format!("every worker that held step {} is gone, {kept}: {reason}", self.truth.step), out);
-        };
-        let ledger = Arc::new(self.ledger.clone());
-        self.checkpoint.frozen.insert(key, ledger.clone());
-        self.checkpoint.senders.insert(key, holder);
-        out.push(Effect::Freeze { step: self.truth.step, generation: self.generation, ledger });
-        out.push(Effect::Send { worker: holder, message: ToWorker::TakeSnapshot { generation: self.generation } });
-        self.phase = JobPhase::Finishing { outcome, attempts };
     }
 
     pub(super) fn finish(&mut self, outcome: Outcome, out: &mut Vec<Effect>) {

@@ -8,6 +8,11 @@
 //! drops the step in flight and says the same. Either way the member with the most advanced step is the source, and what it
 //! holds is committed; everything beyond is void, whoever had reported it.
 
+mod checkpoint;
+mod data;
+mod effect;
+mod error;
+mod event;
 pub mod leases;
 pub mod ledger;
 mod membership;
@@ -19,11 +24,15 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use peapod_proto::ids::{Epoch, Generation, LeaseId, MemberIndex, Rank, SampleName, ShardId, Step, WorkerId};
-use peapod_proto::message::{FromWorker, Hello, Lease, ShardReport, SkipReason, StepRecord, StepTimings, Stopped, ToWorker};
+use peapod_proto::ids::{Generation, MemberIndex, ShardId, Step, WorkerId};
+use peapod_proto::message::{FromWorker, Stopped, ToWorker};
 
-use leases::{Grant, Leases};
-use ledger::{Ledger, LedgerError, Skip, Totals};
+use checkpoint::Checkpoint;
+pub use effect::{Effect, Fact, Notice, Outcome};
+pub use error::CoreError;
+pub use event::Event;
+use leases::Leases;
+use ledger::Ledger;
 use membership::Worker;
 pub use membership::WorkerView;
 use progress::Progress;
@@ -75,329 +84,6 @@ pub struct Resume {
     pub generation: Generation,
 }
 
-/// What happened.
-#[derive(Debug, Clone)]
-pub enum Event {
-    /// A worker opened a stream.
-    Hello {
-        /// The stream.
-        stream: StreamId,
-        /// What it said.
-        hello: Hello,
-    },
-    /// A worker said something.
-    Message {
-        /// Who.
-        worker: WorkerId,
-        /// On which stream; older ones are not listened to.
-        stream: StreamId,
-        /// What.
-        message: FromWorker,
-    },
-    /// A stream broke or ended.
-    Closed {
-        /// Whose.
-        worker: WorkerId,
-        /// Which.
-        stream: StreamId,
-        /// Why, as far as the transport knows.
-        cause: String,
-    },
-    /// A deadline may have passed.
-    Tick,
-    /// A checkpoint is whole in the store.
-    CheckpointStored {
-        /// Its step.
-        step: Step,
-        /// The generation that took it.
-        generation: Generation,
-    },
-    /// A checkpoint could not be stored.
-    CheckpointFailed {
-        /// Its step.
-        step: Step,
-        /// The generation that took it.
-        generation: Generation,
-        /// Why.
-        error: String,
-    },
-    /// Somebody wants the job to end with a checkpoint.
-    Stop {
-        /// Who or why.
-        reason: String,
-    },
-    /// The shell knows that a missing worker will not come back.
-    GiveUp {
-        /// Why.
-        reason: String,
-    },
-    /// Somebody wants a worker to leave.
-    Drain {
-        /// Its rank.
-        rank: Rank,
-    },
-}
-
-/// How a job ended.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Outcome {
-    /// All steps or epochs are done.
-    Finished,
-    /// Stopped on request, with a checkpoint of everything done.
-    Stopped {
-        /// The request.
-        reason: String,
-    },
-    /// It could not go on.
-    Failed {
-        /// The first failure, or what else went wrong.
-        reason: String,
-    },
-}
-
-/// What the driver is to do, in this order.
-#[derive(Debug, Clone, PartialEq)]
-pub enum Effect {
-    /// From now on, messages to `worker` go out on `stream`; an older stream of it is dropped.
-    Attach {
-        /// Who.
-        worker: WorkerId,
-        /// Where.
-        stream: StreamId,
-    },
-    /// Tell a worker.
-    Send {
-        /// Whom.
-        worker: WorkerId,
-        /// What.
-        message: ToWorker,
-    },
-    /// End a worker's stream after what was sent.
-    Detach {
-        /// Whose.
-        worker: WorkerId,
-    },
-    /// Write down before anyone hears of it.
-    Persist(Fact),
-    /// A step is final: its samples are in the weights for good.
-    Committed {
-        /// The step.
-        record: StepRecord,
-        /// Seconds of its slowest member, by part.
-        timings: StepTimings,
-    },
-    /// The ledger of a step that was copied for a checkpoint: to be stored with it.
-    Freeze {
-        /// The step.
-        step: Step,
-        /// Its generation.
-        generation: Generation,
-        /// The ledger.
-        ledger: Arc<Ledger>,
-    },
-    /// Copies of later steps of this generation are of no line that goes on: refuse them.
-    Void {
-        /// The generation.
-        generation: Generation,
-        /// The last step that stands.
-        after: Step,
-    },
-    /// Something people want to read.
-    Notice(Notice),
-    /// The job is over.
-    Finish(Outcome),
-}
-
-/// What a restarted coordinator must know.
-#[derive(Debug, Clone, PartialEq)]
-pub enum Fact {
-    /// A membership was formed.
-    Generation {
-        /// Its number.
-        generation: Generation,
-        /// Its members by index.
-        members: Vec<WorkerId>,
-        /// The step it starts from.
-        base_step: Step,
-    },
-    /// Shards were given out.
-    Leases {
-        /// To whom.
-        holder: WorkerId,
-        /// Which.
-        leases: Vec<Lease>,
-    },
-    /// A shard was read to its end, or samples of it were skipped.
-    Shard(ShardReport),
-    /// A step became final.
-    Commit(StepRecord),
-    /// A checkpoint is whole.
-    Checkpoint(Step),
-    /// The job is to end.
-    Stop(String),
-}
-
-/// What people want to read.
-#[derive(Debug, Clone, PartialEq)]
-pub enum Notice {
-    /// A worker joined.
-    Joined(WorkerView),
-    /// A worker loaded its models.
-    Ready(WorkerView),
-    /// The world is not complete; said again every few seconds.
-    Waiting {
-        /// For whom.
-        text: String,
-        /// Until the job gives up.
-        left: Duration,
-    },
-    /// A generation starts.
-    Formed {
-        /// Its number.
-        generation: Generation,
-        /// Its size.
-        num_members: u32,
-        /// The step it starts from.
-        base_step: Step,
-        /// Whether that step comes from a checkpoint.
-        from_checkpoint: bool,
-    },
-    /// A worker is gone.
-    Lost {
-        /// Who.
-        worker: WorkerView,
-        /// Why.
-        cause: String,
-    },
-    /// A worker left as asked.
-    Left(WorkerView),
-    /// A generation was broken up.
-    Aborted {
-        /// Which.
-        generation: Generation,
-        /// Why.
-        reason: String,
-    },
-    /// All members meet after the next step.
-    Planned {
-        /// Why.
-        reason: String,
-    },
-    /// No survivor holds the newest weights: the job goes on from an older step.
-    RolledBack {
-        /// What is lost.
-        from: Step,
-        /// Where it goes on.
-        to: Step,
-    },
-    /// A step was skipped because it was not finite.
-    StepSkipped {
-        /// The step.
-        step: Step,
-        /// How many in a row.
-        in_a_row: u32,
-    },
-    /// A sample or the rest of a shard could not be used.
-    BadData {
-        /// The shard's address.
-        shard: String,
-        /// The sample's key; empty for the rest of the shard.
-        key: String,
-        /// Why.
-        detail: String,
-    },
-    /// A checkpoint is whole.
-    Checkpoint {
-        /// Its step.
-        step: Step,
-    },
-    /// A checkpoint could not be kept; another one will be tried.
-    CheckpointFailed {
-        /// Its step.
-        step: Step,
-        /// Why.
-        error: String,
-    },
-}
-
-/// An event that is refused. Nothing has changed.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum CoreError {
-    /// Another protocol.
-    #[error(
-        "worker {theirs} speaks protocol {theirs_protocol}, this coordinator {ours} speaks {ours_protocol}: install the same version on all hosts"
-    )]
-    Version {
-        /// Version of the worker.
-        theirs: String,
-        /// Its protocol.
-        theirs_protocol: u32,
-        /// Version of the coordinator.
-        ours: String,
-        /// Its protocol.
-        ours_protocol: u32,
-    },
-    /// No such rank.
-    #[error("rank {rank} does not exist: the ranks of this job are 0..={} (--world-size {world_size})", world_size - 1)]
-    NoSuchRank {
-        /// The rank asked for.
-        rank: Rank,
-        /// Size of the world.
-        world_size: u32,
-    },
-    /// The rank is taken.
-    #[error("rank {rank} is taken by {holder}; give each worker its own --rank, or none")]
-    RankTaken {
-        /// The rank asked for.
-        rank: Rank,
-        /// Who has it.
-        holder: String,
-    },
-    /// No rank is free.
-    #[error("all {world_size} ranks are taken (--world-size {world_size}): {}", holders.join(", "))]
-    WorldFull {
-        /// Size of the world.
-        world_size: u32,
-        /// Who has them.
-        holders: Vec<String>,
-    },
-    /// The job ends.
-    #[error("the job is ending ({0}): no worker can join any more")]
-    Ending(String),
-    /// The models differ between workers.
-    #[error("{worker} loaded other models than {other}: every worker must see the same files")]
-    ModelsDiffer {
-        /// The newcomer.
-        worker: String,
-        /// One that was there.
-        other: String,
-    },
-    /// A message from a stream that is not the worker's current one.
-    #[error("a message from a stream that is not current")]
-    StaleStream,
-    /// Work of another membership is void.
-    #[error("{got} is over, {current} is current")]
-    StaleGeneration {
-        /// The generation named.
-        got: Generation,
-        /// The current one.
-        current: Generation,
-    },
-    /// A message that does not belong in this state.
-    #[error("unexpected {what} from {worker}: {why}")]
-    Unexpected {
-        /// The message.
-        what: &'static str,
-        /// From whom.
-        worker: WorkerId,
-        /// Why not.
-        why: String,
-    },
-    /// No worker has this rank.
-    #[error("no worker has rank {0}")]
-    NobodyHasRank(Rank),
-}
-
 /// Where the newest agreed weights are.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Truth {
@@ -427,13 +113,6 @@ enum JobPhase {
 
 /// How often the waiting notice is repeated.
 const ANNOUNCE_EVERY: Duration = Duration::from_secs(5);
-/// How often the last checkpoint is tried.
-const FINAL_CHECKPOINT_ATTEMPTS: u32 = 3;
-/// Broken samples that are shown; the rest are only counted.
-const BAD_SHOWN: u64 = 10;
-/// Broken samples are judged as a share of at least this many, so that one bad sample at the start ends nothing.
-const BAD_BASE: u64 = 100;
-
 /// The state of a job.
 #[derive(Debug, Clone)]
 pub struct Core {
@@ -456,18 +135,6 @@ pub struct Core {
     /// Shards of which nothing at all could be read.
     unreadable: BTreeSet<ShardId>,
     skipped_in_a_row: u32,
-}
-
-/// Which checkpoints there are and which are on their way.
-#[derive(Debug, Clone)]
-struct Checkpoint {
-    last: Option<Resume>,
-    /// Steps whose copy is being sent, with their ledger.
-    frozen: BTreeMap<(Step, Generation), Arc<Ledger>>,
-    /// Who sends them.
-    senders: BTreeMap<(Step, Generation), WorkerId>,
-    next_due: Timestamp,
-    asked: bool,
 }
 
 impl Core {
@@ -677,142 +344,6 @@ impl Core {
         }
     }
 
-    /// Answers a request for leases, now or as soon as it can be: every request of a generation gets its answer.
-    fn grant_leases(&mut self, id: WorkerId, index: MemberIndex, num: u32, out: &mut Vec<Effect>) {
-        // A bound against a request for everything; workers ask for a few at a time.
-        self.lease_requests.insert(id, (index, num.clamp(1, 64)));
-        self.answer_lease_requests(out);
-    }
-
-    fn answer_lease_requests(&mut self, out: &mut Vec<Effect>) {
-        // One member's first lease can be what another waits for: go round until nobody gets an answer.
-        loop {
-            let mut answered = None;
-            for (&id, &(index, num)) in &self.lease_requests {
-                if let Grant::Now { leases, none_left } = self.leases.grant(id, index, num, &self.ledger) {
-                    answered = Some((id, leases, none_left));
-                    break;
-                }
-            }
-            let Some((id, granted, none_left)) = answered else { return };
-            self.lease_requests.remove(&id);
-            let lease = |granted: leases::Granted| Lease {
-                id: granted.id,
-                epoch: granted.epoch,
-                shard: granted.shard,
-                url: self.config.shards[granted.shard.0 as usize].clone(),
-                done: self.ledger.done_samples(granted.epoch, granted.shard),
-            };
-            let leases: Vec<Lease> = granted.into_iter().map(lease).collect();
-            if !leases.is_empty() {
-                out.push(Effect::Persist(Fact::Leases { holder: id, leases: leases.clone() }));
-            }
-            out.push(Effect::Send { worker: id, message: ToWorker::LeaseGrant { generation: self.generation, leases, none_left } });
-        }
-    }
-
-    fn shard_report(&mut self, id: WorkerId, report: ShardReport, out: &mut Vec<Effect>) {
-        // A lease that ended meanwhile: its shard is done or has another reader, who will find the same.
-        let Some((epoch, shard)) = self.leases.shard_of(report.lease, id) else { return };
-        out.push(Effect::Persist(Fact::Shard(report.clone())));
-        let url = self.config.shards[shard.0 as usize].clone();
-        let (lease, num_samples, truncated) = (report.lease, report.num_samples, report.truncated.clone());
-        if !truncated.is_empty() && num_samples == Some(0) {
-            self.unreadable.insert(shard);
-        }
-        let result = self.record_shard(epoch, shard, &url, report, out);
-        if num_samples.is_some() {
-            self.leases.set_read(lease);
-        }
-        if self.ledger.is_done(epoch, shard) {
-            self.leases.finish(epoch, shard);
-        }
-        if let Err(error) = result {
-            let error = error.to_string().replacen(&format!("shard {shard} "), &format!("shard {url} "), 1);
-            self.note_failure(error.clone());
-            return self.fail(error, out);
-        }
-        let limit = self.config.max_bad_fraction;
-        let (unreadable, shards) = (self.unreadable.len(), self.config.shards.len());
-        if unreadable as f64 > limit * shards as f64 {
-            let reason = format!(
-                "{unreadable} of {shards} shards cannot be read at all, more than data.max_bad_fraction = {limit}; the last is {url}: {truncated}"
-            );
-            self.note_failure(reason.clone());
-            return self.fail(reason, out);
-        }
-        let Totals { committed, filtered, bad, not_finite } = self.ledger.totals();
-        let seen = (committed + filtered + bad + not_finite).max(BAD_BASE);
-        if bad as f64 > limit * seen as f64 {
-            let reason =
-                format!("{bad} of the first {seen} samples are broken, more than data.max_bad_fraction = {limit}; the last in {url}");
-            self.note_failure(reason.clone());
-            return self.fail(reason, out);
-        }
-        self.answer_lease_requests(out);
-    }
-
-    fn record_shard(
-        &mut self,
-        epoch: Epoch,
-        shard: ShardId,
-        url: &str,
-        report: ShardReport,
-        out: &mut Vec<Effect>,
-    ) -> Result<(), LedgerError> {
-        let mut show = |shown: &mut u64, key: String, detail: String| {
-            *shown += 1;
-            if *shown <= BAD_SHOWN {
-                out.push(Effect::Notice(Notice::BadData { shard: url.to_owned(), key, detail }));
-            }
-        };
-        for sample in report.skipped {
-            let name = SampleName { epoch, shard, index: sample.index };
-            if self.ledger.skip(name, Skip::Data(sample.reason))? && sample.reason == SkipReason::Bad {
-                show(&mut self.bad_shown, sample.key, sample.detail);
-            }
-        }
-        if !report.truncated.is_empty() {
-            show(&mut self.bad_shown, String::new(), report.truncated);
-        }
-        if let Some(num) = report.num_samples {
-            self.ledger.set_size(epoch, shard, num)?;
-        }
-        Ok(())
-    }
-
-    fn checkpoint_stored(&mut self, now: Timestamp, step: Step, generation: Generation, out: &mut Vec<Effect>) {
-        self.checkpoint.senders.remove(&(step, generation));
-        let Some(ledger) = self.checkpoint.frozen.remove(&(step, generation)) else { return };
-        self.checkpoint.next_due = now + self.config.checkpoint_every;
-        if self.checkpoint.last.as_ref().is_none_or(|last| last.step < step) {
-            self.checkpoint.last = Some(Resume { step, ledger, generation });
-        }
-        out.push(Effect::Persist(Fact::Checkpoint(step)));
-        out.push(Effect::Notice(Notice::Checkpoint { step }));
-        match &self.phase {
-            JobPhase::Finishing { outcome, .. } if step == self.truth.step => {
-                let outcome = outcome.clone();
-                self.finish(outcome, out);
-            }
-            _ => {}
-        }
-    }
-
-    fn checkpoint_failed(&mut self, now: Timestamp, step: Step, generation: Generation, error: &str, out: &mut Vec<Effect>) {
-        self.checkpoint.frozen.remove(&(step, generation));
-        self.checkpoint.senders.remove(&(step, generation));
-        self.checkpoint.next_due = now + self.config.checkpoint_every;
-        self.checkpoint.asked = false;
-        out.push(Effect::Notice(Notice::CheckpointFailed { step, error: error.to_owned() }));
-        if let JobPhase::Finishing { outcome, attempts } = self.phase.clone() {
-            if attempts >= FINAL_CHECKPOINT_ATTEMPTS {
-                return self.fail(format!("the last checkpoint (step {step}) could not be stored in {attempts} attempts: {error}"), out);
-            }
-            self.ask_for_last_checkpoint(outcome, attempts + 1, out);
-        }
-    }
-
     fn stop(&mut self, reason: String, out: &mut Vec<Effect>) {
         if self.stop_requested.is_some() || matches!(self.phase, JobPhase::Finishing { .. } | JobPhase::Done(_)) {
             return;
@@ -897,12 +428,6 @@ impl Core {
     #[must_use]
     pub fn first_failure(&self) -> Option<&str> {
         self.first_failure.as_deref()
-    }
-
-    /// Addresses of a worker's leases, for messages.
-    #[must_use]
-    pub fn leases_of(&self, worker: WorkerId) -> Vec<LeaseId> {
-        self.leases.held_by(worker)
     }
 }
 

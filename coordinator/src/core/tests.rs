@@ -1,7 +1,10 @@
 //! The rules by table: a hand-made clock, workers that are no more than ids.
 
-use peapod_proto::ids::Incarnation;
-use peapod_proto::message::{Assignment, Heartbeat, Phase, SkippedSample, StepLosses, StepReport, StopCause, StopReason};
+use peapod_proto::ids::{Epoch, Incarnation, Rank, SampleName};
+use peapod_proto::message::{
+    Assignment, Heartbeat, Hello, Lease, Phase, ShardReport, SkipReason, SkippedSample, StepLosses, StepRecord, StepReport, StepTimings,
+    StopCause, StopReason,
+};
 use peapod_proto::{PROGRAM_VERSION, PROTOCOL_VERSION};
 
 use super::*;

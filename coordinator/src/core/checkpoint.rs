@@ -1,0 +1,83 @@
+//! Which checkpoints there are, which are on their way, and the last one of all.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use peapod_proto::ids::{Generation, Step, WorkerId};
+use peapod_proto::message::ToWorker;
+
+use super::ledger::Ledger;
+use super::{Core, Effect, Fact, JobPhase, Notice, Outcome, Resume, Timestamp};
+
+/// How often the last checkpoint is tried.
+const FINAL_CHECKPOINT_ATTEMPTS: u32 = 3;
+
+/// Which checkpoints there are and which are on their way.
+#[derive(Debug, Clone)]
+pub(super) struct Checkpoint {
+    pub last: Option<Resume>,
+    /// Steps whose copy is being sent, with their ledger.
+    pub frozen: BTreeMap<(Step, Generation), Arc<Ledger>>,
+    /// Who sends them.
+    pub senders: BTreeMap<(Step, Generation), WorkerId>,
+    pub next_due: Timestamp,
+    pub asked: bool,
+}
+
+impl Core {
+    pub(super) fn checkpoint_stored(&mut self, now: Timestamp, step: Step, generation: Generation, out: &mut Vec<Effect>) {
+        self.checkpoint.senders.remove(&(step, generation));
+        let Some(ledger) = self.checkpoint.frozen.remove(&(step, generation)) else { return };
+        self.checkpoint.next_due = now + self.config.checkpoint_every;
+        if self.checkpoint.last.as_ref().is_none_or(|last| last.step < step) {
+            self.checkpoint.last = Some(Resume { step, ledger, generation });
+        }
+        out.push(Effect::Persist(Fact::Checkpoint(step)));
+        out.push(Effect::Notice(Notice::Checkpoint { step }));
+        match &self.phase {
+            JobPhase::Finishing { outcome, .. } if step == self.truth.step => {
+                let outcome = outcome.clone();
+                self.finish(outcome, out);
+            }
+            _ => {}
+        }
+    }
+
+    pub(super) fn checkpoint_failed(&mut self, now: Timestamp, step: Step, generation: Generation, error: &str, out: &mut Vec<Effect>) {
+        self.checkpoint.frozen.remove(&(step, generation));
+        self.checkpoint.senders.remove(&(step, generation));
+        self.checkpoint.next_due = now + self.config.checkpoint_every;
+        self.checkpoint.asked = false;
+        out.push(Effect::Notice(Notice::CheckpointFailed { step, error: error.to_owned() }));
+        if let JobPhase::Finishing { outcome, attempts } = self.phase.clone() {
+            if attempts >= FINAL_CHECKPOINT_ATTEMPTS {
+                return self.fail(format!("the last checkpoint (step {step}) could not be stored in {attempts} attempts: {error}"), out);
+            }
+            self.ask_for_last_checkpoint(outcome, attempts + 1, out);
+        }
+    }
+
+    /// Ends the job with a checkpoint of the truth, by one who holds it; at once where there is nothing new to keep.
+    pub(super) fn ask_for_last_checkpoint(&mut self, outcome: Outcome, attempts: u32, out: &mut Vec<Effect>) {
+        if self.checkpoint_step() == Some(self.truth.step) || self.truth.step == Step(0) {
+            return self.finish(outcome, out);
+        }
+        let key = (self.truth.step, self.generation);
+        if self.checkpoint.senders.get(&key).is_some_and(|sender| self.workers.contains_key(sender)) {
+            // A copy of this very step is on its way: its arrival ends the job.
+            self.phase = JobPhase::Finishing { outcome, attempts };
+            return;
+        }
+        let Some(&holder) = self.truth.holders.iter().find(|holder| self.workers.contains_key(holder)) else {
+            let reason = self.first_failure.clone().unwrap_or_default();
+            let kept = self.checkpoint_step().map_or_else(|| "nothing is kept".to_owned(), |step| format!("step {step} is kept"));
+            return self.fail(format!("every worker that held step {} is gone, {kept}: {reason}", self.truth.step), out);
+        };
+        let ledger = Arc::new(self.ledger.clone());
+        self.checkpoint.frozen.insert(key, ledger.clone());
+        self.checkpoint.senders.insert(key, holder);
+        out.push(Effect::Freeze { step: self.truth.step, generation: self.generation, ledger });
+        out.push(Effect::Send { worker: holder, message: ToWorker::TakeSnapshot { generation: self.generation } });
+        self.phase = JobPhase::Finishing { outcome, attempts };
+    }
+}

@@ -1,0 +1,192 @@
+//! What the driver is to do.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use peapod_proto::ids::{Generation, Step, WorkerId};
+use peapod_proto::message::{Lease, ShardReport, StepRecord, StepTimings, ToWorker};
+
+use super::ledger::Ledger;
+use super::{StreamId, WorkerView};
+
+/// How a job ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Outcome {
+    /// All steps or epochs are done.
+    Finished,
+    /// Stopped on request, with a checkpoint of everything done.
+    Stopped {
+        /// The request.
+        reason: String,
+    },
+    /// It could not go on.
+    Failed {
+        /// The first failure, or what else went wrong.
+        reason: String,
+    },
+}
+
+/// What the driver is to do, in this order.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Effect {
+    /// From now on, messages to `worker` go out on `stream`; an older stream of it is dropped.
+    Attach {
+        /// Who.
+        worker: WorkerId,
+        /// Where.
+        stream: StreamId,
+    },
+    /// Tell a worker.
+    Send {
+        /// Whom.
+        worker: WorkerId,
+        /// What.
+        message: ToWorker,
+    },
+    /// End a worker's stream after what was sent.
+    Detach {
+        /// Whose.
+        worker: WorkerId,
+    },
+    /// Write down before anyone hears of it.
+    Persist(Fact),
+    /// A step is final: its samples are in the weights for good.
+    Committed {
+        /// The step.
+        record: StepRecord,
+        /// Seconds of its slowest member, by part.
+        timings: StepTimings,
+    },
+    /// The ledger of a step that was copied for a checkpoint: to be stored with it.
+    Freeze {
+        /// The step.
+        step: Step,
+        /// Its generation.
+        generation: Generation,
+        /// The ledger.
+        ledger: Arc<Ledger>,
+    },
+    /// Copies of later steps of this generation are of no line that goes on: refuse them.
+    Void {
+        /// The generation.
+        generation: Generation,
+        /// The last step that stands.
+        after: Step,
+    },
+    /// Something people want to read.
+    Notice(Notice),
+    /// The job is over.
+    Finish(Outcome),
+}
+
+/// What a restarted coordinator must know.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Fact {
+    /// A membership was formed.
+    Generation {
+        /// Its number.
+        generation: Generation,
+        /// Its members by index.
+        members: Vec<WorkerId>,
+        /// The step it starts from.
+        base_step: Step,
+    },
+    /// Shards were given out.
+    Leases {
+        /// To whom.
+        holder: WorkerId,
+        /// Which.
+        leases: Vec<Lease>,
+    },
+    /// A shard was read to its end, or samples of it were skipped.
+    Shard(ShardReport),
+    /// A step became final.
+    Commit(StepRecord),
+    /// A checkpoint is whole.
+    Checkpoint(Step),
+    /// The job is to end.
+    Stop(String),
+}
+
+/// What people want to read.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Notice {
+    /// A worker joined.
+    Joined(WorkerView),
+    /// A worker loaded its models.
+    Ready(WorkerView),
+    /// The world is not complete; said again every few seconds.
+    Waiting {
+        /// For whom.
+        text: String,
+        /// Until the job gives up.
+        left: Duration,
+    },
+    /// A generation starts.
+    Formed {
+        /// Its number.
+        generation: Generation,
+        /// Its size.
+        num_members: u32,
+        /// The step it starts from.
+        base_step: Step,
+        /// Whether that step comes from a checkpoint.
+        from_checkpoint: bool,
+    },
+    /// A worker is gone.
+    Lost {
+        /// Who.
+        worker: WorkerView,
+        /// Why.
+        cause: String,
+    },
+    /// A worker left as asked.
+    Left(WorkerView),
+    /// A generation was broken up.
+    Aborted {
+        /// Which.
+        generation: Generation,
+        /// Why.
+        reason: String,
+    },
+    /// All members meet after the next step.
+    Planned {
+        /// Why.
+        reason: String,
+    },
+    /// No survivor holds the newest weights: the job goes on from an older step.
+    RolledBack {
+        /// What is lost.
+        from: Step,
+        /// Where it goes on.
+        to: Step,
+    },
+    /// A step was skipped because it was not finite.
+    StepSkipped {
+        /// The step.
+        step: Step,
+        /// How many in a row.
+        in_a_row: u32,
+    },
+    /// A sample or the rest of a shard could not be used.
+    BadData {
+        /// The shard's address.
+        shard: String,
+        /// The sample's key; empty for the rest of the shard.
+        key: String,
+        /// Why.
+        detail: String,
+    },
+    /// A checkpoint is whole.
+    Checkpoint {
+        /// Its step.
+        step: Step,
+    },
+    /// A checkpoint could not be kept; another one will be tried.
+    CheckpointFailed {
+        /// Its step.
+        step: Step,
+        /// Why.
+        error: String,
+    },
+}

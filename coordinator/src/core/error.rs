@@ -1,0 +1,81 @@
+//! Why an event is refused.
+
+use peapod_proto::ids::{Generation, Rank, WorkerId};
+
+/// An event that is refused. Nothing has changed.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum CoreError {
+    /// Another protocol.
+    #[error(
+        "worker {theirs} speaks protocol {theirs_protocol}, this coordinator {ours} speaks {ours_protocol}: install the same version on all hosts"
+    )]
+    Version {
+        /// Version of the worker.
+        theirs: String,
+        /// Its protocol.
+        theirs_protocol: u32,
+        /// Version of the coordinator.
+        ours: String,
+        /// Its protocol.
+        ours_protocol: u32,
+    },
+    /// No such rank.
+    #[error("rank {rank} does not exist: the ranks of this job are 0..={} (--world-size {world_size})", world_size - 1)]
+    NoSuchRank {
+        /// The rank asked for.
+        rank: Rank,
+        /// Size of the world.
+        world_size: u32,
+    },
+    /// The rank is taken.
+    #[error("rank {rank} is taken by {holder}; give each worker its own --rank, or none")]
+    RankTaken {
+        /// The rank asked for.
+        rank: Rank,
+        /// Who has it.
+        holder: String,
+    },
+    /// No rank is free.
+    #[error("all {world_size} ranks are taken (--world-size {world_size}): {}", holders.join(", "))]
+    WorldFull {
+        /// Size of the world.
+        world_size: u32,
+        /// Who has them.
+        holders: Vec<String>,
+    },
+    /// The job ends.
+    #[error("the job is ending ({0}): no worker can join any more")]
+    Ending(String),
+    /// The models differ between workers.
+    #[error("{worker} loaded other models than {other}: every worker must see the same files")]
+    ModelsDiffer {
+        /// The newcomer.
+        worker: String,
+        /// One that was there.
+        other: String,
+    },
+    /// A message from a stream that is not the worker's current one.
+    #[error("a message from a stream that is not current")]
+    StaleStream,
+    /// Work of another membership is void.
+    #[error("{got} is over, {current} is current")]
+    StaleGeneration {
+        /// The generation named.
+        got: Generation,
+        /// The current one.
+        current: Generation,
+    },
+    /// A message that does not belong in this state.
+    #[error("unexpected {what} from {worker}: {why}")]
+    Unexpected {
+        /// The message.
+        what: &'static str,
+        /// From whom.
+        worker: WorkerId,
+        /// Why not.
+        why: String,
+    },
+    /// No worker has this rank.
+    #[error("no worker has rank {0}")]
+    NobodyHasRank(Rank),
+}
