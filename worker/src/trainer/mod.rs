@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use peapod_collective::tcp::{Bootstrap, Listener, Membership, TcpCollective};
 use peapod_collective::{AbortHandle, Collective, SoloCollective};
 use peapod_data::{Loader, Share};
-use peapod_model::adapter::AdapterConfig;
+use peapod_model::adapter::{Adapter, AdapterConfig};
 use peapod_model::distill::Distiller;
 use peapod_model::optim::clip_grad_norm;
 use peapod_model::schedule::LrSchedule;
@@ -164,8 +164,7 @@ impl Trainer {
         let loader = Loader::start(setup::loader_config(&job, &models), move |event| events(data_output(event)))
             .map_err(|error| error.to_string())?;
         control.set_loader(loader.handle());
-        let shape = setup::adapter_config(&job, &models)?;
-        let fresh = peapod_model::adapter::Adapter::fresh(shape, job.seed, device).map_err(|error| error.to_string())?;
+        let fresh = Adapter::fresh(adapter_config, job.seed, device).map_err(|error| error.to_string())?;
         control.enter(Phase::Waiting);
         output(Output::Event(TrainerEvent::Loaded { model_digest, num_parameters: fresh.num_parameters() as u64 }));
         let schedule = setup::lr_schedule(&job);
