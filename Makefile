@@ -22,7 +22,7 @@ demo: build ## train the demo adapter with two workers on this machine, then dra
 test: export OMP_NUM_THREADS = 1
 test: build ## all tests that need no GPU, no root and no other host
 	cargo test --workspace
-	cargo test -p peapod-tests --test stories -- --ignored --exact demo::trained_adapter_draws_what_chinese_prompts_name --nocapture
+	cargo test --workspace --test stories -- --ignored --exact demo::trained_adapter_draws_what_chinese_prompts_name --nocapture
 
 lint: setup ## formatting and clippy, warnings denied
 	cargo fmt --all --check
