@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use peapod_proto::ids::{Generation, Rank, Step, WorkerId};
-use peapod_proto::message::{FromWorker, Hello, StopReason, ToWorker};
+use peapod_proto::message::{Hello, StopReason, ToWorker};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::core::ledger::{Ledger, Totals};
@@ -33,24 +33,8 @@ pub enum Command {
         /// Its id and its stream's, or why it is refused.
         reply: oneshot::Sender<Result<(WorkerId, StreamId), CoreError>>,
     },
-    /// A worker said something.
-    Message {
-        /// Who.
-        worker: WorkerId,
-        /// On which stream.
-        stream: StreamId,
-        /// What.
-        message: FromWorker,
-    },
-    /// A stream ended.
-    Closed {
-        /// Whose.
-        worker: WorkerId,
-        /// Which.
-        stream: StreamId,
-        /// Why.
-        cause: String,
-    },
+    /// Something happened that needs no answer.
+    Tell(Event),
     /// The parts of a checkpoint are stored: give its ledger once its step is final.
     LedgerOf {
         /// Its step.
@@ -60,29 +44,10 @@ pub enum Command {
         /// The ledger, or why there is none.
         reply: LedgerReply,
     },
-    /// A checkpoint is whole, or could not be stored.
-    CheckpointDone {
-        /// Its step.
-        step: Step,
-        /// Its generation.
-        generation: Generation,
-        /// How it went.
-        result: Result<(), String>,
-    },
     /// What the job is doing.
     Status {
         /// The answer.
         reply: oneshot::Sender<Status>,
-    },
-    /// End the job with a checkpoint.
-    Stop {
-        /// Why.
-        reason: String,
-    },
-    /// A missing worker will not come back.
-    GiveUp {
-        /// Why.
-        reason: String,
     },
     /// Let a worker leave.
     Drain {
@@ -160,10 +125,7 @@ impl Driver {
                     Some(command) => self.handle(command),
                     None => Some(Outcome::Failed { reason: "the coordinator's services ended".into() }),
                 },
-                () = tokio::time::sleep(sleep) => self.event(Event::Tick).unwrap_or_else(|error| {
-                    tracing::error!("tick refused: {error}");
-                    None
-                }),
+                () = tokio::time::sleep(sleep) => self.tell(Event::Tick),
             };
             if let Some(outcome) = outcome {
                 return (outcome, self.observer);
@@ -193,16 +155,7 @@ impl Driver {
                 let _ = reply.send(answer);
                 outcome
             }
-            Command::Message { worker, stream, message } => match self.event(Event::Message { worker, stream, message }) {
-                Ok(outcome) => outcome,
-                Err(error) => self.refuse(worker, &error),
-            },
-            Command::Closed { worker, stream, cause } => {
-                if self.streams.get(&worker).is_some_and(|(current, _)| *current == stream) {
-                    self.streams.remove(&worker);
-                }
-                self.event_or_log(Event::Closed { worker, stream, cause })
-            }
+            Command::Tell(event) => self.tell(event),
             Command::LedgerOf { step, generation, reply } => {
                 match self.frozen.get(&(step, generation)) {
                     Some(ledger) => drop(reply.send(Ok(ledger.clone()))),
@@ -213,19 +166,10 @@ impl Driver {
                 }
                 None
             }
-            Command::CheckpointDone { step, generation, result } => {
-                self.frozen.remove(&(step, generation));
-                self.event_or_log(match result {
-                    Ok(()) => Event::CheckpointStored { step, generation },
-                    Err(error) => Event::CheckpointFailed { step, generation, error },
-                })
-            }
             Command::Status { reply } => {
                 let _ = reply.send(self.status());
                 None
             }
-            Command::Stop { reason } => self.event_or_log(Event::Stop { reason }),
-            Command::GiveUp { reason } => self.event_or_log(Event::GiveUp { reason }),
             Command::Drain { rank, reply } => {
                 let (answer, outcome) = match self.event(Event::Drain { rank }) {
                     Ok(outcome) => (Ok(()), outcome),
@@ -237,11 +181,30 @@ impl Driver {
         }
     }
 
-    fn event_or_log(&mut self, event: Event) -> Option<Outcome> {
-        self.event(event).unwrap_or_else(|error| {
-            tracing::warn!("{error}");
-            None
-        })
+    /// Hands an event on, after the shell's own part in it.
+    fn tell(&mut self, event: Event) -> Option<Outcome> {
+        let speaker = match &event {
+            Event::Message { worker, .. } => Some(*worker),
+            Event::Closed { worker, stream, .. } => {
+                if self.streams.get(worker).is_some_and(|(current, _)| current == stream) {
+                    self.streams.remove(worker);
+                }
+                None
+            }
+            Event::CheckpointStored { step, generation } | Event::CheckpointFailed { step, generation, .. } => {
+                self.frozen.remove(&(*step, *generation));
+                None
+            }
+            _ => None,
+        };
+        match (self.event(event), speaker) {
+            (Ok(outcome), _) => outcome,
+            (Err(error), Some(worker)) => self.refuse(worker, &error),
+            (Err(error), None) => {
+                tracing::warn!("{error}");
+                None
+            }
+        }
     }
 
     /// A message the rules refuse: late ones are normal, others show a broken worker.

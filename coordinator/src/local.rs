@@ -9,6 +9,7 @@ use tokio::process::{Child, Command as Process};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 
+use crate::core::Event;
 use crate::driver::Command;
 
 /// How the children are started.
@@ -67,7 +68,7 @@ impl Local {
             }
             if restarts >= self.max_restarts {
                 let reason = format!("worker of rank {rank} {cause}, and no restart is left (--max-restarts {})", self.max_restarts);
-                let _ = commands.send(Command::GiveUp { reason }).await;
+                let _ = commands.send(Command::Tell(Event::GiveUp { reason })).await;
                 continue;
             }
             restarts += 1;

@@ -1,6 +1,7 @@
 //! Running a job: everything put together, from the job file to the exit code.
 
 use std::fs::File;
+use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,7 +18,7 @@ use tonic::transport::Server;
 
 use crate::check::{self, LoadedJob};
 use crate::config::RunArgs;
-use crate::core::{Config, Core, Outcome, Resume};
+use crate::core::{Config, Core, Event, Outcome, Resume};
 use crate::driver::{Command, Driver};
 use crate::journal::Volatile;
 use crate::local::Local;
@@ -89,7 +90,7 @@ pub async fn run(args: RunArgs, bar: Bar) -> anyhow::Result<Exit> {
     let logs = Logs::open(&args.state_dir.join("steps.jsonl"), args.sample_log.as_deref())?;
     let listener = TcpListener::bind(args.listen_address()).await.with_context(|| format!("cannot listen on {}", args.listen_address()))?;
     let address = format!("http://{}", listener.local_addr()?);
-    announce(&args, &job, &address, shards.len());
+    announce(&args, &job, listener.local_addr()?, shards.len());
 
     let job_id = format!("{:016x}", random()?);
     let facts = JobFacts {
@@ -193,14 +194,25 @@ async fn conclude(outcome: Outcome, code: u8, summary: Option<Summary>, store: &
     })
 }
 
-fn announce(args: &RunArgs, job: &Job, address: &str, num_shards: usize) {
+fn announce(args: &RunArgs, job: &Job, listening: SocketAddr, num_shards: usize) {
+    let address = format!("http://{listening}");
     tracing::info!("job {}: {} workers, {num_shards} shards, listening on {address}", job.name, args.world_size);
     if args.insecure {
         tracing::warn!("--insecure: anyone who reaches {address} can join, stop or replace this job");
     }
     if !args.local {
-        tracing::info!("start on each host, once a GPU:  worker --coordinator {address}");
+        let reached = address_for_workers(listening, &host_name());
+        tracing::info!("start on each host, once a GPU:  worker --coordinator {reached}");
     }
+}
+
+/// What workers are to be told: "any address" is one to listen on, not to connect to.
+fn address_for_workers(listening: SocketAddr, host_name: &str) -> String {
+    if listening.ip().is_unspecified() { format!("http://{host_name}:{}", listening.port()) } else { format!("http://{listening}") }
+}
+
+fn host_name() -> String {
+    std::fs::read_to_string("/proc/sys/kernel/hostname").map_or_else(|_| "MASTER".into(), |name| name.trim().to_owned())
 }
 
 /// Keeps a second coordinator out of the folder.
@@ -260,7 +272,7 @@ impl Signals {
     async fn watch(mut self, commands: mpsc::Sender<Command>) -> u8 {
         let (name, code) = self.next().await;
         tracing::info!("{name}: ending the job with a checkpoint; once more to end it at once");
-        let _ = commands.send(Command::Stop { reason: name.into() }).await;
+        let _ = commands.send(Command::Tell(Event::Stop { reason: name.into() })).await;
         tokio::spawn(async move {
             self.next().await;
             tracing::error!("ended at once, without a checkpoint");
@@ -281,4 +293,18 @@ fn random() -> anyhow::Result<u64> {
     let mut bytes = [0; 8];
     getrandom::fill(&mut bytes).map_err(|error| anyhow::anyhow!("no randomness from the system: {error}"))?;
     Ok(u64::from_le_bytes(bytes))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn workers_are_told_an_address_they_can_reach() {
+        let told = |listening: &str| address_for_workers(listening.parse().unwrap(), "master");
+        assert_eq!(told("0.0.0.0:7733"), "http://master:7733");
+        assert_eq!(told("[::]:7733"), "http://master:7733");
+        assert_eq!(told("10.0.0.1:7733"), "http://10.0.0.1:7733");
+        assert_eq!(told("[::1]:7733"), "http://[::1]:7733");
+    }
 }

@@ -12,7 +12,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
-use crate::core::{CoreError, StreamId};
+use crate::core::{CoreError, Event, StreamId};
 use crate::driver::{Command, OUTBOUND_CAPACITY};
 use crate::store::{Manifest, Part, Store, StoreError, hex};
 
@@ -119,12 +119,12 @@ async fn read_worker(mut inbound: Streaming<v1::FromWorker>, commands: mpsc::Sen
             Ok(message) => message,
             Err(error) => break error.to_string(),
         };
-        if commands.send(Command::Message { worker, stream, message }).await.is_err() {
+        if commands.send(Command::Tell(Event::Message { worker, stream, message })).await.is_err() {
             return;
         }
     };
     // The driver may be gone: then the job is over and nobody needs to know.
-    let _ = commands.send(Command::Closed { worker, stream, cause }).await;
+    let _ = commands.send(Command::Tell(Event::Closed { worker, stream, cause })).await;
 }
 
 /// The transport's reason without its layers of wrapping.
@@ -154,8 +154,11 @@ impl v1::checkpoints_server::Checkpoints for Service {
         let header = Header::try_from(header)?;
         let (step, generation) = (header.step, header.generation);
         let result = self.receive(&header, &mut messages).await;
-        let report = result.as_ref().map(drop).map_err(|status| status.message().to_owned());
-        let _ = self.commands.send(Command::CheckpointDone { step, generation, result: report }).await;
+        let report = match &result {
+            Ok(_) => Event::CheckpointStored { step, generation },
+            Err(status) => Event::CheckpointFailed { step, generation, error: status.message().to_owned() },
+        };
+        let _ = self.commands.send(Command::Tell(report)).await;
         let location = result?;
         if let Err(error) = self.store.retain(self.facts.keep).await {
             tracing::warn!("old checkpoints stay: {error}");
@@ -320,7 +323,7 @@ impl v1::control_server::Control for Service {
     async fn stop(&self, request: Request<v1::StopRequest>) -> Result<Response<v1::StopReply>, Status> {
         let reason = request.into_inner().reason;
         let reason = if reason.is_empty() { "stopped on request".to_owned() } else { reason };
-        self.commands.send(Command::Stop { reason }).await.map_err(|_| over())?;
+        self.commands.send(Command::Tell(Event::Stop { reason })).await.map_err(|_| over())?;
         Ok(Response::new(v1::StopReply {}))
     }
 

@@ -1,5 +1,6 @@
 //! Calls to the coordinator, each with its deadline.
 
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::time::Duration;
 
 use futures::StreamExt;
@@ -67,7 +68,7 @@ pub struct Stream {
     /// The connection, for other calls.
     pub channel: Channel,
     /// This host's address on the way to the coordinator.
-    pub local_ip: Option<std::net::IpAddr>,
+    pub local_ip: Option<IpAddr>,
 }
 
 /// Opens a membership stream, trying for `patience`.
@@ -132,13 +133,14 @@ fn jitter() -> f64 {
 }
 
 /// The address this host has towards the coordinator: what other workers can reach, in all but odd networks.
-async fn local_ip(address: &str) -> Option<std::net::IpAddr> {
+async fn local_ip(address: &str) -> Option<IpAddr> {
     let uri: tonic::codegen::http::Uri = address.parse().ok()?;
     let host = uri.host()?.trim_matches(['[', ']']);
+    let coordinator = tokio::net::lookup_host((host, uri.port_u16().unwrap_or(80))).await.ok()?.next()?;
+    let any: IpAddr = if coordinator.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
     // Connecting a datagram socket sends nothing; it only chooses a route.
-    let any: std::net::SocketAddr = ([0, 0, 0, 0], 0).into();
-    let socket = tokio::net::UdpSocket::bind(any).await.ok()?;
-    socket.connect((host, uri.port_u16().unwrap_or(80))).await.ok()?;
+    let socket = tokio::net::UdpSocket::bind((any, 0)).await.ok()?;
+    socket.connect(coordinator).await.ok()?;
     Some(socket.local_addr().ok()?.ip())
 }
 

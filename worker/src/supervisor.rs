@@ -20,7 +20,7 @@ use crate::args::Args;
 use crate::client::{self, ClientError};
 use crate::lifecycle::{Action, Input, Lifecycle};
 use crate::setup;
-use crate::trainer::{self, Command, Control, Output, Snapshot, Start};
+use crate::trainer::{self, Command, Context, Control, Output, Snapshot};
 
 /// Exit code for arguments that cannot work.
 const BAD_ARGUMENTS: u8 = 2;
@@ -258,12 +258,11 @@ impl Supervisor {
         self.commands = Some(commands);
         let output = self.output.clone();
         let (channel, runtime) = (self.channel.clone(), tokio::runtime::Handle::current());
-        let start = Start {
+        let context = Context {
             job,
             device: Device::Cpu,
             advertise: self.args.advertise.or(self.local_ip).unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST)),
-            commands: inbox,
-            output: Box::new(move |message| {
+            output: Arc::new(move |message| {
                 // The supervisor outlives the trainer but for the last moments of the process.
                 let _ = output.send(message);
             }),
@@ -276,7 +275,7 @@ impl Supervisor {
         if let Some(threads) = self.args.threads {
             tch::set_num_threads(threads as i32);
         }
-        let thread = std::thread::Builder::new().name("trainer".into()).spawn(move || trainer::run(start));
+        let thread = std::thread::Builder::new().name("trainer".into()).spawn(move || trainer::run(context, inbox));
         self.trainer = Some(thread.map_err(|error| format!("cannot start the trainer's thread: {error}"))?);
         Ok(())
     }

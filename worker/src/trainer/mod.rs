@@ -8,6 +8,7 @@ mod state;
 mod step;
 
 use std::collections::VecDeque;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::mpsc::Receiver;
@@ -72,18 +73,16 @@ pub enum Output {
 /// Fetches the files of a checkpoint from the coordinator. Called on the trainer's thread.
 pub type Download = Box<dyn Fn(Step) -> Result<Vec<(String, Vec<u8>)>, String> + Send>;
 
-/// What a trainer is started with.
-pub struct Start {
+/// What a trainer is started with and keeps.
+pub struct Context {
     /// The job.
     pub job: Job,
     /// Where it trains.
     pub device: Device,
     /// Address under which the other members reach this one.
-    pub advertise: std::net::IpAddr,
-    /// Its commands.
-    pub commands: Receiver<Command>,
+    pub advertise: IpAddr,
     /// Where its output goes.
-    pub output: Box<dyn Fn(Output) + Send + Sync>,
+    pub output: Arc<dyn Fn(Output) + Send + Sync>,
     /// What others ask of it in the middle of a step.
     pub control: Arc<Control>,
     /// How it gets a checkpoint.
@@ -100,19 +99,17 @@ enum Ended {
     Failed { phase: &'static str, message: String },
 }
 
-/// Loads the job's models, then serves commands until the channel closes. The body of the trainer's thread.
-pub fn run(start: Start) {
-    let output: Arc<dyn Fn(Output) + Send + Sync> = start.output.into();
+/// Loads the job's models, then serves `commands` until the channel closes. The body of the trainer's thread.
+pub fn run(context: Context, commands: Receiver<Command>) {
+    let output = context.output.clone();
     let fail = |phase, message: String, permanent| output(Output::Event(TrainerEvent::Failed { phase, message, permanent }));
-    let output_for_trainer = output.clone();
-    let loaded = guarded(|| Trainer::load(start.job, start.device, start.advertise, start.control, start.download, output_for_trainer));
-    let mut trainer = match loaded {
+    let mut trainer = match guarded(|| Trainer::load(context)) {
         Ok(Ok(trainer)) => trainer,
         // The files are what they are: another worker with the same job would fail in the same way.
         Ok(Err(message)) => return fail("loading", message, true),
         Err(panic) => return fail("loading", panic, false),
     };
-    while let Ok(command) = start.commands.recv() {
+    while let Ok(command) = commands.recv() {
         if let Err(panic) = guarded(|| trainer.serve(command)) {
             return fail("training", panic, false);
         }
@@ -128,12 +125,7 @@ fn guarded<T>(body: impl FnOnce() -> T) -> Result<T, String> {
 }
 
 struct Trainer {
-    job: Job,
-    device: Device,
-    advertise: std::net::IpAddr,
-    control: Arc<Control>,
-    download: Download,
-    output: Arc<dyn Fn(Output) + Send + Sync>,
+    context: Context,
     models: Distiller,
     loader: Loader,
     adapter_config: AdapterConfig,
@@ -149,36 +141,24 @@ struct Trainer {
 }
 
 impl Trainer {
-    fn load(
-        job: Job,
-        device: Device,
-        advertise: std::net::IpAddr,
-        control: Arc<Control>,
-        download: Download,
-        output: Arc<dyn Fn(Output) + Send + Sync>,
-    ) -> Result<Self, String> {
-        let models = setup::load_models(&job, device).map_err(|error| error.to_string())?;
-        let adapter_config = setup::adapter_config(&job, &models)?;
-        let model_digest = setup::model_digest(&job, &adapter_config).map_err(|error| error.to_string())?;
+    fn load(context: Context) -> Result<Self, String> {
+        let Context { job, device, output, control, .. } = &context;
+        let models = setup::load_models(job, *device).map_err(|error| error.to_string())?;
+        let adapter_config = setup::adapter_config(job, &models)?;
+        let model_digest = setup::model_digest(job, &adapter_config).map_err(|error| error.to_string())?;
         let events = output.clone();
-        let loader = Loader::start(setup::loader_config(&job, &models), move |event| events(data_output(event)))
-            .map_err(|error| error.to_string())?;
+        let loader = Loader::start(setup::loader_config(job, &models), move |event| events(data_output(event)));
+        let loader = loader.map_err(|error| error.to_string())?;
         control.set_loader(loader.handle());
-        let fresh = Adapter::fresh(adapter_config, job.seed, device).map_err(|error| error.to_string())?;
+        let fresh = Adapter::fresh(adapter_config, job.seed, *device).map_err(|error| error.to_string())?;
         control.enter(Phase::Waiting);
         output(Output::Event(TrainerEvent::Loaded { model_digest, num_parameters: fresh.num_parameters() as u64 }));
-        let schedule = setup::lr_schedule(&job);
         Ok(Self {
-            job,
-            device,
-            advertise,
-            control,
-            download,
-            output,
+            schedule: setup::lr_schedule(job),
+            context,
             models,
             loader,
             adapter_config,
-            schedule,
             state: None,
             in_flight: None,
             records: VecDeque::new(),
@@ -187,7 +167,7 @@ impl Trainer {
     }
 
     fn event(&self, event: TrainerEvent) {
-        (self.output)(Output::Event(event));
+        (self.context.output)(Output::Event(event));
     }
 
     fn serve(&mut self, command: Command) {
@@ -206,8 +186,13 @@ impl Trainer {
     }
 
     fn open_listener(&self) -> Result<Listener, String> {
-        let any: std::net::IpAddr = if self.advertise.is_loopback() { self.advertise } else { std::net::Ipv4Addr::UNSPECIFIED.into() };
-        Listener::open(any, self.advertise).map_err(|error| with_sources(&error))
+        // Other hosts may reach the advertised address through a translation: only the loopback is bound as it is.
+        let any = match self.context.advertise {
+            loopback if loopback.is_loopback() => loopback,
+            IpAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+            IpAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+        };
+        Listener::open(any, self.context.advertise).map_err(|error| with_sources(&error))
     }
 
     fn bootstrap(&mut self, generation: Generation) -> Result<Vec<u8>, String> {
@@ -220,22 +205,22 @@ impl Trainer {
     /// One generation, from the assignment to [`Stopped`].
     fn train(&mut self, assignment: &Assignment) {
         let generation = assignment.generation;
-        let abort = self.control.begin(generation);
-        self.control.enter(Phase::Connecting);
+        let abort = self.context.control.begin(generation);
+        self.context.control.enter(Phase::Connecting);
         self.records.clear();
         self.settle_data(assignment);
         let ended = match self.enter(assignment, &abort) {
             Ok(collective) => self.steps(assignment, collective),
             Err(ended) => ended,
         };
-        self.control.end();
-        self.control.enter(Phase::Waiting);
+        self.context.control.end();
+        self.context.control.enter(Phase::Waiting);
         let (cause, reason) = match ended {
             Ended::Orderly(cause) => (cause, String::new()),
             Ended::Broken(reason) => (StopCause::Aborted, reason),
             Ended::Failed { phase, message } => return self.event(TrainerEvent::Failed { phase, message, permanent: false }),
         };
-        let durable = self.control.durable();
+        let durable = self.context.control.durable();
         self.records.retain(|record| record.step > durable);
         let applied = self.state.as_ref().map_or(Step(0), |state| state.step);
         let records = self.records.iter().cloned().collect();
@@ -283,7 +268,7 @@ impl Trainer {
         }
         match &self.state {
             Some(state) if state.step == assignment.base_step => {
-                self.control.set_step(state.step);
+                self.context.control.set_step(state.step);
                 Ok(collective)
             }
             held => {
@@ -297,19 +282,20 @@ impl Trainer {
     /// The state that nobody holds: of the checkpoint, or fresh.
     fn first_state(&self, assignment: &Assignment) -> Result<TrainState, Ended> {
         let failed = |message: String| Ended::Failed { phase: "resuming", message };
-        let (optimizer, ema) = (setup::adamw_config(&self.job), self.job.train.ema_decay);
+        let (optimizer, ema) = (setup::adamw_config(&self.context.job), self.context.job.train.ema_decay);
         let Some(step) = assignment.checkpoint_step else {
             return self.fresh_state().map_err(failed);
         };
-        let files = (self.download)(step).map_err(failed)?;
+        let files = (self.context.download)(step).map_err(failed)?;
         let part = |name: &str| files.iter().find(|(file, _)| file == name).map(|(_, bytes)| bytes.clone());
-        TrainState::from_checkpoint(self.adapter_config, optimizer, ema, self.device, step, part)
+        TrainState::from_checkpoint(self.adapter_config, optimizer, ema, self.context.device, step, part)
             .map_err(|error| failed(format!("checkpoint of step {step}: {error}")))
     }
 
     fn fresh_state(&self) -> Result<TrainState, String> {
-        let (optimizer, ema) = (setup::adamw_config(&self.job), self.job.train.ema_decay);
-        TrainState::fresh(self.adapter_config, optimizer, ema, self.job.seed, self.device).map_err(|error| error.to_string())
+        let (optimizer, ema) = (setup::adamw_config(&self.context.job), self.context.job.train.ema_decay);
+        TrainState::fresh(self.adapter_config, optimizer, ema, self.context.job.seed, self.context.device)
+            .map_err(|error| error.to_string())
     }
 
     /// The source's state reaches those who lack it. Those who hold it take part and keep their own until the new one is whole.
@@ -347,11 +333,11 @@ impl Trainer {
 
     /// Steps until the generation ends.
     fn steps(&mut self, assignment: &Assignment, mut collective: Box<dyn Collective>) -> Ended {
-        let global_batch = self.job.train.global_batch;
+        let global_batch = self.context.job.train.global_batch;
         let owed = share_of(global_batch, assignment.member_index, assignment.num_members) as usize;
         let layout = TailLayout::new(assignment.num_members, global_batch);
         let num_parameters = self.state.as_ref().map_or(0, |state| state.adapter.num_parameters());
-        let mut gradient = Tensor::zeros([num_parameters as i64], (Kind::Float, self.device));
+        let mut gradient = Tensor::zeros([num_parameters as i64], (Kind::Float, self.context.device));
         let mut wire = vec![0.0_f32; num_parameters + layout.len()];
         loop {
             match self.step(assignment, collective.as_mut(), owed, layout, &mut gradient, &mut wire) {
@@ -378,7 +364,7 @@ impl Trainer {
         let clock = Instant::now();
 
         // 1. Samples.
-        self.control.enter(Phase::Data);
+        self.context.control.enter(Phase::Data);
         let share = self.loader.next_share(owed).map_err(|error| match error {
             peapod_data::Error::Cancelled => Ended::Broken("aborted while waiting for samples".into()),
             error => Ended::Failed { phase: "data", message: error.to_string() },
@@ -386,7 +372,7 @@ impl Trainer {
         let data = clock.elapsed();
 
         // 2. Gradient of this share. From here until the sum has arrived, the share is in flight.
-        self.control.enter(Phase::Compute);
+        self.context.control.enter(Phase::Compute);
         let share = &self.in_flight.insert((step, share)).1;
         let (models, adapter) = (&self.models, &state.adapter);
         let _ = gradient.zero_();
@@ -396,7 +382,7 @@ impl Trainer {
             Ok(Err(error)) => return Err(Ended::Failed { phase: "compute", message: error.to_string() }),
             Err(panic) => return Err(Ended::Failed { phase: "compute", message: panic }),
         };
-        contribution.change = self.control.change_is_asked(generation);
+        contribution.change = self.context.control.change_is_asked(generation);
         let num_parameters = gradient.numel();
         let (values, tail) = wire.split_at_mut(num_parameters);
         gradient.to_device(Device::Cpu).copy_data(values, num_parameters);
@@ -404,7 +390,7 @@ impl Trainer {
         let compute = clock.elapsed();
 
         // 3. The sum over all members.
-        self.control.enter(Phase::Collective);
+        self.context.control.enter(Phase::Collective);
         let broken = |reason: String| Ended::Broken(reason);
         collective.all_reduce_sum(wire, Instant::now() + COLLECTIVE_TIMEOUT).map_err(|error| broken(with_sources(&error)))?;
         let (values, tail) = wire.split_at(num_parameters);
@@ -416,14 +402,14 @@ impl Trainer {
         }
 
         // 4. The update, only now that the sum is known to be whole.
-        self.control.enter(Phase::Update);
+        self.context.control.enter(Phase::Update);
         gradient.copy_(&Tensor::from_slice(values));
         let learning_rate = self.schedule.rate(state.step.0);
-        let updated = update(state, gradient, &outcome, learning_rate, self.job.train.max_grad_norm);
+        let updated = update(state, gradient, &outcome, learning_rate, self.context.job.train.max_grad_norm);
         let (grad_norm, skipped) = updated.map_err(|error| Ended::Failed { phase: "update", message: error.to_string() })?;
         state.step = step;
         state.generation = generation;
-        self.control.set_step(step);
+        self.context.control.set_step(step);
         let done = clock.elapsed();
 
         let record = record(step, generation, &outcome, grad_norm, learning_rate, skipped);
@@ -434,7 +420,7 @@ impl Trainer {
             update: (done - reduced).as_secs_f32(),
         };
         self.report(assignment.member_index, record, timings)?;
-        if self.job.last_step() == Some(step.0) {
+        if self.context.job.last_step() == Some(step.0) {
             return Ok(Some(StopCause::StepsDone));
         }
         Ok(outcome.change.then_some(StopCause::Planned))
@@ -443,15 +429,15 @@ impl Trainer {
     /// Tells the coordinator of an applied step, with a copy of the weights where one is due.
     fn report(&mut self, member: MemberIndex, record: StepRecord, timings: StepTimings) -> Result<(), Ended> {
         let (step, generation) = (record.step, record.generation);
-        let scheduled = step.0.is_multiple_of(self.job.checkpoint.every_steps);
-        let asked = self.control.take_snapshot_request(generation);
+        let scheduled = step.0.is_multiple_of(self.context.job.checkpoint.every_steps);
+        let asked = self.context.control.take_snapshot_request(generation);
         let mut digest = None;
         if scheduled || asked {
-            self.control.enter(Phase::Snapshot);
+            self.context.control.enter(Phase::Snapshot);
             digest = self.state.as_ref().map(TrainState::digest);
         }
         let is_first = member == MemberIndex(0);
-        let durable = self.control.durable();
+        let durable = self.context.control.durable();
         self.records.retain(|record| record.step > durable);
         self.records.push_back(record.clone());
         let report = StepReport { generation, step, record: is_first.then_some(record), timings, snapshot: digest };
@@ -464,7 +450,7 @@ impl Trainer {
 
     fn snapshot(&mut self, generation: Generation) -> peapod_model::Result<()> {
         if let Some(state) = &self.state {
-            (self.output)(Output::Snapshot(Box::new(state.snapshot(generation)?)));
+            (self.context.output)(Output::Snapshot(Box::new(state.snapshot(generation)?)));
         }
         Ok(())
     }
