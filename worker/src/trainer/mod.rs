@@ -229,9 +229,9 @@ impl Trainer {
 
     /// Puts the data threads where the new generation starts.
     fn settle_data(&mut self, assignment: &Assignment) {
-        // The source's sum of a step holds this member's share whether or not the sum arrived here.
-        if let Some((_, share)) = self.in_flight.take().filter(|(step, _)| *step > assignment.base_step) {
-            self.loader.put_back(share);
+        match self.in_flight.take() {
+            Some((step, share)) if is_void(step, assignment.base_step) => self.loader.put_back(share),
+            _ => {}
         }
         self.loader.retain_leases(&assignment.held_leases);
         self.loader.handle().ask_again();
@@ -456,6 +456,13 @@ impl Trainer {
     }
 }
 
+/// Whether the share of a step whose sum did not arrive here is to be trained again.
+///
+/// The source's sum of a step holds every member's share, whoever else received that sum: what its weights hold is consumed.
+fn is_void(in_flight: Step, base: Step) -> bool {
+    in_flight > base
+}
+
 /// Applies the mean gradient; a step that is not finite leaves the weights as they are, on all ranks alike.
 fn update(
     state: &mut TrainState,
@@ -528,4 +535,17 @@ fn with_sources(error: &dyn std::error::Error) -> String {
         source = error.source();
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn share_that_is_in_the_sources_weights_is_not_trained_again() {
+        // The all-reduce of step 7 failed here. Where the source finished it, this member's samples are in its weights.
+        assert!(!is_void(Step(7), Step(7)));
+        assert!(!is_void(Step(7), Step(8)));
+        assert!(is_void(Step(7), Step(6)));
+    }
 }
