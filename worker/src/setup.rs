@@ -41,7 +41,7 @@ pub fn load_models(job: &Job, device: Device) -> peapod_model::Result<Distiller>
 
 fn distill_config(job: &Job) -> DistillConfig {
     DistillConfig {
-        noise_offset: job.loss.noise_offset,
+        noise_offset: job.loss.noise_offset.unwrap_or(0.5),
         hybrid: job.loss.hybrid,
         distill: job.loss.distill,
         feature_weight: job.loss.feature_weight,

@@ -4,11 +4,14 @@
 //! Every field but the paths has a default; unknown keys are errors that name the nearest known key.
 
 mod error;
+mod preset;
 mod sections;
 
 pub use error::JobError;
+pub use preset::Preset;
 pub use sections::{
-    AdapterSection, CheckpointSection, DataSection, Decay, LossSection, ModelSection, StudentSection, TimeIdsOrder, TrainSection,
+    AdapterSection, CheckpointSection, DataSection, Decay, LossSection, ModelSection, PicturesSection, Precision, StudentSection,
+    TimeIdsOrder, TrainSection, ValidationSection,
 };
 
 use serde::{Deserialize, Serialize};
@@ -23,6 +26,9 @@ pub struct Job {
     /// Shown in logs and in checkpoint metadata.
     #[serde(default = "default_name")]
     pub name: String,
+    /// The defaults of all other fields.
+    #[serde(default)]
+    pub preset: Preset,
     /// Seeds the fresh adapter, the order of shards, and every draw made for a sample. Below 2^63 (a TOML integer).
     #[serde(default)]
     pub seed: u64,
@@ -43,6 +49,12 @@ pub struct Job {
     /// When and where weights are kept.
     #[serde(default)]
     pub checkpoint: CheckpointSection,
+    /// Losses on samples that are never trained.
+    #[serde(default)]
+    pub validation: ValidationSection,
+    /// Pictures drawn while training.
+    #[serde(default)]
+    pub pictures: PicturesSection,
 }
 
 fn default_name() -> String {
@@ -56,6 +68,11 @@ impl Job {
     /// [`JobError`] with one line for each thing that is wrong.
     pub fn parse(text: &str) -> Result<Self, JobError> {
         let job: Self = toml::from_str(text).map_err(|error| JobError::from_toml(text, &error))?;
+        let job = match job.preset.defaults() {
+            None => job,
+            // Parsed once more: only the text says which fields are the preset's to fill in.
+            Some(defaults) => preset::fill_in(text, defaults).map_err(|error| JobError::from_toml(text, &error))?,
+        };
         job.validate()?;
         Ok(job)
     }
@@ -72,6 +89,8 @@ impl Job {
         self.train.validate(&mut problems);
         self.loss.validate(&mut problems);
         self.checkpoint.validate(&mut problems);
+        self.validation.validate(&mut problems);
+        self.pictures.validate(&mut problems);
         if problems.is_empty() { Ok(()) } else { Err(JobError { problems }) }
     }
 
@@ -96,6 +115,8 @@ impl Job {
         compare("model.path", self.model.path.display().to_string(), other.model.path.display().to_string());
         compare("student.path", self.student.path.display().to_string(), other.student.path.display().to_string());
         compare("student.context_length", self.student.context_length.to_string(), other.student.context_length.to_string());
+        compare("student.project", self.student.project.to_string(), other.student.project.to_string());
+        compare("adapter.mask_pads", self.adapter.mask_pads.to_string(), other.adapter.mask_pads.to_string());
         compare("adapter.hidden", self.adapter.hidden.to_string(), other.adapter.hidden.to_string());
         compare("adapter.depth", self.adapter.depth.to_string(), other.adapter.depth.to_string());
         compare("data.shards", format!("{:?}", self.data.shards), format!("{:?}", other.data.shards));
@@ -157,6 +178,19 @@ mod tests {
         assert!(Job::parse(&epochs).unwrap_err().to_string().contains("train.decay_steps"));
         assert!(Job::parse(&epochs.replace("epochs = 2", "epochs = 2\ndecay_steps = 50")).is_ok());
         assert!(Job::parse(&epochs.replace("epochs = 2", "epochs = 2\ndecay = \"constant\"")).is_ok());
+    }
+
+    #[test]
+    fn preset_fills_in_what_the_file_leaves_out() {
+        let job = Job::parse(&format!("preset = \"reference\"\n{SMALL}")).unwrap();
+        assert_eq!((job.loss.time_ids_order, job.loss.dtype, job.student.dropout), (TimeIdsOrder::Wh, Precision::F16, true));
+        assert_eq!((job.train.decay_steps, job.train.steps), (Some(2_232_142), Some(10)));
+        let job = Job::parse(&format!("preset = \"reference\"\n[loss]\ndtype = \"f32\"\n{SMALL}")).unwrap();
+        assert_eq!((job.loss.time_ids_order, job.loss.dtype), (TimeIdsOrder::Wh, Precision::F32), "what the file says stands");
+        let fixed = Job::parse(&format!("preset = \"fixed\"\n{SMALL}")).unwrap();
+        assert_eq!(fixed, Job::parse(SMALL).unwrap());
+        let error = Job::parse(&format!("preset = \"referense\"\n{SMALL}")).unwrap_err().to_string();
+        assert!(error.contains("did you mean `reference`"), "{error}");
     }
 
     #[test]

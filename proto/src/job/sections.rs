@@ -7,19 +7,26 @@ use serde::{Deserialize, Serialize};
 
 use crate::ids::SampleName;
 
-/// The English model that teaches.
+/// The English model that teaches: an SDXL or an SD1.5.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ModelSection {
-    /// A folder in the layout diffusers uses (unet/, vae/, text_encoder/, tokenizer/, ...), as the workers see it.
+    /// What the workers load: a folder in the layout diffusers uses (unet/, vae/, text_encoder/, tokenizer/, ...), a checkpoint that is
+    /// one file (.safetensors, .ckpt), or a name on the model hub (`ORG/NAME`, `ORG/NAME@REVISION`) that is in the local cache.
     pub path: PathBuf,
+    /// For a checkpoint that is one file: a folder whose configurations and tokenizers are taken instead of the published ones.
+    #[serde(default)]
+    pub config: Option<PathBuf>,
+    /// Rounds pictures and the autoencoder's weights to f16 before they are used, as the published trainer does.
+    #[serde(default)]
+    pub vae_round_fp16: bool,
 }
 
 /// The text encoder of the new language.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct StudentSection {
-    /// A folder with config.json, model.safetensors and vocab.txt, as the workers see it.
+    /// A folder (config.json, weights, vocabulary), or a name on the model hub that is in the local cache; as the workers see it.
     pub path: PathBuf,
     /// Tokens a prompt is padded or cut to. The adapter is bound to it: sampling uses the same.
     #[serde(default = "StudentSection::default_context_length")]
@@ -27,6 +34,12 @@ pub struct StudentSection {
     /// Replaces curly quotes, which Chinese vocabularies lack, by straight ones.
     #[serde(default = "yes")]
     pub normalize_quotes: bool,
+    /// Multiplies Chinese-CLIP's token states by its text projection.
+    #[serde(default)]
+    pub project: bool,
+    /// Leaves the encoder's dropout on while training, as the published trainer does.
+    #[serde(default)]
+    pub dropout: bool,
 }
 
 impl StudentSection {
@@ -49,11 +62,13 @@ pub struct AdapterSection {
     pub hidden: u32,
     /// Number of linears in the projector.
     pub depth: u32,
+    /// Leaves padding out of the pooled mean and hides it from cross-attention. Published adapters were trained without.
+    pub mask_pads: bool,
 }
 
 impl Default for AdapterSection {
     fn default() -> Self {
-        Self { hidden: 1024, depth: 3 }
+        Self { hidden: 1024, depth: 3, mask_pads: false }
     }
 }
 
@@ -86,6 +101,9 @@ pub struct DataSection {
     /// Highest watermark score of such a sample.
     #[serde(default = "DataSection::default_max_watermark")]
     pub max_watermark: f64,
+    /// Drops prompts of which cleaning leaves no character of the language, instead of training them empty.
+    #[serde(default = "yes")]
+    pub strict_clean: bool,
     /// Share of broken samples above which the job stops. Filtered samples do not count.
     #[serde(default = "DataSection::default_max_bad_fraction")]
     pub max_bad_fraction: f64,
@@ -201,6 +219,8 @@ pub struct TrainSection {
     pub ema_decay: f64,
     /// Steps in a row that may be skipped because a loss or gradient was not finite; one more ends the job.
     pub max_skipped_steps: u32,
+    /// Computes the UNet's activations again in the backward pass instead of keeping them: less memory, a third more work.
+    pub gradient_checkpointing: bool,
 }
 
 impl Default for TrainSection {
@@ -222,6 +242,7 @@ impl Default for TrainSection {
             max_grad_norm: 0.0,
             ema_decay: 0.0,
             max_skipped_steps: 10,
+            gradient_checkpointing: false,
         }
     }
 }
@@ -277,12 +298,22 @@ pub enum TimeIdsOrder {
     Wh,
 }
 
+/// The numbers something is computed in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Precision {
+    /// Single precision.
+    F32,
+    /// Half precision.
+    F16,
+}
+
 /// The method's switches.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct LossSection {
-    /// Standard deviation of the constant part added to each noise channel.
-    pub noise_offset: f64,
+    /// Standard deviation of the constant part added to each noise channel; by default 0.5 for SDXL and 0 for SD1.5.
+    pub noise_offset: Option<f64>,
     /// Probability with which a sample's prompt is replaced by the empty one, for both student and teacher.
     pub condition_dropout: f64,
     /// Native captions train by the diffusion loss, parallel ones by distillation. Off: every sample by both.
@@ -295,18 +326,30 @@ pub struct LossSection {
     pub time_ids_order: TimeIdsOrder,
     /// Whether the pooled state is dropped together with the prompt.
     pub drop_pooled: bool,
+    /// Weighs the losses on predictions by `min(SNR, gamma) / SNR` of their timestep; 0: all timesteps alike. 5 is usual.
+    pub min_snr_gamma: f64,
+    /// Numbers in which predictions and features are compared.
+    pub dtype: Precision,
+    /// Numbers of the noise schedule.
+    pub schedule_dtype: Precision,
+    /// Leaves a feature out of a micro-batch's loss where it is not finite; by default only for SD1.5 in the preset `reference`.
+    pub feature_guard: Option<bool>,
 }
 
 impl Default for LossSection {
     fn default() -> Self {
         Self {
-            noise_offset: 0.5,
+            noise_offset: None,
             condition_dropout: 0.1,
             hybrid: true,
             distill: true,
             feature_weight: 0.1,
             time_ids_order: TimeIdsOrder::Hw,
             drop_pooled: false,
+            min_snr_gamma: 0.0,
+            dtype: Precision::F32,
+            schedule_dtype: Precision::F32,
+            feature_guard: None,
         }
     }
 }
@@ -318,9 +361,10 @@ impl LossSection {
                 problems.push(format!("loss.{name} ({value}) must be within {low}..={high}"));
             }
         };
-        within("noise_offset", self.noise_offset, 0.0, 10.0);
+        within("noise_offset", self.noise_offset.unwrap_or_default(), 0.0, 10.0);
         within("condition_dropout", self.condition_dropout, 0.0, 1.0);
         within("feature_weight", self.feature_weight, 0.0, 1e6);
+        within("min_snr_gamma", self.min_snr_gamma, 0.0, 1e6);
     }
 }
 
@@ -358,6 +402,81 @@ impl CheckpointSection {
         }
     }
 }
+
+/// Losses on samples that are never trained, with the same noise and timesteps each time.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ValidationSection {
+    /// webdataset tars as in `data.shards`, read by every worker; none: no validation.
+    pub shards: Vec<String>,
+    /// Steps between two validations; there is one at the end too.
+    pub every_steps: u64,
+    /// Samples to use, the first of the shards; 0: all of them.
+    pub samples: u32,
+}
+
+impl Default for ValidationSection {
+    fn default() -> Self {
+        Self { shards: Vec::new(), every_steps: 1000, samples: 0 }
+    }
+}
+
+impl ValidationSection {
+    pub(super) fn validate(&self, problems: &mut Vec<String>) {
+        if self.every_steps == 0 {
+            problems.push("validation.every_steps must be at least 1; leave validation.shards out for no validation".into());
+        }
+    }
+}
+
+/// Pictures drawn while training, the workers sharing the prompts.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct PicturesSection {
+    /// Prompts in the new language; none: no pictures.
+    pub prompts: Vec<String>,
+    /// Steps between two sets of pictures; there is one at the end too.
+    pub every_steps: u64,
+    /// Width and height in pixels; by default the model's own size.
+    pub size: Option<[u32; 2]>,
+    /// Steps of the sampler.
+    pub steps: u32,
+    /// How strongly pictures follow their prompt.
+    pub guidance: f64,
+    /// Seed of the noise they begin with.
+    pub seed: u64,
+}
+
+impl Default for PicturesSection {
+    fn default() -> Self {
+        Self { prompts: Vec::new(), every_steps: 1000, size: None, steps: 30, guidance: 7.5, seed: 0 }
+    }
+}
+
+impl PicturesSection {
+    pub(super) fn validate(&self, problems: &mut Vec<String>) {
+        if self.every_steps == 0 {
+            problems.push("pictures.every_steps must be at least 1; leave pictures.prompts out for no pictures".into());
+        }
+        if !(1..=999).contains(&self.steps) {
+            problems.push(format!("pictures.steps ({}) must be within 1..=999", self.steps));
+        }
+        if !(0.0..=100.0).contains(&self.guidance) {
+            problems.push(format!("pictures.guidance ({}) must be within 0..=100", self.guidance));
+        }
+        if self.prompts.len() > MAX_PICTURES {
+            problems.push(format!("pictures.prompts has {} prompts, at most {MAX_PICTURES} are drawn", self.prompts.len()));
+        }
+        if let Some([width, height]) = self.size
+            && [width, height].iter().any(|side| side % 8 != 0 || !(8..=8192).contains(side))
+        {
+            problems.push(format!("pictures.size: [{width}, {height}] must be multiples of 8 within 8..=8192"));
+        }
+    }
+}
+
+/// More pictures than this a time would be a gallery, not a look at how training goes.
+const MAX_PICTURES: usize = 1000;
 
 fn yes() -> bool {
     true
