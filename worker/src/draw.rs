@@ -10,7 +10,7 @@ use peapod_model::{
     PerLevel,
     adapter::{self, Adapter},
     sample::{DpmSolver, Pipeline, PipelineOptions, Progress, Prompter, SampleOptions, SchedulerConfig},
-    text::{SdxlTextEncoders, StudentEncoder, StudentOptions},
+    text::{EnglishEncoders, StudentEncoder, StudentOptions},
     unet::UNetConfig,
     vae::VaeConfig,
 };
@@ -136,6 +136,7 @@ pub struct Files {
 pub struct Setup {
     model: PathBuf,
     english: bool,
+    is_sdxl: bool,
     student: Option<Student>,
     scheduler: SchedulerConfig,
     /// What picture sides must be divisible by.
@@ -165,13 +166,15 @@ impl Setup {
         for part in ["unet/config.json", "vae/config.json", "scheduler/scheduler_config.json"] {
             present("a part of the model", &model.join(part), hint)?;
         }
+        let unet_path = model.join("unet/config.json");
+        let unet = UNetConfig::read(&unet_path)?;
+        let is_sdxl = unet.addition_embed_type.is_some();
         if files.english {
-            for part in ["text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"] {
+            let second = ["text_encoder_2", "tokenizer_2"].into_iter().filter(|_| is_sdxl);
+            for part in ["text_encoder", "tokenizer"].into_iter().chain(second) {
                 present("an English text encoder", &model.join(part), "give --adapter to draw without the model's own encoders")?;
             }
         }
-        let unet_path = model.join("unet/config.json");
-        let unet = UNetConfig::read(&unet_path)?;
         let vae_factor = halvings(VaeConfig::read(&model.join("vae/config.json"))?.block_out_channels.len());
         let scheduler = SchedulerConfig::load(model)?;
         let check_student = |adapter: &PathBuf| Student::check(files, &adapter_file(adapter)?, &unet, &unet_path);
@@ -179,6 +182,7 @@ impl Setup {
         Ok(Self {
             model: model.clone(),
             english: files.english,
+            is_sdxl,
             student,
             scheduler,
             multiple: vae_factor * halvings(unet.block_out_channels.len()),
@@ -220,7 +224,7 @@ impl Setup {
             let device = Device::cuda_if_available();
             let kind = if device.is_cuda() { Kind::BFloat16 } else { Kind::Float };
             let pipeline = Pipeline::load(&self.model, PipelineOptions { device, unet_kind: kind, vae_kind: Kind::Float })?;
-            let english = self.english.then(|| SdxlTextEncoders::load(&self.model, kind, device)).transpose()?;
+            let english = self.english.then(|| EnglishEncoders::load(&self.model, self.is_sdxl, kind, device)).transpose()?;
             let load_student = |student: &Student| {
                 let options = StudentOptions { normalize_quotes: student.normalize_quotes, device, kind };
                 let encoder = StudentEncoder::load(&student.encoder, student.context_length, options)?;
@@ -299,7 +303,7 @@ impl Student {
 /// Loaded models, ready to draw.
 pub struct Painter {
     pipeline: Pipeline,
-    english: Option<SdxlTextEncoders>,
+    english: Option<EnglishEncoders>,
     student: Option<(StudentEncoder, Adapter)>,
 }
 

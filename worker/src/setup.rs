@@ -5,20 +5,24 @@ use std::path::Path;
 
 use peapod_data::LoaderConfig;
 use peapod_model::adapter::AdapterConfig;
-use peapod_model::distill::{DistillConfig, Distiller, LoadOptions, TimeIdsOrder};
+use peapod_model::distill::{DistillConfig, Distiller, LoadOptions, Precision, TimeIdsOrder};
 use peapod_model::optim::AdamWConfig;
 use peapod_model::schedule::{Decay, LrSchedule};
+use peapod_model::unet::UNetConfig;
 use peapod_proto::PROGRAM_VERSION;
 use peapod_proto::ids::Step;
-use peapod_proto::job::{self, Job};
+use peapod_proto::job::{self, Job, Preset};
 use sha2::{Digest, Sha256};
 use tch::{Device, Kind};
 
 use crate::draw::{CONTEXT_LENGTH_KEY, ENCODER_KEY, NORMALIZE_QUOTES_KEY};
 
-/// Files whose contents must be the same on all workers; the weights beside them are told apart by their configurations.
+/// Files whose contents must be the same on all workers, where they are; the weights beside them are told apart by their configurations.
 const CONFIGURATIONS: [&str; 5] =
     ["unet/config.json", "vae/config.json", "text_encoder/config.json", "text_encoder_2/config.json", "scheduler/scheduler_config.json"];
+
+/// Standard deviation of the constant part of the noise that SDXL is trained with; SD1.5 is trained without.
+const SDXL_NOISE_OFFSET: f64 = 0.5;
 
 /// Where the kinds of student encoders keep theirs; a folder has one or two of them.
 const STUDENT_CONFIGURATIONS: [&str; 4] = ["config.json", "open_clip_config.json", "xlm_roberta/config.json", "chinese_clip/config.json"];
@@ -28,8 +32,9 @@ const STUDENT_CONFIGURATIONS: [&str; 4] = ["config.json", "open_clip_config.json
 /// # Errors
 /// The model crate's, naming file and key.
 pub fn load_models(job: &Job, device: Device) -> peapod_model::Result<Distiller> {
+    let is_sdxl = UNetConfig::read(&job.model.path.join("unet/config.json"))?.addition_embed_type.is_some();
     let options = LoadOptions {
-        distill: distill_config(job),
+        distill: distill_config(job, is_sdxl),
         context_length: job.student.context_length.into(),
         normalize_quotes: job.student.normalize_quotes,
         kind: Kind::Float,
@@ -39,33 +44,37 @@ pub fn load_models(job: &Job, device: Device) -> peapod_model::Result<Distiller>
     Distiller::load(&job.model.path, &job.student.path, options)
 }
 
-fn distill_config(job: &Job) -> DistillConfig {
+/// What a training step of a job computes; some defaults depend on the model.
+fn distill_config(job: &Job, is_sdxl: bool) -> DistillConfig {
+    let loss = &job.loss;
+    let precision = |precision| match precision {
+        job::Precision::F32 => Precision::F32,
+        job::Precision::F16 => Precision::F16,
+    };
     DistillConfig {
-        noise_offset: job.loss.noise_offset.unwrap_or(0.5),
-        hybrid: job.loss.hybrid,
-        distill: job.loss.distill,
-        feature_weight: job.loss.feature_weight,
-        time_ids_order: match job.loss.time_ids_order {
+        noise_offset: loss.noise_offset.unwrap_or(if is_sdxl { SDXL_NOISE_OFFSET } else { 0.0 }),
+        hybrid: loss.hybrid,
+        distill: loss.distill,
+        feature_weight: loss.feature_weight,
+        time_ids_order: match loss.time_ids_order {
             job::TimeIdsOrder::Hw => TimeIdsOrder::Hw,
             job::TimeIdsOrder::Wh => TimeIdsOrder::Wh,
         },
-        drop_pooled: job.loss.drop_pooled,
+        drop_pooled: loss.drop_pooled,
+        min_snr_gamma: loss.min_snr_gamma,
+        loss_dtype: precision(loss.dtype),
+        schedule_dtype: precision(loss.schedule_dtype),
+        vae_round_fp16: job.model.vae_round_fp16,
+        feature_guard: loss.feature_guard.unwrap_or(job.preset == Preset::Reference && !is_sdxl),
+        mask_pads: job.adapter.mask_pads,
+        gradient_checkpointing: job.train.gradient_checkpointing,
     }
 }
 
-/// The adapter that fits between a job's student encoder and UNet.
-///
-/// # Errors
-/// If the UNet takes no pooled text embedding.
-pub fn adapter_config(job: &Job, models: &Distiller) -> Result<AdapterConfig, String> {
-    let pooled = models.unet().pooled_width().ok_or("the UNet takes no pooled text embedding: only SDXL can be trained by this build")?;
-    Ok(AdapterConfig {
-        input: models.student().width(),
-        hidden: job.adapter.hidden.into(),
-        depth: job.adapter.depth as usize,
-        pooled,
-        output: Some(models.unet().text_width()),
-    })
+/// The adapter of a job, between its student encoder and its UNet.
+#[must_use]
+pub fn adapter_config(job: &Job, models: &Distiller) -> AdapterConfig {
+    models.adapter_config(job.adapter.hidden.into(), job.adapter.depth as usize)
 }
 
 /// What the data threads need of a job and its models.
@@ -120,11 +129,9 @@ pub fn model_digest(job: &Job, adapter: &AdapterConfig) -> std::io::Result<Vec<u
         hasher.update(bytes);
         Ok::<(), std::io::Error>(())
     };
-    for file in CONFIGURATIONS {
-        add(&job.model.path.join(file))?;
-    }
+    let model = CONFIGURATIONS.map(|file| job.model.path.join(file));
     let student = STUDENT_CONFIGURATIONS.map(|file| job.student.path.join(file));
-    for path in student.iter().filter(|path| path.is_file()) {
+    for path in model.iter().chain(&student).filter(|path| path.is_file()) {
         add(path)?;
     }
     Ok(hasher.finalize().to_vec())
@@ -132,13 +139,13 @@ pub fn model_digest(job: &Job, adapter: &AdapterConfig) -> std::io::Result<Vec<u
 
 /// What an adapter file says about itself: the sampler reads it, people may.
 #[must_use]
-pub fn metadata(job: &Job, step: Step, average: bool) -> BTreeMap<String, String> {
+pub fn metadata(job: &Job, adapter: &AdapterConfig, step: Step, average: bool) -> BTreeMap<String, String> {
     let mut metadata = BTreeMap::from([
         ("format".into(), "pt".into()),
         ("version".into(), PROGRAM_VERSION.into()),
         ("job".into(), job.name.clone()),
         ("step".into(), step.to_string()),
-        ("architecture".into(), "sdxl".into()),
+        ("architecture".into(), if adapter.output.is_some() { "sdxl" } else { "sd15" }.into()),
         (ENCODER_KEY.into(), job.student.path.display().to_string()),
         (CONTEXT_LENGTH_KEY.into(), job.student.context_length.to_string()),
         (NORMALIZE_QUOTES_KEY.into(), job.student.normalize_quotes.to_string()),

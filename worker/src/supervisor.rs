@@ -320,7 +320,7 @@ impl Supervisor {
 }
 
 fn files_of(job: &Job, snapshot: &Snapshot, step: Step) -> peapod_model::Result<Vec<(&'static str, Vec<u8>)>> {
-    snapshot.to_files(setup::adamw_config(job), |average| setup::metadata(job, step, average))
+    snapshot.to_files(setup::adamw_config(job), |average| setup::metadata(job, snapshot.adapter.config(), step, average))
 }
 
 /// The next message, or never while there is no stream.

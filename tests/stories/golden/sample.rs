@@ -2,7 +2,7 @@
 
 use peapod_model::adapter::Adapter;
 use peapod_model::sample::{DpmSolver, Pipeline, PipelineOptions, Prompter, SampleOptions, SchedulerConfig};
-use peapod_model::text::{SdxlTextEncoders, StudentEncoder, StudentOptions};
+use peapod_model::text::{EnglishEncoders, StudentEncoder, StudentOptions};
 use tch::{Device, Kind, Tensor};
 
 use super::{Case, Result, Tensors};
@@ -26,7 +26,7 @@ pub fn solver(case: &Case) -> Result<Tensors> {
 pub fn pictures(case: &Case) -> Result<Tensors> {
     let model = case.path("model")?;
     let pipeline = Pipeline::load(&model, PipelineOptions { device: Device::Cpu, unet_kind: Kind::Float, vae_kind: Kind::Float })?;
-    let english = SdxlTextEncoders::load(&model, Kind::Float, Device::Cpu)?;
+    let english = EnglishEncoders::load(&model, true, Kind::Float, Device::Cpu)?;
     let options = StudentOptions { normalize_quotes: false, device: Device::Cpu, kind: Kind::Float };
     let encoder = StudentEncoder::load(&case.path("student")?, case.setting("context_length")?, options)?;
     let adapter = Adapter::load(&case.path("adapter")?, Device::Cpu)?;

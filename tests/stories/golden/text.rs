@@ -1,6 +1,6 @@
 //! Tokenizers and text encoders.
 
-use peapod_model::text::{BertEncoder, ClipTextEncoder, SdxlTextEncoders, StudentEncoder, StudentOptions, TextTokenizer};
+use peapod_model::text::{BertEncoder, ClipTextEncoder, EnglishEncoders, StudentEncoder, StudentOptions, TextTokenizer};
 use tch::{Device, Kind, Tensor};
 
 use super::{Case, Result, Tensors};
@@ -44,12 +44,12 @@ pub fn student(case: &Case) -> Result<Tensors> {
 
 /// What both roads tell the UNet about prompts: English through SDXL's encoders, Chinese through the student's.
 pub fn prompts(case: &Case) -> Result<Tensors> {
-    let english = SdxlTextEncoders::load(&case.path("model")?, Kind::Float, Device::Cpu)?;
+    let english = EnglishEncoders::load(&case.path("model")?, true, Kind::Float, Device::Cpu)?;
     let states = english.encode(&case.setting::<Vec<String>>("english")?)?;
     let options = StudentOptions { normalize_quotes: false, device: Device::Cpu, kind: Kind::Float };
     let student = StudentEncoder::load(&case.path("student")?, case.setting("context_length")?, options)?;
     let student = student.encode(&case.setting::<Vec<String>>("captions")?)?;
-    let named = [("english.sequence", states.sequence), ("english.pooled", states.pooled), ("student", student)];
+    let named = [("english.sequence", states.sequence), ("english.pooled", states.pooled.unwrap_or_default()), ("student", student)];
     Ok(named.map(|(name, tensor)| (name.into(), tensor)).into())
 }
 

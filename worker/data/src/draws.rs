@@ -21,6 +21,8 @@ pub struct Draws {
     pub noise: Vec<f32>,
     /// Standard normal, the noise's constant part: `[latent_channels]`.
     pub offset: Vec<f32>,
+    /// Seeds the dropout of the student's encoder, where a job leaves that on.
+    pub text_dropout: u64,
 }
 
 /// What [`Draws`] are drawn for.
@@ -45,6 +47,7 @@ enum Stream {
     Posterior = 3,
     Noise = 4,
     Offset = 5,
+    TextDropout = 6,
 }
 
 /// The generator of one sample.
@@ -80,6 +83,7 @@ impl SampleRng {
             posterior: normal(Stream::Posterior, latent_len),
             noise: normal(Stream::Noise, latent_len),
             offset: normal(Stream::Offset, shape.latent_channels),
+            text_dropout: self.stream(Stream::TextDropout).next_u64(),
         }
     }
 

@@ -144,7 +144,7 @@ impl Trainer {
     fn load(context: Context) -> Result<Self, String> {
         let Context { job, device, output, control, .. } = &context;
         let models = setup::load_models(job, *device).map_err(|error| error.to_string())?;
-        let adapter_config = setup::adapter_config(job, &models)?;
+        let adapter_config = setup::adapter_config(job, &models);
         let model_digest = setup::model_digest(job, &adapter_config).map_err(|error| error.to_string())?;
         let events = output.clone();
         let loader = Loader::start(setup::loader_config(job, &models), move |event| events(data_output(event)));

@@ -1,8 +1,10 @@
 //! The three losses.
 
-use tch::{Kind, Tensor};
+use tch::{Kind, Tensor, no_grad_guard};
 
+use super::Subset;
 use crate::Result;
+use crate::unet::UNetOutput;
 
 /// The losses of a micro-batch, each summed over the samples it applies to; scalars in f32.
 pub(super) struct Losses {
@@ -16,7 +18,7 @@ pub(super) struct Losses {
 pub struct LossSums {
     /// Number of samples, also those that a loss does not apply to.
     pub count: usize,
-    /// Squared error of the predicted noise, averaged over elements.
+    /// Squared error of the prediction, averaged over elements.
     pub task: f64,
     /// Squared difference of the student's from the teacher's prediction, averaged over elements.
     pub logit: f64,
@@ -47,10 +49,68 @@ impl Losses {
     }
 }
 
-/// Mean over channel and space of the squared difference, summed over the samples; in f32 whatever the kinds.
+/// What a student's output is compared with, and how.
+pub(super) struct Lesson {
+    /// What the task loss wants, on the untaught samples `[U, C, h, w]`.
+    pub target: Tensor,
+    /// Samples that learn from their image.
+    pub untaught: Subset,
+    /// Samples that learn from the teacher.
+    pub taught: Subset,
+    /// The teacher's output on them, unless there are none.
+    pub teacher: Option<UNetOutput>,
+    /// Weight of each sample's predictions `[B]`; `None`: all alike.
+    pub weights: Option<Tensor>,
+    /// The kind differences are taken in.
+    pub kind: Kind,
+    /// Leaves features out that are not finite.
+    pub guard: bool,
+}
+
+impl Lesson {
+    /// The losses of a student's output on the whole batch.
+    pub fn compare(&self, output: &UNetOutput) -> Result<Losses> {
+        let zero = || Tensor::zeros([], (Kind::Float, output.sample.device()));
+        let weights_of = |subset: &Subset| self.weights.as_ref().map(|weights| subset.select(weights));
+        let task = match self.untaught.is_empty() {
+            true => zero(),
+            false => {
+                let errors = mean_squares(&self.untaught.select(&output.sample), &self.target, self.kind);
+                weighted_sum(errors, weights_of(&self.untaught))
+            }
+        };
+        let Some(teacher) = &self.teacher else { return Ok(Losses { task, logit: zero(), feature: zero() }) };
+        let errors = mean_squares(&self.taught.select(&output.sample), &teacher.sample, self.kind);
+        let logit = weighted_sum(errors, weights_of(&self.taught));
+        let mut feature = zero();
+        for (student, teacher) in output.features.iter().zip(&teacher.features) {
+            let student = self.taught.select(student);
+            if self.guard && !differs_finitely(&student, teacher, self.kind)? {
+                continue;
+            }
+            feature += mean_squares(&student, teacher, self.kind).sum(Kind::Float);
+        }
+        Ok(Losses { task, logit, feature })
+    }
+}
+
+/// The squared difference, taken in `kind`.
+fn squares(left: &Tensor, right: &Tensor, kind: Kind) -> Tensor {
+    (left.to_kind(kind) - right.to_kind(kind)).square()
+}
+
+/// Mean over channel and space of the squared difference; the mean in f32 whatever the kinds.
 ///
-/// Shapes: both `[B, C, h, w]`; returns a scalar.
-pub(super) fn sum_of_mean_squares(left: &Tensor, right: &Tensor) -> Tensor {
-    let elements_per_sample: i64 = left.size().iter().skip(1).product();
-    (left.to_kind(Kind::Float) - right.to_kind(Kind::Float)).square().sum(Kind::Float) / elements_per_sample as f64
+/// Shapes: both `[N, C, h, w]`; returns `[N]`.
+fn mean_squares(left: &Tensor, right: &Tensor, kind: Kind) -> Tensor {
+    squares(left, right, kind).mean_dim(&[1i64, 2, 3][..], false, Kind::Float)
+}
+
+fn weighted_sum(errors: Tensor, weights: Option<Tensor>) -> Tensor {
+    weights.map_or_else(|| errors.shallow_clone(), |weights| &errors * weights).sum(Kind::Float)
+}
+
+fn differs_finitely(left: &Tensor, right: &Tensor, kind: Kind) -> Result<bool> {
+    let _guard = no_grad_guard();
+    Ok(squares(left, right, kind).isfinite().all().f_int64_value(&[])? != 0)
 }

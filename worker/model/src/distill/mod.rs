@@ -14,17 +14,17 @@ use tch::{Device, Kind, Tensor, no_grad_guard};
 
 use self::batch::Flags;
 pub use self::batch::MicroBatch;
+use self::loss::Lesson;
 pub use self::loss::LossSums;
-use self::loss::{Losses, sum_of_mean_squares};
 use crate::adapter::{Adapter, AdapterConfig};
 use crate::sample::SchedulerConfig;
 use crate::schedule::{NoiseSchedule, Prediction};
-use crate::text::{SdxlTextEncoders, StudentEncoder, StudentOptions, TextStates};
-use crate::unet::{Added, UNet, UNetOutput};
+use crate::text::{Conditioning, EnglishEncoders, StudentEncoder, StudentOptions};
+use crate::unet::{Added, ForwardOptions, UNet, UNetOutput};
 use crate::vae::Vae;
 use crate::{Error, Result};
 
-/// What a training step computes. The default is the method's preset `fixed`.
+/// What a training step computes. The default is the method's preset `fixed` for SDXL.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct DistillConfig {
@@ -40,11 +40,61 @@ pub struct DistillConfig {
     pub time_ids_order: TimeIdsOrder,
     /// Whether a dropped text is replaced in the pooled embedding too.
     pub drop_pooled: bool,
+    /// Bound of the signal-to-noise ratio in the weights of the losses on predictions; 0: they are not weighted.
+    ///
+    /// A prediction of the noise weighs `min(SNR, gamma) / SNR`, one of the velocity `min(SNR, gamma) / (SNR + 1)`.
+    /// Source: Hang et al. 2023 (arXiv:2303.09556).
+    pub min_snr_gamma: f64,
+    /// In which numbers predictions and features are subtracted and squared. Means are taken in f32.
+    pub loss_dtype: Precision,
+    /// In which numbers `alpha_bar` and the two roots of it are held.
+    pub schedule_dtype: Precision,
+    /// Rounds images, and the autoencoder's weights as they are loaded, to f16.
+    pub vae_round_fp16: bool,
+    /// Leaves a feature out of a micro-batch's loss if its squared difference is not finite somewhere.
+    pub feature_guard: bool,
+    /// Leaves padding out of the pooled mean and hides it from the student's cross-attention.
+    pub mask_pads: bool,
+    /// Computes the student's activations again in the backward pass instead of keeping them.
+    pub gradient_checkpointing: bool,
 }
 
 impl Default for DistillConfig {
     fn default() -> Self {
-        Self { noise_offset: 0.5, hybrid: true, distill: true, feature_weight: 0.1, time_ids_order: TimeIdsOrder::Hw, drop_pooled: false }
+        Self {
+            noise_offset: 0.5,
+            hybrid: true,
+            distill: true,
+            feature_weight: 0.1,
+            time_ids_order: TimeIdsOrder::Hw,
+            drop_pooled: false,
+            min_snr_gamma: 0.0,
+            loss_dtype: Precision::F32,
+            schedule_dtype: Precision::F32,
+            vae_round_fp16: false,
+            feature_guard: false,
+            mask_pads: false,
+            gradient_checkpointing: false,
+        }
+    }
+}
+
+/// Numbers to compute in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Precision {
+    /// Single precision.
+    F32,
+    /// Half precision.
+    F16,
+}
+
+impl Precision {
+    fn kind(self) -> Kind {
+        match self {
+            Self::F32 => Kind::Float,
+            Self::F16 => Kind::Half,
+        }
     }
 }
 
@@ -81,49 +131,57 @@ pub struct Distiller {
     vae: Vae,
     student: StudentEncoder,
     teacher: Option<Teacher>,
+    scheduler: SchedulerConfig,
     config: DistillConfig,
     /// Encoder states of the empty prompt `[1, L, Din]`. The adapter on them changes with every step.
     empty_student: Tensor,
-    /// `alpha_bar` of every timestep, f32.
-    alphas_cumprod: Tensor,
+    noising: Noising,
     device: Device,
 }
 
 /// The English side.
 struct Teacher {
-    encoders: SdxlTextEncoders,
+    encoders: EnglishEncoders,
     /// States of the empty prompt, batch 1.
-    empty: TextStates,
+    empty: Conditioning,
+}
+
+/// What depends on the timestep alone: tables in f32, one entry a timestep.
+struct Noising {
+    /// Share of the image in a noised latent: `sqrt(alpha_bar)`.
+    signal: Tensor,
+    /// Share of the noise: `sqrt(1 - alpha_bar)`.
+    noise: Tensor,
+    /// Weight of a prediction; `None`: all alike.
+    weight: Option<Tensor>,
 }
 
 /// What both passes of the UNet are given alike.
 struct Noised {
     /// Noised latents `[B, 4, h, w]`.
     sample: Tensor,
-    /// The noise in them, offset included.
-    noise: Tensor,
+    /// What the network should predict of them: the noise in them, offset included, or the velocity.
+    target: Tensor,
     timesteps: Tensor,
     drop: Tensor,
     time_ids: Tensor,
 }
 
 impl Distiller {
-    /// Loads an SDXL in the folders of diffusers (`unet`, `vae`, `text_encoder`, `text_encoder_2`, `tokenizer`, `tokenizer_2`,
-    /// `scheduler`) and the student's text encoder from a folder of its own.
+    /// Loads an SDXL or SD1.5 in the folders of diffusers (`unet`, `vae`, `text_encoder`, `tokenizer`, `scheduler`, for SDXL also
+    /// `text_encoder_2` and `tokenizer_2`) and the student's text encoder from a folder of its own.
     ///
-    /// Errors: those of loading each model and of [`Distiller::new`]; [`Error::Unsupported`] if the UNet does not predict noise.
+    /// Errors: those of loading each model and of [`Distiller::new`].
     pub fn load(model_dir: &Path, student_dir: &Path, options: LoadOptions) -> Result<Self> {
         let LoadOptions { distill, context_length, normalize_quotes, kind, vae_kind, device } = options;
         let scheduler = SchedulerConfig::load(model_dir)?;
-        if scheduler.solver.prediction != Prediction::Epsilon {
-            let hint = "the losses compare predictions of the noise: use a model with prediction_type \"epsilon\"".into();
-            return Err(Error::Unsupported { what: format!("distilling a model that predicts {:?}", scheduler.solver.prediction), hint });
-        }
         let unet = UNet::load(&model_dir.join("unet"), kind, device)?;
-        let vae = Vae::load(&model_dir.join("vae"), vae_kind, device)?;
+        let load_vae = if distill.vae_round_fp16 { Vae::load_rounded } else { Vae::load };
+        let vae = load_vae(&model_dir.join("vae"), vae_kind, device)?;
         let student = StudentEncoder::load(student_dir, context_length, StudentOptions { normalize_quotes, device, kind })?;
-        let teacher = distill.distill.then(|| SdxlTextEncoders::load(model_dir, kind, device)).transpose()?;
-        Self::new(unet, vae, student, teacher, &NoiseSchedule::new(&scheduler.noise), distill, device)
+        let is_sdxl = unet.pooled_width().is_some();
+        let teacher = distill.distill.then(|| EnglishEncoders::load(model_dir, is_sdxl, kind, device)).transpose()?;
+        Self::new(unet, vae, student, teacher, scheduler, distill, device)
     }
 
     /// Joins loaded models.
@@ -134,8 +192,8 @@ impl Distiller {
         unet: UNet,
         vae: Vae,
         student: StudentEncoder,
-        teacher: Option<SdxlTextEncoders>,
-        schedule: &NoiseSchedule,
+        teacher: Option<EnglishEncoders>,
+        scheduler: SchedulerConfig,
         config: DistillConfig,
         device: Device,
     ) -> Result<Self> {
@@ -144,12 +202,10 @@ impl Distiller {
             let (inputs, outputs, latents) = (unet.config().in_channels, unet.config().out_channels, vae.config().latent_channels);
             return fault(format!("a UNet from {inputs} to {outputs} channels on latents of {latents}"));
         }
-        if unet.pooled_width().is_none() {
-            return fault("the UNet takes no pooled text: it is not an SDXL".into());
-        }
         if let Some(encoders) = teacher.as_ref().filter(|encoders| encoders.width() != unet.text_width()) {
             return fault(format!("teacher states of {}, a UNet for {}", encoders.width(), unet.text_width()));
         }
+        let schedule = NoiseSchedule::new(&scheduler.noise);
         if schedule.is_empty() {
             return fault("an empty noise schedule".into());
         }
@@ -159,9 +215,9 @@ impl Distiller {
             (None, true) => return fault("distillation without a teacher".into()),
             (_, false) => None,
         };
-        let alphas_cumprod = Tensor::from_slice(schedule.alphas_cumprod()).to_kind(Kind::Float).to_device(device);
+        let noising = Noising::new(&schedule, scheduler.solver.prediction, &config, device);
         let empty_student = student.encode(&[""])?;
-        Ok(Self { unet, vae, student, teacher, config, empty_student, alphas_cumprod, device })
+        Ok(Self { unet, vae, student, teacher, scheduler, config, empty_student, noising, device })
     }
 
     /// The frozen UNet.
@@ -180,13 +236,28 @@ impl Distiller {
     }
 
     /// The frozen English encoders; `None` without distillation.
-    pub fn teacher(&self) -> Option<&SdxlTextEncoders> {
+    pub fn teacher(&self) -> Option<&EnglishEncoders> {
         self.teacher.as_ref().map(|teacher| &teacher.encoders)
+    }
+
+    /// The noise schedule, and how the model asks to be sampled.
+    pub fn scheduler(&self) -> &SchedulerConfig {
+        &self.scheduler
     }
 
     /// Number of timesteps that a micro-batch may draw from.
     pub fn num_timesteps(&self) -> i64 {
-        self.alphas_cumprod.size()[0]
+        self.noising.signal.size()[0]
+    }
+
+    /// The widths of the adapter that fits between student and UNet, with `depth` linears of `hidden` in its projector.
+    pub fn adapter_config(&self, hidden: i64, depth: usize) -> AdapterConfig {
+        let (input, text_width) = (self.student.width(), self.unet.text_width());
+        match self.unet.pooled_width() {
+            Some(pooled) => AdapterConfig { input, hidden, depth, pooled, output: Some(text_width) },
+            // Without pooled text the projector's own output is what the UNet attends to.
+            None => AdapterConfig { input, hidden, depth, pooled: text_width, output: None },
+        }
     }
 
     /// Adds the gradient of the loss, summed over the samples of `batch`, to `gradient`, and returns the sums of the losses.
@@ -202,12 +273,20 @@ impl Distiller {
         if batch.is_empty() {
             return Ok(LossSums::default());
         }
-        let losses = self.losses(adapter, batch)?;
-        let parts = Tensor::f_run_backward(&[losses.total(self.config.feature_weight)], adapter.parameters(), false, false)?;
+        let (noised, flags, lesson) = self.prepare(adapter, batch)?;
+        let conditioning = self.condition(adapter, batch, &noised, &flags)?;
+        let (scalar, sums) = match self.config.gradient_checkpointing {
+            true => self.study_again(&conditioning, &noised, &lesson, batch.len())?,
+            false => {
+                let losses = lesson.compare(&self.study(&conditioning, &noised)?)?;
+                (losses.total(self.config.feature_weight), losses.sums(batch.len())?)
+            }
+        };
+        let parts = Tensor::f_run_backward(&[scalar], adapter.parameters(), false, false)?;
         let flat: Vec<Tensor> = parts.iter().map(|part| part.flatten(0, -1)).collect();
         let _guard = no_grad_guard();
         let _ = gradient.g_add_(&Tensor::f_cat(&flat, 0)?);
-        losses.sums(batch.len())
+        Ok(sums)
     }
 
     /// Returns the sums of the losses over the samples of `batch`, without any gradient: for validation.
@@ -218,12 +297,15 @@ impl Distiller {
             return Ok(LossSums::default());
         }
         let _guard = no_grad_guard();
-        self.losses(adapter, batch)?.sums(batch.len())
+        let (noised, flags, lesson) = self.prepare(adapter, batch)?;
+        let conditioning = self.condition(adapter, batch, &noised, &flags)?;
+        lesson.compare(&self.study(&conditioning, &noised)?)?.sums(batch.len())
     }
 
-    /// One forward pass of student and teacher.
-    fn losses(&self, adapter: &Adapter, batch: &MicroBatch) -> Result<Losses> {
+    /// Everything that does not depend on the adapter: noised latents, and what the teacher says of them.
+    fn prepare(&self, adapter: &Adapter, batch: &MicroBatch) -> Result<(Noised, Flags, Lesson)> {
         self.check_adapter(adapter)?;
+        let _guard = no_grad_guard();
         let flags = batch.check(self.vae.config().latent_channels, self.vae.downscale(), self.num_timesteps())?;
         let noised = self.noise(batch)?;
 
@@ -233,83 +315,140 @@ impl Distiller {
             (Some(_), false) => (Subset::all(batch.len()), Subset::all(batch.len())),
             (None, _) => (Subset::none(), Subset::all(batch.len())),
         };
-        let lesson = match &self.teacher {
+        let teacher = match &self.teacher {
             Some(teacher) if !taught.is_empty() => Some(self.teach(teacher, batch, &noised, &taught)?),
             _ => None,
         };
-
-        let output = self.study(adapter, batch, &noised, &flags)?;
-        let zero = || Tensor::zeros([], (Kind::Float, self.device));
-        let task = match untaught.is_empty() {
-            true => zero(),
-            false => sum_of_mean_squares(&untaught.select(&output.sample), &untaught.select(&noised.noise)),
+        let lesson = Lesson {
+            target: untaught.select(&noised.target),
+            untaught,
+            taught,
+            teacher,
+            weights: self.noising.weight.as_ref().map(|weight| weight.index_select(0, &noised.timesteps)),
+            kind: self.config.loss_dtype.kind(),
+            guard: self.config.feature_guard,
         };
-        let Some(lesson) = lesson else { return Ok(Losses { task, logit: zero(), feature: zero() }) };
-        let logit = sum_of_mean_squares(&taught.select(&output.sample), &lesson.sample);
-        let pairs = output.features.iter().zip(&lesson.features);
-        let feature = pairs.fold(zero(), |sum, (student, teacher)| sum + sum_of_mean_squares(&taught.select(student), teacher));
-        Ok(Losses { task, logit, feature })
+        Ok((noised, flags, lesson))
     }
 
     fn check_adapter(&self, adapter: &Adapter) -> Result<()> {
-        let AdapterConfig { input, pooled, output, .. } = *adapter.config();
-        let (got, wanted) = ((input, Some(pooled), output), (self.student.width(), self.unet.pooled_width(), Some(self.unet.text_width())));
-        if got == wanted {
+        let AdapterConfig { hidden, depth, .. } = *adapter.config();
+        let wanted = self.adapter_config(hidden, depth);
+        if *adapter.config() == wanted {
             return Ok(());
         }
-        let detail = format!("the adapter has (input, pooled, output) {got:?}, the models {wanted:?}");
+        let widths = |config: &AdapterConfig| (config.input, config.pooled, config.output);
+        let detail = format!("the adapter has (input, pooled, output) {:?}, the models {:?}", widths(adapter.config()), widths(&wanted));
         Err(Error::Shape { what: "Distiller", detail })
     }
 
     /// Encodes the images and adds noise: `x_t = sqrt(alpha_bar) z + sqrt(1 - alpha_bar) eps`.
     fn noise(&self, batch: &MicroBatch) -> Result<Noised> {
-        let _guard = no_grad_guard();
         let here = |tensor: &Tensor| tensor.to_device(self.device);
-        let images = here(&batch.pixels).to_kind(Kind::Float) / 127.5 - 1.0;
+        let mut images = here(&batch.pixels).to_kind(Kind::Float) / 127.5 - 1.0;
+        if self.config.vae_round_fp16 {
+            images = images.to_kind(Kind::Half).to_kind(Kind::Float);
+        }
         let latents = self.vae.encode(&images)?.sample(&here(&batch.posterior)) * self.vae.scaling_factor();
         // The target includes the offset: the student learns to predict all of the noise.
         let noise = here(&batch.noise) + here(&batch.offset).unsqueeze(-1).unsqueeze(-1) * self.config.noise_offset;
         let timesteps = here(&batch.timesteps);
-        let alpha_bar = self.alphas_cumprod.index_select(0, &timesteps).reshape([-1, 1, 1, 1]);
-        let noise_variance: Tensor = 1.0 - &alpha_bar;
-        let sample = alpha_bar.sqrt() * latents + noise_variance.sqrt() * &noise;
+        let at = |table: &Tensor| table.index_select(0, &timesteps).reshape([-1, 1, 1, 1]);
+        let (signal_share, noise_share) = (at(&self.noising.signal), at(&self.noising.noise));
+        let sample = &signal_share * &latents + &noise_share * &noise;
+        let target = match self.scheduler.solver.prediction {
+            Prediction::Epsilon => noise,
+            Prediction::Velocity => signal_share * noise - noise_share * latents,
+        };
         let time_ids = batch.time_ids(self.config.time_ids_order, self.device);
-        Ok(Noised { sample, noise, timesteps, drop: here(&batch.drop), time_ids })
+        Ok(Noised { sample, target, timesteps, drop: here(&batch.drop), time_ids })
     }
 
-    /// The teacher's pass on a subset, without gradient.
+    /// The teacher's pass on a subset.
     fn teach(&self, teacher: &Teacher, batch: &MicroBatch, noised: &Noised, subset: &Subset) -> Result<UNetOutput> {
-        let _guard = no_grad_guard();
         let english: Vec<&str> = subset.indices.iter().map(|&index| batch.english[index].as_str()).collect();
         let states = teacher.encoders.encode(&english)?;
         let drop = subset.select(&noised.drop);
         let text = replace_dropped(&drop, &teacher.empty.sequence, &states.sequence);
-        let pooled = match self.config.drop_pooled {
-            true => replace_dropped(&drop, &teacher.empty.pooled, &states.pooled),
-            false => states.pooled,
-        };
-        let added = Added { pooled, time_ids: subset.select(&noised.time_ids) };
-        self.unet.forward(&subset.select(&noised.sample), &subset.select(&noised.timesteps), &text, Some(&added))
+        let added = states.pooled.map(|pooled| Added {
+            pooled: match &teacher.empty.pooled {
+                Some(empty) if self.config.drop_pooled => replace_dropped(&drop, empty, &pooled),
+                _ => pooled,
+            },
+            time_ids: subset.select(&noised.time_ids),
+        });
+        self.unet.forward(&subset.select(&noised.sample), &subset.select(&noised.timesteps), &text, added.as_ref())
     }
 
-    /// The student's pass on the whole batch; the gradient flows from it to the adapter, also through the empty prompt.
-    fn study(&self, adapter: &Adapter, batch: &MicroBatch, noised: &Noised, flags: &Flags) -> Result<UNetOutput> {
+    /// What the student's UNet is told; the gradient flows from it to the adapter, also through the empty prompt.
+    fn condition(&self, adapter: &Adapter, batch: &MicroBatch, noised: &Noised, flags: &Flags) -> Result<Conditioning> {
         let states = {
             let _guard = no_grad_guard();
             self.student.encode(&batch.captions)?
         };
-        let without_pooled = || Error::Shape { what: "Distiller", detail: "the adapter makes no pooled text: it is one for SD1.5".into() };
         let prompt = adapter.forward(&states);
-        let (mut text, mut pooled) = (prompt.sequence, prompt.pooled.ok_or_else(without_pooled)?);
+        let (mut sequence, mut pooled) = (prompt.sequence, prompt.pooled);
         if flags.any_dropped {
             let empty = adapter.forward(&self.empty_student);
-            text = replace_dropped(&noised.drop, &empty.sequence, &text);
+            sequence = replace_dropped(&noised.drop, &empty.sequence, &sequence);
             if self.config.drop_pooled {
-                pooled = replace_dropped(&noised.drop, &empty.pooled.ok_or_else(without_pooled)?, &pooled);
+                pooled = pooled.zip(empty.pooled).map(|(pooled, empty)| replace_dropped(&noised.drop, &empty, &pooled));
             }
         }
-        let added = Added { pooled, time_ids: noised.time_ids.shallow_clone() };
-        self.unet.forward(&noised.sample, &noised.timesteps, &text, Some(&added))
+        Ok(Conditioning { sequence, pooled, mask: None })
+    }
+
+    /// The student's pass on the whole batch, with its graph.
+    fn study(&self, conditioning: &Conditioning, noised: &Noised) -> Result<UNetOutput> {
+        let options = ForwardOptions { mask: conditioning.mask.as_ref(), control: None };
+        let added = added(conditioning, noised);
+        self.unet.forward_with(&noised.sample, &noised.timesteps, &conditioning.sequence, added.as_ref(), &options)
+    }
+
+    /// The student's pass without its graph, and back. Returns a scalar with the loss's gradient with respect to what the adapter made.
+    fn study_again(&self, conditioning: &Conditioning, noised: &Noised, lesson: &Lesson, count: usize) -> Result<(Tensor, LossSums)> {
+        let Conditioning { sequence, pooled, mask } = conditioning;
+        let added = added(conditioning, noised);
+        let (gradients, sums) =
+            self.unet.recompute(&noised.sample, &noised.timesteps, sequence, added.as_ref(), mask.as_ref(), |output| {
+                let losses = lesson.compare(output)?;
+                Ok((losses.total(self.config.feature_weight), losses.sums(count)?))
+            })?;
+        // The gradient of a product's sum with respect to one factor is the other.
+        let along = |made: &Tensor, gradient: &Tensor| (made * gradient.to_kind(Kind::Float)).sum(Kind::Float);
+        let parts = [(Some(sequence), &gradients.text), (pooled.as_ref(), &gradients.pooled)];
+        let parts = parts.into_iter().filter_map(|(made, gradient)| Some(along(made?, gradient.as_ref()?)));
+        Ok((parts.fold(sequence.sum(Kind::Float) * 0.0, |sum, part| sum + part), sums))
+    }
+}
+
+/// SDXL's pooled text and sizes, for a UNet that takes them.
+fn added(conditioning: &Conditioning, noised: &Noised) -> Option<Added> {
+    let pooled = conditioning.pooled.as_ref()?.shallow_clone();
+    Some(Added { pooled, time_ids: noised.time_ids.shallow_clone() })
+}
+
+impl Noising {
+    fn new(schedule: &NoiseSchedule, prediction: Prediction, config: &DistillConfig, device: Device) -> Self {
+        // In half precision the table is rounded first and the roots are taken of what is left, as in the published trainer.
+        let kind = config.schedule_dtype.kind();
+        let alpha_bar = Tensor::from_slice(schedule.alphas_cumprod()).to_kind(Kind::Float).to_kind(kind);
+        let variance: Tensor = 1.0 - &alpha_bar;
+        let table = |tensor: Tensor| tensor.to_kind(Kind::Float).to_device(device);
+        let weight = |alpha_bar: &f64| {
+            let ratio = alpha_bar / (1.0 - alpha_bar);
+            let bounded = ratio.min(config.min_snr_gamma);
+            match prediction {
+                Prediction::Epsilon => bounded / ratio,
+                Prediction::Velocity => bounded / (ratio + 1.0),
+            }
+        };
+        let weights = || Tensor::from_slice(&schedule.alphas_cumprod().iter().map(weight).collect::<Vec<f64>>());
+        Self {
+            signal: table(alpha_bar.sqrt()),
+            noise: table(variance.sqrt()),
+            weight: (config.min_snr_gamma > 0.0).then(|| table(weights())),
+        }
     }
 }
 

@@ -9,5 +9,5 @@ mod solver;
 pub use config::SchedulerConfig;
 pub use latents::initial_latents;
 pub use pipeline::{Pipeline, PipelineOptions, Progress, SampleOptions, Sampler};
-pub use prompter::{Conditioning, Prompter};
+pub use prompter::Prompter;
 pub use solver::DpmSolver;

@@ -6,9 +6,10 @@ use tch::{Device, Kind, Tensor, no_grad_guard};
 
 use super::config::SchedulerConfig;
 use super::latents::initial_latents;
-use super::prompter::{Conditioning, Prompter};
+use super::prompter::Prompter;
 use super::solver::DpmSolver;
-use crate::unet::{Added, UNet};
+use crate::text::Conditioning;
+use crate::unet::{Added, ForwardOptions, UNet};
 use crate::vae::Vae;
 use crate::{Error, Result};
 
@@ -158,6 +159,7 @@ impl Sampler<'_> {
         mut on_step: impl FnMut(),
     ) -> Result<Tensor> {
         let _guard = no_grad_guard();
+        let &SampleOptions { guidance, guidance_rescale, .. } = options;
         let mut solver = DpmSolver::new(self.scheduler, options.num_steps)?;
         let num_images = latents.size().first().copied().unwrap_or(0);
         // Unconditional rows come first, then the conditional ones.
@@ -172,12 +174,16 @@ impl Sampler<'_> {
         let sequence = joined(|conditioning| Some(&conditioning.sequence))?.unwrap_or_else(|| positive.sequence.shallow_clone());
         let added = self.added(joined(|conditioning| conditioning.pooled.as_ref())?, copies * num_images, options)?;
 
+        let mask = joined(|conditioning| conditioning.mask.as_ref())?;
+        let options = ForwardOptions { mask: mask.as_ref(), control: None };
+
         let mut latents = latents.f_to_kind(Kind::Float)?;
         while let Some(timestep) = solver.timestep() {
             let timesteps = Tensor::f_full([copies * num_images], timestep, (Kind::Int64, self.device))?;
             let input = latents.f_repeat([copies, 1, 1, 1])?;
-            let predicted = self.unet.forward(&input, &timesteps, &sequence, added.as_ref())?.sample.f_to_kind(Kind::Float)?;
-            let predicted = if negative.is_some() { guide(&predicted, options.guidance, options.guidance_rescale)? } else { predicted };
+            let output = self.unet.forward_with(&input, &timesteps, &sequence, added.as_ref(), &options)?;
+            let predicted = output.sample.f_to_kind(Kind::Float)?;
+            let predicted = if negative.is_some() { guide(&predicted, guidance, guidance_rescale)? } else { predicted };
             latents = solver.step(&latents, &predicted)?;
             on_step();
         }

@@ -1,25 +1,14 @@
 //! Prompts to what the UNet is conditioned on, by either road.
 
-use tch::Tensor;
-
 use crate::Result;
 use crate::adapter::Adapter;
-use crate::text::{SdxlTextEncoders, StudentEncoder, TextStates};
-
-/// What the UNet is told about each image.
-#[derive(Debug)]
-pub struct Conditioning {
-    /// Token states, `[B, L, D]`.
-    pub sequence: Tensor,
-    /// Embedding of the whole text, `[B, P]`; `None` for models without one (SD1.5).
-    pub pooled: Option<Tensor>,
-}
+use crate::text::{Conditioning, EnglishEncoders, StudentEncoder};
 
 /// The road from a prompt to the UNet.
 #[derive(Clone, Copy)]
 pub enum Prompter<'a> {
     /// The model's own English encoders: the teacher's road.
-    English(&'a SdxlTextEncoders),
+    English(&'a EnglishEncoders),
     /// Another language's encoder and the adapter. The empty prompt takes the same road.
     Student {
         /// The frozen encoder.
@@ -35,10 +24,7 @@ impl Prompter<'_> {
     /// Errors: [`crate::Error::Shape`] if there is no prompt, or if the adapter does not fit the encoder.
     pub fn encode<S: AsRef<str>>(&self, prompts: &[S]) -> Result<Conditioning> {
         match self {
-            Self::English(encoders) => {
-                let TextStates { sequence, pooled } = encoders.encode(prompts)?;
-                Ok(Conditioning { sequence, pooled: Some(pooled) })
-            }
+            Self::English(encoders) => encoders.encode(prompts),
             Self::Student { encoder, adapter } => {
                 let (has, wants) = (encoder.width(), adapter.config().input);
                 if has != wants {
@@ -47,7 +33,7 @@ impl Prompter<'_> {
                 }
                 let _guard = tch::no_grad_guard();
                 let output = adapter.forward(&encoder.encode(prompts)?);
-                Ok(Conditioning { sequence: output.sequence, pooled: output.pooled })
+                Ok(Conditioning { sequence: output.sequence, pooled: output.pooled, mask: None })
             }
         }
     }

@@ -1,10 +1,11 @@
-//! Prompts to tensors: tokenizers, the English text encoders of SDXL and the student's encoders of other languages.
+//! Prompts to tensors: tokenizers, the English text encoders of SDXL and SD1.5 and the student's encoders of other languages.
 
 mod alt_clip;
 mod bert;
 mod clean;
 mod clip;
 mod config;
+mod english;
 mod sdxl;
 mod source;
 mod student;
@@ -14,6 +15,7 @@ mod tower;
 
 pub use bert::BertEncoder;
 pub use clip::{ClipTextEncoder, ClipTextStates};
+pub use english::{Conditioning, EnglishEncoders, Sd15TextEncoder};
 pub use sdxl::{SdxlTextEncoders, TextStates};
 pub use student::{StudentEncoder, StudentOptions};
 pub use t5::T5Encoder;

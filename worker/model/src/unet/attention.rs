@@ -11,7 +11,7 @@ const LAYER_NORM_EPS: f64 = 1e-5;
 
 /// Sizes of a spatial transformer.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct TransformerSpec {
+pub(crate) struct TransformerSpec {
     pub channels: i64,
     pub heads: i64,
     pub context_width: i64,
@@ -41,12 +41,12 @@ impl SpatialTransformer {
         }
     }
 
-    /// Shapes: `input` `[B, channels, H, W]`, kept; `text` `[B, L, context_width]`.
-    pub fn forward(&self, input: &Tensor, text: &Tensor) -> Tensor {
+    /// Shapes: `input` `[B, channels, H, W]`, kept; `text` `[B, L, context_width]`; `bias`, added to the scores of the text, `[B, 1, 1, L]`.
+    pub fn forward(&self, input: &Tensor, text: &Tensor, bias: Option<&Tensor>) -> Tensor {
         let size = input.size();
         let mut tokens = self.proj_in.forward_tokens(&self.norm.forward(input));
         for layer in &self.layers {
-            tokens = layer.forward(&tokens, text);
+            tokens = layer.forward(&tokens, text, bias);
         }
         self.proj_out.forward_map(&tokens, &size) + input
     }
@@ -111,16 +111,15 @@ impl TransformerLayer {
         }
     }
 
-    fn forward(&self, tokens: &Tensor, text: &Tensor) -> Tensor {
+    fn forward(&self, tokens: &Tensor, text: &Tensor, bias: Option<&Tensor>) -> Tensor {
         let normed = self.norm1.forward(tokens);
-        let tokens = self.self_attention.forward(&normed, &normed) + tokens;
-        let tokens = self.cross_attention.forward(&self.norm2.forward(&tokens), text) + tokens;
+        let tokens = self.self_attention.forward(&normed, &normed, None) + tokens;
+        let tokens = self.cross_attention.forward(&self.norm2.forward(&tokens), text, bias) + tokens;
         self.feed_forward.forward(&self.norm3.forward(&tokens)) + tokens
     }
 }
 
-/// Multi-head attention; queries, keys and values are projected without bias. No position is masked: the states of padding
-/// tokens are attended to.
+/// Multi-head attention; queries, keys and values are projected without bias.
 struct Attention {
     to_q: Linear,
     to_k: Linear,
@@ -140,9 +139,9 @@ impl Attention {
         }
     }
 
-    fn forward(&self, tokens: &Tensor, context: &Tensor) -> Tensor {
+    fn forward(&self, tokens: &Tensor, context: &Tensor, bias: Option<&Tensor>) -> Tensor {
         let (query, key, value) = (self.to_q.forward(tokens), self.to_k.forward(context), self.to_v.forward(context));
-        self.to_out.forward(&attention(&query, &key, &value, self.heads, None, false))
+        self.to_out.forward(&attention(&query, &key, &value, self.heads, bias, false))
     }
 }
 

@@ -1,22 +1,55 @@
-//! The blocks of the U: down, mid, up.
+//! The blocks of the U: down, mid, up. Each hands its units to a [`Pass`] in the order they are computed in.
 
 use tch::Tensor;
 
 use super::attention::{SpatialTransformer, TransformerSpec};
-use crate::nn::{Conv2d, ResnetBlock, ResnetSpec, upsample_nearest};
+use super::pass::Pass;
+use crate::nn::{Conv2d, GroupNorm, ResnetBlock, ResnetSpec, upsample_nearest};
 use crate::weights::Scope;
 
-/// What every block of a forward pass sees beside its input.
+/// What every unit of a forward pass sees beside its input.
 #[derive(Clone, Copy)]
-pub(super) struct Condition<'a> {
+pub(crate) struct Condition<'a> {
     /// Time embedding after its SiLU `[B, T]`.
     pub time: &'a Tensor,
     /// Text states `[B, L, D]`.
     pub text: &'a Tensor,
+    /// Added to the scores of cross-attention, `[B, 1, 1, L]`; `None` hides nothing.
+    pub bias: Option<&'a Tensor>,
+}
+
+/// A part of the network that is computed at once. A pass that recomputes keeps what lies between units and nothing within.
+#[derive(Clone, Copy)]
+pub(super) enum Unit<'a> {
+    Stage(&'a Stage),
+    /// 3x3 convolution of stride 2.
+    Downsample(&'a Conv2d),
+    Mid(&'a MidBlock),
+    /// Enlarged to exactly this height and width, then a 3x3 convolution.
+    Upsample {
+        conv: &'a Conv2d,
+        size: [i64; 2],
+    },
+    Output(&'a Output),
+}
+
+impl Unit<'_> {
+    /// `skip` is joined to the input along the channels.
+    pub fn forward(self, input: &Tensor, skip: Option<&Tensor>, condition: Condition) -> Tensor {
+        let joined = skip.map(|skip| Tensor::cat(&[input, skip], 1));
+        let input = joined.as_ref().unwrap_or(input);
+        match self {
+            Self::Stage(stage) => stage.forward(input, condition),
+            Self::Downsample(conv) => conv.forward(input),
+            Self::Mid(mid) => mid.forward(input, condition),
+            Self::Upsample { conv, size } => conv.forward(&upsample_nearest(input, size)),
+            Self::Output(output) => output.forward(input),
+        }
+    }
 }
 
 /// A residual block and, where the level has attention, the transformer behind it.
-struct Stage {
+pub(super) struct Stage {
     resnet: ResnetBlock,
     attention: Option<SpatialTransformer>,
 }
@@ -33,16 +66,16 @@ impl Stage {
     fn forward(&self, input: &Tensor, condition: Condition) -> Tensor {
         let hidden = self.resnet.forward(input, Some(condition.time));
         match &self.attention {
-            Some(attention) => attention.forward(&hidden, condition.text),
+            Some(attention) => attention.forward(&hidden, condition.text, condition.bias),
             None => hidden,
         }
     }
 }
 
 /// One level on the way down.
-pub(super) struct DownBlock {
+pub(crate) struct DownBlock {
     stages: Vec<Stage>,
-    /// 3x3 convolution of stride 2; the innermost level has none.
+    /// The innermost level has none.
     downsampler: Option<Conv2d>,
 }
 
@@ -65,23 +98,21 @@ impl DownBlock {
         Self { stages, downsampler }
     }
 
-    /// Appends the skip connections to `skips`; returns the block's output.
-    pub fn forward(&self, input: &Tensor, condition: Condition, skips: &mut Vec<Tensor>) -> Tensor {
-        let mut hidden = input.shallow_clone();
+    /// Every unit's output becomes a skip connection; the last one is the block's.
+    pub fn walk<'a>(&'a self, pass: &mut Pass<'a>) {
         for stage in &self.stages {
-            hidden = stage.forward(&hidden, condition);
-            skips.push(hidden.shallow_clone());
+            pass.apply(Unit::Stage(stage));
+            pass.keep_skip();
         }
         if let Some(downsampler) = &self.downsampler {
-            hidden = downsampler.forward(&hidden);
-            skips.push(hidden.shallow_clone());
+            pass.apply(Unit::Downsample(downsampler));
+            pass.keep_skip();
         }
-        hidden
     }
 }
 
 /// The innermost block: a stage, and with attention one more residual block behind it.
-pub(super) struct MidBlock {
+pub(crate) struct MidBlock {
     first: Stage,
     second: Option<ResnetBlock>,
 }
@@ -92,7 +123,11 @@ impl MidBlock {
         Self { first: Stage::new(scope, 0, channels, channels, resnet, attention), second }
     }
 
-    pub fn forward(&self, input: &Tensor, condition: Condition) -> Tensor {
+    pub fn walk<'a>(&'a self, pass: &mut Pass<'a>) {
+        pass.apply(Unit::Mid(self));
+    }
+
+    fn forward(&self, input: &Tensor, condition: Condition) -> Tensor {
         let hidden = self.first.forward(input, condition);
         match &self.second {
             Some(resnet) => resnet.forward(&hidden, Some(condition.time)),
@@ -104,7 +139,7 @@ impl MidBlock {
 /// One level on the way up.
 pub(super) struct UpBlock {
     stages: Vec<Stage>,
-    /// 3x3 convolution after the doubling of the size; the outermost level has none.
+    /// The outermost level has none.
     upsampler: Option<Conv2d>,
 }
 
@@ -129,20 +164,32 @@ impl UpBlock {
         Self { stages, upsampler: upsample.then(|| Conv2d::new(scope / "upsamplers" / 0 / "conv", outputs, outputs, 3, 1, 1)) }
     }
 
-    /// Takes the skip connections it consumes off the end of `skips`; returns the block's output.
-    pub fn forward(&self, input: &Tensor, condition: Condition, skips: &mut Vec<Tensor>) -> Tensor {
-        let mut hidden = input.shallow_clone();
+    /// Every stage consumes the newest skip connection.
+    pub fn walk<'a>(&'a self, pass: &mut Pass<'a>) {
         for stage in &self.stages {
-            let joined = match skips.pop() {
-                Some(skip) => Tensor::cat(&[&hidden, &skip], 1),
-                None => hidden,
-            };
-            hidden = stage.forward(&joined, condition);
+            pass.apply_joined(Unit::Stage(stage));
         }
-        let Some(upsampler) = &self.upsampler else { return hidden };
-        let (_, _, height, width) = hidden.size4().unwrap_or_default();
-        // The next skip has the size that the downsampling halved; with an odd size, that is not twice the half.
-        let size = skips.last().and_then(|skip| skip.size4().ok()).map_or([2 * height, 2 * width], |(_, _, height, width)| [height, width]);
-        upsampler.forward(&upsample_nearest(&hidden, size))
+        if let Some(conv) = &self.upsampler {
+            pass.apply(Unit::Upsample { conv, size: pass.size_above() });
+        }
+    }
+}
+
+/// The end of the network: from features to the prediction.
+pub(super) struct Output {
+    norm: GroupNorm,
+    conv: Conv2d,
+}
+
+impl Output {
+    pub fn new(scope: &Scope, inputs: i64, outputs: i64, resnet: &ResnetSpec) -> Self {
+        Self {
+            norm: GroupNorm::new(scope / "conv_norm_out", resnet.groups, inputs, resnet.eps),
+            conv: Conv2d::new(scope / "conv_out", inputs, outputs, 3, 1, 1),
+        }
+    }
+
+    fn forward(&self, input: &Tensor) -> Tensor {
+        self.conv.forward(&self.norm.forward(input).silu())
     }
 }

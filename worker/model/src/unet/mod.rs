@@ -7,18 +7,20 @@ mod attention;
 mod blocks;
 mod config;
 mod embedding;
+mod pass;
 
 use std::path::Path;
 
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Kind, Tensor, no_grad_guard};
 
 use self::attention::TransformerSpec;
-use self::blocks::{Condition, DownBlock, MidBlock, UpBlock};
+use self::blocks::{Condition, DownBlock, MidBlock, Output, Unit, UpBlock};
 pub use self::config::{AdditionEmbedType, DownBlockType, MidBlockType, UNetConfig, UpBlockType};
 use self::config::{AdditionWidths, Level, NUM_TIME_IDS};
 use self::embedding::{EmbeddingMlp, sinusoids};
+use self::pass::{ConditionGradients, Pass, vector_jacobian, walk_back};
 use crate::config::faulty;
-use crate::nn::{Conv2d, GroupNorm, ResnetSpec};
+use crate::nn::{Conv2d, ResnetSpec};
 use crate::weights::{Scope, Weights};
 use crate::{Error, Result};
 
@@ -34,8 +36,7 @@ pub struct UNet {
     down: Vec<DownBlock>,
     mid: Option<MidBlock>,
     up: Vec<UpBlock>,
-    conv_norm_out: GroupNorm,
-    conv_out: Conv2d,
+    output: Output,
     text_width: i64,
     kind: Kind,
 }
@@ -55,6 +56,24 @@ pub struct Added {
     pub time_ids: Tensor,
 }
 
+/// What a forward pass may be told beyond its inputs.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct ForwardOptions<'a> {
+    /// The text states that are attended to, bool `[B, L]`; `None`: all of them, those of padding too.
+    pub mask: Option<&'a Tensor>,
+    /// What a ControlNet adds.
+    pub control: Option<&'a ControlResiduals>,
+}
+
+/// What a ControlNet adds to the skip connections and to the innermost block's output.
+#[derive(Debug)]
+pub struct ControlResiduals {
+    /// One for each skip connection, from the input convolution's on.
+    pub down: Vec<Tensor>,
+    /// For the innermost block.
+    pub mid: Tensor,
+}
+
 /// What a forward pass gives.
 #[derive(Debug)]
 pub struct UNetOutput {
@@ -63,6 +82,15 @@ pub struct UNetOutput {
     /// The outputs of the blocks in order: down from the outermost (after the downsampler, where there is one), mid, up from the
     /// innermost (after the upsampler). Not normalised.
     pub features: Vec<Tensor>,
+}
+
+/// Gradients of a loss with respect to what a UNet is told by the text, of the network's kind.
+#[derive(Debug)]
+pub struct TextGradients {
+    /// Of the text states `[B, L, D]`; `None` if the loss does not depend on them.
+    pub text: Option<Tensor>,
+    /// Of the pooled text `[B, pooled width]`; `None` likewise, or where there is none.
+    pub pooled: Option<Tensor>,
 }
 
 impl UNet {
@@ -140,10 +168,9 @@ impl UNet {
         }
 
         // 5. Output.
-        let conv_norm_out = GroupNorm::new(scope / "conv_norm_out", config.norm_num_groups, first, config.norm_eps);
-        let conv_out = Conv2d::new(scope / "conv_out", first, config.out_channels, 3, 1, 1);
+        let output = Output::new(scope, first, config.out_channels, &resnet);
         let text_width = last.context_width;
-        Ok(Self { config, time_embedding, addition, conv_in, down, mid, up, conv_norm_out, conv_out, text_width, kind: scope.kind() })
+        Ok(Self { config, time_embedding, addition, conv_in, down, mid, up, output, text_width, kind: scope.kind() })
     }
 
     /// Number of parameters of a network with this configuration; nothing is allocated.
@@ -185,43 +212,137 @@ impl UNet {
     /// Shapes: `sample` `[B, in_channels, h, w]`, `timesteps` `[B]`, `text` `[B, L, D]`; inputs of another kind are converted.
     /// Errors: [`Error::Shape`] if the shapes do not fit each other or the network, or if `added` is missing or superfluous.
     pub fn forward(&self, sample: &Tensor, timesteps: &Tensor, text: &Tensor, added: Option<&Added>) -> Result<UNetOutput> {
+        self.forward_with(sample, timesteps, text, added, &ForwardOptions::default())
+    }
+
+    /// As [`UNet::forward`], with more to consider.
+    ///
+    /// Errors: those of [`UNet::forward`], also for options of other shapes.
+    pub fn forward_with(
+        &self,
+        sample: &Tensor,
+        timesteps: &Tensor,
+        text: &Tensor,
+        added: Option<&Added>,
+        options: &ForwardOptions,
+    ) -> Result<UNetOutput> {
         self.check(sample, timesteps, text, added)?;
         let (sample, text) = (sample.to_kind(self.kind), text.to_kind(self.kind));
+        let (time, bias) = (self.time(timesteps, added), self.attention_bias(&text, options.mask)?);
+        let mut pass = Pass::new(Condition { time: &time, text: &text, bias: bias.as_ref() }, self.conv_in.forward(&sample));
+        self.walk(&mut pass, options.control)?;
+        Ok(UNetOutput { sample: pass.hidden().shallow_clone(), features: pass.features() })
+    }
 
-        // 1. Time. Every residual block begins with the same SiLU of it: applied once here.
+    /// Computes what [`UNet::forward_with`] does without a graph: a backward pass then computes each unit again, so that only what lies
+    /// between units is kept meanwhile.
+    ///
+    /// The result goes to `loss`, which makes a scalar of it; the gradients of text and pooled text come back with what else it returns.
+    /// Errors: those of [`UNet::forward`] and of `loss`.
+    pub fn recompute<T>(
+        &self,
+        sample: &Tensor,
+        timesteps: &Tensor,
+        text: &Tensor,
+        added: Option<&Added>,
+        mask: Option<&Tensor>,
+        loss: impl FnOnce(&UNetOutput) -> Result<(Tensor, T)>,
+    ) -> Result<(TextGradients, T)> {
+        self.check(sample, timesteps, text, added)?;
+        let (sample, text) = (sample.to_kind(self.kind), text.detach().to_kind(self.kind));
+        let bias = self.attention_bias(&text, mask)?;
+        let added =
+            added.map(|added| Added { pooled: added.pooled.detach().set_requires_grad(true), time_ids: added.time_ids.shallow_clone() });
+
+        // 1. Forward, with a memory instead of a graph. The time embedding is cheap: it keeps its graph.
+        let graph_of_time = self.time(timesteps, added.as_ref());
+        let time = graph_of_time.detach();
+        let (pass, output) = {
+            let _guard = no_grad_guard();
+            let condition = Condition { time: &time, text: &text, bias: bias.as_ref() };
+            let mut pass = Pass::remembering(condition, self.conv_in.forward(&sample));
+            self.walk(&mut pass, None)?;
+            let output = UNetOutput { sample: pass.hidden().shallow_clone(), features: pass.features() };
+            (pass, output)
+        };
+
+        // 2. The loss of leaves that stand for the outputs.
+        let leaf = |tensor: &Tensor| tensor.detach().set_requires_grad(true);
+        let leaves = UNetOutput { sample: leaf(&output.sample), features: output.features.iter().map(leaf).collect() };
+        drop(output);
+        let (scalar, rest) = loss(&leaves)?;
+        let inputs: Vec<&Tensor> = std::iter::once(&leaves.sample).chain(&leaves.features).collect();
+        let mut gradients = Tensor::f_run_backward(&[&scalar], &inputs, false, false)?.into_iter();
+        let of_sample = gradients.next().unwrap_or_default();
+
+        // 3. Back through the units, and through the time embedding to the pooled text.
+        let ConditionGradients { time: of_time, text } = walk_back(pass, of_sample, gradients.collect())?;
+        let pooled = match (&added, of_time) {
+            (Some(added), Some(gradient)) => vector_jacobian(&graph_of_time, &gradient, &[&added.pooled])?.pop(),
+            _ => None,
+        };
+        Ok((TextGradients { text, pooled }, rest))
+    }
+
+    /// The time embedding with what is added to it, after the SiLU that every residual block begins with: applied once here.
+    fn time(&self, timesteps: &Tensor, added: Option<&Added>) -> Tensor {
         let channels = self.config.block_out_channels[0];
         let time = self.time_embedding.forward(&sinusoids(timesteps, channels, &self.config).to_kind(self.kind));
         let time = match (&self.addition, added) {
             (Some(addition), Some(added)) => time + addition.forward(added, &self.config, self.kind),
             _ => time,
         };
-        let time = time.silu();
-        let condition = Condition { time: &time, text: &text };
-        let mut features = Vec::with_capacity(self.num_features());
+        time.silu()
+    }
 
-        // 2. Down.
-        let mut hidden = self.conv_in.forward(&sample);
-        let mut skips = vec![hidden.shallow_clone()];
+    /// What hides the unmasked text states from cross-attention, `[B, 1, 1, L]`.
+    fn attention_bias(&self, text: &Tensor, mask: Option<&Tensor>) -> Result<Option<Tensor>> {
+        let Some(mask) = mask else { return Ok(None) };
+        if mask.size() != text.size()[..2] || mask.kind() != Kind::Bool {
+            let detail = format!("a mask of {:?} {:?} for text of {:?}", mask.kind(), mask.size(), text.size());
+            return Err(Error::Shape { what: "UNet::forward", detail });
+        }
+        let shown = Tensor::zeros([], (self.kind, text.device()));
+        Ok(Some(shown.where_scalarother(mask, f64::NEG_INFINITY).to_kind(self.kind).unsqueeze(1).unsqueeze(1)))
+    }
+
+    /// Everything between the first convolution and the prediction.
+    fn walk<'a>(&'a self, pass: &mut Pass<'a>, control: Option<&ControlResiduals>) -> Result<()> {
+        // 1. Down.
         for block in &self.down {
-            hidden = block.forward(&hidden, condition, &mut skips);
-            features.push(hidden.shallow_clone());
+            block.walk(pass);
+            pass.keep_feature();
+        }
+        if let Some(ControlResiduals { down, mid }) = control {
+            let sizes_fit =
+                down.len() == pass.skips().len() && pass.skips().zip(down).all(|(skip, residual)| skip.size() == residual.size());
+            if !sizes_fit || mid.size() != pass.hidden().size() {
+                let detail = format!("{} residuals for {} skip connections, or of other sizes", down.len(), pass.skips().len());
+                return Err(Error::Shape { what: "ControlNet residuals", detail });
+            }
         }
 
-        // 3. Mid.
+        // 2. Mid.
         if let Some(mid) = &self.mid {
-            hidden = mid.forward(&hidden, condition);
-            features.push(hidden.shallow_clone());
+            mid.walk(pass);
+        }
+        if let Some(ControlResiduals { down, mid }) = control {
+            pass.add_to_skips(down);
+            pass.add(mid);
+        }
+        if self.mid.is_some() {
+            pass.keep_feature();
         }
 
-        // 4. Up.
+        // 3. Up.
         for block in &self.up {
-            hidden = block.forward(&hidden, condition, &mut skips);
-            features.push(hidden.shallow_clone());
+            block.walk(pass);
+            pass.keep_feature();
         }
 
-        // 5. Output.
-        let sample = self.conv_out.forward(&self.conv_norm_out.forward(&hidden).silu());
-        Ok(UNetOutput { sample, features })
+        // 4. Output.
+        pass.apply(Unit::Output(&self.output));
+        Ok(())
     }
 
     fn check(&self, sample: &Tensor, timesteps: &Tensor, text: &Tensor, added: Option<&Added>) -> Result<()> {

@@ -104,7 +104,7 @@ impl Weights {
 
     /// The scope of all keys. Tensors taken from it are converted to `kind` and copied to `device`.
     pub fn root(&self, kind: Kind, device: Device) -> Scope<'_> {
-        Scope { weights: self, prefix: String::new(), kind, device }
+        Scope { weights: self, prefix: String::new(), kind, rounded: kind, device }
     }
 
     /// All keys, sorted.
@@ -196,15 +196,23 @@ pub struct Scope<'a> {
     weights: &'a Weights,
     prefix: String,
     kind: Kind,
+    /// The kind values pass through on their way.
+    rounded: Kind,
     device: Device,
 }
 
 impl Scope<'_> {
+    /// The same scope with values rounded to `kind` before they are converted to the scope's own.
+    pub fn rounded(self, kind: Kind) -> Self {
+        Self { rounded: kind, ..self }
+    }
+
     /// The tensor `name` below this prefix, of the scope's kind and on its device, without gradient.
     ///
     /// A missing or misshapen tensor is recorded, and zeros are returned: [`Weights::finish`] then reports all of them together.
     pub fn tensor(&self, name: &str, shape: &[i64]) -> Tensor {
-        self.weights.take(self.key(name), shape, self.kind, self.device)
+        let tensor = self.weights.take(self.key(name), shape, self.rounded, self.device);
+        if self.rounded == self.kind { tensor } else { tensor.to_kind(self.kind) }
     }
 
     /// Whether the set holds the tensor `name` below this prefix. Asking does not count as use.

@@ -1,0 +1,86 @@
+//! The English side of a model, whichever it is.
+
+use std::path::Path;
+
+use tch::{Device, Kind, Tensor};
+
+use super::clip::ClipTextEncoder;
+use super::sdxl::{SdxlTextEncoders, TextStates};
+use super::tokenizer::TextTokenizer;
+use crate::Result;
+
+/// What a UNet is told about each prompt, by either road.
+#[derive(Debug)]
+pub struct Conditioning {
+    /// Token states, `[B, L, D]`.
+    pub sequence: Tensor,
+    /// Embedding of the whole text, `[B, P]`; `None` for models without one (SD1.5).
+    pub pooled: Option<Tensor>,
+    /// The token states that cross-attention sees, bool `[B, L]`; `None`: all of them.
+    pub mask: Option<Tensor>,
+}
+
+/// SD1.5's text encoder with its tokenizer: CLIP-L, whose last states go through the final norm.
+pub struct Sd15TextEncoder {
+    tokenizer: TextTokenizer,
+    encoder: ClipTextEncoder,
+}
+
+impl Sd15TextEncoder {
+    /// Loads `text_encoder` and `tokenizer` of a model folder.
+    ///
+    /// Errors: what loading the parts may give.
+    pub fn load(model_dir: &Path, kind: Kind, device: Device) -> Result<Self> {
+        let encoder = ClipTextEncoder::load(&model_dir.join("text_encoder"), kind, device)?;
+        let longest = usize::try_from(encoder.max_length()).unwrap_or(0);
+        Ok(Self { tokenizer: TextTokenizer::clip(&model_dir.join("tokenizer"), longest)?, encoder })
+    }
+
+    /// Encodes prompts. Shapes: `[B, L, width]`, `f32`.
+    ///
+    /// Errors: [`crate::Error::Shape`] if there is no prompt.
+    pub fn encode<S: AsRef<str>>(&self, prompts: &[S]) -> Result<Tensor> {
+        Ok(self.encoder.forward(&self.tokenizer.encode(prompts)?)?.last.f_to_kind(Kind::Float)?)
+    }
+}
+
+/// The English text encoders of an SDXL or an SD1.5.
+pub enum EnglishEncoders {
+    /// Two encoders, and pooled text.
+    Sdxl(Box<SdxlTextEncoders>),
+    /// One.
+    Sd15(Box<Sd15TextEncoder>),
+}
+
+impl EnglishEncoders {
+    /// Loads those of a model folder; `pooled` says whether its UNet takes pooled text, as SDXL's does.
+    ///
+    /// Errors: what loading the parts may give.
+    pub fn load(model_dir: &Path, pooled: bool, kind: Kind, device: Device) -> Result<Self> {
+        Ok(match pooled {
+            true => Self::Sdxl(Box::new(SdxlTextEncoders::load(model_dir, kind, device)?)),
+            false => Self::Sd15(Box::new(Sd15TextEncoder::load(model_dir, kind, device)?)),
+        })
+    }
+
+    /// Encodes prompts, without gradient. Nothing is hidden from cross-attention: the models were trained so.
+    ///
+    /// Errors: [`crate::Error::Shape`] if there is no prompt.
+    pub fn encode<S: AsRef<str>>(&self, prompts: &[S]) -> Result<Conditioning> {
+        Ok(match self {
+            Self::Sdxl(encoders) => {
+                let TextStates { sequence, pooled } = encoders.encode(prompts)?;
+                Conditioning { sequence, pooled: Some(pooled), mask: None }
+            }
+            Self::Sd15(encoder) => Conditioning { sequence: encoder.encode(prompts)?, pooled: None, mask: None },
+        })
+    }
+
+    /// Returns the width of the token states.
+    pub fn width(&self) -> i64 {
+        match self {
+            Self::Sdxl(encoders) => encoders.width(),
+            Self::Sd15(encoder) => encoder.encoder.width(),
+        }
+    }
+}
