@@ -236,3 +236,64 @@ fn batches_that_do_not_fit_are_refused() {
         assert!(error.to_string().contains("63"), "{error}");
     });
 }
+
+/// Units are computed again from what lies between them: the same operations, so the same numbers to the last few bits.
+#[test]
+fn recomputed_activations_give_the_same_losses_and_gradient() {
+    for (native_only, drop_pooled) in [(false, false), (false, true), (true, false)] {
+        let mut batch = self::batch(&[false, true, false], &[false, false, true]);
+        if native_only {
+            batch.native = Tensor::from_slice(&[true, true, true]);
+        }
+        let config = DistillConfig { drop_pooled, ..DistillConfig::default() };
+        let (sums, gradient) = accumulate(&distiller(config.clone()), &batch);
+        let (again, gradient_again) = accumulate(&distiller(DistillConfig { gradient_checkpointing: true, ..config }), &batch);
+        assert_eq!(again, sums);
+        let distance = relative_distance(&gradient_again, &gradient);
+        assert!(distance < 1e-5, "{distance}");
+    }
+}
+
+#[test]
+fn min_snr_weighs_the_losses_on_predictions_alone() {
+    let gamma = 5.0;
+    let weighted = distiller(DistillConfig { min_snr_gamma: gamma, ..DistillConfig::default() });
+    let schedule = NoiseSchedule::new(&weighted.scheduler().noise);
+    // One parallel and one native sample, each at a timestep of a ratio above the bound, then below it.
+    for (timestep, native) in [(20i64, false), (20, true), (900, false), (900, true)] {
+        let mut one = batch(&[native], &[false]);
+        one.timesteps = Tensor::from_slice(&[timestep]);
+        let (plain, _) = with_default(|distiller| accumulate(distiller, &one));
+        let (sums, _) = accumulate(&weighted, &one);
+        let alpha_bar = schedule.alphas_cumprod()[timestep as usize];
+        let ratio = alpha_bar / (1.0 - alpha_bar);
+        let weight = ratio.min(gamma) / ratio;
+        assert!(if timestep == 20 { weight < 0.1 } else { weight == 1.0 });
+        for (got, unweighted) in [(sums.task, plain.task), (sums.logit, plain.logit)] {
+            assert!((got - weight * unweighted).abs() <= 1e-5 * unweighted, "{got} of {unweighted} at {timestep}");
+        }
+        assert_eq!(sums.feature, plain.feature);
+    }
+}
+
+#[test]
+fn features_that_are_not_finite_are_left_out_on_request() {
+    let features = |value: f64| {
+        vec![Tensor::full([1, 1, 1, 1], value, (Kind::Float, Device::Cpu)), Tensor::ones([1, 2, 1, 1], (Kind::Float, Device::Cpu))]
+    };
+    let lesson = |guard| Lesson {
+        target: Tensor::zeros([0, 1, 1, 1], (Kind::Float, Device::Cpu)),
+        untaught: Subset::none(),
+        taught: Subset::all(1),
+        teacher: Some(UNetOutput { sample: Tensor::zeros([1, 1, 1, 1], (Kind::Float, Device::Cpu)), features: features(0.0) }),
+        weights: None,
+        kind: Kind::Half,
+        guard,
+    };
+    // 300^2 is beyond half precision.
+    for (value, guard, wanted) in [(300.0, true, 0.0), (300.0, false, f64::INFINITY), (2.0, true, 4.0), (2.0, false, 4.0)] {
+        let output = UNetOutput { sample: Tensor::ones([1, 1, 1, 1], (Kind::Float, Device::Cpu)), features: features(value) };
+        let sums = lesson(guard).compare(&output).unwrap().sums(1).unwrap();
+        assert_eq!((sums.feature, sums.logit), (wanted, 1.0), "{value} {guard}");
+    }
+}
