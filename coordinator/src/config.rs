@@ -37,6 +37,18 @@ pub enum Command {
         #[arg(long, default_value = "job.toml")]
         job: PathBuf,
     },
+    /// Copy an adapter out of a job's checkpoints, as the published Python scripts load it: DIR/proj_0_STEP/pytorch_model.bin
+    Export {
+        /// Where the job keeps its checkpoints
+        #[arg(long, value_name = "DIR", default_value = "peapod-state/checkpoints")]
+        checkpoints: PathBuf,
+        /// Step of the checkpoint [default: the newest]
+        #[arg(long)]
+        step: Option<u64>,
+        /// Folder to write to
+        #[arg(value_name = "DIR")]
+        out: PathBuf,
+    },
     /// Show what a running job is doing
     Status {
         /// Which coordinator

@@ -8,6 +8,7 @@ pub mod config;
 pub mod control;
 pub mod core;
 pub mod driver;
+pub mod export;
 pub mod journal;
 pub mod local;
 pub mod observe;

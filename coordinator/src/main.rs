@@ -8,7 +8,7 @@ use clap::Parser;
 use peapod_coordinator::config::{Cli, Command};
 use peapod_coordinator::observe::Bar;
 use peapod_coordinator::run::{Exit, run};
-use peapod_coordinator::{check, control};
+use peapod_coordinator::{check, control, export};
 use peapod_proto::job::TEMPLATE;
 use tracing_subscriber::EnvFilter;
 
@@ -48,6 +48,10 @@ async fn command(cli: Cli, bar: Bar) -> anyhow::Result<Exit> {
         Some(Command::Init { demo, path }) => return init(&path, if demo { DEMO } else { TEMPLATE }),
         Some(Command::Check { job }) => match check::report(&job) {
             Ok(report) => print!("{report}"),
+            Err(problem) => return Ok(Exit::Refused(problem)),
+        },
+        Some(Command::Export { checkpoints, step, out }) => match export::export(&checkpoints, step, &out).await {
+            Ok(path) => println!("wrote {}", path.display()),
             Err(problem) => return Ok(Exit::Refused(problem)),
         },
         Some(Command::Status { target, json }) => println!("{}", control::status(&target.coordinator, json).await?),

@@ -192,6 +192,7 @@ fn distill(case: &Case) -> Result<Tensors> {
         english: case.setting("english")?,
         original_size: case.setting("original_size")?,
         crop: case.setting("crop")?,
+        text_dropout: vec![0; case.setting::<Vec<String>>("captions")?.len()],
     };
     let mut gradient = Tensor::zeros([adapter.num_parameters() as i64], (Kind::Float, Device::Cpu));
     let sums = distiller.accumulate(&adapter, &batch, &mut gradient)?;

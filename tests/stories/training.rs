@@ -42,7 +42,7 @@ fn two_local_workers_train_an_epoch_and_every_sample_exactly_once() {
     assert_eq!(checkpoints.iter().map(|checkpoint| checkpoint.step).collect::<Vec<_>>(), due);
     for checkpoint in &checkpoints {
         let parts: Vec<&str> = checkpoint.parts.keys().map(String::as_str).collect();
-        assert_eq!(parts, ["adapter.safetensors", "adapter_ema.safetensors", "ledger.json", "optimizer.safetensors"]);
+        assert_eq!(parts, ["adapter.safetensors", "adapter_ema.safetensors", "ledger.json", "optimizer.safetensors", "pytorch_model.bin"]);
         let trained: u64 = steps.iter().filter(|step| step.step <= checkpoint.step).map(|step| step.samples).sum();
         assert_eq!(checkpoint.ledger_total("committed"), trained, "the ledger follows the weights");
     }

@@ -45,15 +45,18 @@ pub struct Caption {
 /// Cleans captions; holds the tables from traditional to simplified characters.
 pub struct Cleaner {
     tables: OpenCC,
+    /// Whether a prompt that cleaning empties is dropped.
+    strict: bool,
 }
 
 impl Cleaner {
-    /// Loads the tables that are compiled in: OpenCC's `t2s`.
+    /// Loads the tables that are compiled in: OpenCC's `t2s`. If `strict`, prompts of which cleaning leaves no Chinese are dropped; the
+    /// published trainer trains them as they are then, mostly empty.
     ///
     /// Errors: [`Error::Tables`] if they are damaged.
-    pub fn new() -> Result<Self> {
+    pub fn new(strict: bool) -> Result<Self> {
         let tables = OpenCC::from_config(BuiltinConfig::T2s).map_err(|error| Error::Tables(error.to_string()))?;
-        Ok(Self { tables })
+        Ok(Self { tables, strict })
     }
 
     /// Deletes all but Chinese characters, digits and a few marks of punctuation, then turns traditional into simplified characters.
@@ -66,8 +69,8 @@ impl Cleaner {
 
     /// Chooses the prompt. The first of the original captions that holds Chinese makes the sample native; without one it is parallel data.
     ///
-    /// Errors: the reason why the sample is to be dropped. That is a prompt of which cleaning left no Chinese, or parallel data of which
-    /// exactly one side is empty: its two prompts do not mean the same.
+    /// Errors: the reason why the sample is to be dropped. That is a prompt of which cleaning left no Chinese (if strict), or parallel data of
+    /// which exactly one side is empty: its two prompts do not mean the same.
     pub fn choose(&self, found: &Found<'_>) -> Result<Caption, &'static str> {
         // `caption_ori_zh` counts only where `caption_ori` is absent; `caption_ori_en` counts either way.
         let translated = found.original_zh.filter(|_| found.original.is_none());
@@ -75,7 +78,7 @@ impl Cleaner {
         let english = found.en.unwrap_or_default();
         if let Some(native) = native {
             let prompt = self.clean(native);
-            return if prompt.contains(|c| CHINESE.contains(&c)) {
+            return if !self.strict || prompt.contains(|c| CHINESE.contains(&c)) {
                 Ok(Caption { prompt, english: english.to_owned(), native: true })
             } else {
                 Err("cleaning leaves no Chinese in the caption")
@@ -99,7 +102,7 @@ mod tests {
     use super::*;
 
     fn choose(found: Found<'_>) -> Result<(String, String, bool), &'static str> {
-        let caption = Cleaner::new().unwrap().choose(&found)?;
+        let caption = Cleaner::new(true).unwrap().choose(&found)?;
         Ok((caption.prompt, caption.english, caption.native))
     }
 
@@ -144,18 +147,21 @@ mod tests {
     fn prompts_emptied_by_cleaning_are_dropped() {
         assert!(choose(Found { original: Some("龦"), ..Found::default() }).is_err());
         assert!(choose(Found { original: Some("鿿 3, 4!"), ..Found::default() }).is_err());
+        let lenient = Cleaner::new(false).unwrap();
+        let caption = lenient.choose(&Found { original: Some("龦"), ..Found::default() }).unwrap();
+        assert!(caption.native && caption.prompt.is_empty());
     }
 
     #[test]
     fn cleaning_keeps_chinese_digits_and_some_punctuation() {
-        let cleaner = Cleaner::new().unwrap();
+        let cleaner = Cleaner::new(true).unwrap();
         assert_eq!(cleaner.clean("a1２ ,.!?:;，。！？：；“”、…龥龦（猫）"), "1,.!?:;，。！？：；“”龥猫");
     }
 
     /// From OpenCC 1.2.0 (Python): `OpenCC("t2s").convert(text)`. The tables agree with it on every character that cleaning keeps.
     #[test]
     fn traditional_becomes_simplified_by_longest_match() {
-        let cleaner = Cleaner::new().unwrap();
+        let cleaner = Cleaner::new(true).unwrap();
         for (traditional, simplified) in T2S {
             assert_eq!(cleaner.clean(traditional), *simplified);
         }

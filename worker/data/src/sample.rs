@@ -146,7 +146,7 @@ mod tests {
     fn examine_json(size: (u32, u32), json: &str) -> Result<Encoded, Skip> {
         let jpg = Some(jpeg_of(size.0, size.1, [10, 20, 30]));
         let raw = RawSample { index: 4, key: "k".into(), jpg, json: Some(json.as_bytes().to_vec()), fault: None };
-        examine(raw, &Rules::new(&data_section()), &Cleaner::new().unwrap())
+        examine(raw, &Rules::new(&data_section()), &Cleaner::new(true).unwrap())
     }
 
     fn skipped(size: (u32, u32), json: &str) -> (Reason, String) {
@@ -217,7 +217,7 @@ mod tests {
             (RawSample { fault: Some("odd".into()), ..whole.clone() }, "odd"),
             (whole, "jpg: "),
         ] {
-            let skip = examine(raw, &Rules::new(&data_section()), &Cleaner::new().unwrap()).unwrap_err();
+            let skip = examine(raw, &Rules::new(&data_section()), &Cleaner::new(true).unwrap()).unwrap_err();
             assert!(skip.reason == Reason::Bad && skip.detail.starts_with(wanted), "{skip:?}");
         }
     }

@@ -111,6 +111,11 @@ impl Adapter {
     ///
     /// Shapes: `x` `[B, L, input]`; see [`AdapterOutput`]. Padding tokens are treated like any other.
     pub fn forward(&self, x: &Tensor) -> AdapterOutput {
+        self.forward_masked(x, None)
+    }
+
+    /// As [`Adapter::forward`], with a mean over the tokens that `mask` (bool `[B, L]`) marks, of which each row has one at least.
+    pub fn forward_masked(&self, x: &Tensor, mask: Option<&Tensor>) -> AdapterOutput {
         let (norm, layers) = self.parameters.split_at(2);
         let mut layers = self.layers(layers).into_iter();
         // The projector alternates linears and GELUs; the last linear of all follows the pooling.
@@ -122,7 +127,14 @@ impl Adapter {
         match layers.next() {
             None => AdapterOutput { pooled: None, sequence: states },
             Some((weight, bias)) => {
-                AdapterOutput { pooled: Some(states.mean_dim(1, false, Kind::Float)), sequence: states.gelu("none").linear(weight, bias) }
+                let pooled = match mask {
+                    None => states.mean_dim(1, false, Kind::Float),
+                    Some(mask) => {
+                        let counted = mask.to_kind(Kind::Float).unsqueeze(-1);
+                        (&states * &counted).sum_dim_intlist(1, false, Kind::Float) / counted.sum_dim_intlist(1, false, Kind::Float)
+                    }
+                };
+                AdapterOutput { pooled: Some(pooled), sequence: states.gelu("none").linear(weight, bias) }
             }
         }
     }

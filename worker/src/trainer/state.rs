@@ -165,6 +165,8 @@ impl Snapshot {
     pub const OPTIMIZER: &str = "optimizer.safetensors";
     /// File of the moving average.
     pub const EMA: &str = "adapter_ema.safetensors";
+    /// File of the adapter as the Python implementation saves and loads it, in f16: the average's where there is one.
+    pub const PYTORCH: &str = "pytorch_model.bin";
 
     /// The checkpoint's files. `metadata` is asked for the adapter's (false) and the average's (true).
     ///
@@ -181,6 +183,16 @@ impl Snapshot {
         if let Some(ema) = &self.ema {
             files.push((Self::EMA, ema.to_safetensors(&metadata(true))?));
         }
+        let sampled = self.ema.as_ref().unwrap_or(&self.adapter);
+        let bytes = sampled.to_pytorch(Kind::Half)?;
+        // Read back before anybody relies on it: Python may be the only reader for months.
+        if Adapter::from_pytorch(&bytes, Device::Cpu)?.config() != sampled.config() {
+            return Err(Error::Invalid {
+                path: Self::PYTORCH.into(),
+                reason: "it does not read back as the adapter it was made of".into(),
+            });
+        }
+        files.push((Self::PYTORCH, bytes));
         Ok(files)
     }
 }
@@ -237,7 +249,7 @@ mod tests {
         for ema_decay in [0.0, 0.9] {
             let source = trained(ema_decay);
             let files = source.snapshot(Generation(1)).unwrap().to_files(optimizer(), |_| Default::default()).unwrap();
-            assert_eq!(files.len(), if ema_decay > 0.0 { 3 } else { 2 });
+            assert_eq!(files.len(), if ema_decay > 0.0 { 4 } else { 3 });
             let part = |name: &str| files.iter().find(|(file, _)| *file == name).map(|(_, bytes)| bytes.clone());
             let state = TrainState::from_checkpoint(config(), optimizer(), ema_decay, Device::Cpu, Step(1), part).unwrap();
             assert_eq!(state.to_bytes(), source.to_bytes());

@@ -48,5 +48,6 @@ fn to_tensors(batch: &Batch, scale: i64) -> MicroBatch {
         english: samples().map(|sample| sample.english.clone()).collect(),
         original_size: samples().map(|sample| (sample.original_size.0.into(), sample.original_size.1.into())).collect(),
         crop: samples().map(|sample| (sample.crop.0.into(), sample.crop.1.into())).collect(),
+        text_dropout: samples().map(|sample| sample.draws.text_dropout).collect(),
     }
 }

@@ -32,6 +32,8 @@ pub struct MicroBatch {
     pub original_size: Vec<(i64, i64)>,
     /// Top and left of each crop, in resized pixels.
     pub crop: Vec<(i64, i64)>,
+    /// Seeds of the dropout in the student's encoder; read only where that is on.
+    pub text_dropout: Vec<u64>,
 }
 
 /// The parts of a batch that decide what is computed, as host values.
@@ -75,7 +77,12 @@ impl MicroBatch {
                 return fault(format!("{name} is {:?} {:?}, wanted {kind:?} {shape:?}", tensor.kind(), tensor.size()));
             }
         }
-        for (name, len) in [("english", self.english.len()), ("original_size", self.original_size.len()), ("crop", self.crop.len())] {
+        for (name, len) in [
+            ("english", self.english.len()),
+            ("original_size", self.original_size.len()),
+            ("crop", self.crop.len()),
+            ("text_dropout", self.text_dropout.len()),
+        ] {
             if len != self.len() {
                 return fault(format!("{len} entries of {name} for {count} captions"));
             }

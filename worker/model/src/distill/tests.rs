@@ -48,6 +48,7 @@ fn batch(native: &[bool], drop: &[bool]) -> MicroBatch {
         english: take(&english),
         original_size: (0..count).map(|index| (200 + index, 150 - index)).collect(),
         crop: (0..count).map(|index| (index, 2 * index)).collect(),
+        text_dropout: (0..count as u64).collect(),
     }
 }
 
@@ -66,6 +67,7 @@ fn single(batch: &MicroBatch, index: usize) -> MicroBatch {
         english: vec![batch.english[index].clone()],
         original_size: vec![batch.original_size[index]],
         crop: vec![batch.crop[index]],
+        text_dropout: vec![batch.text_dropout[index]],
     }
 }
 

@@ -1,0 +1,107 @@
+//! `export`: an adapter out of a store of checkpoints, as the published Python scripts load it.
+
+use std::path::{Path, PathBuf};
+
+use futures::StreamExt;
+use peapod_proto::ids::Step;
+
+use crate::store::{Manifest, Store, hex, sha256};
+
+/// The adapter's file in a checkpoint and in the published layout.
+const PYTORCH: &str = "pytorch_model.bin";
+
+/// Copies the adapter of the newest checkpoint, or of that of `step`, to `out/proj_0_STEP/pytorch_model.bin`. Returns that path.
+///
+/// # Errors
+/// One line: no such store or checkpoint, a damaged file, or a folder that cannot be written.
+pub async fn export(checkpoints: &Path, step: Option<u64>, out: &Path) -> Result<PathBuf, String> {
+    if !checkpoints.is_dir() {
+        return Err(format!(
+            "{}: there is no such folder; --checkpoints names the one of a job, in its --state-dir",
+            checkpoints.display()
+        ));
+    }
+    let store = Store::local(checkpoints).map_err(|error| error.to_string())?;
+    let manifests = store.list().await.map_err(|error| error.to_string())?;
+    let found = match step {
+        Some(step) => manifests.iter().rfind(|manifest| manifest.step == Step(step)),
+        None => manifests.last(),
+    };
+    let Some(manifest) = found else {
+        let steps: Vec<String> = manifests.iter().map(|manifest| manifest.step.to_string()).collect();
+        let has =
+            if steps.is_empty() { "it holds no whole checkpoint".into() } else { format!("it holds those of steps {}", steps.join(", ")) };
+        let wanted = step.map_or_else(String::new, |step| format!(" of step {step}"));
+        return Err(format!("{}: there is no checkpoint{wanted}; {has}", checkpoints.display()));
+    };
+    let bytes = read(&store, manifest).await?;
+    let folder = out.join(format!("proj_0_{}", manifest.step));
+    let path = folder.join(PYTORCH);
+    let written = std::fs::create_dir_all(&folder).and_then(|()| {
+        // Under another name first: a reader never sees half a file.
+        let partial = folder.join(format!("{PYTORCH}.partial"));
+        std::fs::write(&partial, &bytes)?;
+        std::fs::rename(&partial, &path)
+    });
+    written.map_err(|error| format!("cannot write {}: {error}", path.display()))?;
+    Ok(path)
+}
+
+async fn read(store: &Store, manifest: &Manifest) -> Result<Vec<u8>, String> {
+    let location = store.location(manifest.step, manifest.generation);
+    let Some(part) = manifest.parts.iter().find(|part| part.name == PYTORCH) else {
+        return Err(format!("{location} has no {PYTORCH}: it was written by an older version; resume the job for a step to get one"));
+    };
+    let mut stream = store.stream(manifest, PYTORCH).await.map_err(|error| error.to_string())?;
+    let mut bytes = Vec::new();
+    while let Some(chunk) = stream.next().await {
+        bytes.extend_from_slice(&chunk.map_err(|error| error.to_string())?);
+    }
+    if hex(&sha256(&bytes)) != part.sha256 {
+        return Err(format!("{location}/{PYTORCH} does not have the manifest's SHA-256"));
+    }
+    Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use peapod_proto::ids::Generation;
+
+    use super::*;
+    use crate::core::ledger::Ledger;
+    use crate::store::Part;
+
+    async fn checkpoint(folder: &Path, step: u64, content: &'static [u8]) {
+        let store = Store::local(folder).unwrap();
+        let (step, generation) = (Step(step), Generation(1));
+        let mut writer = store.begin_part(step, generation, PYTORCH).await.unwrap();
+        writer.write(bytes::Bytes::from_static(content)).await.unwrap();
+        writer.finish().await.unwrap();
+        let parts = vec![Part { name: PYTORCH.into(), num_bytes: content.len() as u64, sha256: hex(&sha256(content)) }];
+        store.seal(Manifest { format: Manifest::FORMAT, step, generation, job: String::new(), parts }, &Ledger::new(1)).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn adapter_goes_where_the_python_scripts_look_for_it() {
+        let (store, out) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        checkpoint(store.path(), 9, b"old").await;
+        checkpoint(store.path(), 49_999, b"new").await;
+        let path = export(store.path(), None, out.path()).await.unwrap();
+        assert_eq!(path, out.path().join("proj_0_49999/pytorch_model.bin"));
+        assert_eq!(std::fs::read(path).unwrap(), b"new");
+        assert_eq!(std::fs::read(export(store.path(), Some(9), out.path()).await.unwrap()).unwrap(), b"old");
+    }
+
+    #[tokio::test]
+    async fn what_cannot_be_exported_is_named() {
+        let (store, out) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        assert!(export(&store.path().join("none"), None, out.path()).await.unwrap_err().contains("no such folder"));
+        assert!(export(store.path(), None, out.path()).await.unwrap_err().contains("no whole checkpoint"));
+        checkpoint(store.path(), 9, b"old").await;
+        assert!(
+            export(store.path(), Some(8), out.path()).await.unwrap_err().contains("no checkpoint of step 8; it holds those of steps 9")
+        );
+        std::fs::write(store.path().join("step-000000009-g000001/pytorch_model.bin"), b"bad").unwrap();
+        assert!(export(store.path(), None, out.path()).await.unwrap_err().contains("SHA-256"));
+    }
+}
