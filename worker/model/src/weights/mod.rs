@@ -55,19 +55,13 @@ pub struct Weights {
     ledger: RefCell<Ledger>,
 }
 
-/// In which form tensors lie in their files.
+/// What a model took of its weights.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct OnDisk {
-    /// Bytes of each kind, most bytes first.
+pub struct Survey {
+    /// Elements of all tensors.
+    pub num_parameters: i64,
+    /// Bytes of each kind on disk, most bytes first.
     pub kinds: Vec<(Kind, u64)>,
-}
-
-impl OnDisk {
-    /// Bytes of all tensors.
-    #[must_use]
-    pub fn num_bytes(&self) -> u64 {
-        self.kinds.iter().map(|(_, num_bytes)| num_bytes).sum()
-    }
 }
 
 /// A tensor and the file it lies in.
@@ -133,8 +127,8 @@ impl Weights {
         Self { path: path.clone(), entries: entries.clone(), shapes_only: *shapes_only, ledger: RefCell::default() }
     }
 
-    /// In which kinds the tensors that were used lie on disk, and how many bytes of each.
-    pub fn on_disk(&self) -> OnDisk {
+    /// How many elements were asked for so far, and in which kinds they lie on disk.
+    pub fn survey(&self) -> Survey {
         let mut kinds: Vec<(Kind, u64)> = Vec::new();
         let ledger = self.ledger.borrow();
         for Stored { entry, .. } in ledger.used.iter().filter_map(|key| self.entries.get(key)) {
@@ -145,7 +139,17 @@ impl Weights {
             }
         }
         kinds.sort_by_key(|&(_, num_bytes)| std::cmp::Reverse(num_bytes));
-        OnDisk { kinds }
+        Survey { num_parameters: ledger.num_elements, kinds }
+    }
+
+    /// Whether there is a key that begins with `start`.
+    pub(crate) fn holds_any(&self, start: &str) -> bool {
+        self.entries.range(start.to_owned()..).next().is_some_and(|(key, _)| key.starts_with(start))
+    }
+
+    /// The shape of the tensor `key`. Asking does not count as use.
+    pub(crate) fn shape(&self, key: &str) -> Option<&[i64]> {
+        self.entries.get(key).map(|stored| stored.entry.shape())
     }
 
     /// The scope of all keys. Tensors taken from it are converted to `kind` and copied to `device`.
@@ -400,9 +404,9 @@ mod tests {
             assert_eq!((tensor.size().as_slice(), tensor.sum(Kind::Float).double_value(&[])), (shape, 0.0));
             let _ = (&root / "a").tensor(name, &[2]);
             assert!(weights.anew().keys().eq(weights.keys()) && weights.anew().num_requested() == 0);
-            (weights.on_disk(), weights.finish(&[]).map_err(|error| error.to_string()))
+            (weights.survey(), weights.finish(&[]).map_err(|error| error.to_string()))
         };
-        assert_eq!(check(&[2, 3], "bias"), (OnDisk { kinds: vec![(Kind::Half, 16)] }, Ok(())));
+        assert_eq!(check(&[2, 3], "bias"), (Survey { num_parameters: 8, kinds: vec![(Kind::Half, 16)] }, Ok(())));
         assert!(check(&[3, 2], "bias").1.unwrap_err().contains("a.0.weight is [2, 3], wanted [3, 2]"));
         assert!(check(&[2, 3], "scale").1.unwrap_err().contains("missing a.scale [2]"));
     }
