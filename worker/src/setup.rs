@@ -8,6 +8,7 @@ use peapod_model::adapter::AdapterConfig;
 use peapod_model::distill::{DistillConfig, Distiller, LoadOptions, TimeIdsOrder};
 use peapod_model::optim::AdamWConfig;
 use peapod_model::schedule::{Decay, LrSchedule};
+use peapod_model::source::ModelSource;
 use peapod_proto::PROGRAM_VERSION;
 use peapod_proto::ids::Step;
 use peapod_proto::job::{self, Job};
@@ -36,7 +37,7 @@ pub fn load_models(job: &Job, device: Device) -> peapod_model::Result<Distiller>
         vae_kind: Kind::Float,
         device,
     };
-    Distiller::load(&job.model.path, &job.student.path, options)
+    Distiller::load(&ModelSource::open(&job.model.path, job.model.config.as_deref())?, &job.student.path, options)
 }
 
 fn distill_config(job: &Job) -> DistillConfig {

@@ -17,8 +17,8 @@ pub use self::batch::MicroBatch;
 pub use self::loss::LossSums;
 use self::loss::{Losses, sum_of_mean_squares};
 use crate::adapter::{Adapter, AdapterConfig};
-use crate::sample::SchedulerConfig;
 use crate::schedule::{NoiseSchedule, Prediction};
+use crate::source::ModelSource;
 use crate::text::{SdxlTextEncoders, StudentEncoder, StudentOptions, TextStates};
 use crate::unet::{Added, UNet, UNetOutput};
 use crate::vae::Vae;
@@ -108,21 +108,20 @@ struct Noised {
 }
 
 impl Distiller {
-    /// Loads an SDXL in the folders of diffusers (`unet`, `vae`, `text_encoder`, `text_encoder_2`, `tokenizer`, `tokenizer_2`,
-    /// `scheduler`) and the student's text encoder from a folder of its own.
+    /// Builds the networks of an opened SDXL, and loads the student's text encoder from a folder of its own.
     ///
     /// Errors: those of loading each model and of [`Distiller::new`]; [`Error::Unsupported`] if the UNet does not predict noise.
-    pub fn load(model_dir: &Path, student_dir: &Path, options: LoadOptions) -> Result<Self> {
+    pub fn load(model: &ModelSource, student_dir: &Path, options: LoadOptions) -> Result<Self> {
         let LoadOptions { distill, context_length, normalize_quotes, kind, vae_kind, device } = options;
-        let scheduler = SchedulerConfig::load(model_dir)?;
+        let scheduler = model.scheduler();
         if scheduler.solver.prediction != Prediction::Epsilon {
             let hint = "the losses compare predictions of the noise: use a model with prediction_type \"epsilon\"".into();
             return Err(Error::Unsupported { what: format!("distilling a model that predicts {:?}", scheduler.solver.prediction), hint });
         }
-        let unet = UNet::load(&model_dir.join("unet"), kind, device)?;
-        let vae = Vae::load(&model_dir.join("vae"), vae_kind, device)?;
+        let unet = model.unet(kind, device)?;
+        let vae = model.vae(vae_kind, device)?;
         let student = StudentEncoder::load(student_dir, context_length, StudentOptions { normalize_quotes, device, kind })?;
-        let teacher = distill.distill.then(|| SdxlTextEncoders::load(model_dir, kind, device)).transpose()?;
+        let teacher = distill.distill.then(|| model.english(kind, device)).transpose()?;
         Self::new(unet, vae, student, teacher, &NoiseSchedule::new(&scheduler.noise), distill, device)
     }
 
