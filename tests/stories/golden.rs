@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 
 use peapod_model::adapter::Adapter;
 use peapod_model::distill::{DistillConfig, Distiller, LoadOptions, MicroBatch};
+use peapod_model::source::ModelSource;
 use peapod_model::unet::{Added, UNet};
 use peapod_model::vae::Vae;
 use serde::de::DeserializeOwned;
@@ -177,7 +178,7 @@ fn distill(case: &Case) -> Result<Tensors> {
         vae_kind: Kind::Float,
         device: Device::Cpu,
     };
-    let distiller = Distiller::load(&case.path("model")?, &case.path("student")?, options)?;
+    let distiller = Distiller::load(&ModelSource::open(&case.path("model")?, None)?, &case.path("student")?, options)?;
     let adapter_file = case.folder.join("adapter.safetensors");
     let adapter = Adapter::load(&adapter_file, Device::Cpu)?;
     let batch = MicroBatch {

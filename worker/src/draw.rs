@@ -10,6 +10,7 @@ use peapod_model::{
     PerLevel,
     adapter::{self, Adapter},
     sample::{DpmSolver, Pipeline, PipelineOptions, Progress, Prompter, SampleOptions, SchedulerConfig},
+    source::ModelSource,
     text::{EnglishEncoders, StudentEncoder, StudentOptions},
     unet::UNetConfig,
     vae::VaeConfig,
@@ -136,7 +137,6 @@ pub struct Files {
 pub struct Setup {
     model: PathBuf,
     english: bool,
-    is_sdxl: bool,
     student: Option<Student>,
     scheduler: SchedulerConfig,
     /// What picture sides must be divisible by.
@@ -182,7 +182,6 @@ impl Setup {
         Ok(Self {
             model: model.clone(),
             english: files.english,
-            is_sdxl,
             student,
             scheduler,
             multiple: vae_factor * halvings(unet.block_out_channels.len()),
@@ -223,8 +222,9 @@ impl Setup {
         catching(|| {
             let device = Device::cuda_if_available();
             let kind = if device.is_cuda() { Kind::BFloat16 } else { Kind::Float };
-            let pipeline = Pipeline::load(&self.model, PipelineOptions { device, unet_kind: kind, vae_kind: Kind::Float })?;
-            let english = self.english.then(|| EnglishEncoders::load(&self.model, self.is_sdxl, kind, device)).transpose()?;
+            let model = ModelSource::open(&self.model, None)?;
+            let pipeline = Pipeline::load(&model, PipelineOptions { device, unet_kind: kind, vae_kind: Kind::Float })?;
+            let english = self.english.then(|| model.english(kind, device)).transpose()?;
             let load_student = |student: &Student| {
                 let options = StudentOptions { normalize_quotes: student.normalize_quotes, device, kind };
                 let encoder = StudentEncoder::load(&student.encoder, student.context_length, options)?;

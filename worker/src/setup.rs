@@ -8,7 +8,7 @@ use peapod_model::adapter::AdapterConfig;
 use peapod_model::distill::{DistillConfig, Distiller, LoadOptions, Precision, TimeIdsOrder};
 use peapod_model::optim::AdamWConfig;
 use peapod_model::schedule::{Decay, LrSchedule};
-use peapod_model::unet::UNetConfig;
+use peapod_model::source::{Architecture, ModelSource};
 use peapod_proto::PROGRAM_VERSION;
 use peapod_proto::ids::Step;
 use peapod_proto::job::{self, Job, Preset};
@@ -32,21 +32,21 @@ const STUDENT_CONFIGURATIONS: [&str; 4] = ["config.json", "open_clip_config.json
 /// # Errors
 /// The model crate's, naming file and key.
 pub fn load_models(job: &Job, device: Device) -> peapod_model::Result<Distiller> {
-    let is_sdxl = UNetConfig::read(&job.model.path.join("unet/config.json"))?.addition_embed_type.is_some();
+    let model = ModelSource::open(&job.model.path, job.model.config.as_deref())?;
     let options = LoadOptions {
-        distill: distill_config(job, is_sdxl),
+        distill: distill_config(job, model.architecture()),
         context_length: job.student.context_length.into(),
         normalize_quotes: job.student.normalize_quotes,
         kind: Kind::Float,
         vae_kind: Kind::Float,
         device,
     };
-    Distiller::load(&job.model.path, &job.student.path, options)
+    Distiller::load(&model, &job.student.path, options)
 }
 
 /// What a training step of a job computes; some defaults depend on the model.
-fn distill_config(job: &Job, is_sdxl: bool) -> DistillConfig {
-    let loss = &job.loss;
+fn distill_config(job: &Job, architecture: Architecture) -> DistillConfig {
+    let (loss, is_sdxl) = (&job.loss, architecture == Architecture::Sdxl);
     let precision = |precision| match precision {
         job::Precision::F32 => Precision::F32,
         job::Precision::F16 => Precision::F16,

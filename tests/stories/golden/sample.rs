@@ -2,7 +2,8 @@
 
 use peapod_model::adapter::Adapter;
 use peapod_model::sample::{DpmSolver, Pipeline, PipelineOptions, Prompter, SampleOptions, SchedulerConfig};
-use peapod_model::text::{EnglishEncoders, StudentEncoder, StudentOptions};
+use peapod_model::source::ModelSource;
+use peapod_model::text::{StudentEncoder, StudentOptions};
 use tch::{Device, Kind, Tensor};
 
 use super::{Case, Result, Tensors};
@@ -24,9 +25,9 @@ pub fn solver(case: &Case) -> Result<Tensors> {
 
 /// Final latents and pictures, from given latents, along both roads.
 pub fn pictures(case: &Case) -> Result<Tensors> {
-    let model = case.path("model")?;
+    let model = ModelSource::open(&case.path("model")?, None)?;
     let pipeline = Pipeline::load(&model, PipelineOptions { device: Device::Cpu, unet_kind: Kind::Float, vae_kind: Kind::Float })?;
-    let english = EnglishEncoders::load(&model, true, Kind::Float, Device::Cpu)?;
+    let english = model.english(Kind::Float, Device::Cpu)?;
     let options = StudentOptions { normalize_quotes: false, device: Device::Cpu, kind: Kind::Float };
     let encoder = StudentEncoder::load(&case.path("student")?, case.setting("context_length")?, options)?;
     let adapter = Adapter::load(&case.path("adapter")?, Device::Cpu)?;

@@ -1,6 +1,7 @@
 //! Tokenizers and text encoders.
 
-use peapod_model::text::{BertEncoder, ClipTextEncoder, EnglishEncoders, StudentEncoder, StudentOptions, TextTokenizer};
+use peapod_model::source::ModelSource;
+use peapod_model::text::{BertEncoder, ClipTextEncoder, StudentEncoder, StudentOptions, TextTokenizer};
 use tch::{Device, Kind, Tensor};
 
 use super::{Case, Result, Tensors};
@@ -44,7 +45,7 @@ pub fn student(case: &Case) -> Result<Tensors> {
 
 /// What both roads tell the UNet about prompts: English through SDXL's encoders, Chinese through the student's.
 pub fn prompts(case: &Case) -> Result<Tensors> {
-    let english = EnglishEncoders::load(&case.path("model")?, true, Kind::Float, Device::Cpu)?;
+    let english = ModelSource::open(&case.path("model")?, None)?.english(Kind::Float, Device::Cpu)?;
     let states = english.encode(&case.setting::<Vec<String>>("english")?)?;
     let options = StudentOptions { normalize_quotes: false, device: Device::Cpu, kind: Kind::Float };
     let student = StudentEncoder::load(&case.path("student")?, case.setting("context_length")?, options)?;

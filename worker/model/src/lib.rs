@@ -11,6 +11,7 @@ pub mod nn;
 pub mod optim;
 pub mod sample;
 pub mod schedule;
+pub mod source;
 pub mod text;
 pub mod unet;
 pub mod vae;

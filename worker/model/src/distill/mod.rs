@@ -19,6 +19,7 @@ pub use self::loss::LossSums;
 use crate::adapter::{Adapter, AdapterConfig};
 use crate::sample::SchedulerConfig;
 use crate::schedule::{NoiseSchedule, Prediction};
+use crate::source::ModelSource;
 use crate::text::{Conditioning, EnglishEncoders, StudentEncoder, StudentOptions};
 use crate::unet::{Added, ForwardOptions, UNet, UNetOutput};
 use crate::vae::Vae;
@@ -168,20 +169,16 @@ struct Noised {
 }
 
 impl Distiller {
-    /// Loads an SDXL or SD1.5 in the folders of diffusers (`unet`, `vae`, `text_encoder`, `tokenizer`, `scheduler`, for SDXL also
-    /// `text_encoder_2` and `tokenizer_2`) and the student's text encoder from a folder of its own.
+    /// Builds the networks of an opened SDXL or SD1.5, and loads the student's text encoder from a folder of its own.
     ///
     /// Errors: those of loading each model and of [`Distiller::new`].
-    pub fn load(model_dir: &Path, student_dir: &Path, options: LoadOptions) -> Result<Self> {
+    pub fn load(model: &ModelSource, student_dir: &Path, options: LoadOptions) -> Result<Self> {
         let LoadOptions { distill, context_length, normalize_quotes, kind, vae_kind, device } = options;
-        let scheduler = SchedulerConfig::load(model_dir)?;
-        let unet = UNet::load(&model_dir.join("unet"), kind, device)?;
-        let load_vae = if distill.vae_round_fp16 { Vae::load_rounded } else { Vae::load };
-        let vae = load_vae(&model_dir.join("vae"), vae_kind, device)?;
+        let unet = model.unet(kind, device)?;
+        let vae = if distill.vae_round_fp16 { model.vae_rounded(vae_kind, device)? } else { model.vae(vae_kind, device)? };
         let student = StudentEncoder::load(student_dir, context_length, StudentOptions { normalize_quotes, device, kind })?;
-        let is_sdxl = unet.pooled_width().is_some();
-        let teacher = distill.distill.then(|| EnglishEncoders::load(model_dir, is_sdxl, kind, device)).transpose()?;
-        Self::new(unet, vae, student, teacher, scheduler, distill, device)
+        let teacher = distill.distill.then(|| model.english(kind, device)).transpose()?;
+        Self::new(unet, vae, student, teacher, model.scheduler().clone(), distill, device)
     }
 
     /// Joins loaded models.

@@ -18,7 +18,7 @@ fn distiller_of_kind(distill: DistillConfig, kind: Kind) -> Distiller {
     tch::set_num_threads(1);
     let vae_kind = kind;
     let options = LoadOptions { distill, context_length: 24, normalize_quotes: true, kind, vae_kind, device: Device::Cpu };
-    Distiller::load(&demo(), &demo().join("text_encoder_zh"), options).unwrap()
+    Distiller::load(&ModelSource::open(&demo(), None).unwrap(), &demo().join("text_encoder_zh"), options).unwrap()
 }
 
 fn adapter() -> Adapter {

@@ -3,9 +3,10 @@
 use std::path::Path;
 
 use serde::Deserialize;
+use serde_json::Value;
 
 use crate::Result;
-use crate::config::{Supported, read_config};
+use crate::config::{Supported, parse_config, read_config};
 use crate::schedule::{BetaSchedule, DpmConfig, FinalSigma, NoiseConfig, Prediction, TimestepSpacing};
 
 /// Settings that change the solver in ways not computed here, with the values that leave it as it is.
@@ -74,16 +75,22 @@ impl SchedulerConfig {
     /// naming a setting whose value is not computed here (Karras sigmas, say).
     pub fn load(model_dir: &Path) -> Result<Self> {
         let path = model_dir.join("scheduler").join("scheduler_config.json");
-        let file: File = read_config(&path, SUPPORTED)?;
+        let settings = read_config(&path, &[])?;
+        Self::parse(&path, settings)
+    }
+
+    /// As [`SchedulerConfig::load`], of settings that were read already; `path` names them in errors.
+    pub(crate) fn parse(path: &Path, settings: Value) -> Result<Self> {
+        let file: File = parse_config(path, settings, SUPPORTED)?;
         let betas_are_sane = match &file.trained_betas {
             Some(betas) => !betas.is_empty() && betas.iter().all(|&beta| beta > 0.0 && beta < 1.0),
             None => file.num_train_timesteps > 0 && file.beta_start > 0.0 && file.beta_start <= file.beta_end && file.beta_end < 1.0,
         };
         if !betas_are_sane {
             let reason = "betas must be above 0 and below 1, and there must be at least one".into();
-            return Err(crate::Error::Invalid { path, reason });
+            return Err(crate::Error::Invalid { path: path.into(), reason });
         }
-        // `read_config` has let through the values matched here only.
+        // `parse_config` has let through the values matched here only.
         let beta_schedule = match (file.trained_betas, file.beta_schedule.as_str()) {
             (Some(betas), _) => BetaSchedule::Trained(betas),
             (None, "scaled_linear") => BetaSchedule::ScaledLinear,

@@ -1,13 +1,12 @@
 //! Text to image with classifier-free guidance.
 
-use std::path::Path;
-
 use tch::{Device, Kind, Tensor, no_grad_guard};
 
 use super::config::SchedulerConfig;
 use super::latents::initial_latents;
 use super::prompter::Prompter;
 use super::solver::DpmSolver;
+use crate::source::ModelSource;
 use crate::text::Conditioning;
 use crate::unet::{Added, ForwardOptions, UNet};
 use crate::vae::Vae;
@@ -95,12 +94,14 @@ pub struct Sampler<'a> {
 }
 
 impl Pipeline {
-    /// Loads `unet`, `vae` and `scheduler` of a model folder. Text encoders are loaded apart: see [`Prompter`].
-    pub fn load(model_dir: &Path, options: PipelineOptions) -> Result<Self> {
+    /// Builds UNet and autoencoder of an opened model. Text encoders are loaded apart: see [`Prompter`].
+    ///
+    /// Errors: those of [`ModelSource::unet`] and [`ModelSource::vae`].
+    pub fn load(model: &ModelSource, options: PipelineOptions) -> Result<Self> {
         Ok(Self {
-            unet: UNet::load(&model_dir.join("unet"), options.unet_kind, options.device)?,
-            vae: Vae::load(&model_dir.join("vae"), options.vae_kind, options.device)?,
-            scheduler: SchedulerConfig::load(model_dir)?,
+            unet: model.unet(options.unet_kind, options.device)?,
+            vae: model.vae(options.vae_kind, options.device)?,
+            scheduler: model.scheduler().clone(),
             device: options.device,
         })
     }
@@ -241,7 +242,7 @@ fn guide(predicted: &Tensor, scale: f64, rescale: f64) -> Result<Tensor> {
 
 #[cfg(test)]
 mod tests {
-    use std::path::PathBuf;
+    use std::path::{Path, PathBuf};
 
     use super::*;
     use crate::adapter::{Adapter, AdapterConfig};
@@ -251,6 +252,10 @@ mod tests {
 
     fn demo() -> PathBuf {
         Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/demo/model")
+    }
+
+    fn model() -> ModelSource {
+        ModelSource::open(&demo(), None).unwrap()
     }
 
     fn student() -> StudentEncoder {
@@ -269,7 +274,7 @@ mod tests {
 
     #[test]
     fn a_picture_does_not_depend_on_the_batch_it_is_drawn_in() {
-        let pipeline = Pipeline::load(&demo(), OPTIONS).unwrap();
+        let pipeline = Pipeline::load(&model(), OPTIONS).unwrap();
         let (encoder, adapter) = (student(), adapter(64, Some(80)));
         let prompter = Prompter::Student { encoder: &encoder, adapter: &adapter };
         let mut reports = Vec::new();
@@ -294,7 +299,7 @@ mod tests {
         let (encoder, adapter) = (student(), adapter(64, Some(80)));
         let prompter = Prompter::Student { encoder: &encoder, adapter: &adapter };
         let draw = |kind| {
-            let pipeline = Pipeline::load(&demo(), PipelineOptions { unet_kind: kind, ..OPTIONS }).unwrap();
+            let pipeline = Pipeline::load(&model(), PipelineOptions { unet_kind: kind, ..OPTIONS }).unwrap();
             pipeline.sampler().draw(prompter, &["红色的圆形"], &small(), |_| ()).unwrap().to_kind(Kind::Float)
         };
         let distance = (draw(Kind::Float) - draw(Kind::BFloat16)).abs().mean(Kind::Float).double_value(&[]);
@@ -303,7 +308,7 @@ mod tests {
 
     #[test]
     fn what_does_not_fit_is_refused_before_any_work() {
-        let pipeline = Pipeline::load(&demo(), OPTIONS).unwrap();
+        let pipeline = Pipeline::load(&model(), OPTIONS).unwrap();
         let encoder = student();
         let draw = |adapter: &Adapter, options: &SampleOptions, prompts: &[&str]| {
             let prompter = Prompter::Student { encoder: &encoder, adapter };

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use serde::Deserialize;
+use serde_json::{Map, Value};
 use tch::{Device, Kind, Tensor};
 
 use super::config::{Architecture, TextSettings, check_transformer, ids_to_tensor};
@@ -110,6 +111,11 @@ impl ClipTextEncoder {
         Self::with_config(config, &Weights::open(dir)?, kind, device)
     }
 
+    /// As [`ClipTextEncoder::load`], of settings and weights that were opened already; `path` names the settings in errors.
+    pub(crate) fn of(path: &Path, settings: Map<String, Value>, weights: &Weights, kind: Kind, device: Device) -> Result<Self> {
+        Self::from_weights(&TextSettings::of(path, Architecture::Clip, settings), weights, kind, device)
+    }
+
     /// Takes the encoder from weights that may hold the image encoder too.
     pub(super) fn from_weights(settings: &TextSettings, weights: &Weights, kind: Kind, device: Device) -> Result<Self> {
         Self::with_config(ClipTextConfig::new(settings)?, weights, kind, device)
@@ -167,6 +173,11 @@ impl ClipTextEncoder {
     /// Returns the width of the token states.
     pub fn width(&self) -> i64 {
         self.config.hidden_size
+    }
+
+    /// Returns the width of [`ClipTextStates::pooled`].
+    pub fn pooled_width(&self) -> i64 {
+        if self.projection.is_some() { self.config.projection_dim } else { self.config.hidden_size }
     }
 
     /// Returns the longest row of ids it takes.

@@ -74,7 +74,7 @@ impl TextSettings {
     /// Errors: [`Error::Io`], [`Error::Invalid`] if it is not such a file or names no `model_type`, [`Error::Unsupported`] for a `model_type`
     /// that cannot be loaded.
     pub(super) fn read(path: &Path) -> Result<Self> {
-        let TextPart { settings, whole, part } = TextPart::read(path)?;
+        let TextPart { settings, whole, part } = TextPart::of(read_config(path, &[])?);
         let Some(named) = whole.as_ref().or(part.as_ref()) else {
             return Err(Error::Invalid { path: path.into(), reason: "has no model_type".into() });
         };
@@ -90,7 +90,12 @@ impl TextSettings {
 
     /// Reads `config.json` of a model whose architecture is known from where it lies.
     pub(super) fn read_as(path: &Path, architecture: Architecture) -> Result<Self> {
-        Ok(Self { path: path.into(), architecture, settings: TextPart::read(path)?.settings })
+        Ok(Self::of(path, architecture, read_config(path, &[])?))
+    }
+
+    /// As [`TextSettings::read_as`], of settings that were read already; `path` names them in errors.
+    pub(super) fn of(path: &Path, architecture: Architecture, settings: Map<String, Value>) -> Self {
+        Self { path: path.into(), architecture, settings: TextPart::of(settings).settings }
     }
 
     /// Settings that no `config.json` gives: those of a published model known by its name.
@@ -128,15 +133,14 @@ struct TextPart {
 }
 
 impl TextPart {
-    fn read(path: &Path) -> Result<Self> {
-        let mut settings: Map<String, Value> = read_config(path, &[])?;
+    fn of(mut settings: Map<String, Value>) -> Self {
         let model_type = |settings: &Map<String, Value>| settings.get("model_type").and_then(Value::as_str).map(str::to_owned);
         let whole = model_type(&settings);
-        let Some(Value::Object(mut text)) = settings.remove("text_config") else { return Ok(Self { settings, whole, part: None }) };
+        let Some(Value::Object(mut text)) = settings.remove("text_config") else { return Self { settings, whole, part: None } };
         let part = model_type(&text);
         // The width of the space shared with images is written outside.
         text.extend(settings.remove("projection_dim").map(|width| ("projection_dim".to_owned(), width)));
-        Ok(Self { settings: text, whole, part })
+        Self { settings: text, whole, part }
     }
 }
 

@@ -1,8 +1,6 @@
 //! The English side of a model, whichever it is.
 
-use std::path::Path;
-
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
 use super::clip::ClipTextEncoder;
 use super::sdxl::{SdxlTextEncoders, TextStates};
@@ -27,13 +25,9 @@ pub struct Sd15TextEncoder {
 }
 
 impl Sd15TextEncoder {
-    /// Loads `text_encoder` and `tokenizer` of a model folder.
-    ///
-    /// Errors: what loading the parts may give.
-    pub fn load(model_dir: &Path, kind: Kind, device: Device) -> Result<Self> {
-        let encoder = ClipTextEncoder::load(&model_dir.join("text_encoder"), kind, device)?;
-        let longest = usize::try_from(encoder.max_length()).unwrap_or(0);
-        Ok(Self { tokenizer: TextTokenizer::clip(&model_dir.join("tokenizer"), longest)?, encoder })
+    /// Joins the two.
+    pub fn new(tokenizer: TextTokenizer, encoder: ClipTextEncoder) -> Self {
+        Self { tokenizer, encoder }
     }
 
     /// Encodes prompts. Shapes: `[B, L, width]`, `f32`.
@@ -53,16 +47,6 @@ pub enum EnglishEncoders {
 }
 
 impl EnglishEncoders {
-    /// Loads those of a model folder; `pooled` says whether its UNet takes pooled text, as SDXL's does.
-    ///
-    /// Errors: what loading the parts may give.
-    pub fn load(model_dir: &Path, pooled: bool, kind: Kind, device: Device) -> Result<Self> {
-        Ok(match pooled {
-            true => Self::Sdxl(Box::new(SdxlTextEncoders::load(model_dir, kind, device)?)),
-            false => Self::Sd15(Box::new(Sd15TextEncoder::load(model_dir, kind, device)?)),
-        })
-    }
-
     /// Encodes prompts, without gradient. Nothing is hidden from cross-attention: the models were trained so.
     ///
     /// Errors: [`crate::Error::Shape`] if there is no prompt.
@@ -81,6 +65,22 @@ impl EnglishEncoders {
         match self {
             Self::Sdxl(encoders) => encoders.width(),
             Self::Sd15(encoder) => encoder.encoder.width(),
+        }
+    }
+
+    /// Returns the width of the pooled text; `None` for models without one.
+    pub fn pooled_width(&self) -> Option<i64> {
+        match self {
+            Self::Sdxl(encoders) => Some(encoders.pooled_width()),
+            Self::Sd15(_) => None,
+        }
+    }
+
+    /// Returns the number of tokens every prompt has.
+    pub fn context_length(&self) -> i64 {
+        match self {
+            Self::Sdxl(encoders) => encoders.context_length(),
+            Self::Sd15(encoder) => encoder.tokenizer.length() as i64,
         }
     }
 }

@@ -35,12 +35,21 @@ impl SdxlTextEncoders {
             let longest = usize::try_from(encoder.max_length()).unwrap_or(0);
             Ok::<_, Error>((TextTokenizer::clip(&model_dir.join(tokenizer), longest)?, encoder))
         };
-        let (tokenizer, encoder) = load("text_encoder", "tokenizer")?;
-        let (tokenizer_2, encoder_2) = load("text_encoder_2", "tokenizer_2")?;
+        Self::new(model_dir, load("text_encoder", "tokenizer")?, load("text_encoder_2", "tokenizer_2")?)
+    }
+
+    /// Joins the loaded encoders of the model at `path`, each with its tokenizer.
+    ///
+    /// Errors: [`Error::Invalid`] if the two tokenizers disagree on the length of a text.
+    pub fn new(
+        path: &Path,
+        (tokenizer, encoder): (TextTokenizer, ClipTextEncoder),
+        (tokenizer_2, encoder_2): (TextTokenizer, ClipTextEncoder),
+    ) -> Result<Self> {
         let (length, length_2) = (tokenizer.length(), tokenizer_2.length());
         if length != length_2 {
             let reason = format!("tokenizer gives {length} tokens and tokenizer_2 {length_2}: their states cannot be put side by side");
-            return Err(Error::Invalid { path: model_dir.into(), reason });
+            return Err(Error::Invalid { path: path.into(), reason });
         }
         Ok(Self { tokenizer, encoder, tokenizer_2, encoder_2 })
     }
@@ -63,6 +72,11 @@ impl SdxlTextEncoders {
     /// Returns the width of the token states, both encoders together.
     pub fn width(&self) -> i64 {
         self.encoder.width() + self.encoder_2.width()
+    }
+
+    /// Returns the width of the pooled embedding.
+    pub fn pooled_width(&self) -> i64 {
+        self.encoder_2.pooled_width()
     }
 }
 

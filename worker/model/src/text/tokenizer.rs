@@ -1,5 +1,6 @@
 //! Text to token ids, for the kinds of vocabulary the encoders here use.
 
+mod published;
 mod sentencepiece;
 
 use std::collections::{BTreeMap, HashSet};
@@ -137,31 +138,24 @@ impl TextTokenizer {
         let (unk, pad) = (token(&config.unk_token, "<|endoftext|>"), token(&config.pad_token, "<|endoftext|>"));
         let length = config.model_max_length.map_or(max_length, |length| (length as usize).min(max_length));
         Self::build(dir, length, &[bos.clone(), eos.clone(), unk.clone(), pad.clone()], &pad, || {
-            let vocab: BTreeMap<String, u32> = read_config(&dir.join("vocab.json"), &[])?;
-            let id = |token: &SpecialToken| vocab_id(&dir.join("vocab.json"), &vocab, token.content());
-            from_description(
-                dir,
-                json!({
-                    "normalizer": { "type": "Sequence", "normalizers": [
-                        { "type": "NFC" },
-                        { "type": "Replace", "pattern": { "Regex": r"\s+" }, "content": " " },
-                        { "type": "Lowercase" },
-                    ]},
-                    "pre_tokenizer": { "type": "Sequence", "pretokenizers": [
-                        { "type": "Split", "pattern": { "Regex": CLIP_WORDS }, "behavior": "Removed", "invert": true },
-                        { "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true },
-                    ]},
-                    "post_processor": {
-                        "type": "RobertaProcessing", "trim_offsets": false, "add_prefix_space": false,
-                        "cls": [bos.content(), id(&bos)?], "sep": [eos.content(), id(&eos)?],
-                    },
-                    "model": {
-                        "type": "BPE", "unk_token": unk.content(), "continuing_subword_prefix": "", "end_of_word_suffix": "</w>",
-                        "vocab": vocab, "merges": read_merges(&dir.join("merges.txt"))?,
-                    },
-                }),
-            )
+            let path = dir.join("vocab.json");
+            let (vocab, merges) = (read_config(&path, &[])?, read_merges(&dir.join("merges.txt"))?);
+            clip_words(&path, &vocab, &merges, [&bos, &eos, &unk].map(SpecialToken::content))
         })
+    }
+
+    /// Makes CLIP's published tokenizer, whose vocabulary is part of this program: for checkpoints that come without one.
+    ///
+    /// Texts are cut and padded to `length`; OpenAI's CLIP pads with 49407, the end of a text, OpenCLIP's bigG with 0, an exclamation mark.
+    /// Errors: [`Error::Invalid`] if no token has the id `pad_id`, or if `length` leaves no room for text.
+    pub fn clip_published(pad_id: i64, length: usize) -> Result<Self> {
+        let path = Path::new(published::NAME);
+        let (vocab, merges) = published::clip()?;
+        let [bos, eos] = published::ENDS.map(|end| SpecialToken::Text(end.to_owned()));
+        let pad = vocab.iter().find(|&(_, &id)| i64::from(id) == pad_id).map(|(token, _)| SpecialToken::Text(token.clone()));
+        let pad = pad.ok_or_else(|| Error::Invalid { path: path.into(), reason: format!("has no token of id {pad_id}") })?;
+        let inner = clip_words(path, &vocab, &merges, [&bos, &eos, &eos].map(SpecialToken::content))?;
+        Self::finish(path, inner, length, &[bos, eos, pad.clone()], &pad)
     }
 
     /// Reads BERT's WordPiece tokenizer from `tokenizer.json`, or from `vocab.txt` (uncased unless `tokenizer_config.json` says
@@ -256,14 +250,19 @@ impl TextTokenizer {
         other: impl FnOnce() -> Result<Tokenizer>,
     ) -> Result<Self> {
         let path = dir.join("tokenizer.json");
-        let (path, mut inner) = if path.is_file() {
+        let (path, inner) = if path.is_file() {
             let bytes = std::fs::read(&path).map_err(|source| Error::Io { path: path.clone(), source })?;
             let inner = Tokenizer::from_bytes(bytes).map_err(|error| not_a_tokenizer(&path, &error.to_string()))?;
             (path, inner)
         } else {
             (dir.to_path_buf(), other()?)
         };
-        let invalid = |reason: String| Error::Invalid { path: path.clone(), reason };
+        Self::finish(&path, inner, length, special, pad)
+    }
+
+    /// Fixes the length of a tokenizer that was read from `path`.
+    fn finish(path: &Path, mut inner: Tokenizer, length: usize, special: &[SpecialToken], pad: &SpecialToken) -> Result<Self> {
+        let invalid = |reason: String| Error::Invalid { path: path.into(), reason };
         if length < 3 {
             return Err(invalid(format!("a context of {length} tokens has no room for text between start and end")));
         }
@@ -288,7 +287,7 @@ impl TextTokenizer {
                 pad_type_id: 0,
                 pad_token: pad.content().into(),
             }));
-        Ok(Self { path, inner, pad_id: pad_id.into(), length })
+        Ok(Self { path: path.into(), inner, pad_id: pad_id.into(), length })
     }
 
     /// Returns the ids of each text, all of [`TextTokenizer::length`].
@@ -319,6 +318,32 @@ impl TextTokenizer {
 
 /// What CLIP takes for a word before splitting it further.
 const CLIP_WORDS: &str = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+";
+
+/// CLIP's tokenizer of a vocabulary, its merges, and the tokens that begin a text, end it and stand for what is unknown.
+fn clip_words(path: &Path, vocab: &BTreeMap<String, u32>, merges: &[[String; 2]], [bos, eos, unk]: [&str; 3]) -> Result<Tokenizer> {
+    let id = |token: &str| vocab_id(path, vocab, token);
+    from_description(
+        path,
+        json!({
+            "normalizer": { "type": "Sequence", "normalizers": [
+                { "type": "NFC" },
+                { "type": "Replace", "pattern": { "Regex": r"\s+" }, "content": " " },
+                { "type": "Lowercase" },
+            ]},
+            "pre_tokenizer": { "type": "Sequence", "pretokenizers": [
+                { "type": "Split", "pattern": { "Regex": CLIP_WORDS }, "behavior": "Removed", "invert": true },
+                { "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true },
+            ]},
+            "post_processor": {
+                "type": "RobertaProcessing", "trim_offsets": false, "add_prefix_space": false, "cls": [bos, id(bos)?], "sep": [eos, id(eos)?],
+            },
+            "model": {
+                "type": "BPE", "unk_token": unk, "continuing_subword_prefix": "", "end_of_word_suffix": "</w>",
+                "vocab": vocab, "merges": merges,
+            },
+        }),
+    )
+}
 
 impl TokenizerConfig {
     /// Reads `tokenizer_config.json`; a folder without one uses the defaults of its kind.
@@ -362,7 +387,11 @@ fn vocab_id(path: &Path, vocab: &BTreeMap<String, u32>, token: &str) -> Result<u
 
 /// Reads `merges.txt`: a version line, then one pair a line, in order of rank.
 fn read_merges(path: &Path) -> Result<Vec<[String; 2]>> {
-    let text = read_text(path)?;
+    parse_merges(path, &read_text(path)?)
+}
+
+/// As [`read_merges`], of the text of the file at `path`.
+fn parse_merges(path: &Path, text: &str) -> Result<Vec<[String; 2]>> {
     let pairs = text.lines().enumerate().filter(|(_, line)| !line.starts_with("#version") && !line.trim().is_empty());
     pairs
         .map(|(index, line)| match line.trim_end().split_once(' ') {

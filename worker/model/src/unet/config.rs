@@ -3,9 +3,10 @@
 use std::path::Path;
 
 use serde::Deserialize;
+use serde_json::Value;
 
 use crate::Result;
-use crate::config::{PerLevel, Supported, faulty, num_layers, read_config, width};
+use crate::config::{PerLevel, Supported, faulty, num_layers, parse_config, read_config, width};
 
 /// The settings of a `UNet2DConditionModel` that shape the network; the defaults are those of diffusers.
 #[derive(Debug, Clone, Deserialize)]
@@ -153,6 +154,11 @@ impl UNetConfig {
     /// [`Error::Unsupported`](crate::Error::Unsupported) for a setting whose value is not computed.
     pub fn read(path: &Path) -> Result<Self> {
         read_config(path, SUPPORTED)
+    }
+
+    /// As [`UNetConfig::read`], of settings that came from elsewhere; `path` names them in errors.
+    pub(crate) fn parse(path: &Path, settings: Value) -> Result<Self> {
+        parse_config(path, settings, SUPPORTED)
     }
 
     /// Widths of the pooled text that the network takes and of each time id's sinusoid; `None` if it takes neither.

@@ -3,9 +3,10 @@
 use std::path::Path;
 
 use serde::Deserialize;
+use serde_json::Value;
 
 use crate::Result;
-use crate::config::{Supported, faulty, num_layers, read_config, width};
+use crate::config::{Supported, faulty, num_layers, parse_config, read_config, width};
 
 /// The settings of an `AutoencoderKL` that shape it; the defaults are those of diffusers.
 #[derive(Debug, Clone, Deserialize)]
@@ -81,6 +82,11 @@ impl VaeConfig {
     /// [`Error::Unsupported`](crate::Error::Unsupported) for a setting whose value is not computed.
     pub fn read(path: &Path) -> Result<Self> {
         read_config(path, SUPPORTED)
+    }
+
+    /// As [`VaeConfig::read`], of settings that came from elsewhere; `path` names them in errors.
+    pub(crate) fn parse(path: &Path, settings: Value) -> Result<Self> {
+        parse_config(path, settings, SUPPORTED)
     }
 
     /// Checks that the settings fit together; returns the number of residual blocks a level of the encoder has.

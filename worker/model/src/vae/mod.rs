@@ -48,18 +48,9 @@ impl Vae {
     /// SDXL's VAE overflows in f16: load it as f32 or bf16.
     /// Errors: those of [`VaeConfig::read`], [`Weights::open`] and [`Weights::finish`].
     pub fn load(folder: &Path, kind: Kind, device: Device) -> Result<Self> {
-        Self::from_folder(folder, |weights| weights.root(kind, device))
-    }
-
-    /// As [`Vae::load`], with every weight rounded to f16 first: the published trainer of the method halves all models as it starts.
-    pub fn load_rounded(folder: &Path, kind: Kind, device: Device) -> Result<Self> {
-        Self::from_folder(folder, |weights| weights.root(kind, device).rounded(Kind::Half))
-    }
-
-    fn from_folder(folder: &Path, scope: impl FnOnce(&Weights) -> Scope<'_>) -> Result<Self> {
         let config = VaeConfig::read(&folder.join("config.json"))?;
         let weights = Weights::open(folder)?;
-        let vae = Self::new(&scope(&weights), config)?;
+        let vae = Self::new(&weights.root(kind, device), config)?;
         weights.finish(&[])?;
         Ok(vae)
     }

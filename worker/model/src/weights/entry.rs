@@ -67,6 +67,11 @@ impl Entry {
         &self.shape
     }
 
+    /// Bytes in the file that the tensor is made of.
+    pub(super) fn num_bytes(&self) -> u64 {
+        self.bytes.len() as u64
+    }
+
     /// The part of the tensor between two rows: a look at the same bytes. `None` if it has fewer.
     pub(super) fn rows(&self, rows: Range<i64>) -> Option<Self> {
         let (&num_rows, &stride) = self.shape.first().zip(self.strides.first())?;

@@ -18,13 +18,15 @@ const DEFAULT_REVISION: &str = "main";
 /// The revision is a branch, a tag or a whole commit; without one it is `main`. The cache is looked for where the Python libraries keep
 /// it: `$HF_HUB_CACHE`, `$HF_HOME/hub`, `$XDG_CACHE_HOME/huggingface/hub`, `~/.cache/huggingface/hub`.
 /// Errors: [`crate::Error::Invalid`] if it is neither; for a name that is not in the cache it says which command fetches it.
-pub fn locate(model: &str) -> Result<PathBuf> {
-    let path = Path::new(model);
+pub fn locate(model: impl AsRef<Path>) -> Result<PathBuf> {
+    let path = model.as_ref();
     if path.exists() {
         return Ok(path.to_path_buf());
     }
-    let name =
-        HubName::parse(model).ok_or_else(|| invalid(path, "there is no such file or folder, and it is no ORG/NAME of the hub".into()))?;
+    let name = path
+        .to_str()
+        .and_then(HubName::parse)
+        .ok_or_else(|| invalid(path, "there is no such file or folder, and it is no ORG/NAME of the hub".into()))?;
     let cache = cache_folder(|variable| std::env::var_os(variable).filter(|value| !value.is_empty()).map(PathBuf::from));
     let cache = cache.ok_or_else(|| invalid(path, "no such folder, and neither HF_HOME nor HOME says where the hub's cache is".into()))?;
     name.snapshot(&cache)
@@ -128,7 +130,7 @@ mod tests {
     #[test]
     fn a_path_that_exists_is_taken_as_it_is() {
         let folder = tempfile::tempdir().unwrap();
-        assert_eq!(locate(folder.path().to_str().unwrap()).unwrap(), folder.path());
+        assert_eq!(locate(folder.path()).unwrap(), folder.path());
         assert!(locate("/no/such/folder").unwrap_err().to_string().contains("no ORG/NAME"));
     }
 }

@@ -23,7 +23,7 @@ use tch::{Device, Kind, Tensor};
 
 use self::entry::{Entries, Entry};
 pub use self::hub::locate;
-pub use self::single_file::SingleFile;
+pub use self::single_file::{Marks, SingleFile};
 use crate::{Error, Result};
 
 /// Names under which the published model folders hold their weights, in the order they are looked for.
@@ -50,7 +50,18 @@ const FILE_NAMES: [&str; 14] = [
 pub struct Weights {
     path: PathBuf,
     entries: BTreeMap<String, Stored>,
+    /// Whether tensors are only checked, not copied.
+    shapes_only: bool,
     ledger: RefCell<Ledger>,
+}
+
+/// What a model took of its weights.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Survey {
+    /// Elements of all tensors.
+    pub num_parameters: i64,
+    /// Bytes of each kind on disk, most bytes first.
+    pub kinds: Vec<(Kind, u64)>,
 }
 
 /// A tensor and the file it lies in.
@@ -99,7 +110,46 @@ impl Weights {
     /// The empty set. Every tensor asked of it counts as missing and is a zero that occupies no memory: what a model built on it asks
     /// for can be counted ([`Weights::num_requested`]) without allocating the model.
     pub(crate) fn none() -> Self {
-        Self { path: PathBuf::new(), entries: BTreeMap::new(), ledger: RefCell::default() }
+        Self { path: PathBuf::new(), entries: BTreeMap::new(), shapes_only: false, ledger: RefCell::default() }
+    }
+
+    /// Makes the set check names, shapes and kinds without reading a tensor: each one asked of it is a zero that occupies no memory.
+    ///
+    /// A model built on it and ended with [`Weights::finish`] has been compared with its files completely, in the time their headers take.
+    #[must_use]
+    pub fn shapes_only(self) -> Self {
+        Self { shapes_only: true, ..self }
+    }
+
+    /// The same tensors with a new account, for another model built from them.
+    pub(crate) fn anew(&self) -> Self {
+        let Self { path, entries, shapes_only, ledger: _ } = self;
+        Self { path: path.clone(), entries: entries.clone(), shapes_only: *shapes_only, ledger: RefCell::default() }
+    }
+
+    /// How many elements were asked for so far, and in which kinds they lie on disk.
+    pub fn survey(&self) -> Survey {
+        let mut kinds: Vec<(Kind, u64)> = Vec::new();
+        let ledger = self.ledger.borrow();
+        for Stored { entry, .. } in ledger.used.iter().filter_map(|key| self.entries.get(key)) {
+            let (kind, num_bytes) = (entry.kind(), entry.num_bytes());
+            match kinds.iter_mut().find(|(known, _)| *known == kind) {
+                Some((_, sum)) => *sum += num_bytes,
+                None => kinds.push((kind, num_bytes)),
+            }
+        }
+        kinds.sort_by_key(|&(_, num_bytes)| std::cmp::Reverse(num_bytes));
+        Survey { num_parameters: ledger.num_elements, kinds }
+    }
+
+    /// Whether there is a key that begins with `start`.
+    pub(crate) fn holds_any(&self, start: &str) -> bool {
+        self.entries.range(start.to_owned()..).next().is_some_and(|(key, _)| key.starts_with(start))
+    }
+
+    /// The shape of the tensor `key`. Asking does not count as use.
+    pub(crate) fn shape(&self, key: &str) -> Option<&[i64]> {
+        self.entries.get(key).map(|stored| stored.entry.shape())
     }
 
     /// The scope of all keys. Tensors taken from it are converted to `kind` and copied to `device`.
@@ -181,12 +231,12 @@ impl Weights {
         } else if !is_float(entry.kind()) {
             Some(format!("{key} holds {:?}, wanted floating point", entry.kind()))
         } else {
-            ledger.used.insert(key);
-            return entry.copy(map, kind, device);
+            None
         };
+        let fits = problem.is_none();
         ledger.misshapen.extend(problem);
         ledger.used.insert(key);
-        placeholder()
+        if fits && !self.shapes_only { entry.copy(map, kind, device) } else { placeholder() }
     }
 }
 
@@ -351,6 +401,22 @@ mod tests {
             assert!(text.contains(part), "{text}");
         }
         assert!(!weights.finish(&["bias"]).unwrap_err().to_string().contains("unknown a.bias"));
+    }
+
+    #[test]
+    fn shapes_are_checked_as_strictly_without_reading_a_tensor() {
+        let check = |shape: &[i64], name: &str| {
+            let weights = open_bytes(&sample_file()).unwrap().shapes_only();
+            let root = weights.root(Kind::Float, Device::Cpu);
+            let tensor = (&root / "a" / 0).tensor("weight", shape);
+            assert_eq!((tensor.size().as_slice(), tensor.sum(Kind::Float).double_value(&[])), (shape, 0.0));
+            let _ = (&root / "a").tensor(name, &[2]);
+            assert!(weights.anew().keys().eq(weights.keys()) && weights.anew().num_requested() == 0);
+            (weights.survey(), weights.finish(&[]).map_err(|error| error.to_string()))
+        };
+        assert_eq!(check(&[2, 3], "bias"), (Survey { num_parameters: 8, kinds: vec![(Kind::Half, 16)] }, Ok(())));
+        assert!(check(&[3, 2], "bias").1.unwrap_err().contains("a.0.weight is [2, 3], wanted [3, 2]"));
+        assert!(check(&[2, 3], "scale").1.unwrap_err().contains("missing a.scale [2]"));
     }
 
     #[test]

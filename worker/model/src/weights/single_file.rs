@@ -18,6 +18,8 @@ const VAE: &str = "first_stage_model.";
 const TEXT_ENCODER: [&str; 2] = ["cond_stage_model.transformer.", "conditioner.embedders.0.transformer."];
 /// OpenCLIP's bigG, which SDXL has besides.
 const TEXT_ENCODER_2: &str = "conditioner.embedders.1.model.";
+const V_PREDICTION: &str = "v_pred";
+const ZERO_TERMINAL_SNR: &str = "ztsnr";
 
 /// The models of one file, each under the names that its own folder would give its tensors.
 pub struct SingleFile {
@@ -29,6 +31,17 @@ pub struct SingleFile {
     pub text_encoder: Weights,
     /// OpenCLIP's bigG; only SDXL has it.
     pub text_encoder_2: Option<Weights>,
+    /// How the file says that the model was trained, where it does.
+    pub marks: Marks,
+}
+
+/// What files say of their training by empty tensors of these names, as trainers and user interfaces have agreed on.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Marks {
+    /// `v_pred`: the UNet predicts the velocity, not the noise.
+    pub v_prediction: bool,
+    /// `ztsnr`: at the last timestep nothing of the picture is left.
+    pub zero_terminal_snr: bool,
 }
 
 impl Weights {
@@ -61,6 +74,7 @@ impl Weights {
             vae: required("autoencoder", VAE, vae(below(VAE)))?,
             text_encoder: required("text encoder", &TEXT_ENCODER.join(".. or "), text_encoder)?,
             text_encoder_2: (!big.is_empty()).then(|| model("second text encoder", big)),
+            marks: Marks { v_prediction: entries.contains_key(V_PREDICTION), zero_terminal_snr: entries.contains_key(ZERO_TERMINAL_SNR) },
         })
     }
 }
@@ -277,6 +291,7 @@ mod tests {
             "model.diffusion_model.output_blocks.1.1.conv.weight",
             "model.diffusion_model.output_blocks.2.0.emb_layers.1.weight",
             "model_ema.decay",
+            "v_pred",
             "first_stage_model.decoder.up.0.block.1.nin_shortcut.weight",
             "first_stage_model.decoder.up.1.upsample.conv.weight",
             "first_stage_model.decoder.mid.attn_1.proj_out.weight",
@@ -305,6 +320,7 @@ mod tests {
         assert_eq!(file.vae.stored(expected[0]).unwrap().size(), [3, 1]);
         assert_eq!(file.text_encoder.keys().collect::<Vec<_>>(), ["text_model.final_layer_norm.weight"]);
         assert!(file.text_encoder_2.is_none());
+        assert_eq!(file.marks, Marks { v_prediction: true, zero_terminal_snr: false });
     }
 
     #[test]

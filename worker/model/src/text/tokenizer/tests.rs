@@ -38,6 +38,38 @@ fn vocabulary_files_alone_give_the_same_ids_as_tokenizer_json() {
     }
 }
 
+/// The ids are those of open_clip 3.3.0 (`SimpleTokenizer().encode`), whose texts are free of what its cleaning or NFC would change.
+const PUBLISHED: [(&str, &[i64]); 4] = [
+    ("a photograph of an astronaut riding a horse", &[320, 8853, 539, 550, 18376, 6765, 320, 4558]),
+    ("A BIG Red circle!!", &[320, 1205, 736, 7117, 748]),
+    ("don't 12345 mixed 红色 😀 café", &[847, 713, 272, 273, 274, 275, 276, 6780, 163, 118, 95, 164, 231, 366, 7334, 15304]),
+    ("wow !", &[2781, 256]),
+];
+
+#[test]
+fn published_vocabulary_gives_the_published_ids() {
+    let tokenizer = TextTokenizer::clip_published(49407, 77).unwrap();
+    for (text, words) in PUBLISHED {
+        let ids = [&[49406], words, &[49407]].concat().into_iter().chain(std::iter::repeat(49407)).take(77).collect::<Vec<_>>();
+        assert_eq!(tokenizer.encode(&[text]).unwrap()[0], ids, "{text}");
+    }
+    // To bigG's tokenizer the exclamation mark is the pad, wherever it stands.
+    let big_g = TextTokenizer::clip_published(0, 7).unwrap();
+    assert_eq!(big_g.encode(&["wow!!"]).unwrap()[0], [49406, 2781, 0, 0, 49407, 0, 0]);
+    assert!(TextTokenizer::clip_published(49408, 77).err().unwrap().to_string().contains("no token of id 49408"));
+    assert!(TextTokenizer::clip_published(0, 2).is_err());
+}
+
+#[test]
+fn empty_texts_of_the_published_tokenizers_are_start_end_and_padding() {
+    for (pad, expected) in [(49407, [49406, 49407, 49407, 49407]), (0, [49406, 49407, 0, 0])] {
+        let tokenizer = TextTokenizer::clip_published(pad, 77).unwrap();
+        let ids = &tokenizer.encode(&[""]).unwrap()[0];
+        assert_eq!((ids.len(), &ids[..4], tokenizer.pad_id()), (77, &expected[..], pad));
+        assert!(ids[2..].iter().all(|&id| id == pad));
+    }
+}
+
 #[test]
 fn every_text_starts_ends_and_is_filled_up() {
     let clip = TextTokenizer::clip(&demo("tokenizer"), 77).unwrap();
