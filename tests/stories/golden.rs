@@ -1,6 +1,6 @@
 //! What the Python libraries compute, computed again: every folder under `golden/cases` and under $PEAPOD_GOLDEN_DIR is a case.
 //!
-//! `golden/generate.py` writes the cases and says what is in a folder. To run a new kind of case, add a function to [`KINDS`].
+//! `golden/generate.py` writes the cases, `golden/README.md` says what is in a folder. To run a new kind of case, add a function to [`KINDS`].
 
 mod sample;
 mod text;
@@ -117,9 +117,13 @@ impl Case {
         Ok(value.clone().try_into()?)
     }
 
-    /// A setting that is a path, seen from the case's folder.
+    /// A setting that is a path, seen from the case's folder; a leading `$DEMO` is the demo's model, wherever the case lies.
     fn path(&self, name: &str) -> Result<PathBuf> {
-        Ok(self.folder.join(self.setting::<String>(name)?))
+        let path = PathBuf::from(self.setting::<String>(name)?);
+        Ok(match path.strip_prefix("$DEMO") {
+            Ok(rest) => Path::new(env!("CARGO_MANIFEST_DIR")).join("demo").join("model").join(rest),
+            Err(_) => self.folder.join(path),
+        })
     }
 
     fn input(&self, name: &str) -> Result<Tensor> {
