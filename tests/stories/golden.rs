@@ -2,6 +2,7 @@
 //!
 //! `golden/generate.py` writes the cases, `golden/README.md` says what is in a folder. To run a new kind of case, add a function to [`KINDS`].
 
+mod distill;
 mod sample;
 mod text;
 mod train;
@@ -10,8 +11,6 @@ mod weights;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use peapod_model::adapter::Adapter;
-use peapod_model::distill::{DistillConfig, Distiller, LoadOptions, MicroBatch};
 use peapod_model::unet::{Added, UNet};
 use peapod_model::vae::Vae;
 use serde::de::DeserializeOwned;
@@ -27,7 +26,8 @@ type Run = fn(&Case) -> Result<Tensors>;
 const KINDS: &[(&str, Run)] = &[
     ("unet", unet),
     ("vae", vae),
-    ("distill", distill),
+    ("distill", distill::step),
+    ("train", distill::train),
     ("tokenizer", text::tokenizer),
     ("clip_text", text::clip_text),
     ("bert_text", text::bert_text),
@@ -169,49 +169,4 @@ fn vae(case: &Case) -> Result<Tensors> {
     Ok([("mean", moments.mean), ("log_variance", moments.log_variance), ("decoded", decoded)]
         .map(|(name, tensor)| (name.into(), tensor))
         .into())
-}
-
-/// The losses and the adapter's gradients of a training step.
-fn distill(case: &Case) -> Result<Tensors> {
-    let options = LoadOptions {
-        distill: case.setting::<DistillConfig>("distill")?,
-        context_length: case.setting("context_length")?,
-        normalize_quotes: true,
-        kind: Kind::Float,
-        vae_kind: Kind::Float,
-        device: Device::Cpu,
-    };
-    let distiller = Distiller::load(&case.path("model")?, &case.path("student")?, options)?;
-    let adapter_file = case.folder.join("adapter.safetensors");
-    let adapter = Adapter::load(&adapter_file, Device::Cpu)?;
-    let batch = MicroBatch {
-        pixels: case.input("pixels")?,
-        posterior: case.input("posterior")?,
-        noise: case.input("noise")?,
-        offset: case.input("offset")?,
-        timesteps: case.input("timesteps")?,
-        drop: case.input("drop")?.to_kind(Kind::Bool),
-        native: case.input("native")?.to_kind(Kind::Bool),
-        captions: case.setting("captions")?,
-        english: case.setting("english")?,
-        original_size: case.setting("original_size")?,
-        crop: case.setting("crop")?,
-        text_dropout: vec![0; case.setting::<Vec<String>>("captions")?.len()],
-    };
-    let mut gradient = Tensor::zeros([adapter.num_parameters() as i64], (Kind::Float, Device::Cpu));
-    let sums = distiller.accumulate(&adapter, &batch, &mut gradient)?;
-
-    let mut outputs: Tensors = [("loss.task", sums.task), ("loss.logit", sums.logit), ("loss.feature", sums.feature)]
-        .map(|(name, value)| (name.to_owned(), Tensor::from(value)))
-        .into();
-    // The flat gradient follows the order of the state dict (pea-method's list of keys).
-    let names =
-        ["layernorm.weight", "layernorm.bias", "projector.0.weight", "projector.2.weight", "projector.4.weight", "fc.weight", "fc.bias"];
-    let mut start = 0;
-    for (name, parameter) in names.iter().zip(adapter.parameters()) {
-        let length = parameter.numel() as i64;
-        outputs.insert(format!("gradient.{name}"), gradient.narrow(0, start, length).reshape(parameter.size()));
-        start += length;
-    }
-    Ok(outputs)
 }

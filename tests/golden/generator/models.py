@@ -17,27 +17,36 @@ def demo_vae():
     return frozen(AutoencoderKL.from_pretrained(DEMO, subfolder="vae", torch_dtype=torch.float32))
 
 
-def demo_texts():
-    """Returns the demo's encoders as functions from captions to states: the student's, and the teacher's (pooled, sequence)."""
-    load = lambda model, folder, **options: frozen(model.from_pretrained(DEMO, subfolder=folder, dtype=torch.float32, **options))
-    clip, big = load(CLIPTextModel, "text_encoder"), load(CLIPTextModelWithProjection, "text_encoder_2")
-    bert = load(BertModel, "text_encoder_zh", add_pooling_layer=False)
-    tokenizers = [CLIPTokenizer.from_pretrained(DEMO, subfolder=folder) for folder in ("tokenizer", "tokenizer_2")]
-    characters = BertTokenizer.from_pretrained(DEMO, subfolder="text_encoder_zh")
-
-    def ids(tokenizer, captions):
-        return tokenizer(captions, padding="max_length", max_length=CONTEXT_LENGTH, truncation=True, return_tensors="pt").input_ids
+def bert_student(tokenizer, bert, length):
+    """A function from captions to token states and the mask of what is not padding."""
 
     def student(captions):
-        tokens = ids(characters, captions)
-        return bert(tokens, attention_mask=(tokens != 0).long())[0]
+        tokens = tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+        mask = (tokens != 0).long()
+        return bert(tokens, attention_mask=mask)[0], mask
+
+    return student
+
+
+def sdxl_teacher(tokenizers, clip, big, length):
+    """A function from captions to what SDXL is told about them: pooled, sequence."""
 
     def teacher(captions):
-        first = clip(ids(tokenizers[0], captions), output_hidden_states=True)
-        second = big(ids(tokenizers[1], captions), output_hidden_states=True)
+        ids = [tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids for tokenizer in tokenizers]
+        first, second = clip(ids[0], output_hidden_states=True), big(ids[1], output_hidden_states=True)
         return second.text_embeds, torch.cat([first.hidden_states[-2], second.hidden_states[-2]], -1)
 
-    return student, teacher
+    return teacher
+
+
+def demo_texts():
+    """Returns the demo's encoders as functions from captions: the student's to states and mask, the teacher's to (pooled, sequence)."""
+    load = lambda model, folder, **options: frozen(model.from_pretrained(DEMO, subfolder=folder, dtype=torch.float32, **options))
+    bert = load(BertModel, "text_encoder_zh", add_pooling_layer=False)
+    tokenizers = [CLIPTokenizer.from_pretrained(DEMO, subfolder=folder) for folder in ("tokenizer", "tokenizer_2")]
+    encoders = load(CLIPTextModel, "text_encoder"), load(CLIPTextModelWithProjection, "text_encoder_2")
+    student = bert_student(BertTokenizer.from_pretrained(DEMO, subfolder="text_encoder_zh"), bert, CONTEXT_LENGTH)
+    return student, sdxl_teacher(tokenizers, *encoders, CONTEXT_LENGTH)
 
 
 def hook_features(unet):
@@ -62,9 +71,13 @@ class Adapter(nn.Module):
         self.projector = nn.Sequential(linears[0], nn.GELU(), linears[1], nn.GELU(), linears[2])
         self.fc = nn.Linear(pooled, output)
 
-    def forward(self, states):
+    def forward(self, states, mask=None):
         projected = self.projector(self.layernorm(states))
-        return projected.mean(1), self.fc(F.gelu(projected))
+        if mask is None:
+            pooled = projected.mean(1)
+        else:
+            pooled = (projected * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)
+        return pooled, self.fc(F.gelu(projected))
 
 
 class LegacyAdapter(nn.Module):
@@ -81,14 +94,14 @@ class LegacyAdapter(nn.Module):
 
 
 class ShortAdapter(nn.Module):
-    """The adapter for SD1.5 of the published test scripts: five linears and neither pooled text nor a last layer."""
+    """The adapter for SD1.5: neither pooled text nor a last layer. The published test scripts have five linears, the trainer three."""
 
-    def __init__(self, width, hidden, output):
+    def __init__(self, width, hidden, output, depth=5):
         super().__init__()
         self.layernorm = nn.LayerNorm(width)
-        widths = [width, hidden, hidden, hidden, hidden, output]
+        widths = [width, *[hidden] * (depth - 1), output]
         linears = [nn.Linear(*pair, bias=False) for pair in zip(widths, widths[1:])]
         self.projector = nn.Sequential(*[layer for linear in linears for layer in (nn.GELU(), linear)][1:])
 
-    def forward(self, states):
+    def forward(self, states, mask=None):
         return self.projector(self.layernorm(states))

@@ -70,7 +70,7 @@ def picture_case(folder, seed, **options):
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     student, teacher = demo_texts()
-    roads = {"english": lambda texts: teacher(texts), "student": lambda texts: adapter(student(texts))}
+    roads = {"english": lambda texts: teacher(texts), "student": lambda texts: adapter(student(texts)[0])}
     count, latents, outputs = len(settings["english"]), normal(seed + 1, 2, 4, options["height"] // 8, options["width"] // 8), {}
     for (name, encode), prompts in zip(roads.items(), [settings["english"], settings["captions"]]):
         with torch.no_grad():

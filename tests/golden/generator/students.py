@@ -131,9 +131,9 @@ def student_mt5(folder):
     return student_case(without_pads(model, ids, 0), length=length)
 
 
-def small_chinese_clip(folder, seed, positions=30):
+def small_chinese_clip(folder, seed, positions=30, vocabulary=TEXTS):
     """A random Chinese-CLIP and its vocabulary, saved to `folder` in transformers' layout."""
-    text = {**sizes(), "vocab_size": write_bert_vocabulary(folder), "max_position_embeddings": positions}
+    text = {**sizes(), "vocab_size": write_bert_vocabulary(folder, vocabulary), "max_position_embeddings": positions}
     config = ChineseCLIPConfig(text_config=text, vision_config={**vision(), "projection_dim": wide(12)}, projection_dim=wide(12))
     model = save_as_half(randomised(ChineseCLIPModel(config), seed), folder)
     # transformers 5 clears the pad's row on loading; its older versions and the authors' library take it as it is in the file.

@@ -1,13 +1,11 @@
 """Tokenizers and text encoders of the models' own kinds."""
 
-import json
-
 import torch
 from transformers import BertConfig, BertForMaskedLM, BertTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from .common import CONTEXT_LENGTH, DEMO, DEMO_IN_CASE, EXACT, case, deep, randomised, save_as_half, wide
 from .models import demo_texts
-from .vocabularies import TEXTS, write_bert_vocabulary, write_clip_vocabulary
+from .vocabularies import TEXTS, write_bert_vocabulary, write_clip_tokenizer
 
 
 def tokenizer_case(tokenizer, kind, path, length):
@@ -25,17 +23,7 @@ def tokenizer_clip(folder):
 @case("tokenizer_clip_files", run="tokenizer", tolerance=0, why=EXACT)
 def tokenizer_clip_files(folder):
     """A CLIP tokenizer as SDXL ships it: vocab.json and merges.txt only, special tokens as objects, padding with "!" of id 0."""
-    write_clip_vocabulary(folder)
-    special = lambda content: {"__type": "AddedToken", "content": content, "lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
-    config = {
-        "bos_token": special("<|startoftext|>"),
-        "eos_token": special("<|endoftext|>"),
-        "unk_token": special("<|endoftext|>"),
-        "pad_token": "!",
-        "model_max_length": 77,
-        "tokenizer_class": "CLIPTokenizer",
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2), "utf-8")
+    write_clip_tokenizer(folder, "!", 77)
     return tokenizer_case(CLIPTokenizer.from_pretrained(folder), "clip", ".", 77)
 
 
@@ -125,6 +113,6 @@ def prompts_demo(folder):
     with torch.no_grad():
         student, teacher = demo_texts()
         pooled, sequence = teacher(PROMPTS["english"])
-        outputs = {"english.sequence": sequence, "english.pooled": pooled, "student": student(PROMPTS["captions"])}
+        outputs = {"english.sequence": sequence, "english.pooled": pooled, "student": student(PROMPTS["captions"])[0]}
     settings = {"model": DEMO_IN_CASE, "student": f"{DEMO_IN_CASE}/text_encoder_zh", "context_length": CONTEXT_LENGTH, **PROMPTS}
     return {}, outputs, settings

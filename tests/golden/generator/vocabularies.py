@@ -34,6 +34,10 @@ TEXTS = [
     "unaffable running 测试abc混合123文字 ##ing",
 ]
 
+# Prompts of the same meaning, which no model here has in its vocabulary as a whole.
+CAPTIONS = ["白色背景上的大红色圆形", "黑色背景上的小蓝色方块", "绿色的三角形", "黄色星形"]
+ENGLISH = ["a big red circle on a white background", "a small blue square on a black background", "a green triangle", "a yellow star"]
+
 # What open_clip's clean-up changes: broken encodings, entities, white space.
 DIRTY_TEXTS = [
     "schÃ¶ne GrÃ¼ÃŸe aus MÃ¼nchen",
@@ -59,9 +63,24 @@ def write_clip_vocabulary(folder):
     return len(vocabulary)
 
 
-def write_bert_vocabulary(folder):
+def write_clip_tokenizer(folder, pad, length):
+    """Writes a CLIP tokenizer as SDXL ships it: vocab.json and merges.txt only, special tokens as objects; returns the size of its vocabulary."""
+    special = lambda content: {"__type": "AddedToken", "content": content, "lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
+    config = {
+        "bos_token": special("<|startoftext|>"),
+        "eos_token": special("<|endoftext|>"),
+        "unk_token": special("<|endoftext|>"),
+        "pad_token": pad,
+        "model_max_length": length,
+        "tokenizer_class": "CLIPTokenizer",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2), "utf-8")
+    return write_clip_vocabulary(folder)
+
+
+def write_bert_vocabulary(folder, texts=TEXTS):
     """Writes the vocab.txt of a BERT tokenizer with pieces of several scripts; returns its size."""
-    characters = {part for text in TEXTS for part in unicodedata.normalize("NFD", text.lower()) if part.isprintable() and part != " "}
+    characters = {part for text in texts for part in unicodedata.normalize("NFD", text.lower()) if part.isprintable() and part != " "}
     # A few are left out, so that some words are unknown.
     letters = sorted(characters - set("ØøÅ^混") | set("abcdefghijklmnopqrstuvwxyz0123456789"))
     words = ["un", "##aff", "##able", "run", "##ning", "circle", "red", "hello", "##ing"] + ["##" + letter for letter in "abcdefgh0123日本語のテй"]
