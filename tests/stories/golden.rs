@@ -4,6 +4,7 @@
 
 mod distill;
 mod sample;
+mod schedule;
 mod text;
 mod train;
 mod weights;
@@ -35,6 +36,8 @@ const KINDS: &[(&str, Run)] = &[
     ("prompts", text::prompts),
     ("adapter", train::adapter),
     ("adamw", train::adamw),
+    ("lr_schedule", schedule::learning_rate),
+    ("noise_schedule", schedule::noise),
     ("solver", sample::solver),
     ("pictures", sample::pictures),
     ("weights", weights::file),

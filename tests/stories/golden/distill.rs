@@ -43,7 +43,8 @@ pub fn train(case: &Case) -> Result<Tensors> {
         average.update(adapter.flat())?;
         losses.push(Tensor::from_slice(&[sums.task, sums.logit, sums.feature]) / sums.count as f64);
     }
-    let rows = [("losses", Tensor::stack(&losses, 0)), ("norms", Tensor::from_slice(&norms))].map(|(name, tensor)| (name.to_owned(), tensor));
+    let rows =
+        [("losses", Tensor::stack(&losses, 0)), ("norms", Tensor::from_slice(&norms))].map(|(name, tensor)| (name.to_owned(), tensor));
     let updates = by_parameter("update", &adapter, &(adapter.flat() - &initial));
     Ok(rows.into_iter().chain(updates).chain(by_parameter("average", &adapter, &(average.flat() - &initial))).collect())
 }
