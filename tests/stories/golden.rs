@@ -1,8 +1,10 @@
 //! What the Python libraries compute, computed again: every folder under `golden/cases` and under $PEAPOD_GOLDEN_DIR is a case.
 //!
-//! `golden/generate.py` writes the cases and says what is in a folder. To run a new kind of case, add a function to [`KINDS`].
+//! `golden/generate.py` writes the cases, `golden/README.md` says what is in a folder. To run a new kind of case, add a function to [`KINDS`].
 
+mod distill;
 mod sample;
+mod schedule;
 mod text;
 mod train;
 mod weights;
@@ -10,9 +12,6 @@ mod weights;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use peapod_model::adapter::Adapter;
-use peapod_model::distill::{DistillConfig, Distiller, LoadOptions, MicroBatch};
-use peapod_model::source::ModelSource;
 use peapod_model::unet::{Added, UNet};
 use peapod_model::vae::Vae;
 use serde::de::DeserializeOwned;
@@ -28,7 +27,8 @@ type Run = fn(&Case) -> Result<Tensors>;
 const KINDS: &[(&str, Run)] = &[
     ("unet", unet),
     ("vae", vae),
-    ("distill", distill),
+    ("distill", distill::step),
+    ("train", distill::train),
     ("tokenizer", text::tokenizer),
     ("clip_text", text::clip_text),
     ("bert_text", text::bert_text),
@@ -36,6 +36,8 @@ const KINDS: &[(&str, Run)] = &[
     ("prompts", text::prompts),
     ("adapter", train::adapter),
     ("adamw", train::adamw),
+    ("lr_schedule", schedule::learning_rate),
+    ("noise_schedule", schedule::noise),
     ("solver", sample::solver),
     ("pictures", sample::pictures),
     ("weights", weights::file),
@@ -118,9 +120,13 @@ impl Case {
         Ok(value.clone().try_into()?)
     }
 
-    /// A setting that is a path, seen from the case's folder.
+    /// A setting that is a path, seen from the case's folder; a leading `$DEMO` is the demo's model, wherever the case lies.
     fn path(&self, name: &str) -> Result<PathBuf> {
-        Ok(self.folder.join(self.setting::<String>(name)?))
+        let path = PathBuf::from(self.setting::<String>(name)?);
+        Ok(match path.strip_prefix("$DEMO") {
+            Ok(rest) => Path::new(env!("CARGO_MANIFEST_DIR")).join("demo").join("model").join(rest),
+            Err(_) => self.folder.join(path),
+        })
     }
 
     fn input(&self, name: &str) -> Result<Tensor> {
@@ -166,49 +172,4 @@ fn vae(case: &Case) -> Result<Tensors> {
     Ok([("mean", moments.mean), ("log_variance", moments.log_variance), ("decoded", decoded)]
         .map(|(name, tensor)| (name.into(), tensor))
         .into())
-}
-
-/// The losses and the adapter's gradients of a training step.
-fn distill(case: &Case) -> Result<Tensors> {
-    let options = LoadOptions {
-        distill: case.setting::<DistillConfig>("distill")?,
-        context_length: case.setting("context_length")?,
-        normalize_quotes: true,
-        kind: Kind::Float,
-        vae_kind: Kind::Float,
-        device: Device::Cpu,
-    };
-    let distiller = Distiller::load(&ModelSource::open(&case.path("model")?, None)?, &case.path("student")?, options)?;
-    let adapter_file = case.folder.join("adapter.safetensors");
-    let adapter = Adapter::load(&adapter_file, Device::Cpu)?;
-    let batch = MicroBatch {
-        pixels: case.input("pixels")?,
-        posterior: case.input("posterior")?,
-        noise: case.input("noise")?,
-        offset: case.input("offset")?,
-        timesteps: case.input("timesteps")?,
-        drop: case.input("drop")?.to_kind(Kind::Bool),
-        native: case.input("native")?.to_kind(Kind::Bool),
-        captions: case.setting("captions")?,
-        english: case.setting("english")?,
-        original_size: case.setting("original_size")?,
-        crop: case.setting("crop")?,
-        text_dropout: vec![0; case.setting::<Vec<String>>("captions")?.len()],
-    };
-    let mut gradient = Tensor::zeros([adapter.num_parameters() as i64], (Kind::Float, Device::Cpu));
-    let sums = distiller.accumulate(&adapter, &batch, &mut gradient)?;
-
-    let mut outputs: Tensors = [("loss.task", sums.task), ("loss.logit", sums.logit), ("loss.feature", sums.feature)]
-        .map(|(name, value)| (name.to_owned(), Tensor::from(value)))
-        .into();
-    // The flat gradient follows the order of the state dict (pea-method's list of keys).
-    let names =
-        ["layernorm.weight", "layernorm.bias", "projector.0.weight", "projector.2.weight", "projector.4.weight", "fc.weight", "fc.bias"];
-    let mut start = 0;
-    for (name, parameter) in names.iter().zip(adapter.parameters()) {
-        let length = parameter.numel() as i64;
-        outputs.insert(format!("gradient.{name}"), gradient.narrow(0, start, length).reshape(parameter.size()));
-        start += length;
-    }
-    Ok(outputs)
 }

@@ -93,10 +93,13 @@ fn betas(config: &NoiseConfig) -> Vec<f64> {
     }
 }
 
-/// Returns `num` evenly spaced values, both ends included.
+/// Returns `num` evenly spaced values, both ends included, rounded as numpy rounds them.
+///
+/// That is, multiples of a stride which is itself rounded: which way a timestep goes that lies halfway between two depends on it.
 pub(super) fn linspace(start: f64, end: f64, num: usize) -> Vec<f64> {
-    let last = num.saturating_sub(1).max(1) as f64;
-    (0..num).map(|index| start + (end - start) * index as f64 / last).collect()
+    let last = num.saturating_sub(1).max(1);
+    let stride = (end - start) / last as f64;
+    (0..num).map(|index| if index == last { end } else { start + index as f64 * stride }).collect()
 }
 
 #[cfg(test)]

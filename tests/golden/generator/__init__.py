@@ -1,0 +1,1 @@
+"""The golden cases, by subject. `generate.py` beside this folder runs them."""

@@ -1,0 +1,118 @@
+"""Tokenizers and text encoders of the models' own kinds."""
+
+import torch
+from transformers import BertConfig, BertForMaskedLM, BertTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from .common import CONTEXT_LENGTH, DEMO, DEMO_IN_CASE, EXACT, case, deep, randomised, save_as_half, wide
+from .models import demo_texts
+from .vocabularies import TEXTS, write_bert_vocabulary, write_clip_tokenizer
+
+
+def tokenizer_case(tokenizer, kind, path, length):
+    ids = tokenizer(TEXTS, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+    return {}, {"ids": ids}, {"kind": kind, "tokenizer": path, "length": length, "texts": TEXTS}
+
+
+@case("tokenizer_clip", run="tokenizer", tolerance=0, why=EXACT)
+def tokenizer_clip(folder):
+    """The demo's second CLIP tokenizer, from tokenizer.json: pads with "!", whose id lies above the end of text."""
+    tokenizer = CLIPTokenizer.from_pretrained(DEMO, subfolder="tokenizer_2")
+    return tokenizer_case(tokenizer, "clip", f"{DEMO_IN_CASE}/tokenizer_2", CONTEXT_LENGTH)
+
+
+@case("tokenizer_clip_files", run="tokenizer", tolerance=0, why=EXACT)
+def tokenizer_clip_files(folder):
+    """A CLIP tokenizer as SDXL ships it: vocab.json and merges.txt only, special tokens as objects, padding with "!" of id 0."""
+    write_clip_tokenizer(folder, "!", 77)
+    return tokenizer_case(CLIPTokenizer.from_pretrained(folder), "clip", ".", 77)
+
+
+@case("tokenizer_bert", run="tokenizer", tolerance=0, why=EXACT)
+def tokenizer_bert(folder):
+    """A BERT tokenizer from vocab.txt alone, uncased, with pieces of several scripts."""
+    write_bert_vocabulary(folder)
+    return tokenizer_case(BertTokenizer.from_pretrained(folder), "bert", ".", 52)
+
+
+def run_clip(model, ids):
+    with torch.no_grad():
+        output = model(ids, output_hidden_states=True)
+    pooled = output.text_embeds if hasattr(output, "text_embeds") else output.pooler_output
+    return {"penultimate": output.hidden_states[-2], "last": output.last_hidden_state, "pooled": pooled}
+
+
+@case("clip_text_like_big_g", run="clip_text", tolerance=1e-4)
+def clip_text_like_big_g(folder):
+    """A random encoder configured as SDXL's second: exact GELU, a projection, and the end of text found as the highest id (eos_token_id 2)."""
+    config = CLIPTextConfig(
+        vocab_size=60,
+        hidden_size=wide(16),
+        intermediate_size=wide(40),
+        num_hidden_layers=deep(3),
+        num_attention_heads=wide(4),
+        max_position_embeddings=12,
+        hidden_act="gelu",
+        projection_dim=wide(10),
+        bos_token_id=0,
+        eos_token_id=2,
+        pad_token_id=1,
+    )
+    model = save_as_half(randomised(CLIPTextModelWithProjection(config), 60), folder / "model")
+    ids = torch.tensor([[58, 5, 2, 33, 59, 0, 0, 0, 0], [58, 59, 0, 0, 0, 0, 0, 0, 0], [58, 7, 8, 9, 10, 11, 2, 13, 59]])
+    return {"ids": ids}, run_clip(model, ids), {"model": "model"}
+
+
+@case("clip_text_like_l", run="clip_text", tolerance=1e-4)
+def clip_text_like_l(folder):
+    """A random encoder configured as CLIP-L: quick GELU, no projection, the first end of text counts though padding has a higher id."""
+    config = CLIPTextConfig(
+        vocab_size=60,
+        hidden_size=wide(16),
+        intermediate_size=wide(40),
+        num_hidden_layers=deep(2),
+        num_attention_heads=2,
+        max_position_embeddings=12,
+        hidden_act="quick_gelu",
+        bos_token_id=57,
+        eos_token_id=58,
+        pad_token_id=59,
+    )
+    model = save_as_half(randomised(CLIPTextModel(config), 61), folder / "model")
+    ids = torch.tensor([[57, 5, 33, 58, 59, 59], [57, 58, 59, 59, 59, 59], [57, 7, 8, 9, 10, 58], [57, 3, 58, 58, 58, 58]])
+    return {"ids": ids}, run_clip(model, ids), {"model": "model"}
+
+
+@case("bert_text_of_task_model", run="bert_text", tolerance=1e-4)
+def bert_text_of_task_model(folder):
+    """A random BERT under the prefix of a masked language model, with its head; rows padded to different lengths."""
+    config = BertConfig(
+        vocab_size=50,
+        hidden_size=wide(16),
+        intermediate_size=wide(40),
+        num_hidden_layers=deep(3),
+        num_attention_heads=wide(4),
+        max_position_embeddings=12,
+        type_vocab_size=2,
+    )
+    model = save_as_half(randomised(BertForMaskedLM(config), 62), folder / "model")
+    ids = torch.tensor([[1, 5, 33, 2, 0, 0, 0], [1, 2, 0, 0, 0, 0, 0], [1, 7, 8, 9, 10, 11, 2]])
+    with torch.no_grad():
+        last = model.bert(ids, attention_mask=(ids != 0).long())[0]
+    return {"ids": ids}, {"last": last}, {"model": "model", "pad_id": 0}
+
+
+PROMPTS = {
+    "english": ["a big red circle on a white background", "", "two blue stars! " * 5],
+    "captions": ["白色背景上的大红色圆形", "", "蓝色的星形，unknown 词" * 5],
+}
+
+
+@case("prompts_demo", run="prompts", tolerance=1e-4)
+def prompts_demo(folder):
+    """What the demo's encoders say about prompts, with the empty one and others that are too long."""
+    with torch.no_grad():
+        student, teacher = demo_texts()
+        pooled, sequence = teacher(PROMPTS["english"])
+        outputs = {"english.sequence": sequence, "english.pooled": pooled, "student": student(PROMPTS["captions"])[0]}
+    settings = {"model": DEMO_IN_CASE, "student": f"{DEMO_IN_CASE}/text_encoder_zh", "context_length": CONTEXT_LENGTH, **PROMPTS}
+    return {}, outputs, settings
