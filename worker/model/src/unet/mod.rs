@@ -7,43 +7,30 @@ mod attention;
 mod blocks;
 mod config;
 mod embedding;
+mod trunk;
 
 use std::path::Path;
 
 use tch::{Device, Kind, Tensor};
 
-use self::attention::TransformerSpec;
-use self::blocks::{Condition, DownBlock, MidBlock, UpBlock};
+use self::blocks::{Condition, UpBlock};
+pub(crate) use self::config::SUPPORTED;
 pub use self::config::{AdditionEmbedType, DownBlockType, MidBlockType, UNetConfig, UpBlockType};
-use self::config::{AdditionWidths, Level, NUM_TIME_IDS};
-use self::embedding::{EmbeddingMlp, sinusoids};
-use crate::config::faulty;
-use crate::nn::{Conv2d, GroupNorm, ResnetSpec};
+pub(crate) use self::trunk::Trunk;
+use self::trunk::{resnet_spec, transformer_specs};
+use crate::Result;
+use crate::nn::{Conv2d, GroupNorm};
 use crate::weights::{Scope, Weights};
-use crate::{Error, Result};
 
 /// Width of the time embedding in units of the outermost level's channels.
 const TIME_EXPANSION: i64 = 4;
 
 /// A frozen UNet.
 pub struct UNet {
-    config: UNetConfig,
-    time_embedding: EmbeddingMlp,
-    addition: Option<AdditionEmbedding>,
-    conv_in: Conv2d,
-    down: Vec<DownBlock>,
-    mid: Option<MidBlock>,
+    trunk: Trunk,
     up: Vec<UpBlock>,
     conv_norm_out: GroupNorm,
     conv_out: Conv2d,
-    text_width: i64,
-    kind: Kind,
-}
-
-/// SDXL's embedding of pooled text and time ids.
-struct AdditionEmbedding {
-    mlp: EmbeddingMlp,
-    widths: AdditionWidths,
 }
 
 /// What SDXL's UNet is told beside the token states.
@@ -79,76 +66,38 @@ impl UNet {
 
     /// Builds the network from the tensors below `scope`.
     ///
-    /// Errors: [`Error::Config`] if settings contradict each other.
+    /// Errors: [`crate::Error::Config`] if settings contradict each other.
     pub fn new(scope: &Scope, config: UNetConfig) -> Result<Self> {
         let levels = config.levels()?;
-        let (first, last) = match levels.as_slice() {
-            [first, .., last] => (first.channels, last),
-            [only] => (only.channels, only),
-            [] => return Err(faulty("block_out_channels", "no levels")),
-        };
-        let time_width = TIME_EXPANSION * first;
-        let resnet = ResnetSpec { groups: config.norm_num_groups, eps: config.norm_eps, time_width: Some(time_width) };
-        let transformer = |level: &Level, num_layers: usize| TransformerSpec {
-            channels: level.channels,
-            heads: level.heads,
-            context_width: level.context_width,
-            num_layers,
-            groups: config.norm_num_groups,
-            linear_projection: config.use_linear_projection,
-        };
-        let transformers = |level: &Level, layers: &Option<Vec<usize>>, num_resnets: usize| match layers {
-            Some(layers) => layers.iter().map(|&num_layers| Some(transformer(level, num_layers))).collect(),
-            None => vec![None; num_resnets],
-        };
+        let up_layers = config.up_layers(&levels)?;
 
-        // 1. Embeddings and input.
-        let time_embedding = EmbeddingMlp::new(scope / "time_embedding", first, time_width);
-        let addition = config.addition_widths()?.map(|widths| {
-            let mlp = EmbeddingMlp::new(scope / "add_embedding", widths.total, time_width);
-            AdditionEmbedding { mlp, widths }
-        });
-        let conv_in = Conv2d::new(scope / "conv_in", config.in_channels, first, 3, 1, 1);
+        // 1. Embeddings, input, down, mid.
+        let trunk = Trunk::new(scope, config)?;
+        let config = &trunk.config;
+        let first = config.block_out_channels[0];
+        let resnet = resnet_spec(config, first);
+        let mut channels = config.block_out_channels[levels.len() - 1];
 
-        // 2. Down, remembering the channels of each skip connection.
-        let mut skips = vec![first];
-        let mut channels = first;
-        let mut down = Vec::new();
-        for (index, level) in levels.iter().enumerate() {
-            let scope = scope / "down_blocks" / index;
-            let attention = transformers(level, &level.down, level.num_resnets);
-            let downsample = index + 1 < levels.len();
-            down.push(DownBlock::new(&scope, channels, level.channels, &resnet, &attention, downsample, &mut skips));
-            channels = level.channels;
-        }
-
-        // 3. Mid.
-        let mid_attention = match config.mid_block_type {
-            Some(MidBlockType::UNetMidBlock2DCrossAttn) => Some(transformer(last, config.mid_transformer_layers()?)),
-            Some(MidBlockType::UNetMidBlock2D) | None => None,
-        };
-        let mid = config.mid_block_type.map(|_| MidBlock::new(&(scope / "mid_block"), channels, &resnet, mid_attention));
-
-        // 4. Up, consuming the skips.
+        // 2. Up, consuming the skips.
+        let mut skips = trunk.skip_channels().to_vec();
         let mut up = Vec::new();
-        for (index, level) in levels.iter().rev().enumerate() {
+        for (index, (level, layers)) in levels.iter().rev().zip(&up_layers).enumerate() {
             let scope = scope / "up_blocks" / index;
-            let attention = transformers(level, &level.up, level.num_resnets + 1);
+            let attention = transformer_specs(config, level, layers.as_deref(), level.num_resnets + 1);
             let upsample = index + 1 < levels.len();
             up.push(UpBlock::new(&scope, channels, level.channels, &resnet, &attention, upsample, &mut skips));
             channels = level.channels;
         }
 
-        // 5. Output.
+        // 3. Output.
         let conv_norm_out = GroupNorm::new(scope / "conv_norm_out", config.norm_num_groups, first, config.norm_eps);
         let conv_out = Conv2d::new(scope / "conv_out", first, config.out_channels, 3, 1, 1);
-        let text_width = last.context_width;
-        Ok(Self { config, time_embedding, addition, conv_in, down, mid, up, conv_norm_out, conv_out, text_width, kind: scope.kind() })
+        Ok(Self { trunk, up, conv_norm_out, conv_out })
     }
 
     /// Number of parameters of a network with this configuration; nothing is allocated.
     ///
-    /// Errors: [`Error::Config`] if settings contradict each other.
+    /// Errors: [`crate::Error::Config`] if settings contradict each other.
     pub fn count_parameters(config: &UNetConfig) -> Result<i64> {
         let nothing = Weights::none();
         Self::new(&nothing.root(Kind::Float, Device::Cpu), config.clone())?;
@@ -157,58 +106,52 @@ impl UNet {
 
     /// The configuration.
     pub fn config(&self) -> &UNetConfig {
-        &self.config
+        self.trunk.config()
     }
 
     /// The kind of the weights, in which everything but the sinusoids is computed.
     pub fn kind(&self) -> Kind {
-        self.kind
+        self.trunk.kind()
     }
 
     /// Width of the text states it attends to.
     pub fn text_width(&self) -> i64 {
-        self.text_width
+        self.trunk.text_width()
     }
 
     /// Width of the pooled text it takes; `None` if it takes none.
     pub fn pooled_width(&self) -> Option<i64> {
-        self.addition.as_ref().map(|addition| addition.widths.pooled)
+        self.trunk.pooled_width()
     }
 
     /// Number of features a forward pass returns.
     pub fn num_features(&self) -> usize {
-        self.down.len() + usize::from(self.mid.is_some()) + self.up.len()
+        self.trunk.down.len() + usize::from(self.trunk.mid.is_some()) + self.up.len()
     }
 
     /// Predicts the noise in a sample (or whatever the network was trained to predict).
     ///
     /// Shapes: `sample` `[B, in_channels, h, w]`, `timesteps` `[B]`, `text` `[B, L, D]`; inputs of another kind are converted.
-    /// Errors: [`Error::Shape`] if the shapes do not fit each other or the network, or if `added` is missing or superfluous.
+    /// Errors: [`crate::Error::Shape`] if the shapes do not fit each other or the network, or if `added` is missing or superfluous.
     pub fn forward(&self, sample: &Tensor, timesteps: &Tensor, text: &Tensor, added: Option<&Added>) -> Result<UNetOutput> {
-        self.check(sample, timesteps, text, added)?;
-        let (sample, text) = (sample.to_kind(self.kind), text.to_kind(self.kind));
+        self.trunk.check("UNet::forward", sample, timesteps, text, added)?;
+        let (sample, text) = (sample.to_kind(self.kind()), text.to_kind(self.kind()));
 
-        // 1. Time. Every residual block begins with the same SiLU of it: applied once here.
-        let channels = self.config.block_out_channels[0];
-        let time = self.time_embedding.forward(&sinusoids(timesteps, channels, &self.config).to_kind(self.kind));
-        let time = match (&self.addition, added) {
-            (Some(addition), Some(added)) => time + addition.forward(added, &self.config, self.kind),
-            _ => time,
-        };
-        let time = time.silu();
+        // 1. Time.
+        let time = self.trunk.time(timesteps, added);
         let condition = Condition { time: &time, text: &text };
         let mut features = Vec::with_capacity(self.num_features());
 
         // 2. Down.
-        let mut hidden = self.conv_in.forward(&sample);
+        let mut hidden = self.trunk.input(&sample);
         let mut skips = vec![hidden.shallow_clone()];
-        for block in &self.down {
+        for block in &self.trunk.down {
             hidden = block.forward(&hidden, condition, &mut skips);
             features.push(hidden.shallow_clone());
         }
 
         // 3. Mid.
-        if let Some(mid) = &self.mid {
+        if let Some(mid) = &self.trunk.mid {
             hidden = mid.forward(&hidden, condition);
             features.push(hidden.shallow_clone());
         }
@@ -222,47 +165,6 @@ impl UNet {
         // 5. Output.
         let sample = self.conv_out.forward(&self.conv_norm_out.forward(&hidden).silu());
         Ok(UNetOutput { sample, features })
-    }
-
-    fn check(&self, sample: &Tensor, timesteps: &Tensor, text: &Tensor, added: Option<&Added>) -> Result<()> {
-        let fault = |detail: String| Err(Error::Shape { what: "UNet::forward", detail });
-        let (sample, text) = (sample.size(), text.size());
-        let (&[batch, channels, _, _], &[text_batch, _, text_width]) = (sample.as_slice(), text.as_slice()) else {
-            return fault(format!("sample {sample:?} and text {text:?}, wanted [B, C, h, w] and [B, L, D]"));
-        };
-        if channels != self.config.in_channels || text_width != self.text_width {
-            return fault(format!(
-                "{channels} channels and text of {text_width}, wanted {} and {}",
-                self.config.in_channels, self.text_width
-            ));
-        }
-        if text_batch != batch || timesteps.size() != [batch] {
-            return fault(format!("text {text:?} and timesteps {:?} for {batch} samples", timesteps.size()));
-        }
-        match (&self.addition, added) {
-            (None, None) => Ok(()),
-            (Some(addition), Some(Added { pooled, time_ids }))
-                if pooled.size() == [batch, addition.widths.pooled] && time_ids.size() == [batch, NUM_TIME_IDS] =>
-            {
-                Ok(())
-            }
-            (Some(addition), Some(Added { pooled, time_ids })) => fault(format!(
-                "pooled {:?} and time ids {:?}, wanted [{batch}, {}] and [{batch}, {NUM_TIME_IDS}]",
-                pooled.size(),
-                time_ids.size(),
-                addition.widths.pooled
-            )),
-            (Some(_), None) => fault("this network needs pooled text and time ids".into()),
-            (None, Some(_)) => fault("this network takes no pooled text and time ids".into()),
-        }
-    }
-}
-
-impl AdditionEmbedding {
-    fn forward(&self, added: &Added, config: &UNetConfig, kind: Kind) -> Tensor {
-        let ids = sinusoids(&added.time_ids.flatten(0, 1), self.widths.time_id, config);
-        let ids = ids.reshape([-1, NUM_TIME_IDS * self.widths.time_id]).to_kind(kind);
-        self.mlp.forward(&Tensor::cat(&[added.pooled.to_kind(kind), ids], 1))
     }
 }
 
