@@ -1,10 +1,11 @@
-//! The models of PEA distillation and what is computed with them: SDXL's UNet, VAE and text encoders, the student text
+//! The models of PEA distillation and what is computed with them: SDXL's UNet, VAE, ControlNet and text encoders, the student text
 //! encoder, the adapter, the training losses, schedules and samplers.
 //!
 //! Knows tensors, not ranks: nothing here opens a socket or reads a clock.
 
 pub mod adapter;
 mod config;
+pub mod controlnet;
 pub mod distill;
 mod error;
 pub mod nn;

@@ -202,6 +202,34 @@ impl Layer {
 mod tests {
     use super::*;
 
+    /// Parameters of an encoder of 24 layers, 1024 wide with 16 heads, as both published student encoders have.
+    fn count_large(architecture: Architecture, changes: serde_json::Value) -> i64 {
+        tch::set_num_threads(1);
+        let mut settings = serde_json::json!({
+            "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+        });
+        let settings = settings.as_object_mut().unwrap();
+        settings.extend(changes.as_object().unwrap().clone());
+        let settings = TextSettings::published(Path::new("config.json"), architecture, settings.clone());
+        let nothing = Weights::none();
+        BertEncoder::new(&settings, &nothing.root(Kind::Float, Device::Cpu)).unwrap();
+        nothing.num_requested()
+    }
+
+    /// Neither the pooler, which its authors drop, nor the `text_projection` of 1024 x 1024 is in the total.
+    #[test]
+    fn chinese_clip_has_the_published_number_of_parameters_without_pooler_and_projection() {
+        let sizes = serde_json::json!({ "vocab_size": 21_128, "max_position_embeddings": 512, "type_vocab_size": 2 });
+        assert_eq!(count_large(Architecture::Bert, sizes), 324_472_832);
+    }
+
+    /// Neither the pooler nor open_clip's projection of pooled states is in the total.
+    #[test]
+    fn xlm_r_large_has_the_published_number_of_parameters_without_pooler_and_projection() {
+        let sizes = serde_json::json!({ "vocab_size": 250_002, "max_position_embeddings": 514, "type_vocab_size": 1 });
+        assert_eq!(count_large(Architecture::XlmRoberta, sizes), 558_840_832);
+    }
+
     #[test]
     fn what_is_not_computed_is_named() {
         let dir = tempfile::tempdir().unwrap();

@@ -124,23 +124,26 @@ impl ClipTextEncoder {
     fn with_config(config: ClipTextConfig, weights: &Weights, kind: Kind, device: Device) -> Result<Self> {
         // The prefix is `text_model`; files written by transformers 5 for the model without projection leave it out.
         let tower = Tower::find(weights, "embeddings.token_embedding.weight");
-        let (model, beside) = (tower.scope(kind, device), tower.parent(kind, device));
-        let embeddings = &model / "embeddings";
-        let width = config.hidden_size;
-        let encoder = Self {
-            device,
-            token_embedding: Embedding::new(&embeddings / "token_embedding", config.vocab_size, width),
-            position_embedding: (&embeddings / "position_embedding").tensor("weight", &[config.max_position_embeddings, width]),
-            layers: (0..config.num_hidden_layers).map(|index| Layer::new(&model / "encoder" / "layers" / index, &config)).collect(),
-            final_layer_norm: LayerNorm::new(&model / "final_layer_norm", width, config.layer_norm_eps),
-            projection: beside
-                .has("text_projection.weight")
-                .then(|| Linear::new(&beside / "text_projection", width, config.projection_dim, false)),
-            config,
-        };
+        let projection = Some(tower.parent(kind, device)).filter(|beside| beside.has("text_projection.weight"));
+        let encoder = Self::new(config, &tower.scope(kind, device), projection.map(|beside| beside / "text_projection"));
         // Old exports carry a table of position numbers.
         tower.finish(&["embeddings.position_ids"])?;
         Ok(encoder)
+    }
+
+    /// Takes the tensors of an encoder from `model`, and its projection from a scope of its own, if it has one.
+    fn new(config: ClipTextConfig, model: &Scope<'_>, projection: Option<Scope<'_>>) -> Self {
+        let embeddings = model / "embeddings";
+        let width = config.hidden_size;
+        Self {
+            device: model.device(),
+            token_embedding: Embedding::new(&embeddings / "token_embedding", config.vocab_size, width),
+            position_embedding: (&embeddings / "position_embedding").tensor("weight", &[config.max_position_embeddings, width]),
+            layers: (0..config.num_hidden_layers).map(|index| Layer::new(model / "encoder" / "layers" / index, &config)).collect(),
+            final_layer_norm: LayerNorm::new(model / "final_layer_norm", width, config.layer_norm_eps),
+            projection: projection.map(|scope| Linear::new(scope, width, config.projection_dim, false)),
+            config,
+        }
     }
 
     /// Runs all layers. Shapes: equally long rows of ids; see [`ClipTextStates`].
@@ -247,6 +250,37 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         std::fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
         ClipTextEncoder::load(dir.path(), Kind::Float, Device::Cpu).err().unwrap()
+    }
+
+    /// Parameters of an encoder of these sizes, with or without its projection.
+    fn count(settings: serde_json::Value, with_projection: bool) -> i64 {
+        tch::set_num_threads(1);
+        let settings = TextSettings::published(Path::new("config.json"), Architecture::Clip, settings.as_object().unwrap().clone());
+        let nothing = Weights::none();
+        let root = nothing.root(Kind::Float, Device::Cpu);
+        let projection = with_projection.then(|| &root / "text_projection");
+        ClipTextEncoder::new(ClipTextConfig::new(&settings).unwrap(), &(&root / "text_model"), projection);
+        nothing.num_requested()
+    }
+
+    /// SDXL's first encoder, which is SD1.5's only one: CLIP's own projection is not in its total, as no Stable Diffusion uses it.
+    #[test]
+    fn clip_l_has_the_published_number_of_parameters_without_a_projection() {
+        let settings = serde_json::json!({
+            "vocab_size": 49408, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
+        });
+        assert_eq!(count(settings, false), 123_060_480);
+    }
+
+    /// SDXL's second encoder: its total counts the projection of 1280 x 1280, which makes the pooled text.
+    #[test]
+    fn open_clip_big_g_has_the_published_number_of_parameters_with_its_projection() {
+        let settings = serde_json::json!({
+            "vocab_size": 49408, "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20,
+            "hidden_act": "gelu", "projection_dim": 1280,
+        });
+        assert_eq!(count(settings.clone(), true), 694_659_840);
+        assert_eq!(count(settings, false), 694_659_840 - 1280 * 1280);
     }
 
     #[test]

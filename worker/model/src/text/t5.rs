@@ -230,6 +230,7 @@ mod tests {
         TextSettings::published(Path::new("config.json"), Architecture::T5, settings.clone())
     }
 
+    /// The table of tokens is counted once, and nothing of the decoder.
     #[test]
     fn mt5_xl_has_the_published_number_of_parameters() {
         tch::set_num_threads(1);

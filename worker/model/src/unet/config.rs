@@ -88,7 +88,7 @@ pub enum AdditionEmbedType {
 }
 
 /// Settings that change the network in ways not computed here, with the values that leave it as it is.
-const SUPPORTED: &[Supported] = &[
+pub(crate) const SUPPORTED: &[Supported] = &[
     ("act_fn", r#"["silu", "swish"]"#),
     ("attention_type", r#"["default"]"#),
     ("center_input_sample", "[false]"),
@@ -183,30 +183,18 @@ impl UNetConfig {
         Ok(Some(AdditionWidths { pooled, time_id, total }))
     }
 
-    /// The levels with all per-level settings resolved and checked, from the outermost.
+    /// The levels with all per-level settings of the way down resolved and checked, from the outermost.
     pub(super) fn levels(&self) -> Result<Vec<Level>> {
-        let count = self.block_out_channels.len();
-        let (down, up) = (self.down_block_types.len(), self.up_block_types.len());
-        if count == 0 || down != count || up != count {
-            let reason = format!("{count} levels, {down} down_block_types, {up} up_block_types");
-            return Err(faulty("block_out_channels", reason));
+        let (count, down) = (self.block_out_channels.len(), self.down_block_types.len());
+        if count == 0 || down != count {
+            return Err(faulty("block_out_channels", format!("{count} levels, {down} down_block_types")));
         }
         width("in_channels", self.in_channels)?;
-        width("out_channels", self.out_channels)?;
         let num_resnets = resolve("layers_per_block", &self.layers_per_block, count)?;
         let heads = resolve("attention_head_dim", &self.attention_head_dim, count)?;
         let context = resolve("cross_attention_dim", &self.cross_attention_dim, count)?;
         let down = resolve(DOWN_LAYERS, &self.transformer_layers_per_block, count)?;
-        let up = match &self.reverse_transformer_layers_per_block {
-            Some(layers) => resolve(UP_LAYERS, layers, count)?,
-            None if down.iter().any(|layers| matches!(layers, PerLevel::Each(_))) => {
-                return Err(faulty(UP_LAYERS, "needed where transformer_layers_per_block goes block by block"));
-            }
-            None => down.iter().rev().cloned().collect(),
-        };
         let level = |index: usize| {
-            // Settings of the way up are listed from the innermost level.
-            let mirrored = count - 1 - index;
             let channels = width("block_out_channels", self.block_out_channels[index])?;
             let heads = width("attention_head_dim", heads[index])?;
             let num_resnets = num_layers("layers_per_block", num_resnets[index], 1)?;
@@ -219,13 +207,36 @@ impl UNetConfig {
                 DownBlockType::DownBlock2D => None,
                 DownBlockType::CrossAttnDownBlock2D => Some(transformer_layers(DOWN_LAYERS, &down[index], num_resnets)?),
             };
-            let up = match self.up_block_types[mirrored] {
-                UpBlockType::UpBlock2D => None,
-                UpBlockType::CrossAttnUpBlock2D => Some(transformer_layers(UP_LAYERS, &up[mirrored], num_resnets + 1)?),
-            };
-            Ok(Level { channels, heads, context_width: width("cross_attention_dim", context[index])?, num_resnets, down, up })
+            Ok(Level { channels, heads, context_width: width("cross_attention_dim", context[index])?, num_resnets, down })
         };
         (0..count).map(level).collect()
+    }
+
+    /// Transformer layers behind each residual block on the way up, innermost level first; `None` for a level without attention.
+    /// `levels` are those of [`UNetConfig::levels`].
+    pub(super) fn up_layers(&self, levels: &[Level]) -> Result<Vec<Option<Vec<usize>>>> {
+        let (count, up) = (levels.len(), self.up_block_types.len());
+        if up != count {
+            return Err(faulty("block_out_channels", format!("{count} levels, {up} up_block_types")));
+        }
+        width("out_channels", self.out_channels)?;
+        let layers = match &self.reverse_transformer_layers_per_block {
+            Some(layers) => resolve(UP_LAYERS, layers, count)?,
+            None => {
+                let down = resolve(DOWN_LAYERS, &self.transformer_layers_per_block, count)?;
+                if down.iter().any(|layers| matches!(layers, PerLevel::Each(_))) {
+                    return Err(faulty(UP_LAYERS, "needed where transformer_layers_per_block goes block by block"));
+                }
+                down.into_iter().rev().collect()
+            }
+        };
+        let kinds = self.up_block_types.iter().zip(&layers).zip(levels.iter().rev());
+        kinds
+            .map(|((kind, layers), level)| match kind {
+                UpBlockType::UpBlock2D => Ok(None),
+                UpBlockType::CrossAttnUpBlock2D => transformer_layers(UP_LAYERS, layers, level.num_resnets + 1).map(Some),
+            })
+            .collect()
     }
 
     /// Transformer layers of the mid block: those of the innermost level.
@@ -250,7 +261,7 @@ pub(super) struct AdditionWidths {
     pub total: i64,
 }
 
-/// One level of the network: settings shared by its way down and its way up.
+/// One level of the network: what its way down is made of, and its way up but for the transformers.
 #[derive(Debug, Clone)]
 pub(super) struct Level {
     pub channels: i64,
@@ -260,8 +271,6 @@ pub(super) struct Level {
     pub num_resnets: usize,
     /// Transformer layers behind each residual block on the way down; `None` without attention.
     pub down: Option<Vec<usize>>,
-    /// The same on the way up.
-    pub up: Option<Vec<usize>>,
 }
 
 fn resolve<T: Clone>(setting: &'static str, value: &PerLevel<T>, count: usize) -> Result<Vec<T>> {

@@ -8,19 +8,21 @@ mod blocks;
 mod config;
 mod embedding;
 mod pass;
+mod trunk;
 
 use std::path::Path;
 
 use tch::{Device, Kind, Tensor, no_grad_guard};
 
-use self::attention::TransformerSpec;
-use self::blocks::{Condition, DownBlock, MidBlock, Output, Unit, UpBlock};
+pub(crate) use self::blocks::Condition;
+use self::blocks::{Output, Unit, UpBlock};
+pub(crate) use self::config::SUPPORTED;
 pub use self::config::{AdditionEmbedType, DownBlockType, MidBlockType, UNetConfig, UpBlockType};
-use self::config::{AdditionWidths, Level, NUM_TIME_IDS};
-use self::embedding::{EmbeddingMlp, sinusoids};
-use self::pass::{ConditionGradients, Pass, vector_jacobian, walk_back};
-use crate::config::faulty;
-use crate::nn::{Conv2d, ResnetSpec};
+pub(crate) use self::pass::Pass;
+use self::pass::{ConditionGradients, vector_jacobian, walk_back};
+pub(crate) use self::trunk::Trunk;
+use self::trunk::{resnet_spec, transformer_specs};
+use crate::controlnet::ControlResiduals;
 use crate::weights::{Scope, Weights};
 use crate::{Error, Result};
 
@@ -29,22 +31,9 @@ const TIME_EXPANSION: i64 = 4;
 
 /// A frozen UNet.
 pub struct UNet {
-    config: UNetConfig,
-    time_embedding: EmbeddingMlp,
-    addition: Option<AdditionEmbedding>,
-    conv_in: Conv2d,
-    down: Vec<DownBlock>,
-    mid: Option<MidBlock>,
+    trunk: Trunk,
     up: Vec<UpBlock>,
     output: Output,
-    text_width: i64,
-    kind: Kind,
-}
-
-/// SDXL's embedding of pooled text and time ids.
-struct AdditionEmbedding {
-    mlp: EmbeddingMlp,
-    widths: AdditionWidths,
 }
 
 /// What SDXL's UNet is told beside the token states.
@@ -63,15 +52,6 @@ pub struct ForwardOptions<'a> {
     pub mask: Option<&'a Tensor>,
     /// What a ControlNet adds.
     pub control: Option<&'a ControlResiduals>,
-}
-
-/// What a ControlNet adds to the skip connections and to the innermost block's output.
-#[derive(Debug)]
-pub struct ControlResiduals {
-    /// One for each skip connection, from the input convolution's on.
-    pub down: Vec<Tensor>,
-    /// For the innermost block.
-    pub mid: Tensor,
 }
 
 /// What a forward pass gives.
@@ -110,67 +90,29 @@ impl UNet {
     /// Errors: [`Error::Config`] if settings contradict each other.
     pub fn new(scope: &Scope, config: UNetConfig) -> Result<Self> {
         let levels = config.levels()?;
-        let (first, last) = match levels.as_slice() {
-            [first, .., last] => (first.channels, last),
-            [only] => (only.channels, only),
-            [] => return Err(faulty("block_out_channels", "no levels")),
-        };
-        let time_width = TIME_EXPANSION * first;
-        let resnet = ResnetSpec { groups: config.norm_num_groups, eps: config.norm_eps, time_width: Some(time_width) };
-        let transformer = |level: &Level, num_layers: usize| TransformerSpec {
-            channels: level.channels,
-            heads: level.heads,
-            context_width: level.context_width,
-            num_layers,
-            groups: config.norm_num_groups,
-            linear_projection: config.use_linear_projection,
-        };
-        let transformers = |level: &Level, layers: &Option<Vec<usize>>, num_resnets: usize| match layers {
-            Some(layers) => layers.iter().map(|&num_layers| Some(transformer(level, num_layers))).collect(),
-            None => vec![None; num_resnets],
-        };
+        let up_layers = config.up_layers(&levels)?;
 
-        // 1. Embeddings and input.
-        let time_embedding = EmbeddingMlp::new(scope / "time_embedding", first, time_width);
-        let addition = config.addition_widths()?.map(|widths| {
-            let mlp = EmbeddingMlp::new(scope / "add_embedding", widths.total, time_width);
-            AdditionEmbedding { mlp, widths }
-        });
-        let conv_in = Conv2d::new(scope / "conv_in", config.in_channels, first, 3, 1, 1);
+        // 1. Embeddings, input, down, mid.
+        let trunk = Trunk::new(scope, config)?;
+        let config = &trunk.config;
+        let first = config.block_out_channels[0];
+        let resnet = resnet_spec(config, first);
+        let mut channels = config.block_out_channels[levels.len() - 1];
 
-        // 2. Down, remembering the channels of each skip connection.
-        let mut skips = vec![first];
-        let mut channels = first;
-        let mut down = Vec::new();
-        for (index, level) in levels.iter().enumerate() {
-            let scope = scope / "down_blocks" / index;
-            let attention = transformers(level, &level.down, level.num_resnets);
-            let downsample = index + 1 < levels.len();
-            down.push(DownBlock::new(&scope, channels, level.channels, &resnet, &attention, downsample, &mut skips));
-            channels = level.channels;
-        }
-
-        // 3. Mid.
-        let mid_attention = match config.mid_block_type {
-            Some(MidBlockType::UNetMidBlock2DCrossAttn) => Some(transformer(last, config.mid_transformer_layers()?)),
-            Some(MidBlockType::UNetMidBlock2D) | None => None,
-        };
-        let mid = config.mid_block_type.map(|_| MidBlock::new(&(scope / "mid_block"), channels, &resnet, mid_attention));
-
-        // 4. Up, consuming the skips.
+        // 2. Up, consuming the skips.
+        let mut skips = trunk.skip_channels().to_vec();
         let mut up = Vec::new();
-        for (index, level) in levels.iter().rev().enumerate() {
+        for (index, (level, layers)) in levels.iter().rev().zip(&up_layers).enumerate() {
             let scope = scope / "up_blocks" / index;
-            let attention = transformers(level, &level.up, level.num_resnets + 1);
+            let attention = transformer_specs(config, level, layers.as_deref(), level.num_resnets + 1);
             let upsample = index + 1 < levels.len();
             up.push(UpBlock::new(&scope, channels, level.channels, &resnet, &attention, upsample, &mut skips));
             channels = level.channels;
         }
 
-        // 5. Output.
+        // 3. Output.
         let output = Output::new(scope, first, config.out_channels, &resnet);
-        let text_width = last.context_width;
-        Ok(Self { config, time_embedding, addition, conv_in, down, mid, up, output, text_width, kind: scope.kind() })
+        Ok(Self { trunk, up, output })
     }
 
     /// Number of parameters of a network with this configuration; nothing is allocated.
@@ -184,27 +126,27 @@ impl UNet {
 
     /// The configuration.
     pub fn config(&self) -> &UNetConfig {
-        &self.config
+        self.trunk.config()
     }
 
     /// The kind of the weights, in which everything but the sinusoids is computed.
     pub fn kind(&self) -> Kind {
-        self.kind
+        self.trunk.kind()
     }
 
     /// Width of the text states it attends to.
     pub fn text_width(&self) -> i64 {
-        self.text_width
+        self.trunk.text_width()
     }
 
     /// Width of the pooled text it takes; `None` if it takes none.
     pub fn pooled_width(&self) -> Option<i64> {
-        self.addition.as_ref().map(|addition| addition.widths.pooled)
+        self.trunk.pooled_width()
     }
 
     /// Number of features a forward pass returns.
     pub fn num_features(&self) -> usize {
-        self.down.len() + usize::from(self.mid.is_some()) + self.up.len()
+        self.trunk.down.len() + usize::from(self.trunk.mid.is_some()) + self.up.len()
     }
 
     /// Predicts the noise in a sample (or whatever the network was trained to predict).
@@ -226,10 +168,10 @@ impl UNet {
         added: Option<&Added>,
         options: &ForwardOptions,
     ) -> Result<UNetOutput> {
-        self.check(sample, timesteps, text, added)?;
-        let (sample, text) = (sample.to_kind(self.kind), text.to_kind(self.kind));
-        let (time, bias) = (self.time(timesteps, added), self.attention_bias(&text, options.mask)?);
-        let mut pass = Pass::new(Condition { time: &time, text: &text, bias: bias.as_ref() }, self.conv_in.forward(&sample));
+        self.trunk.check("UNet::forward", sample, timesteps, text, added)?;
+        let (sample, text) = (sample.to_kind(self.kind()), text.to_kind(self.kind()));
+        let (time, bias) = (self.trunk.time(timesteps, added), self.attention_bias(&text, options.mask)?);
+        let mut pass = Pass::new(Condition { time: &time, text: &text, bias: bias.as_ref() }, self.trunk.input(&sample));
         self.walk(&mut pass, options.control)?;
         Ok(UNetOutput { sample: pass.hidden().shallow_clone(), features: pass.features() })
     }
@@ -248,19 +190,19 @@ impl UNet {
         mask: Option<&Tensor>,
         loss: impl FnOnce(&UNetOutput) -> Result<(Tensor, T)>,
     ) -> Result<(TextGradients, T)> {
-        self.check(sample, timesteps, text, added)?;
-        let (sample, text) = (sample.to_kind(self.kind), text.detach().to_kind(self.kind));
+        self.trunk.check("UNet::forward", sample, timesteps, text, added)?;
+        let (sample, text) = (sample.to_kind(self.kind()), text.detach().to_kind(self.kind()));
         let bias = self.attention_bias(&text, mask)?;
         let added =
             added.map(|added| Added { pooled: added.pooled.detach().set_requires_grad(true), time_ids: added.time_ids.shallow_clone() });
 
         // 1. Forward, with a memory instead of a graph. The time embedding is cheap: it keeps its graph.
-        let graph_of_time = self.time(timesteps, added.as_ref());
+        let graph_of_time = self.trunk.time(timesteps, added.as_ref());
         let time = graph_of_time.detach();
         let (pass, output) = {
             let _guard = no_grad_guard();
             let condition = Condition { time: &time, text: &text, bias: bias.as_ref() };
-            let mut pass = Pass::remembering(condition, self.conv_in.forward(&sample));
+            let mut pass = Pass::remembering(condition, self.trunk.input(&sample));
             self.walk(&mut pass, None)?;
             let output = UNetOutput { sample: pass.hidden().shallow_clone(), features: pass.features() };
             (pass, output)
@@ -284,17 +226,6 @@ impl UNet {
         Ok((TextGradients { text, pooled }, rest))
     }
 
-    /// The time embedding with what is added to it, after the SiLU that every residual block begins with: applied once here.
-    fn time(&self, timesteps: &Tensor, added: Option<&Added>) -> Tensor {
-        let channels = self.config.block_out_channels[0];
-        let time = self.time_embedding.forward(&sinusoids(timesteps, channels, &self.config).to_kind(self.kind));
-        let time = match (&self.addition, added) {
-            (Some(addition), Some(added)) => time + addition.forward(added, &self.config, self.kind),
-            _ => time,
-        };
-        time.silu()
-    }
-
     /// What hides the unmasked text states from cross-attention, `[B, 1, 1, L]`.
     fn attention_bias(&self, text: &Tensor, mask: Option<&Tensor>) -> Result<Option<Tensor>> {
         let Some(mask) = mask else { return Ok(None) };
@@ -302,36 +233,24 @@ impl UNet {
             let detail = format!("a mask of {:?} {:?} for text of {:?}", mask.kind(), mask.size(), text.size());
             return Err(Error::Shape { what: "UNet::forward", detail });
         }
-        let shown = Tensor::zeros([], (self.kind, text.device()));
-        Ok(Some(shown.where_scalarother(mask, f64::NEG_INFINITY).to_kind(self.kind).unsqueeze(1).unsqueeze(1)))
+        let shown = Tensor::zeros([], (self.kind(), text.device()));
+        Ok(Some(shown.where_scalarother(mask, f64::NEG_INFINITY).to_kind(self.kind()).unsqueeze(1).unsqueeze(1)))
     }
 
     /// Everything between the first convolution and the prediction.
     fn walk<'a>(&'a self, pass: &mut Pass<'a>, control: Option<&ControlResiduals>) -> Result<()> {
-        // 1. Down.
-        for block in &self.down {
-            block.walk(pass);
-            pass.keep_feature();
-        }
+        // 1. Down, and the mid block.
+        self.trunk.walk(pass);
+
+        // 2. What a ControlNet adds.
         if let Some(ControlResiduals { down, mid }) = control {
-            let sizes_fit =
-                down.len() == pass.skips().len() && pass.skips().zip(down).all(|(skip, residual)| skip.size() == residual.size());
-            if !sizes_fit || mid.size() != pass.hidden().size() {
+            let fits = |(here, residual): (&Tensor, &Tensor)| here.size() == residual.size();
+            if down.len() != pass.skips().len() || !pass.skips().zip(down).all(fits) || !fits((pass.hidden(), mid)) {
                 let detail = format!("{} residuals for {} skip connections, or of other sizes", down.len(), pass.skips().len());
                 return Err(Error::Shape { what: "ControlNet residuals", detail });
             }
-        }
-
-        // 2. Mid.
-        if let Some(mid) = &self.mid {
-            mid.walk(pass);
-        }
-        if let Some(ControlResiduals { down, mid }) = control {
             pass.add_to_skips(down);
             pass.add(mid);
-        }
-        if self.mid.is_some() {
-            pass.keep_feature();
         }
 
         // 3. Up.
@@ -343,47 +262,6 @@ impl UNet {
         // 4. Output.
         pass.apply(Unit::Output(&self.output));
         Ok(())
-    }
-
-    fn check(&self, sample: &Tensor, timesteps: &Tensor, text: &Tensor, added: Option<&Added>) -> Result<()> {
-        let fault = |detail: String| Err(Error::Shape { what: "UNet::forward", detail });
-        let (sample, text) = (sample.size(), text.size());
-        let (&[batch, channels, _, _], &[text_batch, _, text_width]) = (sample.as_slice(), text.as_slice()) else {
-            return fault(format!("sample {sample:?} and text {text:?}, wanted [B, C, h, w] and [B, L, D]"));
-        };
-        if channels != self.config.in_channels || text_width != self.text_width {
-            return fault(format!(
-                "{channels} channels and text of {text_width}, wanted {} and {}",
-                self.config.in_channels, self.text_width
-            ));
-        }
-        if text_batch != batch || timesteps.size() != [batch] {
-            return fault(format!("text {text:?} and timesteps {:?} for {batch} samples", timesteps.size()));
-        }
-        match (&self.addition, added) {
-            (None, None) => Ok(()),
-            (Some(addition), Some(Added { pooled, time_ids }))
-                if pooled.size() == [batch, addition.widths.pooled] && time_ids.size() == [batch, NUM_TIME_IDS] =>
-            {
-                Ok(())
-            }
-            (Some(addition), Some(Added { pooled, time_ids })) => fault(format!(
-                "pooled {:?} and time ids {:?}, wanted [{batch}, {}] and [{batch}, {NUM_TIME_IDS}]",
-                pooled.size(),
-                time_ids.size(),
-                addition.widths.pooled
-            )),
-            (Some(_), None) => fault("this network needs pooled text and time ids".into()),
-            (None, Some(_)) => fault("this network takes no pooled text and time ids".into()),
-        }
-    }
-}
-
-impl AdditionEmbedding {
-    fn forward(&self, added: &Added, config: &UNetConfig, kind: Kind) -> Tensor {
-        let ids = sinusoids(&added.time_ids.flatten(0, 1), self.widths.time_id, config);
-        let ids = ids.reshape([-1, NUM_TIME_IDS * self.widths.time_id]).to_kind(kind);
-        self.mlp.forward(&Tensor::cat(&[added.pooled.to_kind(kind), ids], 1))
     }
 }
 

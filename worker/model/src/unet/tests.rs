@@ -1,4 +1,5 @@
 use super::*;
+use crate::Error;
 
 /// The shaping settings of stable-diffusion-xl-base-1.0.
 const SDXL: &str = r#"{

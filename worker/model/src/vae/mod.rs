@@ -165,6 +165,17 @@ mod tests {
         assert_eq!(Vae::count_parameters(&sdxl()).unwrap(), 83_653_863);
     }
 
+    /// What training needs of it: the published total of the encoder counts the 1x1 convolution behind it.
+    #[test]
+    fn parameter_total_of_the_published_encoder() {
+        let (nothing, config) = (Weights::none(), sdxl());
+        let root = nothing.root(Kind::Float, Device::Cpu);
+        Encoder::new(&(&root / "encoder"), &config, config.check().unwrap());
+        assert_eq!(nothing.num_requested(), 34_163_592);
+        Conv2d::new(root / "quant_conv", 8, 8, 1, 1, 0);
+        assert_eq!(nothing.num_requested(), 34_163_664);
+    }
+
     #[test]
     fn settings_that_are_not_computed_are_refused_by_name() {
         let file = tempfile::NamedTempFile::new().unwrap();
