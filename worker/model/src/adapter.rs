@@ -37,6 +37,14 @@ pub struct AdapterConfig {
     pub output: Option<i64>,
 }
 
+impl AdapterConfig {
+    /// Number of parameters of an adapter that is made fresh with these widths.
+    #[must_use]
+    pub fn num_parameters(&self) -> usize {
+        entries(self, Layout::Projector).iter().map(Entry::num_elements).sum()
+    }
+}
+
 /// Which names and biases the layers have.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Layout {
