@@ -2,6 +2,7 @@
 
 use std::fmt::Write as _;
 use std::path::Path;
+use std::process::Command;
 use std::sync::Arc;
 
 use peapod_proto::job::Job;
@@ -88,11 +89,11 @@ impl Visibility {
     }
 }
 
-/// What `coordinator check` prints.
+/// What `coordinator check` prints. The models are looked at by `worker`, the program that can read them.
 ///
 /// # Errors
-/// As [`load`], and for shards that are missing.
-pub fn report(path: &Path) -> Result<String, String> {
+/// As [`load`], for shards that are missing, and with the worker's words for models that do not fit.
+pub fn report(path: &Path, worker: &Path) -> Result<String, String> {
     let LoadedJob { job, shards, visible, .. } = load(path)?;
     visible.judge(false)?;
     let mut text = format!("{} is a valid job: {}\n", path.display(), job.name);
@@ -107,11 +108,50 @@ pub fn report(path: &Path) -> Result<String, String> {
     } else {
         let _ = writeln!(text, "  {} shards, none of them visible from this machine: the workers must see them", shards.len());
     }
-    for (name, folder) in [("model", &job.model.path), ("student", &job.student.path)] {
-        let seen = if folder.is_dir() { "is here" } else { "is not visible from this machine: the workers must see it" };
-        let _ = writeln!(text, "  {name} {} {seen}", folder.display());
+    match Shapes::check(path, worker) {
+        Shapes::Fit(lines) => text.extend(lines.lines().map(|line| format!("  {line}\n"))),
+        Shapes::Refused(problem) => return Err(format!("{}: {problem}", path.display())),
+        Shapes::NotChecked(reason) => {
+            for (name, model) in [("model", &job.model.path), ("student", &job.student.path)] {
+                let seen = if model.exists() { "is here" } else { "is not visible from this machine: the workers must see it" };
+                let _ = writeln!(text, "  {name} {} {seen}", model.display());
+            }
+            let _ = writeln!(text, "  shapes were not checked: {reason}");
+        }
     }
     Ok(text)
+}
+
+/// What the worker program says of a job's models.
+enum Shapes {
+    /// They fit, as far as they are visible from here; a description of them.
+    Fit(String),
+    /// Something does not fit.
+    Refused(String),
+    /// Nobody looked.
+    NotChecked(String),
+}
+
+/// Exit code of a worker that has found something wrong.
+const REFUSED: i32 = 2;
+
+impl Shapes {
+    fn check(job: &Path, worker: &Path) -> Self {
+        let output = match Command::new(worker).args(["check", "--partial", "--job"]).arg(job).output() {
+            Ok(output) => output,
+            Err(error) => return Self::NotChecked(format!("cannot run {}: {error}", worker.display())),
+        };
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim_end().to_owned();
+        let said = text(&output.stderr);
+        match output.status.code() {
+            Some(0) => Self::Fit(text(&output.stdout)),
+            Some(REFUSED) => Self::Refused(said.strip_prefix("worker: ").unwrap_or(&said).to_owned()),
+            // One that cannot start here, without libtorch say, is no judge of the job.
+            _ => {
+                Self::NotChecked(format!("{} ended with {}: {}", worker.display(), output.status, said.lines().last().unwrap_or_default()))
+            }
+        }
+    }
 }
 
 #[cfg(test)]
@@ -126,12 +166,39 @@ mod tests {
         path
     }
 
+    /// A worker program that says this and ends with this code.
+    fn worker(folder: &Path, script: &str) -> std::path::PathBuf {
+        use std::os::unix::fs::PermissionsExt;
+        let path = folder.join("worker");
+        std::fs::write(&path, format!("#!/bin/sh\n{script}\n")).unwrap();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+        path
+    }
+
+    #[test]
+    fn the_worker_beside_it_judges_the_models() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = job(folder.path(), "00.tar");
+        let fit = worker(folder.path(), "echo \"model m: $1 $2 $3\"");
+        assert!(report(&path, &fit).unwrap().contains("\n  model m: check --partial --job\n"));
+        let refuse = worker(folder.path(), "echo 'worker: model.path: conv_in.weight' >&2; exit 2");
+        let error = report(&path, &refuse).unwrap_err();
+        assert!(error.ends_with("job.toml: model.path: conv_in.weight"), "{error}");
+        let broken = worker(folder.path(), "echo 'libtorch_cpu.so: cannot open' >&2; exit 127");
+        let said = report(&path, &broken).unwrap();
+        assert!(
+            said.contains("model m is not visible") && said.contains("shapes were not checked: ") && said.contains("libtorch_cpu.so"),
+            "{said}"
+        );
+        assert!(report(&path, &folder.path().join("nobody")).unwrap().contains("shapes were not checked: cannot run "));
+    }
+
     #[test]
     fn missing_shards_are_named_where_others_are_seen() {
         let folder = tempfile::tempdir().unwrap();
         std::fs::write(folder.path().join("00.tar"), b"x").unwrap();
         let path = job(folder.path(), "{00..07}.tar");
-        let error = report(&path).unwrap_err();
+        let error = report(&path, Path::new("nobody")).unwrap_err();
         assert!(error.starts_with("7 of 8 shards do not exist") && error.contains("01.tar") && error.contains("and 2 more"), "{error}");
     }
 
@@ -139,7 +206,7 @@ mod tests {
     fn a_machine_without_the_data_cannot_judge_it() {
         let folder = tempfile::tempdir().unwrap();
         let path = job(folder.path(), "{00..07}.tar");
-        assert!(report(&path).unwrap().contains("none of them visible"));
+        assert!(report(&path, Path::new("nobody")).unwrap().contains("none of them visible"));
         assert!(load(&path).unwrap().visible.judge(true).is_err(), "unless the workers run here too");
     }
 

@@ -31,7 +31,7 @@ pub enum Command {
         #[arg(default_value = "job.toml")]
         path: PathBuf,
     },
-    /// Check a job file and its shard list, start nothing
+    /// Check a job file, its shard list and its models' shapes, start nothing
     Check {
         /// Job file
         #[arg(long, default_value = "job.toml")]

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use peapod_coordinator::config::{Cli, Command};
+use peapod_coordinator::local::Local;
 use peapod_coordinator::observe::Bar;
 use peapod_coordinator::run::{Exit, run};
 use peapod_coordinator::{check, control, export};
@@ -46,7 +47,7 @@ async fn command(cli: Cli, bar: Bar) -> anyhow::Result<Exit> {
     match cli.command {
         None => return run(cli.run, bar).await,
         Some(Command::Init { demo, path }) => return init(&path, if demo { DEMO } else { TEMPLATE }),
-        Some(Command::Check { job }) => match check::report(&job) {
+        Some(Command::Check { job }) => match check::report(&job, &Local::find_program()) {
             Ok(report) => print!("{report}"),
             Err(problem) => return Ok(Exit::Refused(problem)),
         },

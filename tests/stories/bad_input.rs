@@ -165,6 +165,47 @@ fn model_with_wrong_weights_ends_the_job_with_all_that_is_wrong() {
     }
 }
 
+#[test]
+fn check_of_a_job_compares_shapes_and_starts_nothing() {
+    let demo = workspace().join("tests/demo/job.toml");
+    let mut check = Process::start("check", "coordinator", &["check", "--job", demo.to_str().unwrap()]);
+    check.expect_exit(0);
+    check.assert_said("job.toml is a valid job: demo");
+    check.assert_said("unet            5,205,636 parameters");
+    check.assert_said("BERT            156,416 parameters");
+    check.assert_said("adapter: 98,256 parameters");
+
+    // A configuration that asks for more input channels than its weights have.
+    let mut cluster = Cluster::new();
+    let (model, unet) = (cluster.folder().join("model"), workspace().join("tests/demo/model/unet"));
+    copy_with_links(&workspace().join("tests/demo/model"), &model, "unet");
+    let weights = "diffusion_pytorch_model.safetensors";
+    std::os::unix::fs::symlink(unet.join(weights), model.join("unet").join(weights)).unwrap();
+    let config = std::fs::read_to_string(unet.join("config.json")).unwrap();
+    let mut config: serde_json::Value = serde_json::from_str(&config).unwrap();
+    config["in_channels"] = 9.into();
+    std::fs::write(model.join("unet/config.json"), config.to_string()).unwrap();
+    cluster.job.set("model.path", model.to_str().unwrap());
+    let job = cluster.folder().join("job.toml");
+    std::fs::write(&job, cluster.job.to_string()).unwrap();
+    for program in ["coordinator", "worker"] {
+        let mut check = Process::start(program, program, &["check", "--job", job.to_str().unwrap()]);
+        check.expect_exit(2);
+        check.assert_said("model.path: ");
+        check.assert_said("conv_in.weight is [32, 4, 3, 3], wanted [32, 9, 3, 3]");
+    }
+
+    // What a coordinator's machine does not see is left to the workers; a worker must see it.
+    cluster.job.set("model.path", "nowhere");
+    std::fs::write(&job, cluster.job.to_string()).unwrap();
+    let mut check = Process::start("coordinator", "coordinator", &["check", "--job", job.to_str().unwrap()]);
+    check.expect_exit(0);
+    check.assert_said("model nowhere is not visible from this machine: the workers must see it");
+    let mut check = Process::start("worker", "worker", &["check", "--job", job.to_str().unwrap()]);
+    check.expect_exit(2);
+    check.assert_said("model.path: nowhere: there is no such file or folder");
+}
+
 /// A folder like `from`, made of links but for the folder `apart` in it, whose files are links too and whose weights are left out.
 fn copy_with_links(from: &Path, to: &Path, apart: &str) {
     std::fs::create_dir(to).unwrap();

@@ -1,16 +1,45 @@
 //! Command-line arguments of `worker`.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::Parser;
+use clap::{Parser, Subcommand};
 use peapod_proto::ids::Rank;
 
 /// Trains with others on one device: start one for each GPU of a job.
 #[derive(Debug, Clone, Parser)]
-#[command(name = "worker", version)]
+#[command(name = "worker", version, args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
+pub struct Cli {
+    /// What else to do than to train.
+    #[command(subcommand)]
+    pub command: Option<Command>,
+    /// How to train.
+    #[command(flatten)]
+    pub run: Args,
+}
+
+/// Everything but training.
+#[derive(Debug, Clone, Subcommand)]
+pub enum Command {
+    /// Compare a job's models by configurations and shapes, load nothing
+    Check {
+        /// Job file
+        #[arg(long, default_value = "job.toml")]
+        job: PathBuf,
+        /// Device they would be loaded on
+        #[arg(long, default_value = "cpu")]
+        device: String,
+        /// Leave models that are not on this machine to the workers that see them
+        #[arg(long)]
+        partial: bool,
+    },
+}
+
+/// How to train.
+#[derive(Debug, Clone, clap::Args)]
 pub struct Args {
     /// Address of the coordinator, such as http://master:7733
-    #[arg(long, env = "PEAPOD_COORDINATOR")]
+    #[arg(long, env = "PEAPOD_COORDINATOR", required = true, default_value = "", hide_default_value = true)]
     pub coordinator: String,
     /// Rank to ask for; without it, any free one
     #[arg(long, env = "PEAPOD_RANK")]
@@ -40,9 +69,7 @@ impl Args {
                 if self.coordinator.starts_with("https://") { ": TLS is not built yet, use http:// on a network you trust" } else { "" };
             return Err(format!("--coordinator {} must be an address like http://master:7733{hint}", self.coordinator));
         }
-        if self.device != "cpu" {
-            return Err(format!("--device {}: this build trains on the CPU only; use --device cpu", self.device));
-        }
+        check_device(&self.device)?;
         if self.threads == Some(0) {
             return Err("--threads must be at least 1".into());
         }
@@ -56,16 +83,34 @@ impl Args {
     }
 }
 
+/// Checks that a device is one that this build can use.
+///
+/// # Errors
+/// One line that says what to use instead.
+pub fn check_device(device: &str) -> Result<(), String> {
+    if device == "cpu" { Ok(()) } else { Err(format!("--device {device}: this build trains on the CPU only; use --device cpu")) }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn refusals_say_what_to_do() {
-        let parse = |arguments: &[&str]| Args::try_parse_from(["worker"].iter().chain(arguments)).unwrap().validate();
+        let parse = |arguments: &[&str]| Cli::try_parse_from(["worker"].iter().chain(arguments)).unwrap().run.validate();
         assert!(parse(&["--coordinator", "http://a:1"]).is_ok());
         assert!(parse(&["--coordinator", "a:1"]).unwrap_err().contains("http://master:7733"));
         assert!(parse(&["--coordinator", "https://a:1"]).unwrap_err().contains("TLS is not built yet"));
         assert!(parse(&["--coordinator", "http://a:1", "--device", "cuda:0"]).unwrap_err().contains("--device cpu"));
+    }
+    #[test]
+    fn training_needs_an_address_and_a_check_does_not() {
+        use clap::CommandFactory;
+        Cli::command().debug_assert();
+        let parse = |arguments: &[&str]| Cli::try_parse_from(["worker"].iter().chain(arguments));
+        let check = parse(&["check", "--job", "a.toml"]).unwrap();
+        assert!(matches!(check.command, Some(Command::Check { job, partial: false, .. }) if job.as_os_str() == "a.toml"));
+        assert!(parse(&[]).unwrap_err().to_string().contains("--coordinator"));
+        assert!(parse(&["--coordinator", "http://a:1", "check"]).is_err());
     }
 }

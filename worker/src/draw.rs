@@ -7,13 +7,11 @@ use std::{
 };
 
 use peapod_model::{
-    PerLevel,
     adapter::{self, Adapter},
-    sample::{DpmSolver, Pipeline, PipelineOptions, Progress, Prompter, SampleOptions, SchedulerConfig},
+    sample::{DpmSolver, Pipeline, PipelineOptions, Progress, Prompter, SampleOptions},
     source::ModelSource,
     text::{EnglishEncoders, StudentEncoder, StudentOptions},
-    unet::UNetConfig,
-    vae::VaeConfig,
+    unet::UNet,
 };
 use tch::{Device, Kind};
 
@@ -21,6 +19,10 @@ use crate::picture::{Picture, PictureError};
 
 /// File name of the adapter in a checkpoint.
 const ADAPTER_FILE: &str = "adapter.safetensors";
+/// File name of the adapter in the folders that the published trainer saves.
+const PUBLISHED_FILE: &str = "pytorch_model.bin";
+/// How the names of those folders begin: `proj_STEP`, or `proj_0_STEP`, as its own scripts look for them.
+const PUBLISHED_FOLDER: &str = "proj_";
 /// Adapter metadata: the folder of the text encoder it was trained for.
 pub const ENCODER_KEY: &str = "encoder";
 /// Adapter metadata: the number of tokens its prompts were padded to.
@@ -30,8 +32,6 @@ pub const NORMALIZE_QUOTES_KEY: &str = "normalize_quotes";
 
 /// The student encoder's folder inside a model folder that ships one.
 const SHIPPED_STUDENT: &str = "text_encoder_zh";
-/// The latent size of a UNet whose configuration does not say it: SDXL's.
-const SAMPLE_SIZE: i64 = 128;
 /// Longer sides than this are a typing error: attention alone would need terabytes.
 const MAX_SIDE: i64 = 8192;
 
@@ -48,19 +48,11 @@ pub enum SetupError {
         /// What to do.
         hint: &'static str,
     },
-    /// A configuration or the adapter cannot be used.
+    /// The model, the student encoder or the adapter cannot be used.
     #[error(transparent)]
     Model(#[from] peapod_model::Error),
-    /// A configuration is not what it should be.
-    #[error("{}: {reason}", path.display())]
-    Config {
-        /// The file.
-        path: PathBuf,
-        /// What is wrong.
-        reason: String,
-    },
     /// The adapter was made for another model or another encoder.
-    #[error("{} does not fit: its {what} has {got}, {} asks for {expected}", adapter.display(), wanted_by.display())]
+    #[error("{} does not fit: its {what} has {got}, {wanted_by} asks for {expected}", adapter.display())]
     Adapter {
         /// The adapter's file.
         adapter: PathBuf,
@@ -70,9 +62,12 @@ pub enum SetupError {
         got: String,
         /// The model's or the encoder's.
         expected: String,
-        /// Whose configuration asks for it.
-        wanted_by: PathBuf,
+        /// What asks for it.
+        wanted_by: String,
     },
+    /// Nothing says which encoder the adapter was trained for.
+    #[error("{} does not say its text encoder: give --student", .0.display())]
+    Encoder(PathBuf),
     /// Nothing says how long the adapter's prompts are.
     #[error("{} does not say its context length: give --context-length (52 for the published Chinese adapters)", .0.display())]
     ContextLength(PathBuf),
@@ -120,11 +115,13 @@ pub enum Road {
 /// Files named by the user.
 #[derive(Clone, Debug, Default)]
 pub struct Files {
-    /// The model's folder, as diffusers lays it out.
+    /// The model: a folder as diffusers lays it out, a checkpoint that is one file, or a name on the hub.
     pub model: PathBuf,
+    /// For a checkpoint that is one file: a folder whose configurations are taken instead of the published ones.
+    pub model_config: Option<PathBuf>,
     /// The adapter, if pictures are to be drawn with one.
     pub adapter: Option<PathBuf>,
-    /// The student encoder's folder; by default `text_encoder_zh` of the model, else what the adapter's metadata names.
+    /// The student encoder's folder, or its name on the hub; by default `text_encoder_zh` of the model, else what the adapter's metadata names.
     pub student: Option<PathBuf>,
     /// Tokens of a student prompt; by default what the adapter's metadata says.
     pub context_length: Option<i64>,
@@ -135,10 +132,9 @@ pub struct Files {
 /// Files that were found to fit together.
 #[derive(Debug)]
 pub struct Setup {
-    model: PathBuf,
+    model: ModelSource,
     english: bool,
     student: Option<Student>,
-    scheduler: SchedulerConfig,
     /// What picture sides must be divisible by.
     multiple: i64,
     /// The side the model was trained to draw, in pixels.
@@ -156,36 +152,24 @@ struct Student {
 }
 
 impl Setup {
-    /// Reads configurations and the adapter, and compares them; no model is loaded.
+    /// Reads configurations, names and shapes of all weights, and the adapter, and compares them; no model is loaded.
     ///
     /// Errors: [`SetupError`], which names both sides of what does not fit.
     pub fn check(files: &Files) -> Result<Self, SetupError> {
-        let model = &files.model;
-        let hint = "--model takes a folder as diffusers saves it: unet, vae, scheduler, text_encoder, ...";
-        present("the model", model, hint)?;
-        for part in ["unet/config.json", "vae/config.json", "scheduler/scheduler_config.json"] {
-            present("a part of the model", &model.join(part), hint)?;
-        }
-        let unet_path = model.join("unet/config.json");
-        let unet = UNetConfig::read(&unet_path)?;
-        let is_sdxl = unet.addition_embed_type.is_some();
+        let open = || ModelSource::open(&files.model, files.model_config.as_deref());
+        let shapes = open()?.shapes_only();
+        let unet = shapes.unet(Kind::Float, Device::Cpu)?;
+        let vae_factor = shapes.vae(Kind::Float, Device::Cpu)?.downscale();
         if files.english {
-            let second = ["text_encoder_2", "tokenizer_2"].into_iter().filter(|_| is_sdxl);
-            for part in ["text_encoder", "tokenizer"].into_iter().chain(second) {
-                present("an English text encoder", &model.join(part), "give --adapter to draw without the model's own encoders")?;
-            }
+            shapes.english(Kind::Float, Device::Cpu)?;
         }
-        let vae_factor = halvings(VaeConfig::read(&model.join("vae/config.json"))?.block_out_channels.len());
-        let scheduler = SchedulerConfig::load(model)?;
-        let check_student = |adapter: &PathBuf| Student::check(files, &adapter_file(adapter)?, &unet, &unet_path);
-        let student = files.adapter.as_ref().map(check_student).transpose()?;
+        let student = files.adapter.as_ref().map(|adapter| Student::check(files, &adapter_file(adapter)?, &shapes, &unet)).transpose()?;
         Ok(Self {
-            model: model.clone(),
+            model: open()?,
             english: files.english,
             student,
-            scheduler,
-            multiple: vae_factor * halvings(unet.block_out_channels.len()),
-            native_side: vae_factor * config_number(&unet_path, &["sample_size"])?.unwrap_or(SAMPLE_SIZE),
+            multiple: vae_factor * halvings(unet.config().block_out_channels.len()),
+            native_side: vae_factor * shapes.sample_size(),
         })
     }
 
@@ -211,7 +195,7 @@ impl Setup {
         if !(0.0..=100.0).contains(&guidance) {
             return Err(SetupError::Guidance(guidance));
         }
-        DpmSolver::new(&self.scheduler, options.num_steps)?;
+        DpmSolver::new(self.model.scheduler(), options.num_steps)?;
         Ok(())
     }
 
@@ -222,9 +206,8 @@ impl Setup {
         catching(|| {
             let device = Device::cuda_if_available();
             let kind = if device.is_cuda() { Kind::BFloat16 } else { Kind::Float };
-            let model = ModelSource::open(&self.model, None)?;
-            let pipeline = Pipeline::load(&model, PipelineOptions { device, unet_kind: kind, vae_kind: Kind::Float })?;
-            let english = self.english.then(|| model.english(kind, device)).transpose()?;
+            let pipeline = Pipeline::load(&self.model, PipelineOptions { device, unet_kind: kind, vae_kind: Kind::Float })?;
+            let english = self.english.then(|| self.model.english(kind, device)).transpose()?;
             let load_student = |student: &Student| {
                 let options = StudentOptions { normalize_quotes: student.normalize_quotes, device, kind };
                 let encoder = StudentEncoder::load(&student.encoder, student.context_length, options)?;
@@ -236,65 +219,71 @@ impl Setup {
     }
 }
 
-/// The adapter file meant by `path`: the file itself, or in a folder of checkpoints that of the newest whole one.
+/// The adapter file meant by `path`: the file itself; in a folder the file there; else that of the newest whole checkpoint in it, or of the
+/// last step that the published trainer saved there.
 fn adapter_file(path: &Path) -> Result<PathBuf, SetupError> {
+    let own = |folder: &Path| [ADAPTER_FILE, PUBLISHED_FILE].map(|name| folder.join(name)).into_iter().find(|file| file.is_file());
     if !path.is_dir() {
         return Ok(path.to_owned());
     }
-    let own = path.join(ADAPTER_FILE);
-    if own.is_file() {
-        return Ok(own);
+    if let Some(file) = own(path) {
+        return Ok(file);
     }
+    let folders: Vec<PathBuf> = std::fs::read_dir(path).into_iter().flatten().filter_map(|entry| Some(entry.ok()?.path())).collect();
     // A checkpoint is whole once it has a manifest; names sort by step.
-    let folders = std::fs::read_dir(path).into_iter().flatten().filter_map(|entry| Some(entry.ok()?.path()));
-    let newest = folders.filter(|folder| folder.join("manifest.json").is_file()).max();
-    let hint = "--adapter takes a .safetensors file, a checkpoint's folder, or a folder of checkpoints";
-    let file = newest.map_or(own, |folder| folder.join(ADAPTER_FILE));
-    present("an adapter in that folder", &file, hint)?;
+    let newest = folders.iter().filter(|folder| folder.join("manifest.json").is_file()).max().map(|folder| folder.join(ADAPTER_FILE));
+    let published = || {
+        let saved = folders.iter().filter_map(|folder| Some((published_step(folder)?, own(folder)?)));
+        saved.max_by_key(|(step, _)| *step).map(|(_, file)| file)
+    };
+    let file = newest.or_else(published).unwrap_or_else(|| path.join(ADAPTER_FILE));
+    present("an adapter in that folder", &file, ADAPTER_HINT)?;
     Ok(file)
 }
 
+/// The step of a folder that the published trainer saved.
+fn published_step(folder: &Path) -> Option<u64> {
+    let step = folder.file_name()?.to_str()?.strip_prefix(PUBLISHED_FOLDER)?;
+    step.strip_prefix("0_").unwrap_or(step).parse().ok()
+}
+
+const ADAPTER_HINT: &str = "--adapter takes a file (.safetensors, pytorch_model.bin), a checkpoint's folder, or a folder of checkpoints";
+
 impl Student {
-    fn check(files: &Files, path: &Path, unet: &UNetConfig, unet_path: &Path) -> Result<Self, SetupError> {
-        present("the adapter", path, "--adapter takes a .safetensors file, or a folder of checkpoints")?;
+    fn check(files: &Files, path: &Path, model: &ModelSource, unet: &UNet) -> Result<Self, SetupError> {
+        present("the adapter", path, ADAPTER_HINT)?;
         let metadata = adapter::metadata(path)?;
-        let shipped = files.model.join(SHIPPED_STUDENT);
+        let shipped = model.path().join(SHIPPED_STUDENT);
         let encoder = match (&files.student, metadata.get(ENCODER_KEY)) {
             (Some(given), _) => given.clone(),
-            (None, Some(named)) if !shipped.exists() => named.into(),
-            (None, _) => shipped,
+            (None, _) if shipped.exists() => shipped,
+            (None, Some(named)) => named.into(),
+            (None, None) => return Err(SetupError::Encoder(path.into())),
         };
-        let config = encoder.join("config.json");
-        present("the student encoder", &config, "--student takes a folder with config.json, model.safetensors and vocab.txt")?;
+        let told = metadata.get(CONTEXT_LENGTH_KEY).and_then(|length| length.parse().ok());
+        let context_length = files.context_length.or(told).ok_or_else(|| SetupError::ContextLength(path.into()))?;
+        let normalize_quotes = metadata.get(NORMALIZE_QUOTES_KEY).is_none_or(|told| told != "false");
+        let options = StudentOptions { normalize_quotes, device: Device::Cpu, kind: Kind::Float };
+        let student = StudentEncoder::check(&encoder, context_length, options)?;
 
-        // `d_model` is what T5 calls its width.
-        let encoder_width = config_number(&config, &["hidden_size", "d_model"])?;
-        let text_width = match &unet.cross_attention_dim {
-            PerLevel::Same(width) => Some(*width),
-            PerLevel::Each(widths) => widths.first().copied(),
-        };
-        let fits = |what, got: Option<i64>, expected: Option<i64>, wanted_by: &Path| {
+        let fits = |what, got: Option<i64>, expected: Option<i64>, wanted_by: String| {
             let width = |side: Option<i64>| side.map_or("no width".into(), |width| format!("width {width}"));
             if got == expected {
                 return Ok(());
             }
-            let (adapter, wanted_by) = (path.into(), wanted_by.into());
-            Err(SetupError::Adapter { adapter, what, got: width(got), expected: width(expected), wanted_by })
+            Err(SetupError::Adapter { adapter: path.into(), what, got: width(got), expected: width(expected), wanted_by })
         };
         let shape = *Adapter::load(path, Device::Cpu)?.config();
-        if encoder_width.is_some() {
-            fits("input", Some(shape.input), encoder_width, &config)?;
-        }
+        let the_unet = || format!("the UNet of {}", model.path().display());
+        fits("input", Some(shape.input), Some(student.width()), encoder.display().to_string())?;
         // Without a last linear (SD1.5) the projector's output itself goes to cross-attention, and nothing is pooled.
-        fits("output", Some(shape.output.unwrap_or(shape.pooled)), text_width, unet_path)?;
-        fits("pooled output", shape.output.map(|_| shape.pooled), pooled_width(unet), unet_path)?;
-
-        let told = metadata.get(CONTEXT_LENGTH_KEY).and_then(|length| length.parse().ok());
+        fits("output", Some(shape.output.unwrap_or(shape.pooled)), Some(unet.text_width()), the_unet())?;
+        fits("pooled output", shape.output.map(|_| shape.pooled), unet.pooled_width(), the_unet())?;
         Ok(Self {
             adapter: path.into(),
             encoder,
-            context_length: files.context_length.or(told).ok_or_else(|| SetupError::ContextLength(path.into()))?,
-            normalize_quotes: metadata.get(NORMALIZE_QUOTES_KEY).is_none_or(|told| told != "false"),
+            context_length,
+            normalize_quotes,
             origin: metadata.get("job").zip(metadata.get("step")).map(|(job, step)| format!("{job}, step {step}")),
         })
     }
@@ -352,23 +341,8 @@ fn halvings(num_levels: usize) -> i64 {
     1 << num_levels.saturating_sub(1).min(30)
 }
 
-/// The width of the pooled text a UNet takes beside its six time ids; `None` if it takes none.
-fn pooled_width(unet: &UNetConfig) -> Option<i64> {
-    unet.addition_embed_type?;
-    let time_ids = unet.addition_time_embed_dim?.saturating_mul(6);
-    Some(unet.projection_class_embeddings_input_dim?.saturating_sub(time_ids))
-}
-
 fn present(what: &'static str, path: &Path, hint: &'static str) -> Result<(), SetupError> {
     if path.exists() { Ok(()) } else { Err(SetupError::Missing { what, path: path.into(), hint }) }
-}
-
-/// The first of `keys` that a JSON configuration has as a positive number.
-fn config_number(path: &Path, keys: &[&str]) -> Result<Option<i64>, SetupError> {
-    let invalid = |reason: String| SetupError::Config { path: path.into(), reason };
-    let text = std::fs::read_to_string(path).map_err(|error| invalid(error.to_string()))?;
-    let json: serde_json::Value = serde_json::from_str(&text).map_err(|error| invalid(error.to_string()))?;
-    Ok(keys.iter().find_map(|key| json.get(key)?.as_i64()).filter(|number| (1..=1 << 20).contains(number)))
 }
 
 #[cfg(test)]
@@ -405,10 +379,10 @@ mod tests {
     fn misfitting_adapters_are_refused_with_both_widths() {
         let dir = tempfile::tempdir().unwrap();
         let cases = [
-            (AdapterConfig { input: 1024, ..FITTING }, "its input has width 1024", "text_encoder_zh/config.json asks for width 64"),
-            (AdapterConfig { output: Some(2048), ..FITTING }, "its output has width 2048", "unet/config.json asks for width 80"),
-            (AdapterConfig { pooled: 1280, ..FITTING }, "its pooled output has width 1280", "unet/config.json asks for width 48"),
-            (AdapterConfig { pooled: 80, output: None, ..FITTING }, "its pooled output has no width", "unet/config.json asks for width 48"),
+            (AdapterConfig { input: 1024, ..FITTING }, "its input has width 1024", "text_encoder_zh asks for width 64"),
+            (AdapterConfig { output: Some(2048), ..FITTING }, "its output has width 2048", "tests/demo/model asks for width 80"),
+            (AdapterConfig { pooled: 1280, ..FITTING }, "its pooled output has width 1280", "tests/demo/model asks for width 48"),
+            (AdapterConfig { pooled: 80, output: None, ..FITTING }, "its pooled output has no width", "tests/demo/model asks for width 48"),
         ];
         for (config, got, expected) in cases {
             let error = Setup::check(&files(&dir, config)).unwrap_err().to_string();
@@ -424,7 +398,38 @@ mod tests {
         let no_adapter = Files { model: demo(), adapter: Some(dir.path().join("a.safetensors")), ..Files::default() };
         assert!(Setup::check(&no_adapter).unwrap_err().to_string().contains("the adapter is missing"));
         let no_student = Files { student: Some(dir.path().into()), ..files(&dir, FITTING) };
-        assert!(Setup::check(&no_student).unwrap_err().to_string().contains("the student encoder is missing"));
+        assert!(Setup::check(&no_student).unwrap_err().to_string().contains("holds no text encoder"));
+    }
+
+    /// What the published trainer leaves behind: a folder for each step it saved, named in either of two ways.
+    #[test]
+    fn adapters_of_the_published_trainer_are_found_by_their_highest_step() {
+        let root = tempfile::tempdir().unwrap();
+        let bytes = Adapter::fresh(FITTING, 0, Device::Cpu).unwrap().to_pytorch(Kind::Half).unwrap();
+        for folder in ["proj_9", "proj_0_41999", "proj_1009", "projector"] {
+            std::fs::create_dir(root.path().join(folder)).unwrap();
+            std::fs::write(root.path().join(folder).join(PUBLISHED_FILE), &bytes).unwrap();
+        }
+        std::fs::create_dir(root.path().join("proj_50000")).unwrap();
+        let newest = root.path().join("proj_0_41999").join(PUBLISHED_FILE);
+        assert_eq!(adapter_file(root.path()).unwrap(), newest);
+        assert_eq!(adapter_file(&root.path().join("proj_9")).unwrap(), root.path().join("proj_9").join(PUBLISHED_FILE));
+        let files = Files { model: demo(), adapter: Some(root.path().into()), context_length: Some(24), ..Files::default() };
+        assert_eq!(Setup::check(&files).unwrap().student.unwrap().adapter, newest);
+        assert!(adapter_file(&root.path().join("proj_50000")).unwrap_err().to_string().contains("an adapter in that folder is missing"));
+    }
+
+    /// A student encoder need not have a config.json at its root: its own layout decides.
+    #[test]
+    fn pairs_of_encoders_are_students_too() {
+        let dir = tempfile::tempdir().unwrap();
+        let pair = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/cases/student_pair/student");
+        let options = StudentOptions { normalize_quotes: true, device: Device::Cpu, kind: Kind::Float };
+        let width = StudentEncoder::check(&pair, 8, options).unwrap().width();
+        let student = Files { student: Some(pair), context_length: Some(8), ..files(&dir, AdapterConfig { input: width, ..FITTING }) };
+        assert!(Setup::check(&student).is_ok());
+        let misfit = Files { adapter: files(&dir, FITTING).adapter, ..student };
+        assert!(Setup::check(&misfit).unwrap_err().to_string().contains(&format!("asks for width {width}")));
     }
 
     #[test]

@@ -9,6 +9,7 @@ use peapod_model::distill::{DistillConfig, Distiller, LoadOptions, Precision, Ti
 use peapod_model::optim::AdamWConfig;
 use peapod_model::schedule::{Decay, LrSchedule};
 use peapod_model::source::{Architecture, ModelSource};
+use peapod_model::weights;
 use peapod_proto::PROGRAM_VERSION;
 use peapod_proto::ids::Step;
 use peapod_proto::job::{self, Job, Preset};
@@ -17,14 +18,10 @@ use tch::{Device, Kind};
 
 use crate::draw::{CONTEXT_LENGTH_KEY, ENCODER_KEY, NORMALIZE_QUOTES_KEY};
 
-/// Files whose contents must be the same on all workers, where they are; the weights beside them are told apart by their configurations.
-const CONFIGURATIONS: [&str; 5] =
-    ["unet/config.json", "vae/config.json", "text_encoder/config.json", "text_encoder_2/config.json", "scheduler/scheduler_config.json"];
-
 /// Standard deviation of the constant part of the noise that SDXL is trained with; SD1.5 is trained without.
 const SDXL_NOISE_OFFSET: f64 = 0.5;
 
-/// Where the kinds of student encoders keep theirs; a folder has one or two of them.
+/// Where the kinds of student encoders keep their configuration; a folder has one or two of them.
 const STUDENT_CONFIGURATIONS: [&str; 4] = ["config.json", "open_clip_config.json", "xlm_roberta/config.json", "chinese_clip/config.json"];
 
 /// Loads the frozen models of a job.
@@ -116,23 +113,27 @@ pub fn lr_schedule(job: &Job) -> LrSchedule {
     }
 }
 
-/// SHA-256 over what must be alike on all ranks for their gradients to be of the same thing.
+/// SHA-256 over what must be alike on all ranks for their gradients to be of the same thing: configurations, and the size of a checkpoint
+/// that is one file. Weights are told apart by these.
 ///
 /// # Errors
 /// Names the configuration that cannot be read.
-pub fn model_digest(job: &Job, adapter: &AdapterConfig) -> std::io::Result<Vec<u8>> {
+pub fn model_digest(job: &Job, adapter: &AdapterConfig) -> peapod_model::Result<Vec<u8>> {
     let mut hasher = Sha256::new();
     hasher.update(format!("{adapter:?}"));
-    let mut add = |path: &Path| {
-        let bytes = std::fs::read(path).map_err(|error| std::io::Error::new(error.kind(), format!("{}: {error}", path.display())))?;
+    let model = ModelSource::open(&job.model.path, job.model.config.as_deref())?;
+    for (part, settings) in model.settings()? {
+        hasher.update(format!("{part}{settings}"));
+    }
+    let failed = |path: &Path, source| peapod_model::Error::Io { path: path.into(), source };
+    if model.path().is_file() {
+        hasher.update(std::fs::metadata(model.path()).map_err(|error| failed(model.path(), error))?.len().to_le_bytes());
+    }
+    let student = weights::locate(&job.student.path)?;
+    for path in STUDENT_CONFIGURATIONS.map(|file| student.join(file)).iter().filter(|path| path.is_file()) {
+        let bytes = std::fs::read(path).map_err(|error| failed(path, error))?;
         hasher.update((bytes.len() as u64).to_le_bytes());
         hasher.update(bytes);
-        Ok::<(), std::io::Error>(())
-    };
-    let model = CONFIGURATIONS.map(|file| job.model.path.join(file));
-    let student = STUDENT_CONFIGURATIONS.map(|file| job.student.path.join(file));
-    for path in model.iter().chain(&student).filter(|path| path.is_file()) {
-        add(path)?;
     }
     Ok(hasher.finalize().to_vec())
 }

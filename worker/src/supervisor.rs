@@ -23,7 +23,7 @@ use crate::setup;
 use crate::trainer::{self, Command, Context, Control, Output, Snapshot};
 
 /// Exit code for arguments that cannot work.
-const BAD_ARGUMENTS: u8 = 2;
+pub const BAD_ARGUMENTS: u8 = 2;
 /// What is under way when the worker ends gets this long: the last messages and a checkpoint being sent.
 const GRACE: Duration = Duration::from_secs(10);
 /// Until the coordinator says how often.

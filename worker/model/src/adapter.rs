@@ -37,6 +37,26 @@ pub struct AdapterConfig {
     pub output: Option<i64>,
 }
 
+impl AdapterConfig {
+    /// Number of parameters of an adapter that is made fresh with these widths.
+    #[must_use]
+    pub fn num_parameters(&self) -> usize {
+        entries(self, Layout::Projector).iter().map(Entry::num_elements).sum()
+    }
+}
+
+impl AdapterConfig {
+    /// The adapter from student states of width `input` to a UNet that attends to states of `text_width` and takes pooled text of
+    /// `pooled_width`, if it takes any.
+    pub fn between(input: i64, text_width: i64, pooled_width: Option<i64>, hidden: i64, depth: usize) -> Self {
+        match pooled_width {
+            Some(pooled) => Self { input, hidden, depth, pooled, output: Some(text_width) },
+            // Without pooled text the projector's own output is what the UNet attends to.
+            None => Self { input, hidden, depth, pooled: text_width, output: None },
+        }
+    }
+}
+
 /// Which names and biases the layers have.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Layout {

@@ -24,16 +24,20 @@ use peapod_worker::{
 #[derive(Debug, Parser)]
 #[command(version)]
 struct Args {
-    /// The model's folder, as diffusers saves it
-    #[arg(long, value_name = "DIR")]
+    /// The model: a folder as diffusers saves it, a checkpoint that is one file, or ORG/NAME of the hub's local cache
+    #[arg(long, value_name = "MODEL")]
     model: PathBuf,
 
-    /// The adapter (.safetensors), or a folder of checkpoints: the newest; without it prompts are English
+    /// For a checkpoint that is one file: a folder whose configurations are taken instead of the published ones
+    #[arg(long, value_name = "DIR")]
+    model_config: Option<PathBuf>,
+
+    /// The adapter (.safetensors, pytorch_model.bin), or a folder of checkpoints: the newest; without it prompts are English
     #[arg(long, value_name = "PATH")]
     adapter: Option<PathBuf>,
 
-    /// The adapter's text encoder [default: DIR/text_encoder_zh, else what the adapter names]
-    #[arg(long, value_name = "DIR", requires = "adapter")]
+    /// The adapter's text encoder: a folder, or ORG/NAME of the hub's local cache [default: MODEL/text_encoder_zh, else what the adapter names]
+    #[arg(long, value_name = "ENCODER", requires = "adapter")]
     student: Option<PathBuf>,
 
     /// Tokens of a prompt, as in training [default: what the adapter says]
@@ -172,6 +176,7 @@ fn plan(args: Args) -> anyhow::Result<Plan> {
 
     let setup = Setup::check(&Files {
         model: args.model.clone(),
+        model_config: args.model_config,
         adapter: args.adapter.clone(),
         student: args.student,
         context_length: args.context_length,

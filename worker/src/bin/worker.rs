@@ -3,12 +3,12 @@
 use std::process::ExitCode;
 
 use clap::Parser;
-use peapod_worker::args::Args;
-use peapod_worker::supervisor;
+use peapod_worker::args::{Cli, Command, check_device};
+use peapod_worker::{check, supervisor};
 use tracing_subscriber::EnvFilter;
 
 fn main() -> ExitCode {
-    let args = Args::parse();
+    let Cli { command, run } = Cli::parse();
     tracing_subscriber::fmt()
         .with_env_filter(EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info")))
         .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
@@ -17,6 +17,19 @@ fn main() -> ExitCode {
         .init();
     // libtorch reads these before its first tensor; pools of several threads each would spin against the other workers'.
     tch::set_num_interop_threads(1);
+    if let Some(Command::Check { job, device, partial }) = command {
+        tch::set_num_threads(1);
+        return match check_device(&device).and_then(|()| check::report(&job, partial)) {
+            Ok(report) => {
+                print!("{report}");
+                ExitCode::SUCCESS
+            }
+            Err(problem) => {
+                eprintln!("worker: {problem}");
+                ExitCode::from(supervisor::BAD_ARGUMENTS)
+            }
+        };
+    }
     let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
@@ -24,7 +37,7 @@ fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    let exit = runtime.block_on(supervisor::run(args));
+    let exit = runtime.block_on(supervisor::run(run));
     if !exit.message.is_empty() {
         eprintln!("worker: {}", exit.message);
     }

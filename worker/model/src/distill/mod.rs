@@ -249,12 +249,7 @@ impl Distiller {
 
     /// The widths of the adapter that fits between student and UNet, with `depth` linears of `hidden` in its projector.
     pub fn adapter_config(&self, hidden: i64, depth: usize) -> AdapterConfig {
-        let (input, text_width) = (self.student.width(), self.unet.text_width());
-        match self.unet.pooled_width() {
-            Some(pooled) => AdapterConfig { input, hidden, depth, pooled, output: Some(text_width) },
-            // Without pooled text the projector's own output is what the UNet attends to.
-            None => AdapterConfig { input, hidden, depth, pooled: text_width, output: None },
-        }
+        AdapterConfig::between(self.student.width(), self.unet.text_width(), self.unet.pooled_width(), hidden, depth)
     }
 
     /// Adds the gradient of the loss, summed over the samples of `batch`, to `gradient`, and returns the sums of the losses.

@@ -46,6 +46,18 @@ impl Architecture {
         })
     }
 
+    /// What people call it.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Bert => "BERT",
+            Self::Roberta => "RoBERTa",
+            Self::XlmRoberta => "XLM-R",
+            Self::AltClip => "AltCLIP",
+            Self::Clip => "CLIP",
+            Self::T5 => "mT5",
+        }
+    }
+
     /// What the library that writes the configurations fills in where they are silent: nested ones hold only what differs.
     fn defaults(self) -> Value {
         let bert = |vocab: i64, width: i64, layers: i64, positions: i64, types: i64, eps: f64, pad: i64| {

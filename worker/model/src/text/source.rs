@@ -57,7 +57,13 @@ impl Source {
         if let Some(file) = chinese_clip_file(dir)? {
             return Self::chinese_clip(dir, &file);
         }
-        let settings = TextSettings::read(&dir.join("config.json"))?;
+        let config = dir.join("config.json");
+        if !config.is_file() {
+            let (start, _) = CHINESE_CLIP_WEIGHTS;
+            let reason = format!("holds no text encoder; looked for open_clip_config.json, {start}*.pt and config.json");
+            return Err(Error::Invalid { path: dir.into(), reason });
+        }
+        let settings = TextSettings::read(&config)?;
         Ok(Self { settings, weights: Weights::open(dir)?, cleaning: Cleaning::Keep })
     }
 

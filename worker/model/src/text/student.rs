@@ -1,6 +1,6 @@
 //! The frozen encoder of the student's language, whichever kind it is.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use tch::{Device, Kind, Tensor};
 
@@ -12,6 +12,7 @@ use super::config::Architecture;
 use super::source::Source;
 use super::t5::T5Encoder;
 use super::tokenizer::{TextTokenizer, TokenizerKind};
+use crate::weights::{Survey, locate};
 use crate::{Error, Result};
 
 /// The folders of a pair of encoders whose states are put side by side, in that order.
@@ -57,6 +58,9 @@ struct Part {
     cleaning: Cleaning,
     tokenizer: TextTokenizer,
     model: Model,
+    /// What kind of encoder it is.
+    name: &'static str,
+    survey: Survey,
 }
 
 /// The architectures that can be loaded.
@@ -68,19 +72,29 @@ enum Model {
 }
 
 impl StudentEncoder {
-    /// Loads a folder as the table above says.
+    /// Loads a folder as the table above says; `dir` may also be the name of a model on the hub (see [`locate`]).
     ///
     /// Every prompt is cut and padded to `context_length` tokens. The adapter sees the padding, so this must be the same in training
     /// and sampling.
     /// Errors: [`Error::Unsupported`] for another `model_type`, [`Error::Invalid`] if the encoder has fewer positions than
     /// `context_length`, and what loading the parts may give.
     pub fn load(dir: &Path, context_length: i64, options: StudentOptions) -> Result<Self> {
+        Self::open(dir, context_length, options, false)
+    }
+
+    /// Compares the files of an encoder in all that [`StudentEncoder::load`] checks, without reading a tensor: the result's weights are
+    /// zeros without memory; see [`Weights::shapes_only`](crate::weights::Weights::shapes_only).
+    ///
+    /// Errors: those of [`StudentEncoder::load`].
+    pub fn check(dir: &Path, context_length: i64, options: StudentOptions) -> Result<Self> {
+        Self::open(dir, context_length, options, true)
+    }
+
+    fn open(dir: &Path, context_length: i64, options: StudentOptions, shapes_only: bool) -> Result<Self> {
+        let dir = locate(dir)?;
         let pair = PAIR.map(|name| dir.join(name));
-        let parts = if pair.iter().all(|part| part.is_dir()) {
-            pair.iter().map(|part| Part::load(part, context_length, options)).collect::<Result<_>>()?
-        } else {
-            vec![Part::load(dir, context_length, options)?]
-        };
+        let load = |dir: &PathBuf| Part::load(dir, context_length, options, shapes_only);
+        let parts = if pair.iter().all(|part| part.is_dir()) { pair.iter().map(load).collect::<Result<_>>()? } else { vec![load(&dir)?] };
         Ok(Self { parts, context_length })
     }
 
@@ -102,6 +116,11 @@ impl StudentEncoder {
         self.parts.iter().map(|part| part.model.width()).sum()
     }
 
+    /// Returns the encoders it is made of: what each is called, and what it took of its weights.
+    pub fn parts(&self) -> impl Iterator<Item = (&'static str, &Survey)> {
+        self.parts.iter().map(|part| (part.name, &part.survey))
+    }
+
     /// Returns the number of tokens every prompt has.
     pub fn context_length(&self) -> i64 {
         self.context_length
@@ -109,9 +128,10 @@ impl StudentEncoder {
 }
 
 impl Part {
-    fn load(dir: &Path, context_length: i64, options: StudentOptions) -> Result<Self> {
+    fn load(dir: &Path, context_length: i64, options: StudentOptions, shapes_only: bool) -> Result<Self> {
         let StudentOptions { normalize_quotes, device, kind } = options;
         let Source { settings, weights, cleaning } = Source::open(dir)?;
+        let weights = if shapes_only { weights.shapes_only() } else { weights };
         let (model, tokenizer) = match settings.architecture() {
             Architecture::Bert => (Model::Bert(BertEncoder::from_weights(&settings, &weights, kind, device)?), TokenizerKind::Bert),
             Architecture::Roberta => (Model::Bert(BertEncoder::from_weights(&settings, &weights, kind, device)?), TokenizerKind::Roberta),
@@ -138,7 +158,7 @@ impl Part {
         }
         let straighten = normalize_quotes && settings.architecture() == Architecture::Bert;
         let cleaning = if straighten { Cleaning::StraightQuotes } else { cleaning };
-        Ok(Self { cleaning, tokenizer, model })
+        Ok(Self { cleaning, tokenizer, model, name: settings.architecture().name(), survey: weights.survey() })
     }
 
     fn encode<S: AsRef<str>>(&self, prompts: &[S]) -> Result<Tensor> {
@@ -180,8 +200,6 @@ impl Model {
 
 #[cfg(test)]
 mod tests {
-    use std::path::PathBuf;
-
     use super::*;
 
     const OPTIONS: StudentOptions = StudentOptions { normalize_quotes: true, device: Device::Cpu, kind: Kind::Float };
@@ -198,6 +216,23 @@ mod tests {
         assert_eq!((states.size(), states.kind(), states.requires_grad()), (vec![2, 24, 64], Kind::Float, false));
         let none: [&str; 0] = [];
         assert!(matches!(encoder.encode(&none), Err(Error::Shape { .. })));
+    }
+
+    #[test]
+    fn a_checked_encoder_has_the_shapes_of_a_loaded_one_and_no_weights() {
+        let (checked, loaded) = (StudentEncoder::check(&demo(), 24, OPTIONS).unwrap(), StudentEncoder::load(&demo(), 24, OPTIONS).unwrap());
+        assert!(checked.parts().eq(loaded.parts()) && checked.parts().all(|(name, _)| name == "BERT"));
+        assert_eq!((checked.width(), checked.token_ids(&["红"]).unwrap()), (64, loaded.token_ids(&["红"]).unwrap()));
+        assert_eq!(checked.encode(&["红"]).unwrap().abs().max().double_value(&[]), 0.0);
+        assert!(StudentEncoder::check(&demo(), 65, OPTIONS).is_err());
+    }
+
+    #[test]
+    fn folders_without_an_encoder_say_what_was_looked_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let refuse = |path: &Path| StudentEncoder::load(path, 24, OPTIONS).err().unwrap().to_string();
+        assert!(refuse(dir.path()).contains("holds no text encoder; looked for open_clip_config.json"));
+        assert!(refuse(&dir.path().join("nowhere")).contains("no ORG/NAME of the hub"));
     }
 
     /// The batch a prompt is in must not matter: the conditional drop encodes "" apart from the prompts.
