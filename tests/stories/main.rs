@@ -8,5 +8,6 @@ mod classifier;
 mod demo;
 mod golden;
 mod membership;
+mod method;
 mod resume;
 mod training;
