@@ -17,7 +17,7 @@ pub use self::batch::MicroBatch;
 pub use self::loss::LossSums;
 use self::loss::{Losses, sum_of_mean_squares};
 use crate::adapter::{Adapter, AdapterConfig};
-use crate::sample::SchedulerConfig;
+use crate::sample::{Sampler, SchedulerConfig};
 use crate::schedule::{NoiseSchedule, Prediction};
 use crate::text::{SdxlTextEncoders, StudentEncoder, StudentOptions, TextStates};
 use crate::unet::{Added, UNet, UNetOutput};
@@ -86,6 +86,7 @@ pub struct Distiller {
     empty_student: Tensor,
     /// `alpha_bar` of every timestep, f32.
     alphas_cumprod: Tensor,
+    scheduler: SchedulerConfig,
     device: Device,
 }
 
@@ -123,7 +124,7 @@ impl Distiller {
         let vae = Vae::load(&model_dir.join("vae"), vae_kind, device)?;
         let student = StudentEncoder::load(student_dir, context_length, StudentOptions { normalize_quotes, device, kind })?;
         let teacher = distill.distill.then(|| SdxlTextEncoders::load(model_dir, kind, device)).transpose()?;
-        Self::new(unet, vae, student, teacher, &NoiseSchedule::new(&scheduler.noise), distill, device)
+        Self::new(unet, vae, student, teacher, scheduler, distill, device)
     }
 
     /// Joins loaded models.
@@ -135,7 +136,7 @@ impl Distiller {
         vae: Vae,
         student: StudentEncoder,
         teacher: Option<SdxlTextEncoders>,
-        schedule: &NoiseSchedule,
+        scheduler: SchedulerConfig,
         config: DistillConfig,
         device: Device,
     ) -> Result<Self> {
@@ -150,6 +151,7 @@ impl Distiller {
         if let Some(encoders) = teacher.as_ref().filter(|encoders| encoders.width() != unet.text_width()) {
             return fault(format!("teacher states of {}, a UNet for {}", encoders.width(), unet.text_width()));
         }
+        let schedule = NoiseSchedule::new(&scheduler.noise);
         if schedule.is_empty() {
             return fault("an empty noise schedule".into());
         }
@@ -161,7 +163,7 @@ impl Distiller {
         };
         let alphas_cumprod = Tensor::from_slice(schedule.alphas_cumprod()).to_kind(Kind::Float).to_device(device);
         let empty_student = student.encode(&[""])?;
-        Ok(Self { unet, vae, student, teacher, config, empty_student, alphas_cumprod, device })
+        Ok(Self { unet, vae, student, teacher, config, empty_student, alphas_cumprod, scheduler, device })
     }
 
     /// The frozen UNet.
@@ -182,6 +184,11 @@ impl Distiller {
     /// The frozen English encoders; `None` without distillation.
     pub fn teacher(&self) -> Option<&SdxlTextEncoders> {
         self.teacher.as_ref().map(|teacher| &teacher.encoders)
+    }
+
+    /// What draws pictures with these models.
+    pub fn sampler(&self) -> Sampler<'_> {
+        Sampler { unet: &self.unet, vae: &self.vae, scheduler: &self.scheduler, device: self.device }
     }
 
     /// Number of timesteps that a micro-batch may draw from.
