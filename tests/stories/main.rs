@@ -9,4 +9,5 @@ mod demo;
 mod golden;
 mod membership;
 mod resume;
+mod rounds;
 mod training;
