@@ -2,7 +2,8 @@
 
 use std::path::PathBuf;
 
-const PROTOS: [&str; 3] = ["peapod/v1/membership.proto", "peapod/v1/checkpoint.proto", "peapod/v1/control.proto"];
+const PROTOS: [&str; 4] =
+    ["peapod/v1/membership.proto", "peapod/v1/checkpoint.proto", "peapod/v1/control.proto", "peapod/v1/pictures.proto"];
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("cargo:rerun-if-changed=peapod");

@@ -58,12 +58,18 @@ fn to_json(reply: &v1::StatusReply) -> String {
         })
     };
     let shards = reply.shards.unwrap_or_default();
+    let validation = reply.validation.map(|losses| {
+        serde_json::json!({
+            "step": losses.step, "samples": losses.samples, "task": losses.task, "logit": losses.logit, "feature": losses.feature,
+            "total": losses.total,
+        })
+    });
     let value = serde_json::json!({
         "job": reply.job_name, "job_id": reply.job_id, "state": reply.state, "generation": reply.generation, "step": reply.final_step,
         "total_steps": reply.total_steps, "epoch": shards.epoch,
         "shards": { "total": shards.total, "leased": shards.leased, "done": shards.done },
         "samples": { "committed": reply.samples_committed, "filtered": reply.samples_filtered, "bad": reply.samples_bad },
-        "checkpoint_step": reply.checkpoint_step, "first_failure": reply.first_failure,
+        "checkpoint_step": reply.checkpoint_step, "validation": validation, "first_failure": reply.first_failure,
         "workers": reply.workers.iter().map(worker).collect::<Vec<_>>(),
     });
     format!("{value:#}")
@@ -82,6 +88,12 @@ fn to_table(reply: &v1::StatusReply) -> String {
         None => writeln!(text, "no checkpoint yet"),
     }
     .ok();
+    if let Some(v1::ValidationStatus { step, samples, task, logit, feature, total }) = &reply.validation {
+        let _ = writeln!(
+            text,
+            "validation at step {step}: total {total:.4}, task {task:.4}, logit {logit:.4}, feature {feature:.3} ({samples} samples)"
+        );
+    }
     if !reply.first_failure.is_empty() {
         let _ = writeln!(text, "first failure: {}", reply.first_failure);
     }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use peapod_proto::ids::{Generation, Rank, Step, WorkerId};
-use peapod_proto::message::{Hello, StopReason, ToWorker};
+use peapod_proto::message::{Hello, StopReason, ToWorker, ValidationLosses};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::core::ledger::{Ledger, Totals};
@@ -18,8 +18,17 @@ pub const OUTBOUND_CAPACITY: usize = 1024;
 /// Frozen ledgers that wait for their parts; older ones are of uploads that never came.
 const MAX_FROZEN: usize = 4;
 
-/// Where the ledger of a step goes, or why there is none.
-pub type LedgerReply = oneshot::Sender<Result<Arc<Ledger>, String>>;
+/// Where what belongs into the checkpoint of a step goes, or why there is none.
+pub type RecordsReply = oneshot::Sender<Result<Records, String>>;
+
+/// What the coordinator itself knows about a step and adds to its checkpoint.
+#[derive(Debug, Clone)]
+pub struct Records {
+    /// What its weights were trained on.
+    pub ledger: Arc<Ledger>,
+    /// The newest losses on the validation samples that are known by now, of this step or an earlier one.
+    pub validation: Option<ValidationLosses>,
+}
 
 /// What the shell asks of the driver. Every reply is sent, or dropped when the job is over.
 #[derive(Debug)]
@@ -35,14 +44,14 @@ pub enum Command {
     },
     /// Something happened that needs no answer.
     Tell(Event),
-    /// The parts of a checkpoint are stored: give its ledger once its step is final.
-    LedgerOf {
+    /// The parts of a checkpoint are stored: give what belongs to them once its step is final.
+    RecordsOf {
         /// Its step.
         step: Step,
         /// Its generation.
         generation: Generation,
-        /// The ledger, or why there is none.
-        reply: LedgerReply,
+        /// The records, or why there are none.
+        reply: RecordsReply,
     },
     /// What the job is doing.
     Status {
@@ -79,6 +88,8 @@ pub struct Status {
     pub totals: Totals,
     /// Newest whole checkpoint.
     pub checkpoint_step: Option<Step>,
+    /// Newest losses on the validation samples.
+    pub validation: Option<ValidationLosses>,
     /// First failure, if any.
     pub first_failure: Option<String>,
 }
@@ -93,7 +104,7 @@ pub struct Driver {
     arriving: HashMap<StreamId, mpsc::Sender<ToWorker>>,
     streams: HashMap<WorkerId, (StreamId, mpsc::Sender<ToWorker>)>,
     frozen: BTreeMap<(Step, Generation), Arc<Ledger>>,
-    waiters: Vec<(Step, Generation, LedgerReply)>,
+    waiters: Vec<(Step, Generation, RecordsReply)>,
     journal: Box<dyn Journal>,
     observer: Observer,
 }
@@ -156,9 +167,9 @@ impl Driver {
                 outcome
             }
             Command::Tell(event) => self.tell(event),
-            Command::LedgerOf { step, generation, reply } => {
+            Command::RecordsOf { step, generation, reply } => {
                 match self.frozen.get(&(step, generation)) {
-                    Some(ledger) => drop(reply.send(Ok(ledger.clone()))),
+                    Some(ledger) => drop(reply.send(Ok(self.records_of(step, ledger)))),
                     None if generation != self.core.generation() => {
                         drop(reply.send(Err(format!("{generation} is over and step {step} is not on its line"))))
                     }
@@ -240,6 +251,7 @@ impl Driver {
                     }
                 }
                 Effect::Committed { record, timings } => self.observer.committed(&record, timings),
+                Effect::Validated(losses) => self.observer.validated(&losses),
                 Effect::Freeze { step, generation, ledger } => self.freeze(step, generation, &ledger),
                 Effect::Void { generation, after } => self.void(generation, after),
                 Effect::Notice(notice) => self.observer.notice(&notice),
@@ -263,9 +275,14 @@ impl Driver {
         while self.frozen.len() > MAX_FROZEN {
             self.frozen.pop_first();
         }
+        let records = self.records_of(step, ledger);
         for (_, _, reply) in self.waiters.extract_if(.., |(s, g, _)| (*s, *g) == (step, generation)) {
-            let _ = reply.send(Ok(ledger.clone()));
+            let _ = reply.send(Ok(records.clone()));
         }
+    }
+
+    fn records_of(&self, step: Step, ledger: &Arc<Ledger>) -> Records {
+        Records { ledger: ledger.clone(), validation: self.core.validation().filter(|losses| losses.step <= step) }
     }
 
     fn void(&mut self, generation: Generation, after: Step) {
@@ -288,6 +305,7 @@ impl Driver {
             shards_leased: self.core.num_leased(),
             totals: ledger.totals(),
             checkpoint_step: self.core.checkpoint_step(),
+            validation: self.core.validation(),
             first_failure: self.core.first_failure().map(str::to_owned),
         }
     }

@@ -78,7 +78,10 @@ mod tests {
         writer.write(bytes::Bytes::from_static(content)).await.unwrap();
         writer.finish().await.unwrap();
         let parts = vec![Part { name: PYTORCH.into(), num_bytes: content.len() as u64, sha256: hex(&sha256(content)) }];
-        store.seal(Manifest { format: Manifest::FORMAT, step, generation, job: String::new(), parts }, &Ledger::new(1)).await.unwrap();
+        store
+            .seal(Manifest { format: Manifest::FORMAT, step, generation, job: String::new(), parts, validation: None }, &Ledger::new(1))
+            .await
+            .unwrap();
     }
 
     #[tokio::test]

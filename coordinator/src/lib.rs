@@ -1,7 +1,7 @@
 //! The coordinator of a Peapod job: it assigns ranks and shards, decides which steps are final, and keeps the checkpoints.
 //!
 //! [`core`] holds the rules as a pure value; [`driver`] owns it and does what it says; [`service`] speaks gRPC; [`store`]
-//! keeps checkpoints; [`run`](mod@run) puts them together. The coordinator knows nothing of tensors.
+//! keeps checkpoints, [`gallery`] pictures; [`run`](mod@run) puts them together. The coordinator knows nothing of tensors.
 
 pub mod check;
 pub mod config;
@@ -9,6 +9,7 @@ pub mod control;
 pub mod core;
 pub mod driver;
 pub mod export;
+pub mod gallery;
 pub mod journal;
 pub mod local;
 pub mod observe;

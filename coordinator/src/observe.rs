@@ -6,7 +6,8 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
 use peapod_proto::ids::Step;
-use peapod_proto::message::{StepLosses, StepRecord, StepTimings};
+use peapod_proto::job::Job;
+use peapod_proto::message::{StepLosses, StepRecord, StepTimings, ValidationLosses};
 
 use crate::core::Notice;
 
@@ -56,6 +57,8 @@ pub struct Logs {
     steps: Option<BufWriter<std::fs::File>>,
     /// One line a trained sample: step, epoch, shard, index.
     samples: Option<BufWriter<std::fs::File>>,
+    /// One line of JSON a validation.
+    validation: Option<BufWriter<std::fs::File>>,
 }
 
 impl Logs {
@@ -63,12 +66,27 @@ impl Logs {
     ///
     /// # Errors
     /// Names the file that cannot be opened.
-    pub fn open(steps: &Path, samples: Option<&Path>) -> anyhow::Result<Self> {
+    pub fn open(steps: &Path, samples: Option<&Path>, validation: Option<&Path>) -> anyhow::Result<Self> {
         let open = |path: &Path| {
             let file = std::fs::OpenOptions::new().create(true).append(true).open(path);
             file.map(BufWriter::new).map_err(|error| anyhow::anyhow!("cannot write {}: {error}", path.display()))
         };
-        Ok(Self { steps: Some(open(steps)?), samples: samples.map(open).transpose()? })
+        Ok(Self { steps: Some(open(steps)?), samples: samples.map(open).transpose()?, validation: validation.map(open).transpose()? })
+    }
+}
+
+/// What of a job is needed to show its validation.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Validation {
+    /// Weight of the feature loss.
+    pub feature_weight: f64,
+    /// Whether the moving average is validated, which is so where the job keeps one, or the trained weights themselves.
+    pub of_average: bool,
+}
+
+impl From<&Job> for Validation {
+    fn from(job: &Job) -> Self {
+        Self { feature_weight: job.loss.feature_weight, of_average: job.train.ema_decay > 0.0 }
     }
 }
 
@@ -93,6 +111,7 @@ pub struct Summary {
 pub struct Observer {
     bar: Bar,
     logs: Logs,
+    validation: Validation,
     last_step: Option<u64>,
     losses: Vec<StepLosses>,
     samples: u64,
@@ -107,7 +126,7 @@ pub struct Observer {
 impl Observer {
     /// An observer of a job that ends with `last_step`, if it is given in steps, and stands at `step`.
     #[must_use]
-    pub fn new(bar: Bar, logs: Logs, step: Step, last_step: Option<u64>) -> Self {
+    pub fn new(bar: Bar, logs: Logs, validation: Validation, step: Step, last_step: Option<u64>) -> Self {
         let template = match last_step {
             Some(_) => "{bar:30} step {pos}/{len}  {msg}  {eta} left",
             None => "{spinner} step {pos}  {msg}",
@@ -123,6 +142,7 @@ impl Observer {
         Self {
             bar,
             logs,
+            validation,
             last_step,
             losses: Vec::new(),
             samples: 0,
@@ -170,6 +190,7 @@ impl Observer {
                     "task": record.losses.task, "logit": record.losses.logit, "feature": record.losses.feature,
                     "grad_norm": record.losses.grad_norm, "learning_rate": record.losses.learning_rate,
                     "data_s": timings.data, "compute_s": timings.compute, "collective_s": timings.collective, "update_s": timings.update,
+                    "validation_s": timings.validation, "sampling_s": timings.sampling,
                 });
                 writeln!(steps, "{line}")?;
                 steps.flush()?;
@@ -186,6 +207,24 @@ impl Observer {
             // These files explain a run; the run itself does not need them.
             tracing::error!("step and sample logs stop here: {error}");
             self.logs = Logs::default();
+        }
+    }
+
+    /// The weights of a final step were validated.
+    pub fn validated(&mut self, losses: &ValidationLosses) {
+        let ValidationLosses { step, samples, task, logit, feature } = *losses;
+        let total = losses.total(self.validation.feature_weight);
+        let weights = if self.validation.of_average { "average" } else { "trained" };
+        tracing::info!(
+            "validation at step {step}: total {total:.4}  task {task:.4}  logit {logit:.4}  feature {feature:.3}  ({samples} samples, {weights} weights)"
+        );
+        let line = serde_json::json!({
+            "step": step.0, "samples": samples, "weights": weights, "task": task, "logit": logit, "feature": feature, "total": total,
+        });
+        let Some(file) = &mut self.logs.validation else { return };
+        if let Err(error) = writeln!(file, "{line}").and_then(|()| file.flush()) {
+            tracing::error!("the validation log stops here: {error}");
+            self.logs.validation = None;
         }
     }
 
@@ -279,11 +318,14 @@ mod tests {
     use super::*;
     use peapod_proto::ids::{Epoch, Generation, SampleName, ShardId};
 
+    const PLAIN: Validation = Validation { feature_weight: 0.1, of_average: false };
+
     #[test]
     fn summary_compares_the_first_step_with_the_last_tenth() {
         let folder = tempfile::tempdir().unwrap();
         let (steps, samples) = (folder.path().join("steps.jsonl"), folder.path().join("samples.tsv"));
-        let mut observer = Observer::new(Bar(ProgressBar::hidden()), Logs::open(&steps, Some(&samples)).unwrap(), Step(0), Some(20));
+        let logs = Logs::open(&steps, Some(&samples), None).unwrap();
+        let mut observer = Observer::new(Bar(ProgressBar::hidden()), logs, PLAIN, Step(0), Some(20));
         for step in 1..=20u32 {
             let record = StepRecord {
                 step: Step(step.into()),
@@ -291,6 +333,7 @@ mod tests {
                 names: vec![SampleName { epoch: Epoch(0), shard: ShardId(1), index: step }],
                 skipped: step == 5,
                 losses: StepLosses { feature: (21 - step) as f32, ..StepLosses::default() },
+                validation: None,
             };
             observer.committed(&record, StepTimings::default());
         }
@@ -300,5 +343,24 @@ mod tests {
         let samples = std::fs::read_to_string(samples).unwrap();
         assert_eq!(samples.lines().next(), Some("1\t0\t1\t1"));
         assert_eq!(samples.lines().count(), 19, "samples of a skipped step were not trained");
+    }
+
+    #[test]
+    fn validation_is_a_line_of_json_and_what_is_not_finite_is_null() {
+        let folder = tempfile::tempdir().unwrap();
+        let [steps, path] = ["steps.jsonl", "validation.jsonl"].map(|name| folder.path().join(name));
+        let logs = Logs::open(&steps, None, Some(&path)).unwrap();
+        let kind = Validation { feature_weight: 0.5, of_average: true };
+        let mut observer = Observer::new(Bar(ProgressBar::hidden()), logs, kind, Step(0), None);
+        let losses = ValidationLosses { step: Step(8), samples: 5, task: 0.25, logit: 1.0, feature: 3.0 };
+        observer.validated(&losses);
+        observer.validated(&ValidationLosses { task: f32::NAN, ..losses });
+        let text = std::fs::read_to_string(path).unwrap();
+        let lines: Vec<serde_json::Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        let first = serde_json::json!({
+            "step": 8, "samples": 5, "weights": "average", "task": 0.25, "logit": 1.0, "feature": 3.0, "total": 2.75,
+        });
+        assert_eq!(lines[0], first);
+        assert!(lines[1]["task"].is_null() && lines[1]["total"].is_null() && lines[1]["logit"] == 1.0);
     }
 }

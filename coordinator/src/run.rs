@@ -20,6 +20,7 @@ use crate::check::{self, LoadedJob};
 use crate::config::RunArgs;
 use crate::core::{Config, Core, Event, Outcome, Resume};
 use crate::driver::{Command, Driver};
+use crate::gallery::{Gallery, MAX_PNG_BYTES};
 use crate::journal::Volatile;
 use crate::local::Local;
 use crate::observe::{Bar, Logs, Observer, Summary};
@@ -87,7 +88,9 @@ pub async fn run(args: RunArgs, bar: Bar) -> anyhow::Result<Exit> {
         return Ok(Exit::Finished);
     }
     let signals = Signals::catch()?;
-    let logs = Logs::open(&args.state_dir.join("steps.jsonl"), args.sample_log.as_deref())?;
+    let validation = (!job.validation.shards.is_empty()).then(|| args.state_dir.join("validation.jsonl"));
+    let logs = Logs::open(&args.state_dir.join("steps.jsonl"), args.sample_log.as_deref(), validation.as_deref())?;
+    let gallery = Gallery::new(&args.state_dir.join("pictures"), &job)?;
     let listener = TcpListener::bind(args.listen_address()).await.with_context(|| format!("cannot listen on {}", args.listen_address()))?;
     let address = format!("http://{}", listener.local_addr()?);
     announce(&args, &job, listener.local_addr()?, shards.len());
@@ -100,6 +103,7 @@ pub async fn run(args: RunArgs, bar: Bar) -> anyhow::Result<Exit> {
         last_step: job.last_step(),
         num_shards: shards.len() as u32,
         keep: job.checkpoint.keep,
+        feature_weight: job.loss.feature_weight,
     };
     let config = Config {
         world_size: args.world_size,
@@ -115,18 +119,19 @@ pub async fn run(args: RunArgs, bar: Bar) -> anyhow::Result<Exit> {
         max_bad_fraction: job.data.max_bad_fraction,
         max_skipped_steps: job.train.max_skipped_steps,
     };
-    let observer = Observer::new(bar, logs, step, job.last_step());
+    let observer = Observer::new(bar, logs, (&job).into(), step, job.last_step());
     let (commands, inbox) = mpsc::channel(COMMAND_CAPACITY);
     let driver = Driver::new(Core::new(config, resume), inbox, Box::new(Volatile), observer);
     let (over, is_over) = watch::channel(false);
 
-    let service = Service::new(commands.clone(), store.clone(), facts);
+    let service = Service::new(commands.clone(), store.clone(), gallery, facts);
     let server = Server::builder()
         .tcp_nodelay(true)
         .http2_keepalive_interval(Some(args.heartbeat_timeout))
         .http2_keepalive_timeout(Some(args.heartbeat_timeout))
         .add_service(v1::membership_server::MembershipServer::new(service.clone()))
         .add_service(v1::checkpoints_server::CheckpointsServer::new(service.clone()))
+        .add_service(v1::pictures_server::PicturesServer::new(service.clone()).max_decoding_message_size(MAX_PNG_BYTES + 1024))
         .add_service(v1::control_server::ControlServer::new(service))
         .serve_with_incoming_shutdown(TcpListenerStream::new(listener), wait_for(is_over.clone()));
     let server = tokio::spawn(server);

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use futures::{Stream, StreamExt};
 use peapod_proto::ids::{Generation, Rank, Step, WorkerId};
-use peapod_proto::message::{FromWorker, ToWorker};
+use peapod_proto::message::{FromWorker, ToWorker, ValidationLosses};
 use peapod_proto::v1;
 use sha2::Digest;
 use tokio::sync::{mpsc, oneshot};
@@ -14,6 +14,7 @@ use tonic::{Request, Response, Status, Streaming};
 
 use crate::core::{CoreError, Event, StreamId};
 use crate::driver::{Command, OUTBOUND_CAPACITY};
+use crate::gallery::{Gallery, GalleryError};
 use crate::store::{Manifest, Part, Store, StoreError, hex};
 
 /// How long a peer may take to say hello.
@@ -25,11 +26,12 @@ const MAX_PART_BYTES: u64 = 8 << 30;
 /// Bytes in one message of a download.
 const DOWNLOAD_CHUNK: usize = 1 << 20;
 
-/// Serves all three services.
+/// Serves all four services.
 #[derive(Debug, Clone)]
 pub struct Service {
     commands: mpsc::Sender<Command>,
     store: Store,
+    gallery: Gallery,
     facts: Arc<JobFacts>,
 }
 
@@ -48,6 +50,8 @@ pub struct JobFacts {
     pub num_shards: u32,
     /// Checkpoints to keep.
     pub keep: u32,
+    /// Weight of the feature loss.
+    pub feature_weight: f64,
 }
 
 impl From<CoreError> for Status {
@@ -72,8 +76,8 @@ fn over() -> Status {
 impl Service {
     /// Services that talk to the driver through `commands`.
     #[must_use]
-    pub fn new(commands: mpsc::Sender<Command>, store: Store, facts: JobFacts) -> Self {
-        Self { commands, store, facts: Arc::new(facts) }
+    pub fn new(commands: mpsc::Sender<Command>, store: Store, gallery: Gallery, facts: JobFacts) -> Self {
+        Self { commands, store, gallery, facts: Arc::new(facts) }
     }
 
     async fn ask<T>(&self, command: impl FnOnce(oneshot::Sender<T>) -> Command) -> Result<T, Status> {
@@ -241,9 +245,16 @@ impl Service {
             }
             writer.finish().await.map_err(store_failed)?;
         }
-        let ledger = self.ask(|reply| Command::LedgerOf { step, generation, reply }).await?.map_err(Status::aborted)?;
-        let manifest = Manifest { format: Manifest::FORMAT, step, generation, job: self.facts.toml.clone(), parts: header.parts.clone() };
-        self.store.seal(manifest, &ledger).await.map_err(store_failed)?;
+        let records = self.ask(|reply| Command::RecordsOf { step, generation, reply }).await?.map_err(Status::aborted)?;
+        let manifest = Manifest {
+            format: Manifest::FORMAT,
+            step,
+            generation,
+            job: self.facts.toml.clone(),
+            validation: records.validation.map(Into::into),
+            parts: header.parts.clone(),
+        };
+        self.store.seal(manifest, &records.ledger).await.map_err(store_failed)?;
         Ok(self.store.location(step, generation))
     }
 }
@@ -283,10 +294,38 @@ async fn send_checkpoint(store: Store, manifest: Manifest, sender: mpsc::Sender<
     }
 }
 
+impl From<GalleryError> for Status {
+    fn from(error: GalleryError) -> Self {
+        let message = error.to_string();
+        match error {
+            GalleryError::NoSuchPrompt { .. } | GalleryError::NotPng | GalleryError::TooLarge { .. } => Self::invalid_argument(message),
+            GalleryError::Older { .. } => Self::aborted(message),
+            GalleryError::Store { .. } => Self::internal(message),
+        }
+    }
+}
+
+#[tonic::async_trait]
+impl v1::pictures_server::Pictures for Service {
+    async fn keep(&self, request: Request<v1::KeepPicture>) -> Result<Response<v1::PictureKept>, Status> {
+        let v1::KeepPicture { generation, step, index, png } = request.into_inner();
+        let location = self.gallery.keep(Step(step), Generation(generation), index, png.into()).await?;
+        Ok(Response::new(v1::PictureKept { location }))
+    }
+}
+
 #[tonic::async_trait]
 impl v1::control_server::Control for Service {
     async fn status(&self, _request: Request<v1::StatusRequest>) -> Result<Response<v1::StatusReply>, Status> {
         let status = self.ask(|reply| Command::Status { reply }).await?;
+        let validation = |losses: ValidationLosses| v1::ValidationStatus {
+            step: losses.step.0,
+            samples: losses.samples,
+            task: losses.task,
+            logit: losses.logit,
+            feature: losses.feature,
+            total: losses.total(self.facts.feature_weight) as f32,
+        };
         let worker = |worker: crate::core::WorkerView| v1::WorkerStatus {
             worker_id: worker.id.0,
             rank: worker.rank.0,
@@ -317,6 +356,7 @@ impl v1::control_server::Control for Service {
             samples_bad: status.totals.bad,
             checkpoint_step: status.checkpoint_step.map(|step| step.0),
             first_failure: status.first_failure.unwrap_or_default(),
+            validation: status.validation.map(validation),
         }))
     }
 

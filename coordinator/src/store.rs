@@ -7,6 +7,7 @@ use futures::{StreamExt, TryStreamExt};
 use object_store::path::Path as Key;
 use object_store::{ObjectStore, ObjectStoreExt, PutMode, PutPayload, WriteMultipart};
 use peapod_proto::ids::{Generation, Step};
+use peapod_proto::message::ValidationLosses;
 use serde::{Deserialize, Serialize};
 
 use crate::core::ledger::Ledger;
@@ -54,7 +55,7 @@ pub struct Part {
 }
 
 /// What makes a checkpoint whole.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Manifest {
     /// Version of this file's layout.
     pub format: u32,
@@ -64,8 +65,34 @@ pub struct Manifest {
     pub generation: Generation,
     /// The job file it was trained with.
     pub job: String,
+    /// The newest losses on the validation samples that were known when it was stored; their step says whether they are of its weights.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub validation: Option<Validation>,
     /// Its files.
     pub parts: Vec<Part>,
+}
+
+/// Losses on the validation samples, as a manifest keeps them. What is not finite is null.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Validation {
+    /// The step whose weights they are of.
+    pub step: Step,
+    /// Number of samples.
+    pub samples: u32,
+    /// Diffusion loss.
+    pub task: Option<f32>,
+    /// Distance of the predictions.
+    pub logit: Option<f32>,
+    /// Distance of the features, unweighted.
+    pub feature: Option<f32>,
+}
+
+impl From<ValidationLosses> for Validation {
+    fn from(losses: ValidationLosses) -> Self {
+        let ValidationLosses { step, samples, task, logit, feature } = losses;
+        let [task, logit, feature] = [task, logit, feature].map(|loss| Some(loss).filter(|loss| loss.is_finite()));
+        Self { step, samples, task, logit, feature }
+    }
 }
 
 impl Manifest {
@@ -303,7 +330,8 @@ mod tests {
         writer.finish().await.unwrap();
         if seal {
             let parts = vec![Part { name: "adapter.safetensors".into(), num_bytes: 7, sha256: hex(&sha256(b"weights")) }];
-            let manifest = Manifest { format: Manifest::FORMAT, step, generation, job: String::new(), parts };
+            let validation = Some(ValidationLosses { step, samples: 3, task: 0.5, logit: f32::NAN, feature: 2.0 }.into());
+            let manifest = Manifest { format: Manifest::FORMAT, step, generation, job: String::new(), validation, parts };
             store.seal(manifest, &Ledger::new(1)).await.unwrap();
         }
     }
@@ -318,6 +346,8 @@ mod tests {
         write(&store, 200, false).await;
         let (manifest, ledger) = store.newest().await.unwrap().unwrap();
         assert_eq!((manifest.step, ledger), (Step(100), Ledger::new(1)));
+        let losses = Validation { step: Step(100), samples: 3, task: Some(0.5), logit: None, feature: Some(2.0) };
+        assert_eq!(manifest.validation, Some(losses));
     }
 
     #[tokio::test]

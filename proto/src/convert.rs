@@ -5,7 +5,7 @@ use std::fmt;
 use crate::ids::{Bitmap, Epoch, Generation, Incarnation, LeaseId, MemberIndex, Rank, SampleName, ShardId, Step, WorkerId};
 use crate::message::{
     Assignment, FromWorker, Heartbeat, Hello, Lease, Phase, ShardReport, SkipReason, SkippedSample, StepLosses, StepRecord, StepReport,
-    StepTimings, StopCause, StopReason, Stopped, ToWorker,
+    StepTimings, StopCause, StopReason, Stopped, ToWorker, ValidationLosses,
 };
 use crate::v1;
 
@@ -70,6 +70,8 @@ impl From<Phase> for v1::Phase {
             Phase::Collective => Self::Collective,
             Phase::Update => Self::Update,
             Phase::Snapshot => Self::Snapshot,
+            Phase::Validating => Self::Validating,
+            Phase::Sampling => Self::Sampling,
         }
     }
 }
@@ -84,6 +86,8 @@ fn phase(value: i32) -> Result<Phase, WireError> {
         Ok(v1::Phase::Collective) => Phase::Collective,
         Ok(v1::Phase::Update) => Phase::Update,
         Ok(v1::Phase::Snapshot) => Phase::Snapshot,
+        Ok(v1::Phase::Validating) => Phase::Validating,
+        Ok(v1::Phase::Sampling) => Phase::Sampling,
         Ok(v1::Phase::Unspecified) | Err(_) => return Err(unknown("heartbeat.phase", value)),
     })
 }
@@ -97,6 +101,7 @@ impl From<StepRecord> for v1::StepRecord {
             names: record.names.into_iter().map(Into::into).collect(),
             skipped: record.skipped,
             losses: Some(v1::StepLosses { task, logit, feature, grad_norm, learning_rate }),
+            validation: record.validation.map(Into::into),
         }
     }
 }
@@ -118,7 +123,27 @@ impl TryFrom<v1::StepRecord> for StepRecord {
                 grad_norm: losses.grad_norm,
                 learning_rate: losses.learning_rate,
             },
+            validation: wire.validation.map(TryInto::try_into).transpose()?,
         })
+    }
+}
+
+impl From<ValidationLosses> for v1::Validation {
+    fn from(losses: ValidationLosses) -> Self {
+        let ValidationLosses { step, samples, task, logit, feature } = losses;
+        Self { step: step.0, samples, task, logit, feature }
+    }
+}
+
+impl TryFrom<v1::Validation> for ValidationLosses {
+    type Error = WireError;
+
+    fn try_from(wire: v1::Validation) -> Result<Self, WireError> {
+        let v1::Validation { step, samples, task, logit, feature } = wire;
+        if samples == 0 {
+            return Err(WireError { field: "validation.samples", problem: "is a mean over none".into() });
+        }
+        Ok(Self { step: Step(step), samples, task, logit, feature })
     }
 }
 
@@ -152,6 +177,8 @@ impl From<FromWorker> for v1::FromWorker {
                     compute: report.timings.compute,
                     collective: report.timings.collective,
                     update: report.timings.update,
+                    validation: report.timings.validation,
+                    sampling: report.timings.sampling,
                 }),
                 snapshot: report.snapshot.is_some(),
                 adapter_digest: report.snapshot.unwrap_or_default(),
@@ -168,6 +195,7 @@ impl From<FromWorker> for v1::FromWorker {
                 .into(),
                 records: stopped.records.into_iter().map(Into::into).collect(),
                 reason: stopped.reason,
+                validation: stopped.validation.map(Into::into),
             }),
             FromWorker::LeaseRequest { generation, num_leases } => {
                 Message::LeaseRequest(v1::LeaseRequest { generation: generation.0, num_leases })
@@ -257,6 +285,8 @@ impl TryFrom<v1::FromWorker> for FromWorker {
                         compute: timings.compute,
                         collective: timings.collective,
                         update: timings.update,
+                        validation: timings.validation,
+                        sampling: timings.sampling,
                     },
                     snapshot: report.snapshot.then_some(report.adapter_digest),
                 })
@@ -273,6 +303,7 @@ impl TryFrom<v1::FromWorker> for FromWorker {
                 },
                 records: stopped.records.into_iter().map(TryInto::try_into).collect::<Result<_, _>>()?,
                 reason: stopped.reason,
+                validation: stopped.validation.map(TryInto::try_into).transpose()?,
             }),
             Message::LeaseRequest(request) => {
                 Self::LeaseRequest { generation: Generation(request.generation), num_leases: request.num_leases }
@@ -436,6 +467,10 @@ impl TryFrom<v1::ToWorker> for ToWorker {
 mod tests {
     use super::*;
 
+    fn validation(step: u64) -> ValidationLosses {
+        ValidationLosses { step: Step(step), samples: 5, task: 0.5, logit: 0.25, feature: 3.0 }
+    }
+
     fn record(step: u64) -> StepRecord {
         StepRecord {
             step: Step(step),
@@ -443,6 +478,7 @@ mod tests {
             names: vec![SampleName { epoch: Epoch(1), shard: ShardId(3), index: 7 }],
             skipped: false,
             losses: StepLosses { task: 1.0, ..StepLosses::default() },
+            validation: Some(validation(step - 1)),
         }
     }
 
@@ -453,7 +489,7 @@ mod tests {
                 generation: Generation(2),
                 step: Step(9),
                 record: Some(record(9)),
-                timings: StepTimings { data: 0.1, ..StepTimings::default() },
+                timings: StepTimings { data: 0.1, validation: 2.0, sampling: 3.0, ..StepTimings::default() },
                 snapshot: Some(77),
             }),
             FromWorker::Stopped(Stopped {
@@ -462,7 +498,10 @@ mod tests {
                 cause: StopCause::Planned,
                 records: vec![record(8), record(9)],
                 reason: String::new(),
+                validation: Some(validation(9)),
             }),
+            FromWorker::Heartbeat(Heartbeat { step: Step(9), phase: Phase::Validating, generation: Generation(2) }),
+            FromWorker::Heartbeat(Heartbeat { step: Step(9), phase: Phase::Sampling, generation: Generation(2) }),
             FromWorker::ShardReport(ShardReport {
                 lease: LeaseId(4),
                 skipped: vec![SkippedSample { index: 3, reason: SkipReason::Bad, key: "k".into(), detail: "no jpg".into() }],
@@ -490,7 +529,12 @@ mod tests {
             report.step = 9;
             report.record.as_mut().unwrap().names[0].index = 1 << 24;
         }
-        assert!(FromWorker::try_from(wire).unwrap_err().to_string().contains("step_record.names"));
+        assert!(FromWorker::try_from(wire.clone()).unwrap_err().to_string().contains("step_record.names"));
+        if let Some(v1::from_worker::Message::StepReport(report)) = &mut wire.message {
+            report.record.as_mut().unwrap().names.clear();
+            report.record.as_mut().unwrap().validation.as_mut().unwrap().samples = 0;
+        }
+        assert!(FromWorker::try_from(wire).unwrap_err().to_string().contains("validation.samples"));
         let index = v1::ToWorker {
             message: Some(v1::to_worker::Message::Assignment(v1::Assignment { member_index: 2, num_members: 2, ..Default::default() })),
         };

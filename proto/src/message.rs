@@ -43,6 +43,10 @@ pub enum Phase {
     Update,
     /// Copying weights for a checkpoint.
     Snapshot,
+    /// Computing losses on the validation samples.
+    Validating,
+    /// Drawing pictures.
+    Sampling,
 }
 
 impl Phase {
@@ -58,6 +62,8 @@ impl Phase {
             Self::Collective => "collective",
             Self::Update => "update",
             Self::Snapshot => "snapshot",
+            Self::Validating => "validating",
+            Self::Sampling => "sampling",
         }
     }
 }
@@ -88,6 +94,31 @@ pub struct StepLosses {
     pub learning_rate: f32,
 }
 
+/// Mean losses over the validation samples of the weights after one step.
+///
+/// Noise, timesteps and crops are the same each time: two of them compare weights and nothing else. Not a number where a loss was not finite.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct ValidationLosses {
+    /// The step.
+    pub step: Step,
+    /// Number of samples.
+    pub samples: u32,
+    /// Diffusion loss of native samples.
+    pub task: f32,
+    /// Distance of the predictions.
+    pub logit: f32,
+    /// Distance of the features, all hooks together, unweighted.
+    pub feature: f32,
+}
+
+impl ValidationLosses {
+    /// What training minimises: all losses together, the feature loss with its weight in the job.
+    #[must_use]
+    pub fn total(&self, feature_weight: f64) -> f64 {
+        f64::from(self.task) + f64::from(self.logit) + feature_weight * f64::from(self.feature)
+    }
+}
+
 /// What one step trained: read from the summed tail, the same on every rank.
 #[derive(Debug, Clone, PartialEq)]
 pub struct StepRecord {
@@ -101,6 +132,8 @@ pub struct StepRecord {
     pub skipped: bool,
     /// Losses.
     pub losses: StepLosses,
+    /// Losses of the step before on the validation samples, where they were due.
+    pub validation: Option<ValidationLosses>,
 }
 
 /// Seconds of one rank's step.
@@ -114,6 +147,10 @@ pub struct StepTimings {
     pub collective: f32,
     /// Optimiser.
     pub update: f32,
+    /// Losses on the validation samples of the step before.
+    pub validation: f32,
+    /// Pictures by the weights of the step before.
+    pub sampling: f32,
 }
 
 /// A member has applied a step.
@@ -155,8 +192,10 @@ pub struct Stopped {
     pub cause: StopCause,
     /// Steps of this generation not known to be durable, oldest first.
     pub records: Vec<StepRecord>,
-    /// What failed, when something did.
+    /// What failed, when something did. Beside an orderly cause: the exchange after the job's last step, which changes no weights.
     pub reason: String,
+    /// Losses of `applied` on the validation samples, where no step follows whose record could carry them.
+    pub validation: Option<ValidationLosses>,
 }
 
 /// Why a sample is not trained on.

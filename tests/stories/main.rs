@@ -10,4 +10,5 @@ mod golden;
 mod membership;
 mod method;
 mod resume;
+mod rounds;
 mod training;

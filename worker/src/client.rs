@@ -22,6 +22,8 @@ const FIRST_WAIT: Duration = Duration::from_millis(100);
 const LONGEST_WAIT: Duration = Duration::from_secs(2);
 /// Silence of the transport after which it is probed, and then given up.
 const KEEPALIVE: Duration = Duration::from_secs(3);
+/// One picture.
+const PICTURE_TIMEOUT: Duration = Duration::from_secs(60);
 /// Bytes in one message of an upload.
 const CHUNK: usize = 1 << 20;
 
@@ -194,6 +196,19 @@ pub async fn upload(
     let reply = v1::checkpoints_client::CheckpointsClient::new(channel).upload(messages).await;
     let reply = reply.map_err(|status| ClientError::Transfer { what: "checkpoint not stored", message: status.message().into() })?;
     Ok(reply.into_inner().location)
+}
+
+/// Sends a picture; returns where it is kept.
+///
+/// # Errors
+/// [`ClientError::Transfer`] with the coordinator's words, or after [`PICTURE_TIMEOUT`].
+pub async fn send_picture(channel: Channel, generation: Generation, step: Step, index: u32, png: Vec<u8>) -> Result<String, ClientError> {
+    let failed = |message: String| ClientError::Transfer { what: "not stored", message };
+    let picture = v1::KeepPicture { generation: generation.0, step: step.0, index, png };
+    let mut client = v1::pictures_client::PicturesClient::new(channel);
+    let reply = tokio::time::timeout(PICTURE_TIMEOUT, client.keep(picture)).await;
+    let reply = reply.map_err(|_| failed(format!("no answer within {} s", PICTURE_TIMEOUT.as_secs())))?;
+    Ok(reply.map_err(|status| failed(status.message().into()))?.into_inner().location)
 }
 
 /// Fetches a checkpoint's files and checks each against its SHA-256.

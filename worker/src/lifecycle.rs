@@ -440,6 +440,7 @@ mod tests {
             cause: StopCause::Aborted,
             records: vec![],
             reason: String::new(),
+            validation: None,
         })));
         assert!(life.handle(reply(3, true)).is_empty(), "outside of a generation there is nothing to abort");
     }

@@ -63,6 +63,15 @@ impl Picture {
         &self.rgb
     }
 
+    /// Encodes a PNG whose `texts` (keyword, UTF-8 text) say where it comes from.
+    ///
+    /// Errors: the encoder's, for a keyword that is none.
+    pub fn to_png(&self, texts: &[(&str, &str)]) -> Result<Vec<u8>, png::EncodingError> {
+        let mut bytes = Vec::new();
+        self.encode(&mut bytes, texts)?;
+        Ok(bytes)
+    }
+
     /// Writes a PNG whose `texts` (keyword, UTF-8 text) say where it comes from. Readers of `path` see the old file or the whole new one.
     ///
     /// Errors: [`PictureError::Write`].
@@ -80,7 +89,13 @@ impl Picture {
 
     fn encode_to(&self, path: &Path, texts: &[(&str, &str)]) -> Result<(), png::EncodingError> {
         let mut file = BufWriter::new(File::create(path)?);
-        let mut encoder = png::Encoder::new(&mut file, self.width, self.height);
+        self.encode(&mut file, texts)?;
+        file.flush()?;
+        Ok(file.get_ref().sync_all()?)
+    }
+
+    fn encode(&self, target: &mut impl Write, texts: &[(&str, &str)]) -> Result<(), png::EncodingError> {
+        let mut encoder = png::Encoder::new(target, self.width, self.height);
         encoder.set_color(png::ColorType::Rgb);
         encoder.set_depth(png::BitDepth::Eight);
         encoder.set_source_srgb(png::SrgbRenderingIntent::Perceptual);
@@ -89,9 +104,7 @@ impl Picture {
         }
         let mut writer = encoder.write_header()?;
         writer.write_image_data(&self.rgb)?;
-        writer.finish()?;
-        file.flush()?;
-        Ok(file.get_ref().sync_all()?)
+        writer.finish()
     }
 }
 
@@ -113,6 +126,7 @@ mod tests {
         let texts: Vec<_> = reader.info().utf8_text.iter().map(|chunk| (chunk.keyword.clone(), chunk.get_text().unwrap())).collect();
         assert_eq!(texts, [("prompt".into(), "红色的圆形".into()), ("seed".into(), "7".to_owned())]);
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "no partial file stays behind");
+        assert_eq!(fs::read(&path).unwrap(), picture.to_png(&[("prompt", "红色的圆形"), ("seed", "7")]).unwrap());
     }
 
     #[test]

@@ -20,7 +20,7 @@ use crate::args::Args;
 use crate::client::{self, ClientError};
 use crate::lifecycle::{Action, Input, Lifecycle};
 use crate::setup;
-use crate::trainer::{self, Command, Context, Control, Output, Snapshot};
+use crate::trainer::{self, Command, Context, Control, Drawn, Output, Snapshot};
 
 /// Exit code for arguments that cannot work.
 pub const BAD_ARGUMENTS: u8 = 2;
@@ -197,6 +197,10 @@ impl Supervisor {
                 self.upload(*snapshot);
                 None
             }
+            Output::Picture(drawn) => {
+                self.send_picture(*drawn);
+                None
+            }
         }
     }
 
@@ -298,6 +302,19 @@ impl Supervisor {
         });
     }
 
+    /// Sends a picture on a call of its own, off both threads. Nothing depends on its arrival.
+    fn send_picture(&mut self, drawn: Drawn) {
+        let Some((channel, _)) = lock(&self.channel).clone() else { return };
+        self.uploads.spawn(async move {
+            let Drawn { generation, step, index, png, sent } = drawn;
+            match client::send_picture(channel, generation, step, index, png).await {
+                Ok(location) => tracing::debug!("picture {index} of step {step} stored at {location}"),
+                Err(error) => tracing::warn!("picture {index} of step {step}: {error}"),
+            }
+            drop(sent);
+        });
+    }
+
     /// Ends what is under way, each part with its time.
     async fn close(&mut self, exit: &Exit) {
         self.control.abort(self.control.heartbeat().generation, "the worker ends");
@@ -306,7 +323,7 @@ impl Supervisor {
         // What takes longer is cut off as the set is dropped.
         let finish = async move { while uploads.join_next().await.is_some() {} };
         if exit.code == 0 && tokio::time::timeout(GRACE, finish).await.is_err() {
-            tracing::warn!("a checkpoint was still being sent");
+            tracing::warn!("a checkpoint or a picture was still being sent");
         }
         // Dropping the sender ends the stream once everything in it is sent; the coordinator closes its side in answer.
         self.outbound = None;

@@ -1,8 +1,10 @@
 //! The end of the flat gradient: what all ranks learn in the same all-reduce.
 //!
 //! ```text
-//! [ samples, task, logit, feature, change, not finite, step | slot of member 0 | slot of member 1 | ... ]
+//! [ samples, task, logit, feature, change, not finite, step | validation | slot of member 0 | slot of member 1 | ... ]
 //! ```
+//!
+//! `validation` is `[samples, task, logit, feature, not finite]` of the weights before this step, all zero where none was due.
 //!
 //! A slot is `[n, epoch, shard, index, ...]`, written by its own member and zero elsewhere, so the sum keeps its integers
 //! exactly (all are below 2^24). Whoever holds the sum of a step therefore knows every sample in it. Each member adds the
@@ -10,7 +12,10 @@
 
 use peapod_proto::ids::{Epoch, MemberIndex, SampleName, ShardId, Step};
 
-const HEADER: usize = 7;
+const HEADER: usize = 7 + VALIDATION;
+const VALIDATION: usize = 5;
+/// Places in the header.
+const STEP: usize = 6;
 /// Step numbers are added modulo this: their sum stays exact for any world that fits an `f32`.
 const STEP_MODULUS: u64 = 256;
 const NUMBERS_A_NAME: usize = 3;
@@ -33,6 +38,8 @@ pub struct Contribution {
     pub change: bool,
     /// A loss or gradient of its own is not finite.
     pub not_finite: bool,
+    /// Its part of the validation of the weights before this step.
+    pub validation: ValidationTotals,
 }
 
 /// Sums over samples.
@@ -46,6 +53,31 @@ pub struct LossTotals {
     pub feature: f32,
 }
 
+/// Sums over validation samples; none of them where no validation was due.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct ValidationTotals {
+    /// Number of samples.
+    pub samples: u32,
+    /// Loss sums over them.
+    pub losses: LossTotals,
+}
+
+impl LossTotals {
+    fn is_finite(&self) -> bool {
+        [self.task, self.logit, self.feature].iter().all(|sum| sum.is_finite())
+    }
+
+    /// What is not finite is said by its flag: an infinity here would spoil the sums that carry the names of the step.
+    fn to_wire(self) -> [f32; 3] {
+        [self.task, self.logit, self.feature].map(|sum| if sum.is_finite() { sum } else { 0.0 })
+    }
+
+    fn from_wire(sums: &[f32]) -> Self {
+        let at = |at: usize| sums.get(at).copied().unwrap_or_default();
+        Self { task: at(0), logit: at(1), feature: at(2) }
+    }
+}
+
 /// What the sum over all members says.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Outcome {
@@ -57,6 +89,8 @@ pub struct Outcome {
     pub change: bool,
     /// Somebody's loss or gradient is not finite.
     pub not_finite: bool,
+    /// The whole validation of the weights before this step. Its losses are no numbers if anybody's part was not finite.
+    pub validation: ValidationTotals,
 }
 
 /// The sum is not one of well-formed tails.
@@ -100,18 +134,23 @@ impl TailLayout {
             self.names_a_slot
         );
         tail.fill(0.0);
-        let LossTotals { task, logit, feature } = contribution.losses;
-        // What is not finite is said by its flag: an infinity here would spoil the sums that carry the names of the step.
-        let finite = |value: f32| if value.is_finite() { value } else { 0.0 };
         let flag = |set: bool| if set { 1.0 } else { 0.0 };
+        let [task, logit, feature] = contribution.losses.to_wire();
+        let validation = &contribution.validation;
+        let [validation_task, validation_logit, validation_feature] = validation.losses.to_wire();
         tail[..HEADER].copy_from_slice(&[
             contribution.names.len() as f32,
-            finite(task),
-            finite(logit),
-            finite(feature),
+            task,
+            logit,
+            feature,
             flag(contribution.change),
             flag(contribution.not_finite),
             (step.0 % STEP_MODULUS) as f32,
+            validation.samples as f32,
+            validation_task,
+            validation_logit,
+            validation_feature,
+            flag(!validation.losses.is_finite()),
         ]);
         let start = HEADER + member.0 as usize * self.slot();
         tail[start] = contribution.names.len() as f32;
@@ -130,7 +169,7 @@ impl TailLayout {
             return Err(DamagedTail(format!("{} values instead of {}", tail.len(), self.len())));
         }
         let expected = (step.0 % STEP_MODULUS) as usize * self.num_members;
-        if tail.get(HEADER - 1).is_none_or(|&sum| sum != expected as f32) {
+        if tail.get(STEP).is_none_or(|&sum| sum != expected as f32) {
             return Err(DamagedTail(format!("not all members are in step {step}")));
         }
         let integer = |value: f32, limit: u32| {
@@ -154,9 +193,16 @@ impl TailLayout {
         }
         Ok(Outcome {
             names,
-            losses: LossTotals { task: tail[1], logit: tail[2], feature: tail[3] },
+            losses: LossTotals::from_wire(&tail[1..4]),
             change: tail[4] > 0.0,
             not_finite: tail[5] > 0.0,
+            validation: ValidationTotals {
+                samples: integer(tail[STEP + 1], SampleName::LIMIT)?,
+                losses: match tail[STEP + VALIDATION] > 0.0 {
+                    false => LossTotals::from_wire(&tail[STEP + 2..STEP + VALIDATION]),
+                    true => LossTotals { task: f32::NAN, logit: f32::NAN, feature: f32::NAN },
+                },
+            },
         })
     }
 }
@@ -171,7 +217,7 @@ pub fn share_of(global_batch: u32, member: MemberIndex, num_members: u32) -> u32
 mod tests {
     use super::*;
 
-    const STEP: Step = Step(1000);
+    const NOW: Step = Step(1000);
 
     fn name(epoch: u32, shard: u32, index: u32) -> SampleName {
         SampleName { epoch: Epoch(epoch), shard: ShardId(shard), index }
@@ -181,7 +227,7 @@ mod tests {
         let mut total = vec![0.0; layout.len()];
         for (member, contribution) in contributions.iter().enumerate() {
             let mut tail = vec![f32::NAN; layout.len()];
-            layout.write(&mut tail, STEP, MemberIndex(member as u32), contribution);
+            layout.write(&mut tail, NOW, MemberIndex(member as u32), contribution);
             for (total, value) in total.iter_mut().zip(&tail) {
                 *total += value;
             }
@@ -202,7 +248,7 @@ mod tests {
                 ..Contribution::default()
             },
         ];
-        let outcome = layout.read(&sum(layout, &contributions), STEP).unwrap();
+        let outcome = layout.read(&sum(layout, &contributions), NOW).unwrap();
         assert_eq!(outcome.names, [name(0, 1, 2), name(last, last, last), name(0, 1, 3)]);
         assert!(outcome.change && !outcome.not_finite && outcome.losses.task == 1.5);
     }
@@ -216,21 +262,41 @@ mod tests {
             not_finite: true,
             ..Contribution::default()
         };
-        let outcome = layout.read(&sum(layout, &[bad, Contribution::default()]), STEP).unwrap();
+        let outcome = layout.read(&sum(layout, &[bad, Contribution::default()]), NOW).unwrap();
         assert!(outcome.not_finite && outcome.names == [name(0, 0, 1)]);
+        assert_eq!(outcome.validation, ValidationTotals::default(), "the step's losses are not those of the validation");
+    }
+
+    #[test]
+    fn validation_of_the_weights_before_comes_with_the_step() {
+        let layout = TailLayout::new(2, 2);
+        let part = |samples, task| Contribution {
+            names: vec![name(0, 0, samples)],
+            losses: LossTotals { task: 100.0, ..LossTotals::default() },
+            validation: ValidationTotals { samples, losses: LossTotals { task, logit: 0.5, feature: 2.0 } },
+            ..Contribution::default()
+        };
+        let read = |tail: &[f32]| layout.read(tail, NOW);
+        let outcome = read(&sum(layout, &[part(3, 1.0), part(2, 0.25)])).unwrap();
+        assert_eq!(outcome.validation, ValidationTotals { samples: 5, losses: LossTotals { task: 1.25, logit: 1.0, feature: 4.0 } });
+        assert_eq!((outcome.names.len(), outcome.losses.task), (2, 200.0));
+        // A part that is not finite makes the whole no number, and neither the step nor its names suffer.
+        let outcome = read(&sum(layout, &[part(3, f32::NAN), part(2, 0.25)])).unwrap();
+        assert!(outcome.validation.samples == 5 && outcome.validation.losses.task.is_nan() && !outcome.not_finite);
+        assert_eq!((outcome.names.len(), outcome.losses.task), (2, 200.0));
     }
 
     #[test]
     fn damage_is_an_error() {
         let layout = TailLayout::new(1, 2);
         let good = sum(layout, &[Contribution { names: vec![name(0, 0, 1)], ..Contribution::default() }]);
-        for (at, value) in [(0, 2.0), (0, 0.5), (HEADER, f32::NAN), (HEADER + 1, 1.5), (HEADER + 1, -1.0)] {
+        for (at, value) in [(0, 2.0), (0, 0.5), (STEP + 1, 0.5), (HEADER, f32::NAN), (HEADER + 1, 1.5), (HEADER + 1, -1.0)] {
             let mut tail = good.clone();
             tail[at] = value;
-            assert!(layout.read(&tail, STEP).is_err(), "{at}: {value}");
+            assert!(layout.read(&tail, NOW).is_err(), "{at}: {value}");
         }
-        assert!(layout.read(&good[1..], STEP).is_err());
-        assert!(layout.read(&good, STEP.next()).is_err(), "a member that is a step behind");
+        assert!(layout.read(&good[1..], NOW).is_err());
+        assert!(layout.read(&good, NOW.next()).is_err(), "a member that is a step behind");
     }
 
     #[test]

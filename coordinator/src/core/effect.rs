@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use peapod_proto::ids::{Generation, Step, WorkerId};
-use peapod_proto::message::{Lease, ShardReport, StepRecord, StepTimings, ToWorker};
+use peapod_proto::message::{Lease, ShardReport, StepRecord, StepTimings, ToWorker, ValidationLosses};
 
 use super::ledger::Ledger;
 use super::{StreamId, WorkerView};
@@ -57,6 +57,8 @@ pub enum Effect {
         /// Seconds of its slowest member, by part.
         timings: StepTimings,
     },
+    /// Losses on the validation samples of a step that is final.
+    Validated(ValidationLosses),
     /// The ledger of a step that was copied for a checkpoint: to be stored with it.
     Freeze {
         /// The step.

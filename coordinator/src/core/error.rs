@@ -46,8 +46,8 @@ pub enum CoreError {
     /// The job ends.
     #[error("the job is ending ({0}): no worker can join any more")]
     Ending(String),
-    /// The models differ between workers.
-    #[error("{worker} loaded other models than {other}: every worker must see the same files")]
+    /// Models or validation samples differ between workers.
+    #[error("{worker} loaded other models or validation samples than {other}: every worker must see the same files")]
     ModelsDiffer {
         /// The newcomer.
         worker: String,

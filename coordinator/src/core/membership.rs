@@ -386,8 +386,9 @@ impl Core {
         });
         match &mut self.phase {
             JobPhase::Running { members, planned } => {
-                // A collective that failed on one rank is over for all of them, though nobody may have died.
-                if stopped.cause == StopCause::Aborted {
+                // A collective that failed on one rank is over for all of them, though nobody may have died. That holds for the exchange
+                // after the last step too, whose failure is the reason beside an orderly cause.
+                if stopped.cause == StopCause::Aborted || !stopped.reason.is_empty() {
                     let name = self.workers.get(&id).map(Worker::name).unwrap_or_default();
                     let reason = format!("{name} at step {}: {}", stopped.applied, stopped.reason);
                     self.note_failure(reason.clone());
@@ -444,6 +445,13 @@ impl Core {
         if matches!(self.phase, JobPhase::Done(_)) {
             return;
         }
+        // Whoever holds the source's step may know more about it: that it was the last one, or its losses on the validation samples.
+        let equals = || stopped.values().filter(|other| other.applied == said.applied).chain([&said]);
+        let is_over = |cause| equals().any(|other| other.cause == cause);
+        let (steps_done, data_done) = (is_over(StopCause::StepsDone), is_over(StopCause::DataDone));
+        if let Some(losses) = equals().find_map(|other| other.validation) {
+            self.validated(losses, out);
+        }
         let mut holders: BTreeSet<WorkerId> =
             stopped.iter().filter(|(_, other)| other.applied == said.applied).map(|(&id, _)| id).collect();
         holders.insert(source);
@@ -455,13 +463,8 @@ impl Core {
         self.truth = Truth { step: said.applied, generation, holders };
         self.release_leases_of_the_gone();
 
-        let done = match said.cause {
-            StopCause::StepsDone | StopCause::DataDone => true,
-            StopCause::Planned | StopCause::Aborted => self.config.last_step.is_some_and(|last| said.applied >= last),
-        };
-        if said.cause == StopCause::DataDone
-            && let Some(reason) = self.unaccounted()
-        {
+        let done = steps_done || data_done || self.config.last_step.is_some_and(|last| said.applied >= last);
+        if data_done && let Some(reason) = self.unaccounted() {
             self.note_failure(reason.clone());
             return self.fail(reason, out);
         }
@@ -543,6 +546,8 @@ impl Core {
             self.checkpoint.frozen.clear();
             self.checkpoint.senders.clear();
             self.progress = Progress::new(to);
+            // Its steps are trained again, from other samples perhaps, and validated again.
+            self.validation = self.validation.filter(|last| last.step <= to);
         }
         self.truth = Truth { step: to, generation: Generation::NONE, holders: BTreeSet::new() };
     }

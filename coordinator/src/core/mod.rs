@@ -25,7 +25,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use peapod_proto::ids::{Generation, MemberIndex, ShardId, Step, WorkerId};
-use peapod_proto::message::{FromWorker, Stopped, ToWorker};
+use peapod_proto::message::{FromWorker, Stopped, ToWorker, ValidationLosses};
 
 use checkpoint::Checkpoint;
 pub use effect::{Effect, Fact, Notice, Outcome};
@@ -128,6 +128,8 @@ pub struct Core {
     lease_requests: BTreeMap<WorkerId, (MemberIndex, u32)>,
     progress: Progress,
     checkpoint: Checkpoint,
+    /// The newest one on this line of weights.
+    validation: Option<ValidationLosses>,
     first_failure: Option<String>,
     stop_requested: Option<String>,
     next_announcement: Timestamp,
@@ -157,6 +159,7 @@ impl Core {
             lease_requests: BTreeMap::new(),
             progress: Progress::new(step),
             checkpoint: Checkpoint { last: resume, frozen: BTreeMap::new(), senders: BTreeMap::new(), next_due, asked: false },
+            validation: None,
             first_failure: None,
             stop_requested: None,
             next_announcement: ANNOUNCE_EVERY,
@@ -422,6 +425,12 @@ impl Core {
     #[must_use]
     pub fn checkpoint_step(&self) -> Option<Step> {
         self.checkpoint.last.as_ref().map(|last| last.step)
+    }
+
+    /// The newest losses on the validation samples.
+    #[must_use]
+    pub fn validation(&self) -> Option<ValidationLosses> {
+        self.validation
     }
 
     /// The first failure, in one line.

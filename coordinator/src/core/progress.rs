@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 
 use peapod_proto::ids::{MemberIndex, Rank, Step};
-use peapod_proto::message::{StepRecord, StepReport, StepTimings, Stopped};
+use peapod_proto::message::{StepRecord, StepReport, StepTimings, Stopped, ValidationLosses};
 
 use super::ledger::{LedgerError, Skip};
 use super::{Core, Effect, Fact, JobPhase, Notice, Timestamp};
@@ -76,6 +76,8 @@ impl Progress {
         // Everybody waits for the slowest in the collective: the shortest stay is its own cost.
         slowest.collective = if pending.num_reports == 1 { said.collective } else { slowest.collective.min(said.collective) };
         slowest.update = slowest.update.max(said.update);
+        slowest.validation = slowest.validation.max(said.validation);
+        slowest.sampling = slowest.sampling.max(said.sampling);
         if let Some(digest) = report.snapshot {
             pending.digests.push((member, digest));
         }
@@ -181,7 +183,19 @@ impl Core {
         } else {
             self.skipped_in_a_row = 0;
         }
+        let validation = record.validation;
         out.push(Effect::Committed { record, timings });
+        if let Some(losses) = validation {
+            self.validated(losses, out);
+        }
+    }
+
+    /// Believes losses that came with a final step; says them once, though the members may have computed them in two generations.
+    pub(super) fn validated(&mut self, losses: ValidationLosses, out: &mut Vec<Effect>) {
+        if self.validation.is_none_or(|last| last.step < losses.step) {
+            self.validation = Some(losses);
+            out.push(Effect::Validated(losses));
+        }
     }
 
     /// Enters a step's samples into the ledger and ends the leases of shards that are done.

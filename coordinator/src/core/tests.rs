@@ -3,7 +3,7 @@
 use peapod_proto::ids::{Epoch, Incarnation, Rank, SampleName};
 use peapod_proto::message::{
     Assignment, Heartbeat, Hello, Lease, Phase, ShardReport, SkipReason, SkippedSample, StepLosses, StepRecord, StepReport, StepTimings,
-    StopCause, StopReason,
+    StopCause, StopReason, ValidationLosses,
 };
 use peapod_proto::{PROGRAM_VERSION, PROTOCOL_VERSION};
 
@@ -118,6 +118,7 @@ impl World {
             names: names.to_vec(),
             skipped: false,
             losses: StepLosses::default(),
+            validation: None,
         }
     }
 
@@ -136,8 +137,31 @@ impl World {
     }
 
     fn stopped(&mut self, worker: WorkerId, applied: u64, cause: StopCause, records: Vec<StepRecord>) {
-        let stopped = Stopped { generation: self.core.generation(), applied: Step(applied), cause, records, reason: "peer lost".into() };
+        let reason = if cause == StopCause::Aborted { "peer lost" } else { "" };
+        self.stopped_with(worker, applied, cause, records, reason, None);
+    }
+
+    fn stopped_with(
+        &mut self,
+        worker: WorkerId,
+        applied: u64,
+        cause: StopCause,
+        records: Vec<StepRecord>,
+        reason: &str,
+        validation: Option<ValidationLosses>,
+    ) {
+        let generation = self.core.generation();
+        let stopped = Stopped { generation, applied: Step(applied), cause, records, reason: reason.into(), validation };
         self.say(worker, FromWorker::Stopped(stopped)).unwrap();
+    }
+
+    /// The steps whose validation was said, in order.
+    fn validated(&self) -> Vec<u64> {
+        let step = |effect: &Effect| match effect {
+            Effect::Validated(losses) => Some(losses.step.0),
+            _ => None,
+        };
+        self.said.iter().filter_map(step).collect()
     }
 
     fn die(&mut self, worker: WorkerId) {
@@ -188,6 +212,10 @@ impl World {
             self.event(Event::Tick).unwrap();
         }
     }
+}
+
+fn losses(step: u64) -> ValidationLosses {
+    ValidationLosses { step: Step(step), samples: 8, task: 0.5, logit: 0.5, feature: 0.5 }
 }
 
 fn names(epoch: u32, shard: ShardId, indices: std::ops::Range<u32>) -> Vec<SampleName> {
@@ -538,6 +566,113 @@ fn death_of_the_sender_of_the_last_checkpoint_asks_the_next_holder() {
     assert!(matches!(world.sent(workers[1]).last(), Some(ToWorker::TakeSnapshot { .. })));
     world.die(workers[1]);
     assert!(matches!(world.outcome(), Some(Outcome::Failed { .. })), "nobody holds the last step");
+}
+
+#[test]
+fn validation_is_believed_when_the_step_that_carried_it_is_final() {
+    let (mut world, workers) = World::running(2);
+    world.report(workers[0], 1, Some(&[]));
+    world.report(workers[1], 1, None);
+    let mut record = world.record(2, &[]);
+    record.validation = Some(losses(1));
+    let report =
+        StepReport { generation: Generation(1), step: Step(2), record: Some(record), timings: StepTimings::default(), snapshot: None };
+    world.say(workers[0], FromWorker::StepReport(report)).unwrap();
+    assert_eq!((world.validated(), world.core.validation()), (vec![], None), "step 2 may still be void");
+    world.report(workers[1], 2, None);
+    assert_eq!((world.validated(), world.core.validation()), (vec![1], Some(losses(1))));
+}
+
+#[test]
+fn validation_that_a_death_made_the_members_repeat_is_said_once() {
+    // Member 0 held the sum that carries it and died; what member 1 holds decides.
+    let (mut world, workers) = World::running(2);
+    world.report(workers[0], 1, Some(&[]));
+    world.report(workers[1], 1, None);
+    let mut record = world.record(2, &[]);
+    record.validation = Some(losses(1));
+    let report =
+        StepReport { generation: Generation(1), step: Step(2), record: Some(record), timings: StepTimings::default(), snapshot: None };
+    world.say(workers[0], FromWorker::StepReport(report)).unwrap();
+    world.die(workers[0]);
+    world.stopped(workers[1], 1, StopCause::Aborted, vec![]);
+    assert_eq!(world.validated(), [0; 0]);
+    let newcomer = world.join(None).unwrap();
+    world.ready(newcomer);
+    world.bootstrap(newcomer);
+    let mut record = world.record(2, &[]);
+    record.validation = Some(losses(1));
+    world.stopped(newcomer, 2, StopCause::Planned, vec![record.clone()]);
+    world.stopped(workers[1], 2, StopCause::Planned, vec![record]);
+    assert_eq!(world.validated(), [1]);
+}
+
+#[test]
+fn validation_of_the_last_step_comes_with_the_word_of_whoever_holds_it() {
+    let (mut world, workers) = World::running(2);
+    let record = world.record(100, &[]);
+    let records: Vec<StepRecord> = (1..100).map(|step| world.record(step, &[])).chain([record]).collect();
+    world.stopped_with(workers[0], 100, StopCause::StepsDone, records, "", None);
+    world.stopped_with(workers[1], 100, StopCause::StepsDone, vec![], "", Some(losses(100)));
+    assert_eq!(world.validated(), [100]);
+    world.event(Event::CheckpointStored { step: Step(100), generation: Generation(1) }).unwrap();
+    assert_eq!(world.outcome(), Some(Outcome::Finished));
+}
+
+#[test]
+fn death_in_the_exchange_after_the_last_data_does_not_lose_the_job() {
+    let mut world = World::new(Config { last_step: None, ..config(3) });
+    let workers: Vec<WorkerId> = (0..3).map(|rank| world.join(Some(rank)).unwrap()).collect();
+    for &worker in &workers {
+        world.ready(worker);
+    }
+    world.bootstrap(workers[0]);
+    for &worker in &workers {
+        world.report(worker, 1, (worker == workers[0]).then_some(&[]));
+    }
+    // All gave empty shares and validate the last weights; one dies in the middle of it.
+    world.die(workers[2]);
+    // The lowest id is the source, and was told so early that it does not know that it was the end.
+    world.stopped(workers[0], 1, StopCause::Aborted, vec![]);
+    world.stopped_with(workers[1], 1, StopCause::DataDone, vec![], "rank 2 is gone", None);
+    assert!(matches!(world.sent(workers[0]).last(), Some(ToWorker::TakeSnapshot { .. })), "the job ends with what it has");
+    world.event(Event::CheckpointStored { step: Step(1), generation: Generation(1) }).unwrap();
+    assert_eq!((world.outcome(), world.validated()), (Some(Outcome::Finished), vec![]));
+}
+
+#[test]
+fn failed_exchange_after_the_last_step_breaks_up_those_still_in_it() {
+    let (mut world, workers) = World::running(2);
+    let record = world.record(1, &[]);
+    world.stopped_with(workers[0], 1, StopCause::StepsDone, vec![record], "connection reset", None);
+    assert!(matches!(world.sent(workers[1]).last(), Some(ToWorker::Abort { generation: Generation(1), .. })));
+    world.stopped_with(workers[1], 1, StopCause::StepsDone, vec![], "aborted", None);
+    world.event(Event::CheckpointStored { step: Step(1), generation: Generation(1) }).unwrap();
+    assert_eq!(world.outcome(), Some(Outcome::Finished));
+}
+
+#[test]
+fn validation_of_steps_that_are_lost_is_forgotten_and_said_again() {
+    let (mut world, workers) = World::running(1);
+    world.report_with(workers[0], 1, Some(&[]), Some(1)).unwrap();
+    world.event(Event::CheckpointStored { step: Step(1), generation: Generation(1) }).unwrap();
+    world.report(workers[0], 2, Some(&[]));
+    let validated = |world: &mut World, worker: WorkerId, step: u64| {
+        let mut record = world.record(step + 1, &[]);
+        record.validation = Some(losses(step));
+        let (generation, timings) = (world.core.generation(), StepTimings::default());
+        let report = StepReport { generation, step: Step(step + 1), record: Some(record), timings, snapshot: None };
+        world.say(worker, FromWorker::StepReport(report)).unwrap();
+    };
+    validated(&mut world, workers[0], 2);
+    world.die(workers[0]);
+    assert_eq!(world.core.validation(), None, "step 2 is void");
+    let newcomer = world.join(None).unwrap();
+    world.ready(newcomer);
+    world.bootstrap(newcomer);
+    world.report(newcomer, 2, Some(&[]));
+    validated(&mut world, newcomer, 2);
+    assert_eq!(world.validated(), [2, 2]);
 }
 
 #[test]

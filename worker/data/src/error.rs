@@ -57,6 +57,9 @@ pub enum Error {
     /// The loader's configuration contradicts itself.
     #[error("loader: {0}")]
     Config(String),
+    /// The validation samples cannot be used.
+    #[error("validation.shards: {0}")]
+    Validation(String),
     /// A data thread cannot be started.
     #[error("start a data thread: {0}")]
     Spawn(io::Error),

@@ -16,6 +16,7 @@ mod plan;
 pub mod sample;
 pub mod shard;
 pub mod source;
+pub mod validation;
 
 pub use draws::Draws;
 pub use error::{Error, Result};
@@ -23,6 +24,7 @@ pub use loader::{Batch, LeasedShard, Loader, LoaderConfig, LoaderEvent, LoaderHa
 pub use sample::{Reason, Skip};
 pub use shard::ShardEnd;
 pub use source::expand_shards;
+pub use validation::ValidationSet;
 
 #[cfg(test)]
 mod testing;

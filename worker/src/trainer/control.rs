@@ -28,8 +28,18 @@ struct Breaking {
     loader: Option<LoaderHandle>,
 }
 
-const PHASES: [Phase; 8] =
-    [Phase::Loading, Phase::Waiting, Phase::Connecting, Phase::Data, Phase::Compute, Phase::Collective, Phase::Update, Phase::Snapshot];
+const PHASES: [Phase; 10] = [
+    Phase::Loading,
+    Phase::Waiting,
+    Phase::Connecting,
+    Phase::Data,
+    Phase::Compute,
+    Phase::Collective,
+    Phase::Update,
+    Phase::Snapshot,
+    Phase::Validating,
+    Phase::Sampling,
+];
 
 impl Control {
     fn breaking(&self) -> MutexGuard<'_, Breaking> {

@@ -4,6 +4,7 @@
 //! others. Only an abort breaks into one; then the step in flight is dropped and its samples wait for the source's word.
 
 mod control;
+mod rounds;
 mod state;
 mod step;
 
@@ -11,7 +12,7 @@ use std::collections::VecDeque;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::mpsc::Receiver;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
 use peapod_collective::tcp::{Bootstrap, Listener, Membership, TcpCollective};
@@ -25,18 +26,27 @@ use peapod_proto::ids::{Generation, LeaseId, MemberIndex, Step};
 use peapod_proto::job::Job;
 use peapod_proto::message::{
     Assignment, Phase, ShardReport, SkipReason, SkippedSample, StepLosses, StepRecord, StepReport, StepTimings, StopCause, Stopped,
+    ValidationLosses,
 };
 use tch::{Device, Kind, Tensor};
 
 pub use control::Control;
+pub use rounds::Drawn;
+use rounds::{Due, Rounds, Unfinished, means};
 pub use state::{Snapshot, TrainState};
 
 use crate::lifecycle::TrainerEvent;
 use crate::setup;
-use crate::tail::{Outcome, TailLayout, share_of};
+use crate::tail::{Contribution, Outcome, TailLayout, ValidationTotals, share_of};
 
 /// A collective that takes longer than this is stuck for a reason that nobody else noticed.
 const COLLECTIVE_TIMEOUT: Duration = Duration::from_secs(600);
+/// As much longer it may take for each validation or set of pictures before it: a member with less to do waits in it for the others.
+const ROUND_TIMEOUT: Duration = Duration::from_secs(600);
+/// Pictures on their way hold up the end of a generation for this long at most: less than the others are waited for.
+const LAST_PICTURES_TIMEOUT: Duration = Duration::from_secs(5);
+/// Between two looks at whether the wait for them is broken off.
+const LOOK_EVERY: Duration = Duration::from_millis(50);
 
 /// What the supervisor tells the trainer between generations. What concerns a running one goes through [`Control`].
 #[derive(Debug)]
@@ -61,6 +71,8 @@ pub enum Output {
     Event(TrainerEvent),
     /// For the coordinator's store.
     Snapshot(Box<Snapshot>),
+    /// For the coordinator's gallery.
+    Picture(Box<Drawn>),
     /// From the data threads.
     Read(ShardReport),
     /// The data threads want shards.
@@ -91,8 +103,8 @@ pub struct Context {
 
 /// Why a generation ended for this member.
 enum Ended {
-    /// In order.
-    Orderly(StopCause),
+    /// In order; with a reason if the exchange after the last step failed, which changes no weights.
+    Orderly(StopCause, String),
     /// The collective failed or was aborted.
     Broken(String),
     /// This worker cannot go on.
@@ -128,6 +140,7 @@ struct Trainer {
     context: Context,
     models: Distiller,
     loader: Loader,
+    rounds: Rounds,
     adapter_config: AdapterConfig,
     schedule: LrSchedule,
     /// Absent until the first generation, and while an incomplete one is being received.
@@ -136,6 +149,10 @@ struct Trainer {
     in_flight: Option<(Step, Share)>,
     /// Steps of the current generation that are not known to be on disk.
     records: VecDeque<StepRecord>,
+    /// Losses of the last step's weights that no record carries, as no step follows.
+    last_validation: Option<ValidationLosses>,
+    /// Its other end is closed once the newest pictures are sent or given up.
+    pending: Option<Receiver<()>>,
     /// A listener whose address is in the bootstrap of a generation.
     listener: Option<(Generation, Listener)>,
 }
@@ -145,9 +162,12 @@ impl Trainer {
         let Context { job, device, output, control, .. } = &context;
         let models = setup::load_models(job, *device).map_err(|error| error.to_string())?;
         let adapter_config = setup::adapter_config(job, &models);
+        let data = setup::loader_config(job, &models);
+        let rounds = Rounds::load(job, &models, &data)?;
         let model_digest = setup::model_digest(job, &adapter_config).map_err(|error| error.to_string())?;
+        let model_digest = rounds.digest_with(model_digest);
         let events = output.clone();
-        let loader = Loader::start(setup::loader_config(job, &models), move |event| events(data_output(event)));
+        let loader = Loader::start(data, move |event| events(data_output(event)));
         let loader = loader.map_err(|error| error.to_string())?;
         control.set_loader(loader.handle());
         let fresh = Adapter::fresh(adapter_config, job.seed, *device).map_err(|error| error.to_string())?;
@@ -158,10 +178,13 @@ impl Trainer {
             context,
             models,
             loader,
+            rounds,
             adapter_config,
             state: None,
             in_flight: None,
             records: VecDeque::new(),
+            last_validation: None,
+            pending: None,
             listener: None,
         })
     }
@@ -208,15 +231,16 @@ impl Trainer {
         let abort = self.context.control.begin(generation);
         self.context.control.enter(Phase::Connecting);
         self.records.clear();
+        self.last_validation = None;
         self.settle_data(assignment);
         let ended = match self.enter(assignment, &abort) {
-            Ok(collective) => self.steps(assignment, collective),
+            Ok(collective) => self.steps(assignment, &abort, collective),
             Err(ended) => ended,
         };
         self.context.control.end();
         self.context.control.enter(Phase::Waiting);
         let (cause, reason) = match ended {
-            Ended::Orderly(cause) => (cause, String::new()),
+            Ended::Orderly(cause, reason) => (cause, reason),
             Ended::Broken(reason) => (StopCause::Aborted, reason),
             Ended::Failed { phase, message } => return self.event(TrainerEvent::Failed { phase, message, permanent: false }),
         };
@@ -224,7 +248,8 @@ impl Trainer {
         self.records.retain(|record| record.step > durable);
         let applied = self.state.as_ref().map_or(Step(0), |state| state.step);
         let records = self.records.iter().cloned().collect();
-        self.event(TrainerEvent::Stopped(Stopped { generation, applied, cause, records, reason }));
+        let validation = self.last_validation.take();
+        self.event(TrainerEvent::Stopped(Stopped { generation, applied, cause, records, reason, validation }));
     }
 
     /// Puts the data threads where the new generation starts.
@@ -332,17 +357,16 @@ impl Trainer {
     }
 
     /// Steps until the generation ends.
-    fn steps(&mut self, assignment: &Assignment, mut collective: Box<dyn Collective>) -> Ended {
-        let global_batch = self.context.job.train.global_batch;
-        let owed = share_of(global_batch, assignment.member_index, assignment.num_members) as usize;
-        let layout = TailLayout::new(assignment.num_members, global_batch);
+    fn steps(&mut self, assignment: &Assignment, abort: &AbortHandle, mut collective: Box<dyn Collective>) -> Ended {
+        let layout = TailLayout::new(assignment.num_members, self.context.job.train.global_batch);
+        let place = Place { assignment, abort, layout };
         let num_parameters = self.state.as_ref().map_or(0, |state| state.adapter.num_parameters());
         let mut gradient = Tensor::zeros([num_parameters as i64], (Kind::Float, self.context.device));
         let mut wire = vec![0.0_f32; num_parameters + layout.len()];
         loop {
-            match self.step(assignment, collective.as_mut(), owed, layout, &mut gradient, &mut wire) {
+            match self.step(place, collective.as_mut(), &mut gradient, &mut wire) {
                 Ok(None) => {}
-                Ok(Some(cause)) => return Ended::Orderly(cause),
+                Ok(Some(cause)) => return Ended::Orderly(cause, self.finish(place, collective.as_mut(), &mut wire, cause)),
                 Err(ended) => return ended,
             }
         }
@@ -351,16 +375,20 @@ impl Trainer {
     /// One step; says when it was the generation's last.
     fn step(
         &mut self,
-        assignment: &Assignment,
+        place: Place<'_>,
         collective: &mut dyn Collective,
-        owed: usize,
-        layout: TailLayout,
         gradient: &mut Tensor,
         wire: &mut [f32],
     ) -> Result<Option<StopCause>, Ended> {
+        let Place { assignment, layout, .. } = place;
         let generation = assignment.generation;
-        let Some(state) = &mut self.state else { return Err(Ended::Failed { phase: "training", message: "no state".into() }) };
-        let step = state.step.next();
+        let owed = share_of(self.context.job.train.global_batch, assignment.member_index, assignment.num_members) as usize;
+        let before = self.state.as_ref().map_or(Step(0), |state| state.step);
+
+        // 0. What is due of the weights as they are. The data threads read on meanwhile.
+        let round = self.round(place, self.rounds.due(before))?;
+        let Some(state) = &mut self.state else { return Err(no_state()) };
+        let step = before.next();
         let clock = Instant::now();
 
         // 1. Samples.
@@ -383,6 +411,7 @@ impl Trainer {
             Err(panic) => return Err(Ended::Failed { phase: "compute", message: panic }),
         };
         contribution.change = self.context.control.change_is_asked(generation);
+        contribution.validation = round.validation;
         let num_parameters = gradient.numel();
         let (values, tail) = wire.split_at_mut(num_parameters);
         gradient.to_device(Device::Cpu).copy_data(values, num_parameters);
@@ -392,12 +421,14 @@ impl Trainer {
         // 3. The sum over all members.
         self.context.control.enter(Phase::Collective);
         let broken = |reason: String| Ended::Broken(reason);
-        collective.all_reduce_sum(wire, Instant::now() + COLLECTIVE_TIMEOUT).map_err(|error| broken(with_sources(&error)))?;
+        collective.all_reduce_sum(wire, round.deadline()).map_err(|error| broken(with_sources(&error)))?;
         let (values, tail) = wire.split_at(num_parameters);
         let outcome = layout.read(tail, step).map_err(|error| broken(error.to_string()))?;
         self.in_flight = None;
         let reduced = clock.elapsed();
+        let validation = means(before, &outcome.validation);
         if outcome.names.is_empty() {
+            self.last_validation = validation;
             return Ok(Some(StopCause::DataDone));
         }
 
@@ -412,18 +443,120 @@ impl Trainer {
         self.context.control.set_step(step);
         let done = clock.elapsed();
 
-        let record = record(step, generation, &outcome, grad_norm, learning_rate, skipped);
+        let record = StepRecord { validation, ..record(step, generation, &outcome, grad_norm, learning_rate, skipped) };
         let timings = StepTimings {
             data: data.as_secs_f32(),
             compute: (compute - data).as_secs_f32(),
             collective: (reduced - compute).as_secs_f32(),
             update: (done - reduced).as_secs_f32(),
+            validation: round.validating.as_secs_f32(),
+            sampling: round.sampling.as_secs_f32(),
         };
         self.report(assignment.member_index, record, timings)?;
         if self.context.job.last_step() == Some(step.0) {
             return Ok(Some(StopCause::StepsDone));
         }
         Ok(outcome.change.then_some(StopCause::Planned))
+    }
+
+    /// Does what is due of the weights between two steps.
+    fn round(&mut self, place: Place<'_>, due: Due) -> Result<Round, Ended> {
+        let mut round = Round { due, ..Round::default() };
+        if due == Due::default() {
+            return Ok(round);
+        }
+        let Place { assignment, abort, .. } = place;
+        let state = self.state.as_ref().ok_or_else(no_state)?;
+        let go_on = || abort.reason().is_none();
+        let broken_off = || Ended::Broken(abort.reason().unwrap_or("aborted").to_owned());
+        let average = state.average().map_err(|error| Ended::Failed { phase: "validating", message: error.to_string() })?;
+        let (models, adapter) = (&self.models, average.as_ref().unwrap_or(&state.adapter));
+        if due.validation {
+            self.context.control.enter(Phase::Validating);
+            let clock = Instant::now();
+            let failed = |message| Ended::Failed { phase: "validating", message };
+            match guarded(|| self.rounds.validate(models, adapter, assignment, go_on)) {
+                Ok(Ok(totals)) => round.validation = totals,
+                Ok(Err(Unfinished::BrokenOff)) => return Err(broken_off()),
+                Ok(Err(Unfinished::Failed(error))) => return Err(failed(error.to_string())),
+                Err(panic) => return Err(failed(panic)),
+            }
+            round.validating = clock.elapsed();
+        }
+        if due.pictures {
+            self.context.control.enter(Phase::Sampling);
+            let clock = Instant::now();
+            let (sent, pending) = channel();
+            let keep = |index, png| {
+                let drawn = Drawn { generation: assignment.generation, step: state.step, index, png, sent: sent.clone() };
+                (self.context.output)(Output::Picture(Box::new(drawn)));
+            };
+            let message = match guarded(|| self.rounds.draw(models, adapter, state.step, assignment, go_on, keep)) {
+                Ok(Ok(())) => None,
+                Ok(Err(Unfinished::BrokenOff)) => return Err(broken_off()),
+                Ok(Err(Unfinished::Failed(error))) => Some(error.to_string()),
+                Err(panic) => Some(panic),
+            };
+            // Training needs no picture: the next time may go better.
+            if let Some(message) = message {
+                let first = message.lines().next().unwrap_or_default();
+                tracing::warn!("pictures of step {} are not drawn: {first}", state.step);
+            }
+            round.sampling = clock.elapsed();
+            self.pending = Some(pending);
+        }
+        Ok(round)
+    }
+
+    /// What is left to do after a generation's last step; returns what went wrong in it.
+    ///
+    /// The weights are final whatever happens here: nothing of it may look like a step that failed.
+    fn finish(&mut self, place: Place<'_>, collective: &mut dyn Collective, wire: &mut [f32], cause: StopCause) -> String {
+        let step = self.state.as_ref().map_or(Step(0), |state| state.step);
+        // The number of the exchange is one that no all-reduce of this generation has had.
+        let (due, number) = match cause {
+            StopCause::StepsDone => (self.rounds.due_at_the_end(), step.next()),
+            // The all-reduce that found no sample left has carried what was due anyway.
+            StopCause::DataDone => (self.rounds.due_at_the_end().without(self.rounds.due(step)), step.next().next()),
+            StopCause::Planned | StopCause::Aborted => (Due::default(), step),
+        };
+        let round = self.round(place, due);
+        if let Some(pending) = self.pending.take() {
+            wait_for_the_other_end(&pending, place.abort);
+        }
+        if due == Due::default() {
+            return String::new();
+        }
+        match round.and_then(|round| self.last_exchange(place, collective, wire, number, &round)) {
+            Ok(totals) => {
+                self.last_validation = means(step, &totals).or(self.last_validation.take());
+                String::new()
+            }
+            Err(Ended::Broken(reason)) => reason,
+            Err(Ended::Failed { phase, message }) => format!("{phase}: {message}"),
+            Err(Ended::Orderly(..)) => String::new(),
+        }
+    }
+
+    /// An all-reduce that carries no sample and no gradient, only what the members found out about the last weights. It also keeps them
+    /// together until the slowest has drawn its pictures.
+    fn last_exchange(
+        &self,
+        place: Place<'_>,
+        collective: &mut dyn Collective,
+        wire: &mut [f32],
+        number: Step,
+        round: &Round,
+    ) -> Result<ValidationTotals, Ended> {
+        self.context.control.enter(Phase::Collective);
+        let broken = |reason: String| Ended::Broken(reason);
+        let tail_start = wire.len() - place.layout.len();
+        wire.fill(0.0);
+        let contribution = Contribution { validation: round.validation, ..Contribution::default() };
+        place.layout.write(&mut wire[tail_start..], number, place.assignment.member_index, &contribution);
+        collective.all_reduce_sum(wire, round.deadline()).map_err(|error| broken(with_sources(&error)))?;
+        let outcome = place.layout.read(&wire[tail_start..], number).map_err(|error| broken(error.to_string()))?;
+        Ok(outcome.validation)
     }
 
     /// Tells the coordinator of an applied step, with a copy of the weights where one is due.
@@ -454,6 +587,45 @@ impl Trainer {
         }
         Ok(())
     }
+}
+
+/// A member's place in a generation.
+#[derive(Clone, Copy)]
+struct Place<'a> {
+    assignment: &'a Assignment,
+    abort: &'a AbortHandle,
+    layout: TailLayout,
+}
+
+/// What was done of the weights between two steps.
+#[derive(Default)]
+struct Round {
+    due: Due,
+    validation: ValidationTotals,
+    validating: Duration,
+    sampling: Duration,
+}
+
+impl Round {
+    /// Until when the all-reduce after it may take.
+    fn deadline(&self) -> Instant {
+        Instant::now() + COLLECTIVE_TIMEOUT + ROUND_TIMEOUT * self.due.count()
+    }
+}
+
+/// Waits until nobody can send any more, for a while or until the generation is aborted.
+fn wait_for_the_other_end(pending: &Receiver<()>, abort: &AbortHandle) {
+    let deadline = Instant::now() + LAST_PICTURES_TIMEOUT;
+    while pending.recv_timeout(LOOK_EVERY) == Err(RecvTimeoutError::Timeout) && abort.reason().is_none() {
+        if Instant::now() >= deadline {
+            tracing::warn!("the last pictures are still being sent and are not waited for");
+            return;
+        }
+    }
+}
+
+fn no_state() -> Ended {
+    Ended::Failed { phase: "training", message: "no state".into() }
 }
 
 /// Whether the share of a step whose sum did not arrive here is to be trained again.
@@ -498,6 +670,7 @@ fn record(step: Step, generation: Generation, outcome: &Outcome, grad_norm: f64,
             grad_norm: grad_norm as f32,
             learning_rate: learning_rate as f32,
         },
+        validation: None,
     }
 }
 

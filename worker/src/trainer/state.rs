@@ -90,6 +90,14 @@ impl TrainState {
         u64::from_le_bytes(digest.first_chunk::<8>().copied().unwrap_or_default())
     }
 
+    /// The adapter with the moving average for its weights, if the job keeps one.
+    ///
+    /// # Errors
+    /// From libtorch.
+    pub fn average(&self) -> Result<Option<Adapter>> {
+        self.ema.as_ref().map(|ema| self.adapter.with_parameters(ema.flat())).transpose()
+    }
+
     /// Copies everything, so that training can go on while the copy is written.
     ///
     /// # Errors
@@ -102,7 +110,7 @@ impl TrainState {
             exp_avg: host(self.optimizer.exp_avg())?,
             exp_avg_sq: host(self.optimizer.exp_avg_sq())?,
             num_updates: self.optimizer.num_steps(),
-            ema: self.ema.as_ref().map(|ema| self.adapter.with_parameters(ema.flat())).transpose()?,
+            ema: self.average()?,
             step: self.step,
             generation,
         })

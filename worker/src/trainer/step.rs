@@ -21,11 +21,11 @@ pub fn accumulate(models: &Distiller, adapter: &Adapter, share: &Share, gradient
     }
     let losses = LossTotals { task: task as f32, logit: logit as f32, feature: feature as f32 };
     let not_finite = ![task, logit, feature].iter().all(|sum: &f64| sum.is_finite());
-    Ok(Contribution { names: share.names().collect(), losses, change: false, not_finite })
+    Ok(Contribution { names: share.names().collect(), losses, not_finite, ..Contribution::default() })
 }
 
 /// A batch as the model takes it; shapes as in [`MicroBatch`].
-fn to_tensors(batch: &Batch, scale: i64) -> MicroBatch {
+pub fn to_tensors(batch: &Batch, scale: i64) -> MicroBatch {
     let (width, height) = (i64::from(batch.bucket.0), i64::from(batch.bucket.1));
     let count = batch.samples.len() as i64;
     let samples = || batch.samples.iter();

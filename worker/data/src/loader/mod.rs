@@ -28,6 +28,7 @@ use crate::shard::ShardEnd;
 use crate::{Error, Result};
 use state::State;
 use threads::Shared;
+pub(crate) use threads::prepare;
 
 /// Most decoding threads when the job leaves their number open.
 const MAX_DEFAULT_THREADS: usize = 8;
@@ -73,7 +74,7 @@ impl LoaderConfig {
         Self { data, seed, micro_batch, latent_channels: 4, vae_scale: 8, num_timesteps: 1000, condition_dropout }
     }
 
-    fn validate(&self) -> Result<()> {
+    pub(crate) fn validate(&self) -> Result<()> {
         let misaligned = self.data.buckets.iter().find(|side| side.iter().any(|side| side % self.vae_scale.max(1) != 0 || *side == 0));
         let problem = match misaligned {
             _ if self.micro_batch == 0 => "micro_batch must be at least 1".into(),
@@ -87,7 +88,7 @@ impl LoaderConfig {
         Err(Error::Config(problem))
     }
 
-    fn num_decode_threads(&self) -> usize {
+    pub(crate) fn num_decode_threads(&self) -> usize {
         match self.data.decode_threads as usize {
             0 => (std::thread::available_parallelism().map_or(1, usize::from) / 2).clamp(1, MAX_DEFAULT_THREADS),
             given => given,

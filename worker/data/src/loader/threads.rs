@@ -178,8 +178,8 @@ pub fn decode_pictures(shared: &Shared) {
         };
         drop(state);
 
-        let (lease, index, key) = (sample.lease, sample.name.index, sample.key.clone());
-        let decoded = prepare(&mut resizer, sample, &shared.config);
+        let Buffered { name, lease, key, encoded } = sample;
+        let decoded = prepare(&mut resizer, name, lease, encoded, &shared.config);
 
         let mut state = shared.lock();
         match decoded {
@@ -188,7 +188,8 @@ pub fn decode_pictures(shared: &Shared) {
             }
             Err(error) => {
                 if state.decoded(ticket, None) {
-                    shared.report(lease, vec![Skip { index, reason: Reason::Bad, key, detail: error.to_string() }], None);
+                    let skip = Skip { index: name.index, reason: Reason::Bad, key, detail: error.to_string() };
+                    shared.report(lease, vec![skip], None);
                 }
             }
         }
@@ -198,8 +199,8 @@ pub fn decode_pictures(shared: &Shared) {
 }
 
 /// Decodes, scales and crops a sample's picture and draws its random numbers.
-fn prepare(resizer: &mut Resizer, sample: Buffered, config: &LoaderConfig) -> Result<Prepared> {
-    let Buffered { name, lease, encoded: Encoded { jpeg, size, bucket, caption }, .. } = sample;
+pub fn prepare(resizer: &mut Resizer, name: SampleName, lease: LeaseId, encoded: Encoded, config: &LoaderConfig) -> Result<Prepared> {
+    let Encoded { jpeg, size, bucket, caption } = encoded;
     let [width, height] = config.data.buckets.get(bucket).copied().unwrap_or_default();
     let rng = SampleRng::new(config.seed, name);
     let picture = image::decode(&jpeg)?;

@@ -17,7 +17,7 @@ pub use self::batch::MicroBatch;
 use self::loss::Lesson;
 pub use self::loss::LossSums;
 use crate::adapter::{Adapter, AdapterConfig};
-use crate::sample::SchedulerConfig;
+use crate::sample::{Sampler, SchedulerConfig};
 use crate::schedule::{NoiseSchedule, Prediction};
 use crate::source::ModelSource;
 use crate::text::{Conditioning, EnglishEncoders, StudentEncoder, StudentOptions};
@@ -240,6 +240,11 @@ impl Distiller {
     /// The noise schedule, and how the model asks to be sampled.
     pub fn scheduler(&self) -> &SchedulerConfig {
         &self.scheduler
+    }
+
+    /// What draws pictures with these models.
+    pub fn sampler(&self) -> Sampler<'_> {
+        Sampler { unet: &self.unet, vae: &self.vae, scheduler: &self.scheduler, device: self.device }
     }
 
     /// Number of timesteps that a micro-batch may draw from.

@@ -1,5 +1,8 @@
 //! Text to image with classifier-free guidance.
 
+use std::convert::Infallible;
+use std::ops::ControlFlow;
+
 use tch::{Device, Kind, Tensor, no_grad_guard};
 
 use super::config::SchedulerConfig;
@@ -124,6 +127,26 @@ impl Sampler<'_> {
         options: &SampleOptions,
         mut on_step: impl FnMut(Progress),
     ) -> Result<Tensor> {
+        let drawn = self.try_draw(prompter, prompts, options, |progress| {
+            on_step(progress);
+            ControlFlow::<Infallible>::Continue(())
+        })?;
+        match drawn {
+            ControlFlow::Continue(pictures) => Ok(pictures),
+            ControlFlow::Break(never) => match never {},
+        }
+    }
+
+    /// Draws as [`Sampler::draw`] does, unless `on_step` breaks off.
+    ///
+    /// Errors: those of [`Sampler::draw`].
+    pub fn try_draw<S: AsRef<str>, B>(
+        &self,
+        prompter: Prompter<'_>,
+        prompts: &[S],
+        options: &SampleOptions,
+        mut on_step: impl FnMut(Progress) -> ControlFlow<B>,
+    ) -> Result<ControlFlow<B, Tensor>> {
         let _guard = no_grad_guard();
         let batch_size = options.batch_size.max(1);
         let num_steps = prompts.len().div_ceil(batch_size) * options.num_steps;
@@ -135,16 +158,19 @@ impl Sampler<'_> {
             let positive = prompter.encode(prompts)?;
             let first_image = options.first_image.wrapping_add((index * batch_size) as u64);
             let latents = initial_latents(options.seed, first_image, prompts.len(), self.latent_shape(options)?, self.device)?;
-            let latents = self.denoise(&latents, &positive, negative.as_ref(), options, || {
+            let latents = self.try_denoise(&latents, &positive, negative.as_ref(), options, || {
                 steps_done += 1;
-                on_step(Progress { steps_done, num_steps });
+                on_step(Progress { steps_done, num_steps })
             })?;
-            pictures.push(self.decode(&latents)?);
+            match latents {
+                ControlFlow::Continue(latents) => pictures.push(self.decode(&latents)?),
+                ControlFlow::Break(reason) => return Ok(ControlFlow::Break(reason)),
+            }
         }
         if pictures.is_empty() {
             return Err(Error::Shape { what: "Sampler::draw", detail: "no prompts".into() });
         }
-        Ok(Tensor::f_cat(&pictures, 0)?)
+        Ok(ControlFlow::Continue(Tensor::f_cat(&pictures, 0)?))
     }
 
     /// Runs the solver from pure noise to clean latents, in `f32`.
@@ -159,6 +185,24 @@ impl Sampler<'_> {
         options: &SampleOptions,
         mut on_step: impl FnMut(),
     ) -> Result<Tensor> {
+        let clean = self.try_denoise(latents, positive, negative, options, || {
+            on_step();
+            ControlFlow::<Infallible>::Continue(())
+        })?;
+        match clean {
+            ControlFlow::Continue(latents) => Ok(latents),
+            ControlFlow::Break(never) => match never {},
+        }
+    }
+
+    fn try_denoise<B>(
+        &self,
+        latents: &Tensor,
+        positive: &Conditioning,
+        negative: Option<&Conditioning>,
+        options: &SampleOptions,
+        mut on_step: impl FnMut() -> ControlFlow<B>,
+    ) -> Result<ControlFlow<B, Tensor>> {
         let _guard = no_grad_guard();
         let &SampleOptions { guidance, guidance_rescale, .. } = options;
         let mut solver = DpmSolver::new(self.scheduler, options.num_steps)?;
@@ -186,9 +230,11 @@ impl Sampler<'_> {
             let predicted = output.sample.f_to_kind(Kind::Float)?;
             let predicted = if negative.is_some() { guide(&predicted, guidance, guidance_rescale)? } else { predicted };
             latents = solver.step(&latents, &predicted)?;
-            on_step();
+            if let ControlFlow::Break(reason) = on_step() {
+                return Ok(ControlFlow::Break(reason));
+            }
         }
-        Ok(latents)
+        Ok(ControlFlow::Continue(latents))
     }
 
     /// Turns clean latents into pictures. Shapes: `[B, C, h, w]`, to `u8` `[B, H, W, 3]` on the host.
@@ -290,6 +336,9 @@ mod tests {
         // Another batch size may choose other kernels, which round differently: one grey level at most.
         let together = SampleOptions { batch_size: 2, ..small() };
         assert!(differ(&singly, &pipeline.sampler().draw(prompter, &prompts, &together, |_| ()).unwrap()) <= 1);
+        let half_way = |progress: Progress| if progress.steps_done < 3 { ControlFlow::Continue(()) } else { ControlFlow::Break("enough") };
+        let broken_off = pipeline.sampler().try_draw(prompter, &prompts, &small(), half_way).unwrap();
+        assert!(matches!(broken_off, ControlFlow::Break("enough")));
         let last = SampleOptions { first_image: 2, ..small() };
         assert_eq!(differ(&singly.narrow(0, 2, 1), &pipeline.sampler().draw(prompter, &prompts[2..], &last, |_| ()).unwrap()), 0);
     }
