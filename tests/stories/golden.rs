@@ -33,6 +33,7 @@ const KINDS: &[(&str, Run)] = &[
     ("clip_text", text::clip_text),
     ("bert_text", text::bert_text),
     ("student", text::student),
+    ("student_ids", text::student_ids),
     ("prompts", text::prompts),
     ("adapter", train::adapter),
     ("adamw", train::adamw),

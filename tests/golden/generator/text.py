@@ -1,11 +1,17 @@
 """Tokenizers and text encoders of the models' own kinds."""
 
+import shutil
+from pathlib import Path
+
+import cn_clip.clip
 import torch
-from transformers import BertConfig, BertForMaskedLM, BertTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import BertConfig, BertForMaskedLM, BertModel, BertTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from .common import CONTEXT_LENGTH, DEMO, DEMO_IN_CASE, EXACT, case, deep, randomised, save_as_half, wide
 from .models import demo_texts
-from .vocabularies import TEXTS, write_bert_vocabulary, write_clip_tokenizer
+from .vocabularies import CAPTIONS, CHINESE_TEXTS, DIRTY_TEXTS, TEXTS, straight, write_bert_vocabulary, write_clip_tokenizer
+
+CHINESE_CLIP_LENGTH = 52
 
 
 def tokenizer_case(tokenizer, kind, path, length):
@@ -32,6 +38,48 @@ def tokenizer_bert(folder):
     """A BERT tokenizer from vocab.txt alone, uncased, with pieces of several scripts."""
     write_bert_vocabulary(folder)
     return tokenizer_case(BertTokenizer.from_pretrained(folder), "bert", ".", 52)
+
+
+# Where cn_clip and transformers part: words above 100 letters (one cuts them, one does not know them), special tokens written out in a text.
+DISPUTED = ["x" * 150, "[CLS] literal [SEP] [PAD] [UNK] [MASK]"]
+
+
+def write_chinese_vocabulary(folder):
+    """Writes the real vocabulary of the Chinese BERT, which Chinese-CLIP uses."""
+    shutil.copy(Path(cn_clip.clip.__file__).parent / "vocab.txt", folder)
+
+
+def chinese_clip_ids(folder, texts):
+    """Ids by the library of Chinese-CLIP's authors; transformers must agree."""
+    ids = cn_clip.clip.tokenize(texts, context_length=CHINESE_CLIP_LENGTH)
+    other = BertTokenizer.from_pretrained(folder)(texts, padding="max_length", max_length=CHINESE_CLIP_LENGTH, truncation=True, return_tensors="pt")
+    assert torch.equal(ids, other.input_ids)
+    assert ids[texts.index("")].tolist() == [101, 102] + [0] * (CHINESE_CLIP_LENGTH - 2)
+    return ids
+
+
+def chinese_texts():
+    return [text for text in TEXTS + DIRTY_TEXTS + CAPTIONS + CHINESE_TEXTS if text not in DISPUTED]
+
+
+@case("tokenizer_chinese_clip", run="tokenizer", tolerance=0, why=EXACT)
+def tokenizer_chinese_clip(folder):
+    """Chinese-CLIP's tokenizer with its real vocabulary."""
+    write_chinese_vocabulary(folder)
+    texts = chinese_texts()
+    return {}, {"ids": chinese_clip_ids(folder, texts)}, {"kind": "bert", "tokenizer": ".", "length": CHINESE_CLIP_LENGTH, "texts": texts}
+
+
+@case("student_chinese_clip_ids", run="student_ids", tolerance=0, why=EXACT)
+def student_chinese_clip_ids(folder):
+    """The same through a student's encoder that straightens curly quotes, as Chinese-CLIP was trained."""
+    write_chinese_vocabulary(folder)
+    sizes = {"hidden_size": 2, "intermediate_size": 2, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = BertConfig(vocab_size=21128, max_position_embeddings=CHINESE_CLIP_LENGTH, **sizes)
+    randomised(BertModel(config, add_pooling_layer=False), 63).half().save_pretrained(folder)
+    texts = chinese_texts()
+    settings = {"student": ".", "context_length": CHINESE_CLIP_LENGTH, "normalize_quotes": True, "texts": texts}
+    return {}, {"ids": chinese_clip_ids(folder, straight(texts))}, settings
 
 
 def run_clip(model, ids):
