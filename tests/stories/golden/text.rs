@@ -21,6 +21,13 @@ pub fn tokenizer(case: &Case) -> Result<Tensors> {
     Ok([("ids".to_owned(), stacked(&ids))].into())
 }
 
+/// The token ids of texts in CLIP's published vocabulary, padded in several ways.
+pub fn tokenizer_published(case: &Case) -> Result<Tensors> {
+    let (length, texts): (_, Vec<String>) = (case.setting("length")?, case.setting("texts")?);
+    let padded = |pad: i64| Ok((format!("ids.{pad}"), stacked(&TextTokenizer::clip_published(pad, length)?.encode(&texts)?)));
+    case.setting::<Vec<i64>>("pads")?.into_iter().map(padded).collect()
+}
+
 /// The states of one CLIP text encoder for given ids.
 pub fn clip_text(case: &Case) -> Result<Tensors> {
     let encoder = ClipTextEncoder::load(&case.path("model")?, Kind::Float, Device::Cpu)?;
