@@ -244,3 +244,10 @@ def distill_vae_rounded(folder):
     """Pictures and the autoencoder's weights rounded to halves, all else in f32: pale pictures on an autoencoder that sees the difference."""
     models = small_sdxl(folder, 380, pale=True, voice=0.03)
     return distill_case(folder, 385, models, native=[0, 1, 1], drop=[0, 0, 1], tolerance=5e-4, timesteps=(0, 1, 7), vae_round_fp16=True)
+
+
+@case("distill_recomputed", run="distill", tolerance=1e-3, why=GRADIENTS)
+def distill_recomputed(folder):
+    """A training step whose activations are computed again on the way back: the numbers of a step that keeps them."""
+    options = {"drop_pooled": True, "gradient_checkpointing": True}
+    return distill_case(folder, 390, demo_models(), native=[0, 1, 0], drop=[0, 0, 1], tolerance=1e-3, **options)
