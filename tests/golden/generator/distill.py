@@ -251,3 +251,8 @@ def distill_recomputed(folder):
     """A training step whose activations are computed again on the way back: the numbers of a step that keeps them."""
     options = {"drop_pooled": True, "gradient_checkpointing": True}
     return distill_case(folder, 390, demo_models(), native=[0, 1, 0], drop=[0, 0, 1], tolerance=1e-3, **options)
+
+@case("distill_mask_pads", run="distill", tolerance=1e-3, why=GRADIENTS)
+def distill_mask_pads(folder):
+    """Padding left out of the pooled mean and hidden from the student's attention, of the empty prompt too."""
+    return distill_case(folder, 370, demo_models(), native=[0, 1, 0, 1], drop=[0, 0, 1, 1], tolerance=1e-3, mask_pads=True)
