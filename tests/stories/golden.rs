@@ -12,7 +12,8 @@ mod weights;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use peapod_model::unet::{Added, UNet};
+use peapod_model::controlnet::ControlNet;
+use peapod_model::unet::{Added, ForwardOptions, UNet};
 use peapod_model::vae::Vae;
 use serde::de::DeserializeOwned;
 use tch::{Device, Kind, Tensor, no_grad_guard};
@@ -26,13 +27,16 @@ type Run = fn(&Case) -> Result<Tensors>;
 /// The kinds of cases, as `run` in case.toml names them.
 const KINDS: &[(&str, Run)] = &[
     ("unet", unet),
+    ("controlnet", controlnet),
     ("vae", vae),
     ("distill", distill::step),
     ("train", distill::train),
     ("tokenizer", text::tokenizer),
+    ("tokenizer_published", text::tokenizer_published),
     ("clip_text", text::clip_text),
     ("bert_text", text::bert_text),
     ("student", text::student),
+    ("student_ids", text::student_ids),
     ("prompts", text::prompts),
     ("adapter", train::adapter),
     ("adamw", train::adamw),
@@ -149,18 +153,35 @@ fn relative_distance(got: &Tensor, wanted: &Tensor) -> f64 {
 /// A UNet's prediction and features.
 fn unet(case: &Case) -> Result<Tensors> {
     let unet = UNet::load(&case.path("model")?, Kind::Float, Device::Cpu)?;
-    let added = match case.inputs.contains_key("pooled") {
-        true => Some(Added { pooled: case.input("pooled")?, time_ids: case.input("time_ids")? }),
-        false => None,
-    };
     let _guard = no_grad_guard();
-    let output = unet.forward(&case.input("sample")?, &case.input("timesteps")?, &case.input("text")?, added.as_ref())?;
+    let output = unet.forward(&case.input("sample")?, &case.input("timesteps")?, &case.input("text")?, added(case)?.as_ref())?;
     let levels = unet.config().block_out_channels.len();
     let down = (0..levels).map(|index| format!("feature.d{index}"));
     let mid = unet.config().mid_block_type.map(|_| "feature.mid".to_owned());
     let up = (0..levels).map(|index| format!("feature.u{index}"));
     let features = down.chain(mid).chain(up).zip(output.features);
     Ok(features.chain([("sample".to_owned(), output.sample)]).collect())
+}
+
+/// A ControlNet's residuals, and the UNet's prediction with them.
+fn controlnet(case: &Case) -> Result<Tensors> {
+    let unet = UNet::load(&case.path("unet")?, Kind::Float, Device::Cpu)?;
+    let control = ControlNet::load(&case.path("controlnet")?, Kind::Float, Device::Cpu)?;
+    let (sample, timesteps, text, added) = (case.input("sample")?, case.input("timesteps")?, case.input("text")?, added(case)?);
+    let _guard = no_grad_guard();
+    let residuals = control.forward(&sample, &timesteps, &text, added.as_ref(), &case.input("image")?, case.setting("scale")?)?;
+    let options = ForwardOptions { control: Some(&residuals), ..ForwardOptions::default() };
+    let output = unet.forward_with(&sample, &timesteps, &text, added.as_ref(), &options)?;
+    let down = residuals.down.into_iter().enumerate().map(|(index, residual)| (format!("down.{index}"), residual));
+    Ok(down.chain([("mid".to_owned(), residuals.mid), ("sample".to_owned(), output.sample)]).collect())
+}
+
+/// What a case tells an SDXL beside the text.
+fn added(case: &Case) -> Result<Option<Added>> {
+    match case.inputs.contains_key("pooled") {
+        true => Ok(Some(Added { pooled: case.input("pooled")?, time_ids: case.input("time_ids")? })),
+        false => Ok(None),
+    }
 }
 
 /// An autoencoder's moments of images, and its images of scaled latents.

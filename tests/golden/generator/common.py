@@ -40,7 +40,7 @@ def case(name, run, tolerance, why=KERNELS):
     """Registers a function `folder -> (inputs, outputs, settings)` as the case `name`."""
 
     def register(function):
-        REGISTRY[name] = (function, {"run": run, "about": function.__doc__, "tolerance": tolerance, "why": why})
+        REGISTRY[name] = (function, {"run": run, "about": " ".join(function.__doc__.split()), "tolerance": tolerance, "why": why})
         return function
 
     return register

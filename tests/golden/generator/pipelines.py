@@ -1,5 +1,6 @@
 """Small random models of whole pipelines, in the folders of diffusers."""
 
+import json
 import shutil
 from dataclasses import dataclass
 from typing import Callable
@@ -40,6 +41,8 @@ class Models:
     downscale: int
     # Widths of the states the adapter reads, of the pooled text (None for SD1.5) and of the text states it writes.
     widths: tuple
+    # Between which values pixels lie.
+    brightness: tuple = (0, 256)
 
 
 def scaled_linear(**options):
@@ -52,7 +55,12 @@ def demo_models():
     return Models(demo_unet(), demo_vae(), student, teacher, DDPMScheduler(**scaled_linear()), settings, (64, 48), 8, (64, 48, 80))
 
 
-def small_vae(seed, scaling_factor):
+# Brightness of pictures with so little contrast that halves tell, and of the grey that `small_vae` then takes them relative to.
+PALE, PALE_GREY = (208, 224), 215.5
+
+
+def small_vae(seed, scaling_factor, pale=False):
+    """A random autoencoder; `pale`: it looks at each pixel's difference from a grey, so that roundings of pixels and weights come through."""
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
@@ -62,7 +70,14 @@ def small_vae(seed, scaling_factor):
         sample_size=64,
         scaling_factor=scaling_factor,
     )
-    return randomised(vae, seed)
+    randomised(vae, seed)
+    if pale:
+        first = vae.encoder.conv_in
+        first.weight.data[:, :, [0, 0, 0, 1, 1, 2, 2, 2], [0, 1, 2, 0, 2, 0, 1, 2]] = 0
+        first.bias.data = -(PALE_GREY / 127.5 - 1) * first.weight.data.sum([1, 2, 3])
+        # What is drawn from the latents' distribution would drown them.
+        vae.quant_conv.bias.data[4:] -= 20
+    return vae
 
 
 def small_clip(model, seed, vocabulary, width, **options):
@@ -109,8 +124,11 @@ def chinese_student(folder, seed):
     return bert_student(BertTokenizer.from_pretrained(folder / "student"), model.text_model, STUDENT_LENGTH)
 
 
-def small_sdxl(folder, seed, prediction="epsilon", vae_dtype=torch.float16):
-    """A random SDXL in the folder `sdxl`, and a Chinese-CLIP in `student`."""
+def small_sdxl(folder, seed, prediction="epsilon", pale=False, voice=1.0):
+    """A random SDXL in the folder `sdxl`, and a Chinese-CLIP in `student`.
+
+    `pale`: for pictures of little contrast, with an autoencoder in f32; `voice`: how much the UNet makes of a text.
+    """
     levels = deep(3)
     unet = UNet2DConditionModel(
         sample_size=16,
@@ -127,16 +145,20 @@ def small_sdxl(folder, seed, prediction="epsilon", vae_dtype=torch.float16):
         addition_time_embed_dim=wide(4),
         projection_class_embeddings_input_dim=wide(34),
     )
+    randomised(unet, seed + 3)
+    for name, parameter in unet.named_parameters():
+        if "attn2.to_out.0" in name or "add_embedding.linear_2" in name:
+            parameter.data *= voice
     pads = {"tokenizer": "<|endoftext|>", "tokenizer_2": "!"}
     tokenizers = {name: write_tokenizer(folder / "sdxl" / name, pad) for name, pad in pads.items()}
     vocabulary = tokenizers["tokenizer"][1]
     pipeline = StableDiffusionXLPipeline(
-        vae=small_vae(seed, 0.13025).to(vae_dtype),
+        vae=small_vae(seed, 2.0 if pale else 0.13025, pale).to(torch.float32 if pale else torch.float16),
         text_encoder=small_clip(CLIPTextModel, seed + 1, vocabulary, 8),
         text_encoder_2=small_clip(CLIPTextModelWithProjection, seed + 2, vocabulary, 12, hidden_act="gelu", projection_dim=wide(10)),
         tokenizer=tokenizers["tokenizer"][0],
         tokenizer_2=tokenizers["tokenizer_2"][0],
-        unet=randomised(unet, seed + 3),
+        unet=unet,
         scheduler=EulerDiscreteScheduler(**scaled_linear(prediction_type=prediction, timestep_spacing="leading", steps_offset=1)),
     )
     models = save(pipeline, folder / "sdxl", pads)
@@ -145,11 +167,11 @@ def small_sdxl(folder, seed, prediction="epsilon", vae_dtype=torch.float16):
     settings = {"model": "sdxl", "student": "student", "context_length": STUDENT_LENGTH}
     student, downscale = chinese_student(folder, seed + 4), 4
     picture = (downscale * 2 ** (levels - 1) * 2, downscale * 2 ** (levels - 1) * 3)
-    return Models(models["unet"], models["vae"], student, teacher, schedule, settings, picture, downscale, wide(16, 10, 20))
+    return Models(models["unet"], models["vae"], student, teacher, schedule, settings, picture, downscale, wide(16, 10, 20), PALE if pale else (0, 256))
 
 
-def small_sd15(folder, seed):
-    """A random SD1.5 in the folder `sd15`, and a Chinese-CLIP in `student`."""
+def small_sd15(folder, seed, loud=False):
+    """A random SD1.5 in the folder `sd15`, and a Chinese-CLIP in `student`. `loud`: the last feature is, beyond what a half can square."""
     unet = UNet2DConditionModel(
         sample_size=16,
         block_out_channels=wide(4, 8, 8, 8),
@@ -158,18 +180,26 @@ def small_sd15(folder, seed):
         cross_attention_dim=wide(8),
         norm_num_groups=4,
     )
+    randomised(unet, seed + 3)
+    if loud:
+        # A norm follows: the prediction stays what it is.
+        unet.up_blocks[-1].attentions[-1].proj_out.weight.data *= 2000
     tokenizer, vocabulary = write_tokenizer(folder / "sd15" / "tokenizer", "<|endoftext|>")
     pipeline = StableDiffusionPipeline(
         vae=small_vae(seed, 0.18215).half(),
         text_encoder=small_clip(CLIPTextModel, seed + 1, vocabulary, 8),
         tokenizer=tokenizer,
-        unet=randomised(unet, seed + 3),
+        unet=unet,
         scheduler=PNDMScheduler(**scaled_linear(steps_offset=1, skip_prk_steps=True)),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
     )
     models = save(pipeline, folder / "sd15", {"tokenizer": "<|endoftext|>"})
+    # The published configuration is older than these keys.
+    path = folder / "sd15" / "scheduler" / "scheduler_config.json"
+    config = json.loads(path.read_text("utf-8"))
+    path.write_text(json.dumps({key: value for key, value in config.items() if key not in ("timestep_spacing", "prediction_type")}, indent=2), "utf-8")
 
     def teacher(captions):
         ids = tokenizer(captions, padding="max_length", max_length=TEACHER_LENGTH, truncation=True, return_tensors="pt").input_ids

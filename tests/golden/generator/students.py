@@ -28,7 +28,7 @@ from transformers import (
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from .common import EXACT, case, deep, frozen, randomised, save_as_half, wide
-from .vocabularies import DIRTY_TEXTS, TEXTS, write_bert_vocabulary, write_clip_vocabulary, write_sentencepiece, write_xlm_roberta_vocabulary
+from .vocabularies import DIRTY_TEXTS, TEXTS, straight, write_bert_vocabulary, write_clip_vocabulary, write_sentencepiece, write_xlm_roberta_vocabulary
 
 STUDENT_LENGTH = 24
 
@@ -143,10 +143,6 @@ def small_chinese_clip(folder, seed, positions=30, vocabulary=TEXTS):
 
 def chinese_states(model, folder, texts, length=STUDENT_LENGTH):
     return without_pads(model.text_model, padded_ids(BertTokenizer.from_pretrained(folder), texts, length), 0)
-
-
-def straight(texts):
-    return [text.replace("“", '"').replace("”", '"') for text in texts]
 
 
 @case("student_chinese_clip", run="student", tolerance=1e-4)

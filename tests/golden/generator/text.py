@@ -1,11 +1,22 @@
 """Tokenizers and text encoders of the models' own kinds."""
 
+import gzip
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+import cn_clip.clip
+import open_clip
 import torch
-from transformers import BertConfig, BertForMaskedLM, BertTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import BertConfig, BertForMaskedLM, BertModel, BertTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from .common import CONTEXT_LENGTH, DEMO, DEMO_IN_CASE, EXACT, case, deep, randomised, save_as_half, wide
 from .models import demo_texts
-from .vocabularies import TEXTS, write_bert_vocabulary, write_clip_tokenizer
+from .vocabularies import CAPTIONS, CHINESE_TEXTS, DIRTY_TEXTS, ENGLISH, TEXTS, straight, write_bert_vocabulary, write_clip_tokenizer
+
+CHINESE_CLIP_LENGTH = 52
 
 
 def tokenizer_case(tokenizer, kind, path, length):
@@ -32,6 +43,73 @@ def tokenizer_bert(folder):
     """A BERT tokenizer from vocab.txt alone, uncased, with pieces of several scripts."""
     write_bert_vocabulary(folder)
     return tokenizer_case(BertTokenizer.from_pretrained(folder), "bert", ".", 52)
+
+
+@case("tokenizer_clip_published", run="tokenizer_published", tolerance=0, why=EXACT)
+def tokenizer_clip_published(folder):
+    """The vocabulary all CLIP models are published with, which the program carries; padded as the first and as the second encoder of SDXL are."""
+    lines = gzip.open(open_clip.tokenizer.default_bpe()).read().decode("utf-8").split("\n")
+    # The file goes on; the published models have as many merges as make up a vocabulary of 49,408.
+    merges = lines[1 : 49152 - 256 - 2 + 1]
+    letters = list(bytes_to_unicode().values())
+    words = letters + [letter + "</w>" for letter in letters] + [line.replace(" ", "") for line in merges] + ["<|startoftext|>", "<|endoftext|>"]
+    assert len(words) == 49408
+    texts, outputs = TEXTS + DIRTY_TEXTS + CAPTIONS + ENGLISH, {}
+    with tempfile.TemporaryDirectory() as vocabulary:
+        Path(vocabulary, "vocab.json").write_text(json.dumps({token: index for index, token in enumerate(words)}), "utf-8")
+        Path(vocabulary, "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", "utf-8")
+        for pad, token in [(49407, "<|endoftext|>"), (0, "!")]:
+            tokenizer = CLIPTokenizer.from_pretrained(vocabulary, pad_token=token)
+            ids = tokenizer(texts, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
+            assert ids[texts.index("")].tolist() == [49406, 49407] + [pad] * 75
+            outputs[f"ids.{pad}"] = ids
+    # open_clip cleans texts first, which must change nothing in plain ones.
+    plain = ENGLISH + ["unaffable running", "1/2 don't they've"]
+    theirs = open_clip.tokenizer.SimpleTokenizer()(plain)
+    assert torch.equal(theirs, tokenizer(plain, padding="max_length", max_length=77, return_tensors="pt").input_ids)
+    return {}, outputs, {"pads": [49407, 0], "length": 77, "texts": texts}
+
+
+# Where cn_clip and transformers part: words above 100 letters (one cuts them, one does not know them), special tokens written out in a text.
+DISPUTED = ["x" * 150, "[CLS] literal [SEP] [PAD] [UNK] [MASK]"]
+
+
+def write_chinese_vocabulary(folder):
+    """Writes the real vocabulary of the Chinese BERT, which Chinese-CLIP uses."""
+    shutil.copy(Path(cn_clip.clip.__file__).parent / "vocab.txt", folder)
+
+
+def chinese_clip_ids(folder, texts):
+    """Ids by the library of Chinese-CLIP's authors; transformers must agree."""
+    ids = cn_clip.clip.tokenize(texts, context_length=CHINESE_CLIP_LENGTH)
+    other = BertTokenizer.from_pretrained(folder)(texts, padding="max_length", max_length=CHINESE_CLIP_LENGTH, truncation=True, return_tensors="pt")
+    assert torch.equal(ids, other.input_ids)
+    assert ids[texts.index("")].tolist() == [101, 102] + [0] * (CHINESE_CLIP_LENGTH - 2)
+    return ids
+
+
+def chinese_texts():
+    return [text for text in TEXTS + DIRTY_TEXTS + CAPTIONS + CHINESE_TEXTS if text not in DISPUTED]
+
+
+@case("tokenizer_chinese_clip", run="tokenizer", tolerance=0, why=EXACT)
+def tokenizer_chinese_clip(folder):
+    """Chinese-CLIP's tokenizer with its real vocabulary."""
+    write_chinese_vocabulary(folder)
+    texts = chinese_texts()
+    return {}, {"ids": chinese_clip_ids(folder, texts)}, {"kind": "bert", "tokenizer": ".", "length": CHINESE_CLIP_LENGTH, "texts": texts}
+
+
+@case("student_chinese_clip_ids", run="student_ids", tolerance=0, why=EXACT)
+def student_chinese_clip_ids(folder):
+    """The same through a student's encoder that straightens curly quotes, as Chinese-CLIP was trained."""
+    write_chinese_vocabulary(folder)
+    sizes = {"hidden_size": 2, "intermediate_size": 2, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = BertConfig(vocab_size=21128, max_position_embeddings=CHINESE_CLIP_LENGTH, **sizes)
+    randomised(BertModel(config, add_pooling_layer=False), 63).half().save_pretrained(folder)
+    texts = chinese_texts()
+    settings = {"student": ".", "context_length": CHINESE_CLIP_LENGTH, "normalize_quotes": True, "texts": texts}
+    return {}, {"ids": chinese_clip_ids(folder, straight(texts))}, settings
 
 
 def run_clip(model, ids):

@@ -38,6 +38,22 @@ TEXTS = [
 CAPTIONS = ["白色背景上的大红色圆形", "黑色背景上的小蓝色方块", "绿色的三角形", "黄色星形"]
 ENGLISH = ["a big red circle on a white background", "a small blue square on a black background", "a green triangle", "a yellow star"]
 
+# What Chinese writers and the web add: traditional characters, rare ones, quotes and marks, numbers, links, line ends.
+CHINESE_TEXTS = [
+    "他说：“你好，世界！”然后离开了。",
+    "『直角』「引號」《書名》〈篇名〉【方括】（圓括）",
+    "中國傳統水墨畫，山水與雲霧繚繞",
+    "龘靐齉爩，生僻字䲜與𠮷野家",
+    "iPhone15Pro售价￥8,999.00元（约$1,200）！！！",
+    "2023年10月1日 12:30～18:45 ℃ ㎡ № ①②③ Ⅷ",
+    "https://例子.测试/路径?查询=1&b=2#锚 用户@例子.com",
+    "一只猫\r\n坐在\t垫子上\u3000\u3000晒太阳。。。……——",
+    "ㄅㄆㄇ 注音 pīnyīn ěr 拼音",
+    "一" * 49 + "二" + "三",
+    "，。、；：？！…—·",
+    "  开头和结尾有空格  ",
+]
+
 # What open_clip's clean-up changes: broken encodings, entities, white space.
 DIRTY_TEXTS = [
     "schÃ¶ne GrÃ¼ÃŸe aus MÃ¼nchen",
@@ -102,3 +118,8 @@ def write_sentencepiece(path, **options):
 def write_xlm_roberta_vocabulary(folder, **options):
     """Writes sentencepiece.bpe.model; returns the number of ids, which are shifted by one and end with the mask."""
     return write_sentencepiece(folder / "sentencepiece.bpe.model", **options) + 2
+
+
+def straight(texts):
+    """Texts with the quotes Chinese-CLIP was trained on."""
+    return [text.replace("“", '"').replace("”", '"') for text in texts]

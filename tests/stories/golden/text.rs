@@ -18,8 +18,14 @@ pub fn tokenizer(case: &Case) -> Result<Tensors> {
         other => return Err(format!("kind = {other:?} is not known").into()),
     };
     let ids = tokenizer.encode(&case.setting::<Vec<String>>("texts")?)?;
-    let rows: Vec<Tensor> = ids.iter().map(|row| Tensor::from_slice(row)).collect();
-    Ok([("ids".to_owned(), Tensor::stack(&rows, 0))].into())
+    Ok([("ids".to_owned(), stacked(&ids))].into())
+}
+
+/// The token ids of texts in CLIP's published vocabulary, padded in several ways.
+pub fn tokenizer_published(case: &Case) -> Result<Tensors> {
+    let (length, texts): (_, Vec<String>) = (case.setting("length")?, case.setting("texts")?);
+    let padded = |pad: i64| Ok((format!("ids.{pad}"), stacked(&TextTokenizer::clip_published(pad, length)?.encode(&texts)?)));
+    case.setting::<Vec<i64>>("pads")?.into_iter().map(padded).collect()
 }
 
 /// The states of one CLIP text encoder for given ids.
@@ -43,6 +49,14 @@ pub fn student(case: &Case) -> Result<Tensors> {
     Ok([("states".to_owned(), student.encode(&case.setting::<Vec<String>>("texts")?)?)].into())
 }
 
+/// The token ids a student encoder of one part computes with, for texts as users write them.
+pub fn student_ids(case: &Case) -> Result<Tensors> {
+    let options = StudentOptions { normalize_quotes: case.setting("normalize_quotes")?, device: Device::Cpu, kind: Kind::Float };
+    let student = StudentEncoder::load(&case.path("student")?, case.setting("context_length")?, options)?;
+    let [rows] = <[_; 1]>::try_from(student.token_ids(&case.setting::<Vec<String>>("texts")?)?).map_err(|_| "a pair of encoders")?;
+    Ok([("ids".to_owned(), stacked(&rows))].into())
+}
+
 /// What both roads tell the UNet about prompts: English through SDXL's encoders, Chinese through the student's.
 pub fn prompts(case: &Case) -> Result<Tensors> {
     let english = ModelSource::open(&case.path("model")?, None)?.english(Kind::Float, Device::Cpu)?;
@@ -56,4 +70,9 @@ pub fn prompts(case: &Case) -> Result<Tensors> {
 
 fn ids(case: &Case) -> Result<Vec<Vec<i64>>> {
     Ok(Vec::try_from(case.input("ids")?)?)
+}
+
+fn stacked(ids: &[Vec<i64>]) -> Tensor {
+    let rows: Vec<Tensor> = ids.iter().map(|row| Tensor::from_slice(row)).collect();
+    Tensor::stack(&rows, 0)
 }
