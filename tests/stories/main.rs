@@ -9,6 +9,7 @@ mod demo;
 mod golden;
 mod membership;
 mod method;
+mod models;
 mod resume;
 mod rounds;
 mod training;
