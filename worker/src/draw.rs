@@ -222,7 +222,7 @@ impl Setup {
             let pipeline = Pipeline::load(&self.model, PipelineOptions { device, unet_kind: kind, vae_kind: Kind::Float })?;
             let english = self.english.then(|| SdxlTextEncoders::load(&self.model, kind, device)).transpose()?;
             let load_student = |student: &Student| {
-                let options = StudentOptions { normalize_quotes: student.normalize_quotes, device, kind };
+                let options = StudentOptions { normalize_quotes: student.normalize_quotes, ..StudentOptions::new(kind, device) };
                 let encoder = StudentEncoder::load(&student.encoder, student.context_length, options)?;
                 Ok::<_, peapod_model::Error>((encoder, Adapter::load(&student.adapter, device)?))
             };

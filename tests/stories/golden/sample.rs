@@ -27,7 +27,7 @@ pub fn pictures(case: &Case) -> Result<Tensors> {
     let model = case.path("model")?;
     let pipeline = Pipeline::load(&model, PipelineOptions { device: Device::Cpu, unet_kind: Kind::Float, vae_kind: Kind::Float })?;
     let english = SdxlTextEncoders::load(&model, Kind::Float, Device::Cpu)?;
-    let options = StudentOptions { normalize_quotes: false, device: Device::Cpu, kind: Kind::Float };
+    let options = StudentOptions { normalize_quotes: false, ..StudentOptions::new(Kind::Float, Device::Cpu) };
     let encoder = StudentEncoder::load(&case.path("student")?, case.setting("context_length")?, options)?;
     let adapter = Adapter::load(&case.path("adapter")?, Device::Cpu)?;
     let roads = [

@@ -37,7 +37,7 @@ pub fn bert_text(case: &Case) -> Result<Tensors> {
 
 /// The token states of a student encoder of any kind, for texts as users write them.
 pub fn student(case: &Case) -> Result<Tensors> {
-    let options = StudentOptions { normalize_quotes: case.setting("normalize_quotes")?, device: Device::Cpu, kind: Kind::Float };
+    let options = StudentOptions { normalize_quotes: case.setting("normalize_quotes")?, ..StudentOptions::new(Kind::Float, Device::Cpu) };
     let student = StudentEncoder::load(&case.path("student")?, case.setting("context_length")?, options)?;
     Ok([("states".to_owned(), student.encode(&case.setting::<Vec<String>>("texts")?)?)].into())
 }
@@ -46,7 +46,7 @@ pub fn student(case: &Case) -> Result<Tensors> {
 pub fn prompts(case: &Case) -> Result<Tensors> {
     let english = SdxlTextEncoders::load(&case.path("model")?, Kind::Float, Device::Cpu)?;
     let states = english.encode(&case.setting::<Vec<String>>("english")?)?;
-    let options = StudentOptions { normalize_quotes: false, device: Device::Cpu, kind: Kind::Float };
+    let options = StudentOptions { normalize_quotes: false, ..StudentOptions::new(Kind::Float, Device::Cpu) };
     let student = StudentEncoder::load(&case.path("student")?, case.setting("context_length")?, options)?;
     let student = student.encode(&case.setting::<Vec<String>>("captions")?)?;
     let named = [("english.sequence", states.sequence), ("english.pooled", states.pooled), ("student", student)];

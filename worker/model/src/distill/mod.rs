@@ -121,7 +121,8 @@ impl Distiller {
         }
         let unet = UNet::load(&model_dir.join("unet"), kind, device)?;
         let vae = Vae::load(&model_dir.join("vae"), vae_kind, device)?;
-        let student = StudentEncoder::load(student_dir, context_length, StudentOptions { normalize_quotes, device, kind })?;
+        let student =
+            StudentEncoder::load(student_dir, context_length, StudentOptions { normalize_quotes, ..StudentOptions::new(kind, device) })?;
         let teacher = distill.distill.then(|| SdxlTextEncoders::load(model_dir, kind, device)).transpose()?;
         Self::new(unet, vae, student, teacher, &NoiseSchedule::new(&scheduler.noise), distill, device)
     }

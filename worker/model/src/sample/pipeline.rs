@@ -248,7 +248,7 @@ mod tests {
     }
 
     fn student() -> StudentEncoder {
-        let options = StudentOptions { normalize_quotes: true, device: Device::Cpu, kind: Kind::Float };
+        let options = StudentOptions::new(Kind::Float, Device::Cpu);
         StudentEncoder::load(&demo().join("text_encoder_zh"), 24, options).unwrap()
     }
 

@@ -29,6 +29,13 @@ pub struct StudentOptions {
     pub kind: Kind,
 }
 
+impl StudentOptions {
+    /// The usual options: quotes normalised.
+    pub const fn new(kind: Kind, device: Device) -> Self {
+        Self { normalize_quotes: true, device, kind }
+    }
+}
+
 /// Tokenizers and encoders that turn prompts of the student's language into token states for the adapter.
 ///
 /// A folder is loaded by what lies in it:
@@ -184,7 +191,7 @@ mod tests {
 
     use super::*;
 
-    const OPTIONS: StudentOptions = StudentOptions { normalize_quotes: true, device: Device::Cpu, kind: Kind::Float };
+    const OPTIONS: StudentOptions = StudentOptions::new(Kind::Float, Device::Cpu);
 
     fn demo() -> PathBuf {
         Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/demo/model/text_encoder_zh")
