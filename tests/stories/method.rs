@@ -12,7 +12,7 @@ use peapod_model::adapter::{Adapter, AdapterConfig};
 use peapod_model::distill::{DistillConfig, Distiller, LoadOptions, LossSums, MicroBatch};
 use peapod_model::schedule::{Decay, LrSchedule, NoiseConfig, NoiseSchedule, TimestepSpacing, dpm};
 use peapod_model::source::ModelSource;
-use peapod_model::text::TextTokenizer;
+use peapod_model::text::{StudentOptions, TextTokenizer};
 use peapod_model::unet::{Added, UNet, UNetConfig};
 use peapod_model::weights::Weights;
 use peapod_proto::ids::{Epoch, SampleName, ShardId};
@@ -123,7 +123,7 @@ fn distiller(distill: DistillConfig) -> Distiller {
     tch::set_num_threads(1);
     let model = ModelSource::open(&workspace().join("tests/demo/model"), None).unwrap();
     let options =
-        LoadOptions { distill, context_length: 24, normalize_quotes: true, kind: Kind::Float, vae_kind: Kind::Float, device: Device::Cpu };
+        LoadOptions { distill, context_length: 24, student: StudentOptions::new(Kind::Float, Device::Cpu), vae_kind: Kind::Float };
     Distiller::load(&model, &workspace().join("tests/demo/model/text_encoder_zh"), options).unwrap()
 }
 

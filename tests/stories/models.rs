@@ -86,8 +86,27 @@ fn sd15_trains_and_draws() {
     let out = cluster.folder().join("sheet.png");
     let adapter = checkpoint.folder.display().to_string();
     let arguments = [
-        "--model", &model, "--adapter", &adapter, "--student", &student, "--compare", "--prompt", "红色的圆形", "--teacher-prompt", "a red circle",
-        "--steps", "2", "--width", "64", "--height", "64", "--threads", "1", "--out", out.to_str().unwrap(),
+        "--model",
+        &model,
+        "--adapter",
+        &adapter,
+        "--student",
+        &student,
+        "--compare",
+        "--prompt",
+        "红色的圆形",
+        "--teacher-prompt",
+        "a red circle",
+        "--steps",
+        "2",
+        "--width",
+        "64",
+        "--height",
+        "64",
+        "--threads",
+        "1",
+        "--out",
+        out.to_str().unwrap(),
     ];
     Process::start("sample", "sample", &arguments).expect_exit(0);
     let sheet = image::open(&out).unwrap();

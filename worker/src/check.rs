@@ -6,10 +6,12 @@ use std::path::Path;
 
 use peapod_model::adapter::AdapterConfig;
 use peapod_model::source::ModelSource;
-use peapod_model::text::{StudentEncoder, StudentOptions};
+use peapod_model::text::StudentEncoder;
 use peapod_model::weights::{Survey, locate};
 use peapod_proto::job::Job;
 use tch::{Device, Kind};
+
+use crate::setup;
 
 /// Checks a job's models and describes them.
 ///
@@ -97,7 +99,7 @@ impl Teacher {
 
 /// Checks the student and returns the width of its states.
 fn check_student(job: &Job, report: &mut String) -> Result<i64, String> {
-    let options = StudentOptions { normalize_quotes: job.student.normalize_quotes, device: Device::Cpu, kind: Kind::Float };
+    let options = setup::student_options(job, Kind::Float, Device::Cpu);
     let student = StudentEncoder::check(&job.student.path, job.student.context_length.into(), options)
         .map_err(|error| format!("student.path: {error}"))?;
     let names: Vec<&str> = student.parts().map(|(name, _)| name).collect();

@@ -30,6 +30,11 @@ pub const CONTEXT_LENGTH_KEY: &str = "context_length";
 /// Adapter metadata: `false` if curly quotes in its prompts were left as they are.
 pub const NORMALIZE_QUOTES_KEY: &str = "normalize_quotes";
 
+/// Adapter metadata: `true` if the token states of Chinese-CLIP were projected.
+pub const PROJECT_KEY: &str = "project";
+/// Adapter metadata: `true` if padding was left out of the pooled mean and hidden from cross-attention.
+pub const MASK_PADS_KEY: &str = "mask_pads";
+
 /// The student encoder's folder inside a model folder that ships one.
 const SHIPPED_STUDENT: &str = "text_encoder_zh";
 /// Longer sides than this are a typing error: attention alone would need terabytes.
@@ -146,7 +151,8 @@ struct Student {
     adapter: PathBuf,
     encoder: PathBuf,
     context_length: i64,
-    normalize_quotes: bool,
+    options: StudentOptions,
+    mask_pads: bool,
     /// Job and step that the adapter comes from, as far as it says.
     origin: Option<String>,
 }
@@ -209,9 +215,10 @@ impl Setup {
             let pipeline = Pipeline::load(&self.model, PipelineOptions { device, unet_kind: kind, vae_kind: Kind::Float })?;
             let english = self.english.then(|| self.model.english(kind, device)).transpose()?;
             let load_student = |student: &Student| {
-                let options = StudentOptions { normalize_quotes: student.normalize_quotes, device, kind };
+                let options = StudentOptions { kind, device, ..student.options };
                 let encoder = StudentEncoder::load(&student.encoder, student.context_length, options)?;
-                Ok::<_, peapod_model::Error>((encoder, Adapter::load(&student.adapter, device)?))
+                let adapter = Adapter::load(&student.adapter, device)?;
+                Ok::<_, peapod_model::Error>(LoadedStudent { encoder, adapter, mask_pads: student.mask_pads })
             };
             let student = self.student.as_ref().map(load_student).transpose()?;
             Ok(Painter { pipeline, english, student })
@@ -256,14 +263,17 @@ impl Student {
         let shipped = model.path().join(SHIPPED_STUDENT);
         let encoder = match (&files.student, metadata.get(ENCODER_KEY)) {
             (Some(given), _) => given.clone(),
+            (None, Some(named)) if Path::new(named).exists() || !shipped.exists() => named.into(),
             (None, _) if shipped.exists() => shipped,
-            (None, Some(named)) => named.into(),
-            (None, None) => return Err(SetupError::Encoder(path.into())),
+            (None, _) => return Err(SetupError::Encoder(path.into())),
         };
         let told = metadata.get(CONTEXT_LENGTH_KEY).and_then(|length| length.parse().ok());
         let context_length = files.context_length.or(told).ok_or_else(|| SetupError::ContextLength(path.into()))?;
-        let normalize_quotes = metadata.get(NORMALIZE_QUOTES_KEY).is_none_or(|told| told != "false");
-        let options = StudentOptions { normalize_quotes, device: Device::Cpu, kind: Kind::Float };
+        let options = StudentOptions {
+            normalize_quotes: metadata.get(NORMALIZE_QUOTES_KEY).is_none_or(|told| told != "false"),
+            project: metadata.get(PROJECT_KEY).is_some_and(|told| told == "true"),
+            ..StudentOptions::new(Kind::Float, Device::Cpu)
+        };
         let student = StudentEncoder::check(&encoder, context_length, options)?;
 
         let fits = |what, got: Option<i64>, expected: Option<i64>, wanted_by: String| {
@@ -283,7 +293,8 @@ impl Student {
             adapter: path.into(),
             encoder,
             context_length,
-            normalize_quotes,
+            options,
+            mask_pads: metadata.get(MASK_PADS_KEY).is_some_and(|told| told == "true"),
             origin: metadata.get("job").zip(metadata.get("step")).map(|(job, step)| format!("{job}, step {step}")),
         })
     }
@@ -293,7 +304,13 @@ impl Student {
 pub struct Painter {
     pipeline: Pipeline,
     english: Option<EnglishEncoders>,
-    student: Option<(StudentEncoder, Adapter)>,
+    student: Option<LoadedStudent>,
+}
+
+struct LoadedStudent {
+    encoder: StudentEncoder,
+    adapter: Adapter,
+    mask_pads: bool,
 }
 
 impl Painter {
@@ -309,7 +326,9 @@ impl Painter {
     ) -> Result<Vec<Picture>, DrawError> {
         let prompter = match (road, &self.english, &self.student) {
             (Road::English, Some(encoders), _) => Prompter::English(encoders),
-            (Road::Adapter, _, Some((encoder, adapter))) => Prompter::Student { encoder, adapter },
+            (Road::Adapter, _, Some(LoadedStudent { encoder, adapter, mask_pads })) => {
+                Prompter::Student { encoder, adapter, mask_pads: *mask_pads }
+            }
             _ => return Err(DrawError::Road(road)),
         };
         let bytes = catching(|| {
@@ -371,7 +390,7 @@ mod tests {
         let setup = Setup::check(&files(&dir, FITTING)).unwrap();
         assert_eq!((setup.native_side(), setup.multiple), (64, 32));
         let student = setup.student.unwrap();
-        assert_eq!((student.context_length, student.normalize_quotes), (24, true));
+        assert_eq!((student.context_length, student.options.normalize_quotes), (24, true));
         assert_eq!(student.encoder, demo().join("text_encoder_zh"));
     }
 
@@ -424,7 +443,7 @@ mod tests {
     fn pairs_of_encoders_are_students_too() {
         let dir = tempfile::tempdir().unwrap();
         let pair = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/cases/student_pair/student");
-        let options = StudentOptions { normalize_quotes: true, device: Device::Cpu, kind: Kind::Float };
+        let options = StudentOptions::new(Kind::Float, Device::Cpu);
         let width = StudentEncoder::check(&pair, 8, options).unwrap().width();
         let student = Files { student: Some(pair), context_length: Some(8), ..files(&dir, AdapterConfig { input: width, ..FITTING }) };
         assert!(Setup::check(&student).is_ok());

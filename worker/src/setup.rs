@@ -9,14 +9,15 @@ use peapod_model::distill::{DistillConfig, Distiller, LoadOptions, Precision, Ti
 use peapod_model::optim::AdamWConfig;
 use peapod_model::schedule::{Decay, LrSchedule};
 use peapod_model::source::{Architecture, ModelSource};
+use peapod_model::text::StudentOptions;
 use peapod_model::weights;
 use peapod_proto::PROGRAM_VERSION;
 use peapod_proto::ids::Step;
-use peapod_proto::job::{self, Job, Preset};
+use peapod_proto::job::{self, Job, Preset, StudentSection};
 use sha2::{Digest, Sha256};
 use tch::{Device, Kind};
 
-use crate::draw::{CONTEXT_LENGTH_KEY, ENCODER_KEY, NORMALIZE_QUOTES_KEY};
+use crate::draw::{CONTEXT_LENGTH_KEY, ENCODER_KEY, MASK_PADS_KEY, NORMALIZE_QUOTES_KEY, PROJECT_KEY};
 
 /// Standard deviation of the constant part of the noise that SDXL is trained with; SD1.5 is trained without.
 const SDXL_NOISE_OFFSET: f64 = 0.5;
@@ -33,12 +34,17 @@ pub fn load_models(job: &Job, device: Device) -> peapod_model::Result<Distiller>
     let options = LoadOptions {
         distill: distill_config(job, model.architecture()),
         context_length: job.student.context_length.into(),
-        normalize_quotes: job.student.normalize_quotes,
-        kind: Kind::Float,
+        student: student_options(job, Kind::Float, device),
         vae_kind: Kind::Float,
-        device,
     };
     Distiller::load(&model, &job.student.path, options)
+}
+
+/// How a job's student encoder is loaded.
+#[must_use]
+pub fn student_options(job: &Job, kind: Kind, device: Device) -> StudentOptions {
+    let StudentSection { normalize_quotes, project, dropout, .. } = job.student;
+    StudentOptions { normalize_quotes, project, dropout, kind, device }
 }
 
 /// What a training step of a job computes; some defaults depend on the model.
@@ -150,6 +156,8 @@ pub fn metadata(job: &Job, adapter: &AdapterConfig, step: Step, average: bool) -
         (ENCODER_KEY.into(), job.student.path.display().to_string()),
         (CONTEXT_LENGTH_KEY.into(), job.student.context_length.to_string()),
         (NORMALIZE_QUOTES_KEY.into(), job.student.normalize_quotes.to_string()),
+        (PROJECT_KEY.into(), job.student.project.to_string()),
+        (MASK_PADS_KEY.into(), job.adapter.mask_pads.to_string()),
     ]);
     if average {
         metadata.insert("ema_decay".into(), job.train.ema_decay.to_string());

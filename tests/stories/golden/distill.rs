@@ -4,6 +4,7 @@ use peapod_model::adapter::Adapter;
 use peapod_model::distill::{DistillConfig, Distiller, LoadOptions, LossSums, MicroBatch};
 use peapod_model::optim::{AdamW, AdamWConfig, Ema, clip_grad_norm};
 use peapod_model::source::ModelSource;
+use peapod_model::text::StudentOptions;
 use tch::{Device, Kind, Tensor};
 
 use super::{Case, Result, Tensors};
@@ -54,10 +55,8 @@ fn load(case: &Case) -> Result<(Distiller, Adapter)> {
     let options = LoadOptions {
         distill: case.setting::<DistillConfig>("distill")?,
         context_length: case.setting("context_length")?,
-        normalize_quotes: true,
-        kind: Kind::Float,
+        student: StudentOptions::new(Kind::Float, Device::Cpu),
         vae_kind: Kind::Float,
-        device: Device::Cpu,
     };
     let distiller = Distiller::load(&ModelSource::open(&case.path("model")?, None)?, &case.path("student")?, options)?;
     Ok((distiller, Adapter::load(&case.folder.join("adapter.safetensors"), Device::Cpu)?))

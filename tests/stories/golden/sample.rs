@@ -28,12 +28,12 @@ pub fn pictures(case: &Case) -> Result<Tensors> {
     let model = ModelSource::open(&case.path("model")?, None)?;
     let pipeline = Pipeline::load(&model, PipelineOptions { device: Device::Cpu, unet_kind: Kind::Float, vae_kind: Kind::Float })?;
     let english = model.english(Kind::Float, Device::Cpu)?;
-    let options = StudentOptions { normalize_quotes: false, device: Device::Cpu, kind: Kind::Float };
+    let options = StudentOptions { normalize_quotes: false, ..StudentOptions::new(Kind::Float, Device::Cpu) };
     let encoder = StudentEncoder::load(&case.path("student")?, case.setting("context_length")?, options)?;
     let adapter = Adapter::load(&case.path("adapter")?, Device::Cpu)?;
     let roads = [
         ("english", Prompter::English(&english), "english"),
-        ("student", Prompter::Student { encoder: &encoder, adapter: &adapter }, "captions"),
+        ("student", Prompter::Student { encoder: &encoder, adapter: &adapter, mask_pads: false }, "captions"),
     ];
 
     let (guidance, latents) = (case.setting("guidance")?, case.input("latents")?);

@@ -44,14 +44,14 @@ pub fn bert_text(case: &Case) -> Result<Tensors> {
 
 /// The token states of a student encoder of any kind, for texts as users write them.
 pub fn student(case: &Case) -> Result<Tensors> {
-    let options = StudentOptions { normalize_quotes: case.setting("normalize_quotes")?, device: Device::Cpu, kind: Kind::Float };
+    let options = StudentOptions { normalize_quotes: case.setting("normalize_quotes")?, ..StudentOptions::new(Kind::Float, Device::Cpu) };
     let student = StudentEncoder::load(&case.path("student")?, case.setting("context_length")?, options)?;
     Ok([("states".to_owned(), student.encode(&case.setting::<Vec<String>>("texts")?)?)].into())
 }
 
 /// The token ids a student encoder of one part computes with, for texts as users write them.
 pub fn student_ids(case: &Case) -> Result<Tensors> {
-    let options = StudentOptions { normalize_quotes: case.setting("normalize_quotes")?, device: Device::Cpu, kind: Kind::Float };
+    let options = StudentOptions { normalize_quotes: case.setting("normalize_quotes")?, ..StudentOptions::new(Kind::Float, Device::Cpu) };
     let student = StudentEncoder::load(&case.path("student")?, case.setting("context_length")?, options)?;
     let [rows] = <[_; 1]>::try_from(student.token_ids(&case.setting::<Vec<String>>("texts")?)?).map_err(|_| "a pair of encoders")?;
     Ok([("ids".to_owned(), stacked(&rows))].into())
@@ -61,7 +61,7 @@ pub fn student_ids(case: &Case) -> Result<Tensors> {
 pub fn prompts(case: &Case) -> Result<Tensors> {
     let english = ModelSource::open(&case.path("model")?, None)?.english(Kind::Float, Device::Cpu)?;
     let states = english.encode(&case.setting::<Vec<String>>("english")?)?;
-    let options = StudentOptions { normalize_quotes: false, device: Device::Cpu, kind: Kind::Float };
+    let options = StudentOptions { normalize_quotes: false, ..StudentOptions::new(Kind::Float, Device::Cpu) };
     let student = StudentEncoder::load(&case.path("student")?, case.setting("context_length")?, options)?;
     let student = student.encode(&case.setting::<Vec<String>>("captions")?)?;
     let named = [("english.sequence", states.sequence), ("english.pooled", states.pooled.unwrap_or_default()), ("student", student)];

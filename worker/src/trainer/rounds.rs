@@ -12,7 +12,7 @@ use std::sync::mpsc::Sender;
 use peapod_data::{LoaderConfig, ValidationSet};
 use peapod_model::adapter::Adapter;
 use peapod_model::distill::{Distiller, LossSums};
-use peapod_model::sample::{DpmSolver, Prompter, SampleOptions};
+use peapod_model::sample::{DpmSolver, SampleOptions};
 use peapod_proto::PROGRAM_VERSION;
 use peapod_proto::ids::{Generation, MemberIndex, Step};
 use peapod_proto::job::{Job, PicturesSection};
@@ -165,7 +165,7 @@ impl Rounds {
         mut keep: impl FnMut(u32, Vec<u8>),
     ) -> Result<(), Unfinished> {
         let Some(pictures) = &self.pictures else { return Ok(()) };
-        let prompter = Prompter::Student { encoder: models.student(), adapter };
+        let prompter = models.prompter(adapter);
         for (index, prompt) in pictures.part(assignment.member_index, assignment.num_members) {
             // The noise belongs to the place in the list, so that a prompt begins with the same each time, whoever draws it.
             let options = SampleOptions { first_image: index.into(), ..pictures.options.clone() };

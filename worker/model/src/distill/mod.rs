@@ -17,7 +17,7 @@ pub use self::batch::MicroBatch;
 use self::loss::Lesson;
 pub use self::loss::LossSums;
 use crate::adapter::{Adapter, AdapterConfig};
-use crate::sample::{Sampler, SchedulerConfig};
+use crate::sample::{Prompter, Sampler, SchedulerConfig};
 use crate::schedule::{NoiseSchedule, Prediction};
 use crate::source::ModelSource;
 use crate::text::{Conditioning, EnglishEncoders, StudentEncoder, StudentOptions};
@@ -116,14 +116,10 @@ pub struct LoadOptions {
     pub distill: DistillConfig,
     /// Tokens a prompt of the student is cut and padded to.
     pub context_length: i64,
-    /// Whether curly quotes in the student's prompts become straight ones.
-    pub normalize_quotes: bool,
-    /// The kind of UNet and text encoders.
-    pub kind: Kind,
+    /// How the student is loaded; UNet and English encoders are of its kind and lie on its device.
+    pub student: StudentOptions,
     /// The kind of the autoencoder; SDXL's overflows in f16.
     pub vae_kind: Kind,
-    /// Where everything lies.
-    pub device: Device,
 }
 
 /// The frozen models of the distillation and what is constant about them.
@@ -134,8 +130,7 @@ pub struct Distiller {
     teacher: Option<Teacher>,
     scheduler: SchedulerConfig,
     config: DistillConfig,
-    /// Encoder states of the empty prompt `[1, L, Din]`. The adapter on them changes with every step.
-    empty_student: Tensor,
+    empty_student: EmptyPrompt,
     noising: Noising,
     device: Device,
 }
@@ -145,6 +140,14 @@ struct Teacher {
     encoders: EnglishEncoders,
     /// States of the empty prompt, batch 1.
     empty: Conditioning,
+}
+
+/// What the student says of the empty prompt. The adapter on it changes with every step.
+struct EmptyPrompt {
+    /// Encoder states without dropout `[1, L, Din]`.
+    states: Tensor,
+    /// Its tokens, bool `[1, L]`; `None` if padding is not masked.
+    mask: Option<Tensor>,
 }
 
 /// What depends on the timestep alone: tables in f32, one entry a timestep.
@@ -173,10 +176,11 @@ impl Distiller {
     ///
     /// Errors: those of loading each model and of [`Distiller::new`].
     pub fn load(model: &ModelSource, student_dir: &Path, options: LoadOptions) -> Result<Self> {
-        let LoadOptions { distill, context_length, normalize_quotes, kind, vae_kind, device } = options;
+        let LoadOptions { distill, context_length, student, vae_kind } = options;
+        let (kind, device) = (student.kind, student.device);
         let unet = model.unet(kind, device)?;
         let vae = if distill.vae_round_fp16 { model.vae_rounded(vae_kind, device)? } else { model.vae(vae_kind, device)? };
-        let student = StudentEncoder::load(student_dir, context_length, StudentOptions { normalize_quotes, device, kind })?;
+        let student = StudentEncoder::load(student_dir, context_length, student)?;
         let teacher = distill.distill.then(|| model.english(kind, device)).transpose()?;
         Self::new(unet, vae, student, teacher, model.scheduler().clone(), distill, device)
     }
@@ -213,7 +217,8 @@ impl Distiller {
             (_, false) => None,
         };
         let noising = Noising::new(&schedule, scheduler.solver.prediction, &config, device);
-        let empty_student = student.encode(&[""])?;
+        let empty_student =
+            EmptyPrompt { states: student.encode(&[""])?, mask: config.mask_pads.then(|| student.token_mask(&[""])).transpose()? };
         Ok(Self { unet, vae, student, teacher, scheduler, config, empty_student, noising, device })
     }
 
@@ -240,6 +245,11 @@ impl Distiller {
     /// The noise schedule, and how the model asks to be sampled.
     pub fn scheduler(&self) -> &SchedulerConfig {
         &self.scheduler
+    }
+
+    /// The road from a prompt to the UNet that `adapter` is trained on.
+    pub fn prompter<'a>(&'a self, adapter: &'a Adapter) -> Prompter<'a> {
+        Prompter::Student { encoder: &self.student, adapter, mask_pads: self.config.mask_pads }
     }
 
     /// What draws pictures with these models.
@@ -271,7 +281,7 @@ impl Distiller {
             return Ok(LossSums::default());
         }
         let (noised, flags, lesson) = self.prepare(adapter, batch)?;
-        let conditioning = self.condition(adapter, batch, &noised, &flags)?;
+        let conditioning = self.condition(adapter, batch, &noised, &flags, true)?;
         let (scalar, sums) = match self.config.gradient_checkpointing {
             true => self.study_again(&conditioning, &noised, &lesson, batch.len())?,
             false => {
@@ -295,7 +305,7 @@ impl Distiller {
         }
         let _guard = no_grad_guard();
         let (noised, flags, lesson) = self.prepare(adapter, batch)?;
-        let conditioning = self.condition(adapter, batch, &noised, &flags)?;
+        let conditioning = self.condition(adapter, batch, &noised, &flags, false)?;
         lesson.compare(&self.study(&conditioning, &noised)?)?.sums(batch.len())
     }
 
@@ -377,22 +387,30 @@ impl Distiller {
         self.unet.forward(&subset.select(&noised.sample), &subset.select(&noised.timesteps), &text, added.as_ref())
     }
 
-    /// What the student's UNet is told; the gradient flows from it to the adapter, also through the empty prompt.
-    fn condition(&self, adapter: &Adapter, batch: &MicroBatch, noised: &Noised, flags: &Flags) -> Result<Conditioning> {
-        let states = {
+    /// What the student's UNet is told; the gradient flows from it to the adapter, also through the empty prompt. Only training drops
+    /// elements in the encoder.
+    fn condition(&self, adapter: &Adapter, batch: &MicroBatch, noised: &Noised, flags: &Flags, training: bool) -> Result<Conditioning> {
+        let encode = |prompts: &[String], seeds: &[u64]| {
             let _guard = no_grad_guard();
-            self.student.encode(&batch.captions)?
+            if training { self.student.encode_training(prompts, seeds) } else { self.student.encode(prompts) }
         };
-        let prompt = adapter.forward(&states);
+        let mut mask = self.config.mask_pads.then(|| self.student.token_mask(&batch.captions)).transpose()?;
+        let prompt = adapter.forward_masked(&encode(&batch.captions, &batch.text_dropout)?, mask.as_ref());
         let (mut sequence, mut pooled) = (prompt.sequence, prompt.pooled);
         if flags.any_dropped {
-            let empty = adapter.forward(&self.empty_student);
+            let states = match training && self.student.drops() {
+                false => self.empty_student.states.shallow_clone(),
+                // Each sample has its own, and other elements are dropped than from its caption's states.
+                true => encode(&vec![String::new(); batch.len()], &batch.text_dropout.iter().map(|seed| !seed).collect::<Vec<_>>())?,
+            };
+            let empty = adapter.forward_masked(&states, self.empty_student.mask.as_ref());
             sequence = replace_dropped(&noised.drop, &empty.sequence, &sequence);
+            mask = mask.zip(self.empty_student.mask.as_ref()).map(|(mask, empty)| replace_dropped(&noised.drop, empty, &mask));
             if self.config.drop_pooled {
                 pooled = pooled.zip(empty.pooled).map(|(pooled, empty)| replace_dropped(&noised.drop, &empty, &pooled));
             }
         }
-        Ok(Conditioning { sequence, pooled, mask: None })
+        Ok(Conditioning { sequence, pooled, mask })
     }
 
     /// The student's pass on the whole batch, with its graph.

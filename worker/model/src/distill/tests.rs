@@ -16,8 +16,7 @@ fn distiller(distill: DistillConfig) -> Distiller {
 fn distiller_of_kind(distill: DistillConfig, kind: Kind) -> Distiller {
     // Tests run beside each other, each with libtorch's threads, which would spin for the same cores.
     tch::set_num_threads(1);
-    let vae_kind = kind;
-    let options = LoadOptions { distill, context_length: 24, normalize_quotes: true, kind, vae_kind, device: Device::Cpu };
+    let options = LoadOptions { distill, context_length: 24, student: StudentOptions::new(kind, Device::Cpu), vae_kind: kind };
     Distiller::load(&ModelSource::open(&demo(), None).unwrap(), &demo().join("text_encoder_zh"), options).unwrap()
 }
 

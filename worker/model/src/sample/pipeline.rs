@@ -305,7 +305,7 @@ mod tests {
     }
 
     fn student() -> StudentEncoder {
-        let options = StudentOptions { normalize_quotes: true, device: Device::Cpu, kind: Kind::Float };
+        let options = StudentOptions::new(Kind::Float, Device::Cpu);
         StudentEncoder::load(&demo().join("text_encoder_zh"), 24, options).unwrap()
     }
 
@@ -322,7 +322,7 @@ mod tests {
     fn a_picture_does_not_depend_on_the_batch_it_is_drawn_in() {
         let pipeline = Pipeline::load(&model(), OPTIONS).unwrap();
         let (encoder, adapter) = (student(), adapter(64, Some(80)));
-        let prompter = Prompter::Student { encoder: &encoder, adapter: &adapter };
+        let prompter = Prompter::Student { encoder: &encoder, adapter: &adapter, mask_pads: false };
         let mut reports = Vec::new();
         let prompts = ["红色的圆形", "蓝色的方形", "绿色的星形"];
         let singly = pipeline.sampler().draw(prompter, &prompts, &small(), |progress| reports.push(progress.steps_done)).unwrap();
@@ -346,7 +346,7 @@ mod tests {
     #[test]
     fn half_precision_draws_nearly_the_same() {
         let (encoder, adapter) = (student(), adapter(64, Some(80)));
-        let prompter = Prompter::Student { encoder: &encoder, adapter: &adapter };
+        let prompter = Prompter::Student { encoder: &encoder, adapter: &adapter, mask_pads: false };
         let draw = |kind| {
             let pipeline = Pipeline::load(&model(), PipelineOptions { unet_kind: kind, ..OPTIONS }).unwrap();
             pipeline.sampler().draw(prompter, &["红色的圆形"], &small(), |_| ()).unwrap().to_kind(Kind::Float)
@@ -360,7 +360,7 @@ mod tests {
         let pipeline = Pipeline::load(&model(), OPTIONS).unwrap();
         let encoder = student();
         let draw = |adapter: &Adapter, options: &SampleOptions, prompts: &[&str]| {
-            let prompter = Prompter::Student { encoder: &encoder, adapter };
+            let prompter = Prompter::Student { encoder: &encoder, adapter, mask_pads: false };
             pipeline.sampler().draw(prompter, prompts, options, |_| panic!("a step was made")).unwrap_err()
         };
         let fits = adapter(64, Some(80));

@@ -15,6 +15,8 @@ pub enum Prompter<'a> {
         encoder: &'a StudentEncoder,
         /// The adapter trained for it.
         adapter: &'a Adapter,
+        /// Whether it was trained with padding left out of the pooled mean and hidden from cross-attention.
+        mask_pads: bool,
     },
 }
 
@@ -25,15 +27,16 @@ impl Prompter<'_> {
     pub fn encode<S: AsRef<str>>(&self, prompts: &[S]) -> Result<Conditioning> {
         match self {
             Self::English(encoders) => encoders.encode(prompts),
-            Self::Student { encoder, adapter } => {
+            Self::Student { encoder, adapter, mask_pads } => {
                 let (has, wants) = (encoder.width(), adapter.config().input);
                 if has != wants {
                     let detail = format!("the text encoder's states are {has} wide, the adapter was made for {wants}");
                     return Err(crate::Error::Shape { what: "student conditioning", detail });
                 }
                 let _guard = tch::no_grad_guard();
-                let output = adapter.forward(&encoder.encode(prompts)?);
-                Ok(Conditioning { sequence: output.sequence, pooled: output.pooled, mask: None })
+                let mask = mask_pads.then(|| encoder.token_mask(prompts)).transpose()?;
+                let output = adapter.forward_masked(&encoder.encode(prompts)?, mask.as_ref());
+                Ok(Conditioning { sequence: output.sequence, pooled: output.pooled, mask })
             }
         }
     }

@@ -5,6 +5,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::bert::BertEncoder;
 use super::config::TextSettings;
+use super::dropout::Dropout;
 use crate::nn::Linear;
 use crate::weights::Weights;
 use crate::{Error, Result};
@@ -45,8 +46,13 @@ impl AltClipEncoder {
     }
 
     /// Shapes: equally long rows of ids, to `[B, L, width]`. Errors: [`Error::Shape`] if the rows do not fit the encoder.
-    pub(super) fn forward(&self, ids: &[Vec<i64>], pad_id: i64) -> Result<Tensor> {
-        Ok(self.transformation.forward(&self.roberta.forward_to_the_end(ids, pad_id)?))
+    pub(super) fn forward(&self, ids: &[Vec<i64>], pad_id: i64, dropout: &Dropout) -> Result<Tensor> {
+        Ok(self.transformation.forward(&self.roberta.forward_to_the_end(ids, pad_id, dropout)?))
+    }
+
+    /// Returns where there is a token and no padding, as the tokenizer says: bool `[B, L]`.
+    pub(super) fn token_mask(&self, ids: &[Vec<i64>], pad_id: i64) -> Result<Tensor> {
+        self.roberta.token_mask_to_the_end(ids, pad_id)
     }
 
     pub(super) fn width(&self) -> i64 {

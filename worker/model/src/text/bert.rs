@@ -5,10 +5,11 @@ use std::path::Path;
 use serde::Deserialize;
 use tch::{Device, Kind, Tensor};
 
-use super::config::{Architecture, TextSettings, check_transformer, ids_to_tensor};
+use super::config::{Architecture, TextSettings, check_dropout, check_transformer, ids_to_tensor};
+use super::dropout::Dropout;
 use super::tower::Tower;
 use crate::config::Supported;
-use crate::nn::{Embedding, LayerNorm, Linear, attention};
+use crate::nn::{Embedding, LayerNorm, Linear};
 use crate::weights::{Scope, Weights};
 use crate::{Error, Result};
 
@@ -24,6 +25,8 @@ struct BertConfig {
     type_vocab_size: i64,
     layer_norm_eps: f64,
     pad_token_id: Option<i64>,
+    hidden_dropout_prob: f64,
+    attention_probs_dropout_prob: f64,
 }
 
 /// Settings that change the network in ways not computed here, with the values that leave it as it is.
@@ -33,7 +36,7 @@ const SUPPORTED: &[Supported] =
 /// The end of a key that each model has once.
 const LANDMARK: &str = "embeddings.word_embeddings.weight";
 
-/// A BERT encoder without its pooler: bidirectional, normalised after each block, no dropout.
+/// A BERT encoder without its pooler: bidirectional, normalised after each block.
 pub struct BertEncoder {
     config: BertConfig,
     /// The id that RoBERTa does not count: its positions number the other tokens, from the row behind this id's.
@@ -82,6 +85,34 @@ impl BertEncoder {
         Tower::find(weights, LANDMARK)
     }
 
+    /// The matrix by which Chinese-CLIP brings text states into the space it shares with images: `[width, projected]`.
+    ///
+    /// transformers keeps a linear layer of it, its authors the matrix itself.
+    /// Errors: [`Error::Unsupported`] if the weights are not Chinese-CLIP's, [`Error::Invalid`] if it does not fit the encoder.
+    pub(super) fn chinese_clip_projection(&self, settings: &TextSettings, weights: &Weights) -> Result<Tensor> {
+        let tower = Self::tower(weights);
+        let linear = || tower.beside("text_projection.weight").filter(|_| settings.is_chinese_clip());
+        let Some(matrix) = tower.beside("text_projection").or_else(|| linear().map(|weight| weight.tr())) else {
+            return Err(Self::not_chinese_clip(settings));
+        };
+        match matrix.size().as_slice() {
+            &[inputs, _] if inputs == self.width() => Ok(matrix.f_to_device(self.device)?.f_to_kind(self.kind)?),
+            size => {
+                let reason = format!("a text_projection of {size:?} does not fit states of a width of {}", self.width());
+                Err(Error::Invalid { path: settings.path().into(), reason })
+            }
+        }
+    }
+
+    /// Says that an encoder has no projection that Chinese-CLIP's authors made for it.
+    pub(super) fn not_chinese_clip(settings: &TextSettings) -> Error {
+        let what = format!("projecting the token states of {}", settings.path().display());
+        Error::Unsupported {
+            what,
+            hint: "only whole models of Chinese-CLIP have a text_projection for them; switch the projection off".into(),
+        }
+    }
+
     /// Checks that nothing of the encoder was left over but what is not used here: the pooler, the heads of task models and the tables of
     /// position numbers in old exports.
     pub(super) fn finish(tower: &Tower<'_>) -> Result<()> {
@@ -93,6 +124,9 @@ impl BertEncoder {
         let config: BertConfig = settings.parse(SUPPORTED)?;
         let sizes = [config.vocab_size, config.intermediate_size, config.max_position_embeddings, config.type_vocab_size];
         check_transformer(settings.path(), config.hidden_size, config.num_attention_heads, &sizes)?;
+        let rates =
+            [("hidden_dropout_prob", config.hidden_dropout_prob), ("attention_probs_dropout_prob", config.attention_probs_dropout_prob)];
+        check_dropout(settings.path(), &rates)?;
         let invalid = |reason: String| Error::Invalid { path: settings.path().into(), reason };
         let uncounted = match settings.architecture() {
             Architecture::Bert => None,
@@ -127,17 +161,30 @@ impl BertEncoder {
     /// Shapes: equally long rows of ids, to `[B, L, width]`, in the kind it was loaded in.
     /// Errors: [`crate::Error::Shape`] if the rows do not fit the encoder.
     pub fn forward(&self, ids: &[Vec<i64>], pad_id: i64) -> Result<Tensor> {
-        let tokens = self.tokens(ids)?;
-        Ok(self.run(&tokens, &tokens.ne(pad_id)))
+        self.forward_dropping(ids, pad_id, &Dropout::off())
     }
 
-    /// As [`BertEncoder::forward`], where only the `pad_id` that fill a row up behind its last token are padding: a pad written out in the
-    /// text is attended to, as by callers that take the mask from the tokenizer.
-    pub(super) fn forward_to_the_end(&self, ids: &[Vec<i64>], pad_id: i64) -> Result<Tensor> {
+    /// As [`BertEncoder::forward`], with dropout.
+    pub(super) fn forward_dropping(&self, ids: &[Vec<i64>], pad_id: i64, dropout: &Dropout) -> Result<Tensor> {
         let tokens = self.tokens(ids)?;
-        // Counted from the back, positions with a token at or behind them.
-        let reached = tokens.ne(pad_id).to_kind(Kind::Int64).flip([1]).cumsum(1, Kind::Int64).flip([1]).gt(0);
-        Ok(self.run(&tokens, &reached))
+        Ok(self.run(&tokens, &tokens.ne(pad_id), dropout))
+    }
+
+    /// As [`BertEncoder::forward_dropping`], where only the `pad_id` that fill a row up behind its last token are padding: a pad written
+    /// out in the text is attended to, as by callers that take the mask from the tokenizer.
+    pub(super) fn forward_to_the_end(&self, ids: &[Vec<i64>], pad_id: i64, dropout: &Dropout) -> Result<Tensor> {
+        let tokens = self.tokens(ids)?;
+        Ok(self.run(&tokens, &reached(&tokens.ne(pad_id)), dropout))
+    }
+
+    /// Returns which positions [`BertEncoder::forward`] attends to: bool `[B, L]`.
+    pub(super) fn token_mask(&self, ids: &[Vec<i64>], pad_id: i64) -> Result<Tensor> {
+        Ok(self.tokens(ids)?.ne(pad_id))
+    }
+
+    /// Returns which positions [`BertEncoder::forward_to_the_end`] attends to: bool `[B, L]`.
+    pub(super) fn token_mask_to_the_end(&self, ids: &[Vec<i64>], pad_id: i64) -> Result<Tensor> {
+        Ok(reached(&self.token_mask(ids, pad_id)?))
     }
 
     fn tokens(&self, ids: &[Vec<i64>]) -> Result<Tensor> {
@@ -145,7 +192,7 @@ impl BertEncoder {
     }
 
     /// Shapes: `tokens` int64 and `attended` bool, both `[B, L]`.
-    fn run(&self, tokens: &Tensor, attended: &Tensor) -> Tensor {
+    fn run(&self, tokens: &Tensor, attended: &Tensor, dropout: &Dropout) -> Tensor {
         let mask = Tensor::zeros([], (self.kind, self.device)).where_scalarother(attended, f64::NEG_INFINITY);
         let mask = mask.to_kind(self.kind).unsqueeze(1).unsqueeze(1);
 
@@ -158,7 +205,8 @@ impl BertEncoder {
             }
         };
         let embedded = self.layer_norm.forward(&(self.word_embeddings.forward(tokens) + positions));
-        self.layers.iter().fold(embedded, |states, layer| layer.forward(&states, &mask, self.config.num_attention_heads))
+        let embedded = dropout.apply(embedded, self.config.hidden_dropout_prob);
+        self.layers.iter().fold(embedded, |states, layer| layer.forward(&states, &mask, &self.config, dropout))
     }
 
     /// Returns the width of the token states.
@@ -170,6 +218,12 @@ impl BertEncoder {
     pub fn max_length(&self) -> i64 {
         self.config.max_position_embeddings - self.uncounted.map_or(0, |pad| pad + 1)
     }
+}
+
+/// Positions with a true one at or behind them. Shapes: bool `[B, L]`, kept.
+fn reached(tokens: &Tensor) -> Tensor {
+    // Counted from the back.
+    tokens.to_kind(Kind::Int64).flip([1]).cumsum(1, Kind::Int64).flip([1]).gt(0)
 }
 
 impl Layer {
@@ -189,12 +243,15 @@ impl Layer {
         }
     }
 
-    fn forward(&self, states: &Tensor, mask: &Tensor, heads: i64) -> Tensor {
-        let (query, key, value) = (self.query.forward(states), self.key.forward(states), self.value.forward(states));
-        let attended = self.attention_output.forward(&attention(&query, &key, &value, heads, Some(mask), false));
-        let states = self.attention_norm.forward(&(states + attended));
+    fn forward(&self, states: &Tensor, mask: &Tensor, config: &BertConfig, dropout: &Dropout) -> Tensor {
+        let split = |linear: &Linear| linear.forward(states).unflatten(-1, [config.num_attention_heads, -1]).transpose(1, 2);
+        let (query, key, value) = (split(&self.query), split(&self.key), split(&self.value));
+        let attended = dropout.attention([&query, &key, &value], mask, None, config.attention_probs_dropout_prob);
+        let attended = self.attention_output.forward(&attended.transpose(1, 2).flatten(2, 3));
+        let states = self.attention_norm.forward(&(states + dropout.apply(attended, config.hidden_dropout_prob)));
         let inner = self.intermediate.forward(&states).gelu("none");
-        self.output_norm.forward(&(&states + self.output.forward(&inner)))
+        let output = dropout.apply(self.output.forward(&inner), config.hidden_dropout_prob);
+        self.output_norm.forward(&(&states + output))
     }
 }
 

@@ -166,11 +166,25 @@ impl ClipTextEncoder {
     ///
     /// Errors: [`crate::Error::Shape`] if the rows do not fit the encoder.
     pub fn penultimate(&self, ids: &[Vec<i64>]) -> Result<Tensor> {
-        let tokens = ids_to_tensor(ids, self.config.max_position_embeddings, self.config.vocab_size, self.device)?;
+        let tokens = self.tokens(ids)?;
         let positions = self.position_embedding.narrow(0, 0, tokens.size()[1]);
         let embedded = self.token_embedding.forward(&tokens) + positions;
         let but_last = self.layers.len().saturating_sub(1);
         Ok(self.layers[..but_last].iter().fold(embedded, |states, layer| self.run(layer, &states)))
+    }
+
+    /// Returns where there is a token and no padding: bool `[B, L]`, true up to the first `end_id`, everywhere in a row without one.
+    ///
+    /// The pad id tells nothing, as CLIP pads with the end of the text; nor does the configuration, which may misname it.
+    pub(super) fn token_mask(&self, ids: &[Vec<i64>], end_id: Option<i64>) -> Result<Tensor> {
+        // No id is negative.
+        let ends = self.tokens(ids)?.eq(end_id.unwrap_or(-1)).to_kind(Kind::Int64);
+        // The ends before a position, not counting itself.
+        Ok((ends.cumsum(1, Kind::Int64) - ends).eq(0))
+    }
+
+    fn tokens(&self, ids: &[Vec<i64>]) -> Result<Tensor> {
+        ids_to_tensor(ids, self.config.max_position_embeddings, self.config.vocab_size, self.device)
     }
 
     /// Returns the width of the token states.

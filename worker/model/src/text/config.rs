@@ -13,6 +13,7 @@ use crate::{Error, Result};
 pub(super) struct TextSettings {
     path: PathBuf,
     architecture: Architecture,
+    is_chinese_clip: bool,
     settings: Map<String, Value>,
 }
 
@@ -64,7 +65,7 @@ impl Architecture {
             serde_json::json!({
                 "vocab_size": vocab, "hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers,
                 "num_attention_heads": width / 64, "max_position_embeddings": positions, "type_vocab_size": types,
-                "layer_norm_eps": eps, "pad_token_id": pad,
+                "layer_norm_eps": eps, "pad_token_id": pad, "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1,
             })
         };
         match self {
@@ -97,7 +98,8 @@ impl TextSettings {
                 hint: "bert, chinese_clip, roberta, xlm-roberta, altclip, clip and mt5 can be loaded".into(),
             });
         };
-        Ok(Self { path: path.into(), architecture, settings })
+        let is_chinese_clip = [&whole, &part].into_iter().flatten().any(|name| name.starts_with("chinese_clip"));
+        Ok(Self { path: path.into(), architecture, is_chinese_clip, settings })
     }
 
     /// Reads `config.json` of a model whose architecture is known from where it lies.
@@ -107,12 +109,17 @@ impl TextSettings {
 
     /// As [`TextSettings::read_as`], of settings that were read already; `path` names them in errors.
     pub(super) fn of(path: &Path, architecture: Architecture, settings: Map<String, Value>) -> Self {
-        Self { path: path.into(), architecture, settings: TextPart::of(settings).settings }
+        Self { path: path.into(), architecture, is_chinese_clip: false, settings: TextPart::of(settings).settings }
     }
 
     /// Settings that no `config.json` gives: those of a published model known by its name.
     pub(super) fn published(path: &Path, architecture: Architecture, settings: Map<String, Value>) -> Self {
-        Self { path: path.into(), architecture, settings }
+        Self { path: path.into(), architecture, is_chinese_clip: false, settings }
+    }
+
+    /// Whether the file calls the model Chinese-CLIP, in the layout of transformers.
+    pub(super) fn is_chinese_clip(&self) -> bool {
+        self.is_chinese_clip
     }
 
     /// The architecture they describe.
@@ -163,6 +170,16 @@ pub(super) fn check_transformer(path: &Path, width: i64, heads: i64, others: &[i
     }
     let reason = format!("{heads} heads of a width of {width}: sizes must be positive and the width a multiple of the heads");
     Err(Error::Invalid { path: path.into(), reason })
+}
+
+/// Checks rates of dropout.
+pub(super) fn check_dropout(path: &Path, rates: &[(&str, f64)]) -> Result<()> {
+    match rates.iter().find(|(_, rate)| !(0.0..1.0).contains(rate)) {
+        None => Ok(()),
+        Some((setting, rate)) => {
+            Err(Error::Invalid { path: path.into(), reason: format!("{setting} = {rate} must be at least 0 and less than 1") })
+        }
+    }
 }
 
 /// Moves token ids to a device.

@@ -5,6 +5,7 @@ mod bert;
 mod clean;
 mod clip;
 mod config;
+mod dropout;
 mod english;
 mod sdxl;
 mod source;

@@ -5,7 +5,8 @@ use std::path::Path;
 use serde::Deserialize;
 use tch::{Device, Kind, Tensor};
 
-use super::config::{TextSettings, check_transformer, ids_to_tensor};
+use super::config::{TextSettings, check_dropout, check_transformer, ids_to_tensor};
+use super::dropout::Dropout;
 use super::tower::Tower;
 use crate::Result;
 use crate::config::Supported;
@@ -27,6 +28,8 @@ struct T5Config {
     relative_attention_max_distance: i64,
     #[serde(default = "layer_norm_epsilon")]
     layer_norm_epsilon: f64,
+    #[serde(default = "dropout_rate")]
+    dropout_rate: f64,
     /// Named only to be required: without it transformers falls back to the ungated layer of the first T5.
     #[serde(rename = "feed_forward_proj")]
     _feed_forward_proj: String,
@@ -42,6 +45,10 @@ fn max_distance() -> i64 {
 
 fn layer_norm_epsilon() -> f64 {
     1e-6
+}
+
+fn dropout_rate() -> f64 {
+    0.1
 }
 
 /// Settings that change the network in ways not computed here, with the values that leave it as it is.
@@ -125,6 +132,7 @@ impl T5Encoder {
         let sizes = [config.vocab_size, config.d_kv, config.d_ff, config.num_layers as i64, buckets[0], buckets[1]];
         check_transformer(settings.path(), config.num_heads * config.d_kv, config.num_heads, &sizes)?;
         check_transformer(settings.path(), config.d_model, 1, &[])?;
+        check_dropout(settings.path(), &[("dropout_rate", config.dropout_rate)])?;
         let bias = model / "block" / 0 / "layer" / 0 / "SelfAttention" / "relative_attention_bias";
         Ok(Self {
             kind: model.kind(),
@@ -142,12 +150,27 @@ impl T5Encoder {
     /// Shapes: equally long rows of ids, to `[B, L, width]`, in the kind it computes in.
     /// Errors: [`crate::Error::Shape`] if the rows do not fit the encoder.
     pub fn forward(&self, ids: &[Vec<i64>], pad_id: i64) -> Result<Tensor> {
-        let tokens = ids_to_tensor(ids, MAX_LENGTH, self.config.vocab_size, self.device)?;
+        self.forward_dropping(ids, pad_id, &Dropout::off())
+    }
+
+    /// As [`T5Encoder::forward`], with dropout.
+    pub(super) fn forward_dropping(&self, ids: &[Vec<i64>], pad_id: i64, dropout: &Dropout) -> Result<Tensor> {
+        let tokens = self.tokens(ids)?;
         let mask = Tensor::zeros([], (self.kind, self.device)).where_scalarother(&tokens.ne(pad_id), f64::NEG_INFINITY);
         let bias = self.position_bias(tokens.size()[1]) + mask.to_kind(self.kind).unsqueeze(1).unsqueeze(1);
-        let embedded = self.embedding.forward(&tokens);
-        let last = self.layers.iter().fold(embedded, |states, layer| layer.forward(&states, &bias, self.config.num_heads));
-        Ok(self.final_norm.forward(&last))
+        let rate = self.config.dropout_rate;
+        let embedded = dropout.apply(self.embedding.forward(&tokens), rate);
+        let last = self.layers.iter().fold(embedded, |states, layer| layer.forward(&states, &bias, &self.config, dropout));
+        Ok(dropout.apply(self.final_norm.forward(&last), rate))
+    }
+
+    /// Returns where there is a token and no padding: bool `[B, L]`.
+    pub(super) fn token_mask(&self, ids: &[Vec<i64>], pad_id: i64) -> Result<Tensor> {
+        Ok(self.tokens(ids)?.ne(pad_id))
+    }
+
+    fn tokens(&self, ids: &[Vec<i64>]) -> Result<Tensor> {
+        ids_to_tensor(ids, MAX_LENGTH, self.config.vocab_size, self.device)
     }
 
     /// Returns the width of the token states.
@@ -200,17 +223,19 @@ impl Layer {
         }
     }
 
-    fn forward(&self, states: &Tensor, bias: &Tensor, heads: i64) -> Tensor {
+    fn forward(&self, states: &Tensor, bias: &Tensor, config: &T5Config, dropout: &Dropout) -> Tensor {
+        let rate = config.dropout_rate;
         let normed = self.attention_norm.forward(states);
-        let split = |linear: &Linear| linear.forward(&normed).unflatten(-1, [heads, -1]).transpose(1, 2);
+        let split = |linear: &Linear| linear.forward(&normed).unflatten(-1, [config.num_heads, -1]).transpose(1, 2);
         let (query, key, value) = (split(&self.query), split(&self.key), split(&self.value));
         // Scores are not divided by anything: the initialisation of this model took care of their size.
-        let attended = Tensor::scaled_dot_product_attention(&query, &key, &value, Some(bias), 0.0, false, Some(1.0), false);
-        let states = states + self.output.forward(&attended.transpose(1, 2).flatten(2, 3));
+        let attended = dropout.attention([&query, &key, &value], bias, Some(1.0), rate);
+        let attended = self.output.forward(&attended.transpose(1, 2).flatten(2, 3));
+        let states = states + dropout.apply(attended, rate);
 
         let normed = self.feed_forward_norm.forward(&states);
-        let inner = self.gate.forward(&normed).gelu("tanh") * self.input.forward(&normed);
-        states + self.down.forward(&inner)
+        let inner = dropout.apply(self.gate.forward(&normed).gelu("tanh") * self.input.forward(&normed), rate);
+        states + dropout.apply(self.down.forward(&inner), rate)
     }
 }
 
@@ -244,8 +269,8 @@ mod tests {
     fn what_is_not_computed_is_refused() {
         let load = |changes| T5Encoder::from_weights(&settings(changes), &Weights::none(), Kind::Float, Device::Cpu).err().unwrap();
         assert!(matches!(load(serde_json::json!({ "feed_forward_proj": "relu" })), Error::Unsupported { .. }));
-        for (name, value) in [("num_heads", 0), ("d_kv", -1), ("relative_attention_num_buckets", 2), ("relative_attention_max_distance", 8)]
-        {
+        let wrong = [("num_heads", 0), ("d_kv", -1), ("relative_attention_num_buckets", 2), ("relative_attention_max_distance", 8)];
+        for (name, value) in wrong.into_iter().chain([("dropout_rate", 1)]) {
             let error = load(serde_json::json!({ name: value }));
             assert!(matches!(error, Error::Invalid { .. }), "{name} = {value}: {error}");
         }

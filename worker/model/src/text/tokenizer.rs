@@ -22,6 +22,7 @@ pub struct TextTokenizer {
     path: PathBuf,
     inner: Tokenizer,
     pad_id: i64,
+    end_id: Option<i64>,
     length: usize,
 }
 
@@ -276,6 +277,9 @@ impl TextTokenizer {
         inner.add_special_tokens(&new);
 
         let pad_id = inner.token_to_id(pad.content()).ok_or_else(|| invalid(format!("has no pad token {:?}", pad.content())))?;
+        inner.with_padding(None);
+        let empty = inner.encode_fast("", true).map_err(|error| invalid(error.to_string()))?;
+        let end_id = empty.get_ids().last().copied().map(i64::from);
         inner
             .with_truncation(Some(TruncationParams { max_length: length, ..TruncationParams::default() }))
             .map_err(|error| invalid(error.to_string()))?
@@ -287,7 +291,7 @@ impl TextTokenizer {
                 pad_type_id: 0,
                 pad_token: pad.content().into(),
             }));
-        Ok(Self { path: path.into(), inner, pad_id: pad_id.into(), length })
+        Ok(Self { path: path.into(), inner, pad_id: pad_id.into(), end_id, length })
     }
 
     /// Returns the ids of each text, all of [`TextTokenizer::length`].
@@ -308,6 +312,11 @@ impl TextTokenizer {
     /// Returns the id that fills up short texts.
     pub fn pad_id(&self) -> i64 {
         self.pad_id
+    }
+
+    /// Returns the id behind the last piece of every text; `None` if the tokenizer puts none there.
+    pub fn end_id(&self) -> Option<i64> {
+        self.end_id
     }
 
     /// Returns the number of ids of every text.

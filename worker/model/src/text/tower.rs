@@ -1,6 +1,6 @@
 //! Where a file of weights holds the text encoder: alone, under the name of a task model, or beside an image encoder.
 
-use tch::{Device, Kind};
+use tch::{Device, Kind, Tensor};
 
 use crate::Result;
 use crate::weights::{Scope, Weights};
@@ -30,8 +30,17 @@ impl<'a> Tower<'a> {
 
     /// The tensors one level above the encoder's, where wrappers keep their own layers.
     pub(super) fn parent(&self, kind: Kind, device: Device) -> Scope<'a> {
-        let prefix = self.prefix.rsplit_once('.').map_or("", |(parent, _)| parent);
-        under(self.weights.root(kind, device), prefix)
+        under(self.weights.root(kind, device), self.parent_prefix())
+    }
+
+    fn parent_prefix(&self) -> &str {
+        self.prefix.rsplit_once('.').map_or("", |(parent, _)| parent)
+    }
+
+    /// A tensor as it is stored one level above the encoder's, whatever its shape.
+    pub(super) fn beside(&self, name: &str) -> Option<Tensor> {
+        let parent = self.parent_prefix();
+        self.weights.stored(&if parent.is_empty() { name.to_owned() } else { format!("{parent}.{name}") })
     }
 
     /// Ends the loading as [`Weights::finish`] does. What lies outside the prefix belongs to other models and may be left over, and so

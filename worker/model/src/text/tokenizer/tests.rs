@@ -75,6 +75,7 @@ fn every_text_starts_ends_and_is_filled_up() {
     let clip = TextTokenizer::clip(&demo("tokenizer"), 77).unwrap();
     let bert = TextTokenizer::bert(&demo("text_encoder_zh"), 24).unwrap();
     for (tokenizer, start, end) in [(clip, 124, 125), (bert, 2, 3)] {
+        assert_eq!(tokenizer.end_id(), Some(end));
         for ids in tokenizer.encode(&TEXTS).unwrap() {
             assert_eq!((ids.len(), ids[0]), (24, start));
             let end_at = ids.iter().position(|&id| id == end).unwrap();
