@@ -7,6 +7,8 @@ pub mod adapter;
 mod config;
 pub mod distill;
 mod error;
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod nn;
 pub mod optim;
 pub mod sample;

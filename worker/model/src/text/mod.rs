@@ -17,4 +17,5 @@ pub use clip::{ClipTextEncoder, ClipTextStates};
 pub use sdxl::{SdxlTextEncoders, TextStates};
 pub use student::{StudentEncoder, StudentOptions};
 pub use t5::T5Encoder;
+pub(crate) use tokenizer::fuzz_sentencepiece;
 pub use tokenizer::{TextTokenizer, TokenizerKind};
