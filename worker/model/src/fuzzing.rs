@@ -38,7 +38,9 @@ pub fn adapter_file(bytes: &[u8]) -> Verdict {
 mod tests {
     use super::*;
 
-    const READERS: [(&str, fn(&[u8]) -> Verdict); 4] = [
+    type Reader = fn(&[u8]) -> Verdict;
+
+    const READERS: [(&str, Reader); 4] = [
         ("torch_file", torch_file),
         ("safetensors_file", safetensors_file),
         ("sentencepiece", sentencepiece),
