@@ -1,6 +1,6 @@
 # `make demo` shows everything at once; `make help` lists the rest.
 SHELL := bash
-.PHONY: help setup build demo test lint fmt clean
+.PHONY: help setup build demo test fuzz lint fmt clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -23,6 +23,16 @@ test: export OMP_NUM_THREADS = 1
 test: build ## all tests that need no GPU, no root and no other host
 	cargo test --workspace
 	cargo test --workspace --test stories -- --ignored --exact demo::trained_adapter_draws_what_chinese_prompts_name --nocapture
+
+FUZZ_TARGETS := torch_file safetensors_file sentencepiece adapter_file
+FUZZ_SECONDS := 60
+
+fuzz: setup ## look for inputs that crash the readers of foreign files: FUZZ_SECONDS (60) for each reader, not counting the build
+	@command -v cargo-fuzz >/dev/null || { echo "cargo-fuzz is missing; install it (a C++ compiler is needed too): cargo install cargo-fuzz" >&2; exit 2; }
+	cd worker/model && for target in $(FUZZ_TARGETS); do \
+	  mkdir -p fuzz/found/$$target && \
+	  cargo fuzz run --sanitizer none $$target fuzz/found/$$target fuzz/corpus/$$target -- -max_total_time=$(FUZZ_SECONDS) -rss_limit_mb=4096 || exit 1; \
+	done
 
 lint: setup ## formatting and clippy, warnings denied
 	cargo fmt --all --check

@@ -8,6 +8,8 @@ mod config;
 pub mod controlnet;
 pub mod distill;
 mod error;
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod nn;
 pub mod optim;
 pub mod sample;

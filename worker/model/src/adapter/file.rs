@@ -66,8 +66,13 @@ impl Adapter {
         // SAFETY: read-only mapping, dropped when the function returns; an adapter's file is written under another name and renamed,
         // so that no file is cut short while it is read.
         let bytes = unsafe { Mmap::map(&file) }.map_err(io)?;
-        let read = if torch_file::is_torch_file(&bytes) { Self::from_pytorch } else { Self::from_safetensors };
-        read(&bytes, device).map_err(|error| match error {
+        Self::from_bytes(path, &bytes, device)
+    }
+
+    /// As [`Adapter::load`], of the bytes of the file at `path`.
+    pub(crate) fn from_bytes(path: &Path, bytes: &[u8], device: Device) -> Result<Self> {
+        let read = if torch_file::is_torch_file(bytes) { Self::from_pytorch } else { Self::from_safetensors };
+        read(bytes, device).map_err(|error| match error {
             Error::Invalid { reason, .. } => Error::Invalid { path: path.into(), reason },
             Error::Weights { missing, misshapen, extra, .. } => Error::Weights { path: path.into(), missing, misshapen, extra },
             other => other,

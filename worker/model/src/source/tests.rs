@@ -47,11 +47,15 @@ fn number(text: &str) -> (usize, &str) {
     (number.parse().unwrap(), rest)
 }
 
-/// The UNet's tensors under the names of the original code, each level having `num_resnets` residual blocks on the way down.
-fn original_unet(config: &UNetConfig, num_resnets: usize) -> Shapes {
+fn unet_shapes(config: &UNetConfig) -> Shapes {
     let nothing = Weights::none();
     UNet::new(&nothing.root(Kind::Float, Device::Cpu), config.clone()).unwrap();
-    let shapes = requested(&nothing);
+    requested(&nothing)
+}
+
+/// A UNet's tensors under the names of the original code, in the same order; `num_resnets` are the residual blocks of a level on the way
+/// down.
+fn original_unet(shapes: &Shapes, num_resnets: usize) -> Shapes {
     let up_attention = |level: usize| shapes.iter().any(|(key, _)| key.starts_with(&format!("up_blocks.{level}.attentions.")));
     let module = |item: String, kind: &str, rest: &str| match kind {
         "resnets" => format!("{item}.0.{}", rename(rest, &RESNET).unwrap()),
@@ -95,10 +99,14 @@ fn original_unet(config: &UNetConfig, num_resnets: usize) -> Shapes {
     shapes.iter().map(|(key, shape)| (format!("model.diffusion_model.{}", translate(key)), shape.clone())).collect()
 }
 
-fn original_vae(config: &VaeConfig) -> Shapes {
+fn vae_shapes(config: &VaeConfig) -> Shapes {
     let nothing = Weights::none();
     Vae::new(&nothing.root(Kind::Float, Device::Cpu), config.clone()).unwrap();
-    let levels = config.block_out_channels.len();
+    requested(&nothing)
+}
+
+/// An autoencoder's tensors under the names of the original code, in the same order.
+fn original_vae(shapes: &Shapes, levels: usize) -> Shapes {
     let translate = |(key, mut shape): (String, Vec<i64>)| {
         let mut name = key.clone();
         for level in 0..levels {
@@ -125,7 +133,7 @@ fn original_vae(config: &VaeConfig) -> Shapes {
         }
         (format!("first_stage_model.{name}"), shape)
     };
-    requested(&nothing).into_iter().map(translate).collect()
+    shapes.iter().cloned().map(translate).collect()
 }
 
 fn clip_shapes(settings: &Map<String, Value>) -> Shapes {
@@ -138,33 +146,32 @@ fn original_clip_l(settings: &Map<String, Value>, prefix: &str) -> Shapes {
     clip_shapes(settings).into_iter().map(|(key, shape)| (format!("{prefix}transformer.text_model.{key}"), shape)).collect()
 }
 
+/// The name of one of bigG's tensors in the original code, where queries, keys and values are one.
+fn original_big_g_name(key: &str) -> String {
+    let renames = [
+        ("embeddings.token_embedding", "token_embedding"),
+        ("embeddings.position_embedding.weight", "positional_embedding"),
+        ("encoder.layers", "transformer.resblocks"),
+        ("final_layer_norm", "ln_final"),
+        ("layer_norm", "ln_"),
+        ("self_attn.q_proj.", "attn.in_proj_"),
+        ("self_attn", "attn"),
+        ("fc1", "c_fc"),
+        ("fc2", "c_proj"),
+    ];
+    let name = renames.iter().fold(key.to_owned(), |name, (from, to)| name.replace(from, to));
+    format!("conditioner.embedders.1.model.{name}")
+}
+
 fn original_big_g(settings: &Map<String, Value>) -> Shapes {
-    let translate = |(key, mut shape): (String, Vec<i64>)| {
-        if key.contains("k_proj") || key.contains("v_proj") {
-            return None;
-        }
-        let mut name = key;
-        if name.contains("q_proj") {
+    let fused = |(key, mut shape): (String, Vec<i64>)| {
+        if key.contains("q_proj") {
             shape[0] *= 3;
         }
-        for (from, to) in [
-            ("embeddings.token_embedding", "token_embedding"),
-            ("embeddings.position_embedding.weight", "positional_embedding"),
-            ("encoder.layers", "transformer.resblocks"),
-            ("final_layer_norm", "ln_final"),
-            ("layer_norm", "ln_"),
-            ("self_attn.q_proj.", "attn.in_proj_"),
-            ("self_attn", "attn"),
-            ("fc1", "c_fc"),
-            ("fc2", "c_proj"),
-        ] {
-            name = name.replace(from, to);
-        }
-        Some((name, shape))
+        (!key.contains("k_proj") && !key.contains("v_proj")).then(|| (original_big_g_name(&key), shape))
     };
-    let others = [("text_projection".to_owned(), vec![1280, 1280]), ("logit_scale".to_owned(), vec![])];
-    let all = clip_shapes(settings).into_iter().filter_map(translate).chain(others);
-    all.map(|(name, shape)| (format!("conditioner.embedders.1.model.{name}"), shape)).collect()
+    let others = [("text_projection", vec![1280, 1280]), ("logit_scale", vec![])].map(|(name, shape)| (original_big_g_name(name), shape));
+    clip_shapes(settings).into_iter().filter_map(fused).chain(others).collect()
 }
 
 /// Writes a safetensors file of f16 tensors that are holes.
@@ -195,8 +202,8 @@ fn sdxl(changes: Value) -> Shapes {
     let unet = UNetConfig::parse(Path::new("unet"), unet.into()).unwrap();
     let vae = VaeConfig::parse(Path::new("vae"), published(published::SDXL, "vae").into()).unwrap();
     [
-        original_unet(&unet, 2),
-        original_vae(&vae),
+        original_unet(&unet_shapes(&unet), 2),
+        original_vae(&vae_shapes(&vae), 4),
         original_clip_l(&published(published::SDXL, "text_encoder"), "conditioner.embedders.0."),
         original_big_g(&published(published::SDXL, "text_encoder_2")),
     ]
@@ -235,7 +242,8 @@ fn sd15_in_one_file_is_recognised() {
     let unet = UNetConfig::parse(Path::new("unet"), published(published::SD15, "unet").into()).unwrap();
     let vae = VaeConfig::parse(Path::new("vae"), published(published::SD15, "vae").into()).unwrap();
     let clip = original_clip_l(&published(published::SD15, "text_encoder"), "cond_stage_model.");
-    let source = open_sparse(&[original_unet(&unet, 2), original_vae(&vae), clip].concat()).unwrap().shapes_only();
+    let source =
+        open_sparse(&[original_unet(&unet_shapes(&unet), 2), original_vae(&vae_shapes(&vae), 4), clip].concat()).unwrap().shapes_only();
     assert_eq!((source.architecture(), source.sample_size()), (Architecture::Sd15, 64));
     let counts = source.architecture().parts().iter().map(|&part| count(&source, part)).collect::<Vec<_>>();
     assert_eq!(counts, [859_520_964, 83_653_863, 123_060_480]);
@@ -346,4 +354,57 @@ fn configurations_beside_a_file_are_taken_instead() {
     assert_eq!(source.scheduler().solver.steps_offset, 1);
     let error = ModelSource::open(&demo(), Some(folder.path())).unwrap_err().to_string();
     assert!(error.contains("has its own"), "{error}");
+}
+
+/// The demo's model written as one file in the original layout, and read back with the folder's own configurations and tokenizers.
+#[test]
+fn a_file_made_of_a_folder_gives_the_same_networks() {
+    tch::set_num_threads(1);
+    let folder = ModelSource::open(&demo(), None).unwrap();
+    let (unet, vae) = (unet_shapes(folder.unet_config()), vae_shapes(folder.vae_config()));
+    let num_resnets = match folder.unet_config().layers_per_block {
+        crate::PerLevel::Same(layers) => layers as usize,
+        crate::PerLevel::Each(_) => panic!("the demo's levels are alike"),
+    };
+    let levels = folder.vae_config().block_out_channels.len();
+    let mut tensors = Vec::new();
+    for (part, shapes, original) in [(Part::Unet, &unet, original_unet(&unet, num_resnets)), (Part::Vae, &vae, original_vae(&vae, levels))]
+    {
+        let weights = folder.weights(part).unwrap();
+        for ((key, _), (name, shape)) in shapes.iter().zip(original) {
+            tensors.push((name, weights.stored(key).unwrap().reshape(shape)));
+        }
+    }
+    let clip_l = folder.weights(Part::TextEncoder).unwrap();
+    for key in clip_l.keys() {
+        let bare = key.strip_prefix("text_model.").unwrap_or(key);
+        tensors.push((format!("conditioner.embedders.0.transformer.text_model.{bare}"), clip_l.stored(key).unwrap()));
+    }
+    let big_g = folder.weights(Part::TextEncoder2).unwrap();
+    for key in big_g.keys().filter(|key| !key.contains("k_proj") && !key.contains("v_proj")) {
+        let stored = |key: &str| big_g.stored(key).unwrap();
+        let tensor = match key {
+            "text_projection.weight" => stored(key).transpose(0, 1),
+            _ if key.contains("q_proj") => {
+                tch::Tensor::cat(&["q_proj", "k_proj", "v_proj"].map(|name| stored(&key.replace("q_proj", name))), 0)
+            }
+            _ => stored(key),
+        };
+        let bare = key.strip_prefix("text_model.").unwrap_or(key);
+        tensors.push((original_big_g_name(bare.strip_suffix("projection.weight").map_or(bare, |_| "text_projection")), tensor));
+    }
+    let file = tempfile::NamedTempFile::with_suffix(".ckpt").unwrap();
+    std::fs::write(file.path(), crate::weights::torch_file::serialize(&tensors, Kind::Half).unwrap()).unwrap();
+
+    let checkpoint = ModelSource::open(file.path(), Some(&demo())).unwrap();
+    assert_eq!(checkpoint.settings().unwrap(), folder.settings().unwrap());
+    for part in [Part::Unet, Part::Vae] {
+        let (ours, wanted) = (checkpoint.weights(part).unwrap(), folder.weights(part).unwrap());
+        assert!(ours.keys().eq(wanted.keys()), "{part}");
+        assert!(ours.keys().all(|key| ours.stored(key) == wanted.stored(key)), "{part}");
+        assert_eq!(checkpoint.survey(part).unwrap(), folder.survey(part).unwrap());
+    }
+    let encode = |source: &ModelSource| source.english(Kind::Float, Device::Cpu).unwrap().encode(&["a big red circle", ""]).unwrap();
+    let (ours, wanted) = (encode(&checkpoint), encode(&folder));
+    assert_eq!((ours.sequence, ours.pooled), (wanted.sequence, wanted.pooled));
 }

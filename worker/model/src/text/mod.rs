@@ -20,4 +20,5 @@ pub use english::{Conditioning, EnglishEncoders, Sd15TextEncoder};
 pub use sdxl::{SdxlTextEncoders, TextStates};
 pub use student::{StudentEncoder, StudentOptions};
 pub use t5::T5Encoder;
+pub(crate) use tokenizer::fuzz_sentencepiece;
 pub use tokenizer::{TextTokenizer, TokenizerKind};

@@ -11,6 +11,7 @@ use serde_json::json;
 use tokenizers::{AddedToken, PaddingDirection, PaddingParams, PaddingStrategy, Tokenizer, TruncationParams};
 
 use self::sentencepiece::SentencePiece;
+pub(crate) use self::sentencepiece::fuzz as fuzz_sentencepiece;
 use crate::config::read_config;
 use crate::{Error, Result};
 

@@ -339,6 +339,20 @@ fn map_file(path: &Path) -> Result<(Arc<Mmap>, Entries)> {
     Ok((Arc::new(map), entries))
 }
 
+/// Largest tensor that is copied while fuzzing: a small file may hold a big one that repeats its elements.
+const MAX_FUZZED_ELEMENTS: i64 = 1 << 12;
+
+/// Reads bytes as a file of weights, of torch's format or safetensors, and copies the tensors out that are small. Errors are the reader's.
+pub(crate) fn fuzz_entries(bytes: &[u8], torch: bool) -> Result<(), String> {
+    let entries = if torch { torch_file::read(bytes).map_err(|fault| fault.to_string()) } else { safetensors_file::read(bytes) };
+    for (_, entry) in entries? {
+        if entry.shape().iter().product::<i64>() <= MAX_FUZZED_ELEMENTS {
+            let _ = entry.copy(bytes, entry.kind(), Device::Cpu);
+        }
+    }
+    Ok(())
+}
+
 fn is_float(kind: Kind) -> bool {
     use Kind::{BFloat16, Double, Float, Float8e4m3fn, Float8e4m3fnuz, Float8e5m2, Float8e5m2fnuz, Half};
     matches!(kind, Half | BFloat16 | Float | Double | Float8e4m3fn | Float8e4m3fnuz | Float8e5m2 | Float8e5m2fnuz)

@@ -78,9 +78,13 @@ impl SentencePiece {
     /// Errors: [`Error::Io`], [`Error::Invalid`] for a damaged file, [`Error::Unsupported`] for other algorithms than the unigram model and
     /// for ways of treating white space that none of the encoders here was trained with.
     pub(super) fn read(path: &Path) -> Result<Self> {
-        let bytes = std::fs::read(path).map_err(|source| Error::Io { path: path.into(), source })?;
+        Self::parse(path, &std::fs::read(path).map_err(|source| Error::Io { path: path.into(), source })?)
+    }
+
+    /// As [`SentencePiece::read`], of the bytes of the file at `path`.
+    fn parse(path: &Path, bytes: &[u8]) -> Result<Self> {
         let invalid = |reason: String| Error::Invalid { path: path.into(), reason };
-        let model = ModelProto::decode(bytes.as_slice()).map_err(|error| invalid(format!("not a sentencepiece model: {error}")))?;
+        let model = ModelProto::decode(bytes).map_err(|error| invalid(format!("not a sentencepiece model: {error}")))?;
         let (trainer, normalizer) = (model.trainer.unwrap_or_default(), model.normalizer.unwrap_or_default());
 
         let unsupported = [
@@ -169,6 +173,15 @@ impl SentencePiece {
         )?));
         Ok(tokenizer)
     }
+}
+
+/// Reads bytes as a model file, makes both kinds of tokenizers of it and runs them. Errors are the reader's.
+pub(crate) fn fuzz(bytes: &[u8]) -> Result<(), String> {
+    let parse = || SentencePiece::parse(Path::new("model"), bytes).map_err(|error| error.to_string());
+    for tokenizer in [parse()?.xlm_roberta(["<s>", "<pad>", "</s>", "<unk>", "<mask>"]), parse()?.t5("</s>", 2)] {
+        let _ = tokenizer.map_err(|error| error.to_string())?.encode("ab  \u{ff41}\u{3000}\u{7ea2} e\u{301} \u{1f600}", true);
+    }
+    Ok(())
 }
 
 fn part<T: DeserializeOwned>(path: &Path, description: serde_json::Value) -> Result<T> {

@@ -246,6 +246,11 @@ impl<'a> Machine<'a> {
                         return Err(Fault::Pickle("a state for something that has none".into()));
                     }
                 }
+                // Names something and calls it at once; nothing that may be named is called this way.
+                b'i' => {
+                    let (module, name) = (self.line()?, self.line()?);
+                    return Err(unknown(module, name));
+                }
                 _ => return Err(Fault::Pickle(format!("opcode {opcode:#04x} at byte {start}, which no state dict needs"))),
             }
         }
@@ -423,9 +428,13 @@ fn callable(module: &str, name: &str) -> Result<Callable, Fault> {
         }
         _ => None,
     };
-    // The name may be as long as the file.
+    found.ok_or_else(|| unknown(module, name))
+}
+
+/// The fault of a name that is not known. The name may be as long as the file.
+fn unknown(module: &str, name: &str) -> Fault {
     let brief = |text: &str| text.chars().take(80).collect::<String>();
-    found.ok_or_else(|| Fault::Global(format!("{}.{}", brief(module), brief(name))))
+    Fault::Global(format!("{}.{}", brief(module), brief(name)))
 }
 
 fn storage_kind(name: &str) -> Option<Kind> {
@@ -481,8 +490,9 @@ mod tests {
         assert!(refuse(b"\x80\x02cos\nsystem\n(X\x02\0\0\0lstR.").contains("os.system"));
         assert!(refuse(b"\x80\x04\x8c\x08builtins\x8c\x04eval\x93.").contains("builtins.eval"));
         assert!(refuse(b"ctorch\nload\n.").contains("torch.load"));
+        assert!(refuse(b"(isubprocess\nPopen\n.").contains("subprocess.Popen"));
         // Objects built by other opcodes than a call of a known name.
-        for opcode in *b"iodp\x81\x92" {
+        for opcode in *b"odp\x81\x92" {
             assert!(refuse(&[b'(', opcode, b'.']).contains("which no state dict needs"), "{opcode}");
         }
     }
