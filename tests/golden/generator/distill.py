@@ -252,6 +252,7 @@ def distill_recomputed(folder):
     options = {"drop_pooled": True, "gradient_checkpointing": True}
     return distill_case(folder, 390, demo_models(), native=[0, 1, 0], drop=[0, 0, 1], tolerance=1e-3, **options)
 
+
 @case("distill_mask_pads", run="distill", tolerance=1e-3, why=GRADIENTS)
 def distill_mask_pads(folder):
     """Padding left out of the pooled mean and hidden from the student's attention, of the empty prompt too."""

@@ -153,15 +153,12 @@ def student_chinese_clip(folder):
     return student_case(states, normalize_quotes=True)
 
 
-@case("student_chinese_clip_authors", run="student", tolerance=1e-4)
-def student_chinese_clip_authors(folder):
-    """The same in the layout of Chinese-CLIP's authors, whose keys begin with module.bert; curly quotes are unknown tokens."""
-    student = student_folder(folder)
-    states = chinese_states(small_chinese_clip(student, 205), student, TEXTS)
+def as_authors_file(student, projection):
+    """Turns a Chinese-CLIP in transformers' layout into its authors', whose keys begin with module.bert."""
     saved = load_file(student / "model.safetensors")
     text = {f"module.bert.{key.removeprefix('text_model.')}": value for key, value in saved.items() if key.startswith("text_model.")}
     others = {
-        "module.text_projection": torch.zeros(wide(16), wide(12)).half(),
+        "module.text_projection": projection.half(),
         "module.logit_scale": torch.ones(1).half(),
         "module.visual.proj": torch.zeros(2).half(),
     }
@@ -170,7 +167,39 @@ def student_chinese_clip_authors(folder):
     config = json.loads((student / "config.json").read_text("utf-8"))
     (student / "config.json").write_text(json.dumps(config["text_config"]), "utf-8")
     (student / "model.safetensors").unlink()
+
+
+@case("student_chinese_clip_authors", run="student", tolerance=1e-4)
+def student_chinese_clip_authors(folder):
+    """The same in the layout of Chinese-CLIP's authors, whose keys begin with module.bert; curly quotes are unknown tokens."""
+    student = student_folder(folder)
+    states = chinese_states(small_chinese_clip(student, 205), student, TEXTS)
+    as_authors_file(student, torch.zeros(wide(16), wide(12)))
     return student_case(states)
+
+
+def projected(result):
+    inputs, outputs, settings = result
+    return inputs, outputs, {**settings, "project": True}
+
+
+@case("student_chinese_clip_projected", run="student", tolerance=1e-4)
+def student_chinese_clip_projected(folder):
+    """Every token state of a random Chinese-CLIP times the projection that is otherwise for the whole text's."""
+    student = student_folder(folder)
+    model = small_chinese_clip(student, 410)
+    return projected(student_case(model.text_projection(chinese_states(model, student, TEXTS))))
+
+
+@case("student_chinese_clip_authors_projected", run="student", tolerance=1e-4)
+def student_chinese_clip_authors_projected(folder):
+    """The same in the layout of Chinese-CLIP's authors, who store the projection the other way round; quotes straightened."""
+    student = student_folder(folder)
+    model = small_chinese_clip(student, 411)
+    states = chinese_states(model, student, straight(TEXTS))
+    projection = model.text_projection.weight.T.contiguous()
+    as_authors_file(student, projection)
+    return projected(student_case(states @ projection, normalize_quotes=True))
 
 
 @case("student_roberta", run="student", tolerance=1e-4)

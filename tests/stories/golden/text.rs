@@ -42,9 +42,11 @@ pub fn bert_text(case: &Case) -> Result<Tensors> {
     Ok([("last".to_owned(), encoder.forward(&ids(case)?, case.setting("pad_id")?)?)].into())
 }
 
-/// The token states of a student encoder of any kind, for texts as users write them.
+/// The token states of a student encoder of any kind, for texts as users write them; Chinese-CLIP's are projected where the case says so.
 pub fn student(case: &Case) -> Result<Tensors> {
-    let options = StudentOptions { normalize_quotes: case.setting("normalize_quotes")?, ..StudentOptions::new(Kind::Float, Device::Cpu) };
+    let project = case.settings.contains_key("project") && case.setting("project")?;
+    let normalize_quotes = case.setting("normalize_quotes")?;
+    let options = StudentOptions { normalize_quotes, project, ..StudentOptions::new(Kind::Float, Device::Cpu) };
     let student = StudentEncoder::load(&case.path("student")?, case.setting("context_length")?, options)?;
     Ok([("states".to_owned(), student.encode(&case.setting::<Vec<String>>("texts")?)?)].into())
 }
