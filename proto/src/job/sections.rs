@@ -403,13 +403,13 @@ impl CheckpointSection {
     }
 }
 
-/// Losses on samples that are never trained, with the same noise and timesteps each time.
+/// Losses on samples that are never trained, with the same noise and timesteps each time; of the weights' average where one is kept.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct ValidationSection {
     /// webdataset tars as in `data.shards`, read by every worker; none: no validation.
     pub shards: Vec<String>,
-    /// Steps between two validations; there is one at the end too.
+    /// Steps between two validations; there is one before the first step and one at the end too.
     pub every_steps: u64,
     /// Samples to use, the first of the shards; 0: all of them.
     pub samples: u32,
@@ -435,7 +435,7 @@ impl ValidationSection {
 pub struct PicturesSection {
     /// Prompts in the new language; none: no pictures.
     pub prompts: Vec<String>,
-    /// Steps between two sets of pictures; there is one at the end too.
+    /// Steps between two sets of pictures; there is one before the first step and one at the end too.
     pub every_steps: u64,
     /// Width and height in pixels; by default the model's own size.
     pub size: Option<[u32; 2]>,

@@ -182,7 +182,7 @@ impl Rounds {
 impl Pictures {
     fn check(job: &Job, models: &Distiller) -> Result<Self, String> {
         let PicturesSection { prompts, every_steps, size, steps, guidance, seed } = job.pictures.clone();
-        let [width, height] = size.map_or_else(|| [native_side(job, models); 2], |size| size.map(i64::from));
+        let [width, height] = size.map_or_else(|| [models.native_side(); 2], |size| size.map(i64::from));
         // Each level of the UNet but the last halves what the autoencoder has reduced already.
         let multiple = models.vae().downscale() << models.unet().config().block_out_channels.len().saturating_sub(1).min(30);
         if [width, height].iter().any(|side| side % multiple != 0 || !(multiple..=MAX_SIDE).contains(side)) {
@@ -213,16 +213,6 @@ impl Pictures {
         let png = picture.map_err(|error| error.to_string()).and_then(|picture| picture.to_png(&texts).map_err(|error| error.to_string()));
         png.map_err(|detail| peapod_model::Error::Shape { what: "picture", detail })
     }
-}
-
-/// The side of the pictures a model was trained on, in pixels.
-fn native_side(job: &Job, models: &Distiller) -> i64 {
-    let config = std::fs::read(job.model.path.join("unet/config.json")).ok();
-    let config = config.and_then(|bytes| serde_json::from_slice::<serde_json::Value>(&bytes).ok());
-    let said = config.and_then(|config| config.get("sample_size")?.as_i64()).filter(|size| (1..=1024).contains(size));
-    // Published configurations: 128 for SDXL, 64 for SD1.5.
-    let latents = said.unwrap_or(if models.unet().pooled_width().is_some() { 128 } else { 64 });
-    latents * models.vae().downscale()
 }
 
 /// The means of a validation of `step`'s weights; nothing where none was due.

@@ -132,6 +132,7 @@ pub struct Distiller {
     config: DistillConfig,
     empty_student: EmptyPrompt,
     noising: Noising,
+    native_side: i64,
     device: Device,
 }
 
@@ -174,52 +175,35 @@ struct Noised {
 impl Distiller {
     /// Builds the networks of an opened SDXL or SD1.5, and loads the student's text encoder from a folder of its own.
     ///
-    /// Errors: those of loading each model and of [`Distiller::new`].
+    /// Errors: those of loading each model; [`Error::Shape`] if their widths do not fit; those of encoding the empty prompt.
     pub fn load(model: &ModelSource, student_dir: &Path, options: LoadOptions) -> Result<Self> {
-        let LoadOptions { distill, context_length, student, vae_kind } = options;
+        let LoadOptions { distill: config, context_length, student, vae_kind } = options;
         let (kind, device) = (student.kind, student.device);
         let unet = model.unet(kind, device)?;
-        let vae = if distill.vae_round_fp16 { model.vae_rounded(vae_kind, device)? } else { model.vae(vae_kind, device)? };
+        let vae = if config.vae_round_fp16 { model.vae_rounded(vae_kind, device)? } else { model.vae(vae_kind, device)? };
         let student = StudentEncoder::load(student_dir, context_length, student)?;
-        let teacher = distill.distill.then(|| model.english(kind, device)).transpose()?;
-        Self::new(unet, vae, student, teacher, model.scheduler().clone(), distill, device)
-    }
+        let teacher = config.distill.then(|| model.english(kind, device)).transpose()?;
 
-    /// Joins loaded models.
-    ///
-    /// `teacher` may be absent only if `config` asks for none. All models must lie on one device.
-    /// Errors: [`Error::Shape`] if the teacher is missing or the models' widths do not fit; those of encoding the empty prompt.
-    pub fn new(
-        unet: UNet,
-        vae: Vae,
-        student: StudentEncoder,
-        teacher: Option<EnglishEncoders>,
-        scheduler: SchedulerConfig,
-        config: DistillConfig,
-        device: Device,
-    ) -> Result<Self> {
         let fault = |detail: String| Err(Error::Shape { what: "Distiller", detail });
-        if unet.config().in_channels != vae.config().latent_channels || unet.config().out_channels != vae.config().latent_channels {
-            let (inputs, outputs, latents) = (unet.config().in_channels, unet.config().out_channels, vae.config().latent_channels);
+        let (inputs, outputs, latents) = (unet.config().in_channels, unet.config().out_channels, vae.config().latent_channels);
+        if inputs != latents || outputs != latents {
             return fault(format!("a UNet from {inputs} to {outputs} channels on latents of {latents}"));
         }
         if let Some(encoders) = teacher.as_ref().filter(|encoders| encoders.width() != unet.text_width()) {
             return fault(format!("teacher states of {}, a UNet for {}", encoders.width(), unet.text_width()));
         }
+        let scheduler = model.scheduler().clone();
         let schedule = NoiseSchedule::new(&scheduler.noise);
         if schedule.is_empty() {
             return fault("an empty noise schedule".into());
         }
         let _guard = no_grad_guard();
-        let teacher = match (teacher, config.distill) {
-            (Some(encoders), true) => Some(Teacher { empty: encoders.encode(&[""])?, encoders }),
-            (None, true) => return fault("distillation without a teacher".into()),
-            (_, false) => None,
-        };
-        let noising = Noising::new(&schedule, scheduler.solver.prediction, &config, device);
+        let teacher = teacher.map(|encoders| Ok::<_, Error>(Teacher { empty: encoders.encode(&[""])?, encoders })).transpose()?;
         let empty_student =
             EmptyPrompt { states: student.encode(&[""])?, mask: config.mask_pads.then(|| student.token_mask(&[""])).transpose()? };
-        Ok(Self { unet, vae, student, teacher, scheduler, config, empty_student, noising, device })
+        let noising = Noising::new(&schedule, scheduler.solver.prediction, &config, device);
+        let native_side = model.sample_size() * vae.downscale();
+        Ok(Self { unet, vae, student, teacher, scheduler, config, empty_student, noising, native_side, device })
     }
 
     /// The frozen UNet.
@@ -255,6 +239,11 @@ impl Distiller {
     /// What draws pictures with these models.
     pub fn sampler(&self) -> Sampler<'_> {
         Sampler { unet: &self.unet, vae: &self.vae, scheduler: &self.scheduler, device: self.device }
+    }
+
+    /// Side of the pictures that the model was trained on, in pixels.
+    pub fn native_side(&self) -> i64 {
+        self.native_side
     }
 
     /// Number of timesteps that a micro-batch may draw from.
