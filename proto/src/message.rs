@@ -96,7 +96,8 @@ pub struct StepLosses {
 
 /// Mean losses over the validation samples of the weights after one step.
 ///
-/// Noise, timesteps and crops are the same each time: two of them compare weights and nothing else. Not a number where a loss was not finite.
+/// Noise, timesteps and crops are the same each time: two of them compare weights and nothing else. Not a number where a loss was not
+/// finite.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct ValidationLosses {
     /// The step.

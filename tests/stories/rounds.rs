@@ -96,8 +96,7 @@ fn wait_until_validating(coordinator: &Coordinator, step: u64) {
 #[test]
 fn validation_runs_at_its_steps_and_at_the_end_and_is_the_same_again() {
     let run = || {
-        let cluster = validated(20, 2);
-        let mut cluster = cluster;
+        let mut cluster = validated(20, 2);
         cluster.job.set_steps(5);
         let mut coordinator = cluster.coordinator(2, &["--local"]);
         coordinator.expect_exit(0);
@@ -263,6 +262,23 @@ fn pictures_of_all_prompts_are_there_and_alike_for_one_worker_and_two() {
 }
 
 #[test]
+fn pictures_that_cannot_be_kept_are_a_warning() {
+    let mut cluster = drawn(1);
+    cluster.job.set_steps(2);
+    // A file where the folder of the first step should be.
+    std::fs::create_dir_all(cluster.state_dir().join("pictures")).unwrap();
+    std::fs::write(picture_folder(&cluster, 1), b"").unwrap();
+    let mut coordinator = cluster.coordinator(2, &["--local"]);
+    coordinator.expect_exit(0);
+    let warnings = coordinator.lines_with(" WARN ");
+    assert_eq!(warnings.len(), PROMPTS.len(), "{warnings:#?}");
+    assert!(warnings.iter().all(|warning| warning.contains(" of step 1: not stored: ")), "{warnings:#?}");
+    for step in [0, 2] {
+        pictures(&cluster, step);
+    }
+}
+
+#[test]
 fn rounds_that_cannot_work_are_refused_before_training_begins() {
     let mut cluster = drawn(2);
     cluster.job.set("pictures.size", vec![72, 64]);
@@ -274,5 +290,5 @@ fn rounds_that_cannot_work_are_refused_before_training_begins() {
     cluster.job.set("validation.shards", vec!["/nowhere/00000.tar"]);
     let mut coordinator = cluster.coordinator(1, &["--local"]);
     coordinator.expect_exit(1);
-    coordinator.assert_said("open /nowhere/00000.tar: No such file or directory");
+    coordinator.assert_said("validation.shards: open /nowhere/00000.tar: No such file or directory");
 }

@@ -201,7 +201,7 @@ pub async fn upload(
 /// Sends a picture; returns where it is kept.
 ///
 /// # Errors
-/// [`ClientError::Transfer`] with the coordinator's words, or after [`PICTURE_TIMEOUT`].
+/// [`ClientError::Transfer`] with the coordinator's words, or when it does not answer in a minute.
 pub async fn send_picture(channel: Channel, generation: Generation, step: Step, index: u32, png: Vec<u8>) -> Result<String, ClientError> {
     let failed = |message: String| ClientError::Transfer { what: "not stored", message };
     let picture = v1::KeepPicture { generation: generation.0, step: step.0, index, png };

@@ -58,7 +58,7 @@ pub enum Error {
     #[error("loader: {0}")]
     Config(String),
     /// The validation samples cannot be used.
-    #[error("validation.shards: {0}")]
+    #[error("{0}")]
     Validation(String),
     /// A data thread cannot be started.
     #[error("start a data thread: {0}")]

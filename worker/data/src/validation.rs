@@ -1,8 +1,8 @@
 //! Samples that are never trained: read once, the same on every worker, and computed with the same randomness each time.
 //!
-//! How noisy a loss is comes mostly from its timesteps, so these are not drawn. They are spread evenly over the diffusion: sample `i` of `n` has
-//! timestep `floor((i + 1/2) T / n)`. Noise, posterior and crop are drawn as for a sample that is trained, under an epoch that no training has; no
-//! prompt is dropped. So the loss of given weights is one number, whoever computes which part of it.
+//! How noisy a loss is comes mostly from its timesteps, so these are not drawn. They are spread evenly over the diffusion: sample `i` of
+//! `n` has timestep `floor((i + 1/2) T / n)`. Noise, posterior and crop are drawn as for a sample that is trained, under an epoch that no
+//! training has; no prompt is dropped. So the loss of given weights is one number, whoever computes which part of it.
 
 use std::ops::ControlFlow;
 
@@ -38,11 +38,11 @@ struct Kept {
 impl ValidationSet {
     /// Reads the first `limit` usable samples of the shards that `patterns` stand for, or all of them if it is 0.
     ///
-    /// The rules of `config` hold as for training, but for the dropping of prompts. `warn` is told of broken samples, which are passed over, as
-    /// are those that a rule leaves out: all workers read the same files and so keep the same samples.
+    /// The rules of `config` hold as for training, but for the dropping of prompts. `warn` is told of broken samples, which are passed
+    /// over, as are those that a rule leaves out: all workers read the same files and so keep the same samples.
     ///
-    /// Errors: those of [`expand_shards`]; [`Error::Open`] naming the shard; [`Error::Validation`] if no sample is usable, or they are too large
-    /// to be held.
+    /// Errors: those of [`expand_shards`]; [`Error::Open`] naming the shard; [`Error::Validation`] if no sample is usable, or they are too
+    /// large to be held.
     pub fn load(patterns: &[String], limit: u32, config: &LoaderConfig, mut warn: impl FnMut(&str)) -> Result<Self> {
         let config = LoaderConfig { condition_dropout: 0.0, ..config.clone() };
         config.validate()?;
@@ -52,7 +52,7 @@ impl ValidationSet {
         let mut samples: Vec<Kept> = Vec::new();
         let mut num_bytes = 0;
         for (shard, url) in (0..).map(ShardId).zip(&shards) {
-            if samples.len() == limit {
+            if samples.len() == limit || num_bytes > MAX_BYTES {
                 break;
             }
             let end = read_shard(open(url)?, &Bitmap::default(), |raw| {
@@ -263,7 +263,7 @@ mod tests {
         assert!(fails("/no/such/shard.tar").starts_with("open /no/such/shard.tar: "));
         let picture = jpeg_of(40, 40, [1, 2, 3]);
         let filtered = write(folder.path(), "0.tar", &[("a.jpg", &picture), ("a.json", r#"{"caption_zh": "红"}"#.as_bytes())]);
-        assert_eq!(fails(&filtered), format!("validation.shards: no sample of {filtered} can be used"));
+        assert_eq!(fails(&filtered), format!("no sample of {filtered} can be used"));
     }
 
     #[test]

@@ -1,8 +1,11 @@
 //! What a job does between two steps now and then: losses on its validation samples, and pictures of its prompts.
 //!
-//! Both are due after the same steps on every member, which each finds out for itself, and the members share the work by their index. They come
-//! before the all-reduce of the step that follows: its tail carries the sums of the losses, so that no collective is added that a death could
-//! leave half of the members in. A new generation that starts from such a step does the work again, as its members may be others.
+//! Both are due after the same steps on every member, which each finds out for itself, and the members share the work by their index. They
+//! come before the all-reduce of the step that follows: its tail carries the sums of the losses, so that no collective is added that a
+//! death could leave half of the members in. A new generation that starts from such a step does the work again, as its members may be
+//! others.
+//!
+//! Step 0 counts: later losses are compared with those of the fresh weights, and what cannot work shows before hours of training.
 //!
 //! The weights that are looked at are those people sample with: the moving average where the job keeps one, else the trained ones.
 
@@ -101,7 +104,7 @@ impl Rounds {
     pub fn load(job: &Job, models: &Distiller, data: &LoaderConfig) -> Result<Self, String> {
         let section = &job.validation;
         let load = || ValidationSet::load(&section.shards, section.samples, data, |warning| tracing::warn!("{warning}"));
-        let set = if section.shards.is_empty() { None } else { Some(load().map_err(|error| super::with_sources(&error))?) };
+        let set = if section.shards.is_empty() { None } else { Some(load().map_err(|error| format!("validation.shards: {error}"))?) };
         let pictures = (!job.pictures.prompts.is_empty()).then(|| Pictures::check(job, models)).transpose()?;
         if let Some(set) = &set {
             tracing::info!("{} validation samples", set.len());
@@ -338,7 +341,7 @@ mod tests {
         assert_eq!((width, height), (64, 64));
         let nowhere = peapod_proto::job::ValidationSection { shards: vec!["/no/such.tar".into()], ..job.validation.clone() };
         let error = load(&Job { validation: nowhere, ..job.clone() }, &models).err().unwrap();
-        assert!(error.starts_with("open /no/such.tar: "), "{error}");
+        assert!(error.starts_with("validation.shards: open /no/such.tar: "), "{error}");
     }
 
     #[test]
