@@ -48,7 +48,7 @@ struct Args {
     #[arg(short, long = "prompt", value_name = "TEXT")]
     prompts: Vec<String>,
 
-    /// Prompts from a file (- for standard input), one a line; PROMPT<TAB>ENGLISH gives the English beside it
+    /// Prompts from a file (- for standard input), one a line; the English may stand beside it, behind a tab
     #[arg(long = "prompts", value_name = "FILE")]
     prompts_file: Option<PathBuf>,
 
