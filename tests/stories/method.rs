@@ -258,28 +258,14 @@ fn check_5_a_teacher_that_sees_the_parallel_samples_only_says_the_same() {
     let mixed = losses(&hybrid, &z);
     let one_by_one = |distiller: &Distiller| {
         let batch = batch(&z, &NONE_DROPPED);
-        let single = |index: usize| {
-            let row = |tensor: &Tensor| tensor.narrow(0, index as i64, 1);
-            MicroBatch {
-                pixels: row(&batch.pixels),
-                posterior: row(&batch.posterior),
-                noise: row(&batch.noise),
-                offset: row(&batch.offset),
-                timesteps: row(&batch.timesteps),
-                drop: row(&batch.drop),
-                native: row(&batch.native),
-                captions: vec![batch.captions[index].clone()],
-                english: vec![batch.english[index].clone()],
-                original_size: vec![batch.original_size[index]],
-                crop: vec![batch.crop[index]],
-                text_dropout: vec![batch.text_dropout[index]],
-            }
-        };
         let parallel = (0..z.len()).filter(|&index| !z[index]);
-        parallel.map(|index| distiller.evaluate(&adapter(distiller), &single(index)).unwrap()).fold(LossSums::default(), |mut sum, part| {
-            sum += part;
-            sum
-        })
+        parallel.map(|index| distiller.evaluate(&adapter(distiller), &batch.single(index)).unwrap()).fold(
+            LossSums::default(),
+            |mut sum, part| {
+                sum += part;
+                sum
+            },
+        )
     };
     let alone = one_by_one(&whole);
     assert!(close(mixed.logit, alone.logit) && close(mixed.feature, alone.feature), "{mixed:?} {alone:?}");

@@ -53,6 +53,27 @@ impl MicroBatch {
         self.captions.is_empty()
     }
 
+    /// One of the samples as a batch of its own.
+    ///
+    /// Panics: if there is no such sample.
+    pub fn single(&self, index: usize) -> Self {
+        let row = |tensor: &Tensor| tensor.narrow(0, index as i64, 1);
+        Self {
+            pixels: row(&self.pixels),
+            posterior: row(&self.posterior),
+            noise: row(&self.noise),
+            offset: row(&self.offset),
+            timesteps: row(&self.timesteps),
+            drop: row(&self.drop),
+            native: row(&self.native),
+            captions: vec![self.captions[index].clone()],
+            english: vec![self.english[index].clone()],
+            original_size: vec![self.original_size[index]],
+            crop: vec![self.crop[index]],
+            text_dropout: vec![self.text_dropout[index]],
+        }
+    }
+
     /// Checks kinds and shapes against each other and the models, and reads the flags.
     ///
     /// `num_timesteps` bounds the times: an index beyond a table is a crash of the device, not an error, once it is there.

@@ -51,25 +51,6 @@ fn batch(native: &[bool], drop: &[bool]) -> MicroBatch {
     }
 }
 
-/// One sample of a batch as a batch.
-fn single(batch: &MicroBatch, index: usize) -> MicroBatch {
-    let row = |tensor: &Tensor| tensor.narrow(0, index as i64, 1);
-    MicroBatch {
-        pixels: row(&batch.pixels),
-        posterior: row(&batch.posterior),
-        noise: row(&batch.noise),
-        offset: row(&batch.offset),
-        timesteps: row(&batch.timesteps),
-        drop: row(&batch.drop),
-        native: row(&batch.native),
-        captions: vec![batch.captions[index].clone()],
-        english: vec![batch.english[index].clone()],
-        original_size: vec![batch.original_size[index]],
-        crop: vec![batch.crop[index]],
-        text_dropout: vec![batch.text_dropout[index]],
-    }
-}
-
 fn accumulate(distiller: &Distiller, batch: &MicroBatch) -> (LossSums, Tensor) {
     let adapter = adapter();
     let mut gradient = Tensor::zeros([adapter.num_parameters() as i64], (Kind::Float, Device::Cpu));
@@ -101,7 +82,7 @@ fn a_mixed_batch_is_the_sum_of_its_samples() {
         let mut expected_sums = LossSums::default();
         let mut expected = gradient.zeros_like();
         for index in 0..batch.len() {
-            let (part, part_gradient) = accumulate(distiller, &single(&batch, index));
+            let (part, part_gradient) = accumulate(distiller, &batch.single(index));
             expected_sums += part;
             expected += part_gradient;
         }
@@ -160,7 +141,7 @@ fn gradients_add_up_and_an_empty_batch_adds_nothing() {
         assert!(relative_distance(&twice, &(&once * 2.0)) < 1e-5);
         assert_eq!(distiller.evaluate(&adapter, &batch).unwrap(), sums);
 
-        let mut nothing = single(&batch, 0);
+        let mut nothing = batch.single(0);
         for tensor in [&mut nothing.pixels, &mut nothing.posterior, &mut nothing.noise] {
             *tensor = tensor.narrow(0, 0, 0);
         }
