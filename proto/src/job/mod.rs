@@ -152,6 +152,17 @@ mod tests {
     }
 
     #[test]
+    fn examples_are_valid_jobs() {
+        let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/jobs");
+        let files: Vec<_> = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
+        assert!(files.len() >= 3, "{files:?}");
+        for file in files {
+            let job = Job::parse(&std::fs::read_to_string(&file).unwrap()).unwrap_or_else(|error| panic!("{}: {error}", file.display()));
+            assert_eq!(Some(job.name.as_str()), file.file_stem().and_then(|stem| stem.to_str()));
+        }
+    }
+
+    #[test]
     fn unknown_key_names_the_nearest_known_one() {
         let error = Job::parse(&SMALL.replace("steps = 10", "steps = 10\nlerning_rate = 1e-4")).unwrap_err().to_string();
         assert!(error.contains("`lerning_rate`") && error.contains("did you mean `learning_rate`"), "{error}");
