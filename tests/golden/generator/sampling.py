@@ -53,6 +53,13 @@ def solver_velocity(folder):
     return solver_case(folder, 16, 93, beta_schedule="scaled_linear", **options)
 
 
+@case("solver_zero_terminal", run="solver", tolerance=1e-4, why=SOLVER)
+def solver_zero_terminal(folder):
+    """A network that predicts velocity, from noise without any signal to data without any noise."""
+    options = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "prediction_type": "v_prediction", "final_sigmas_type": "zero"}
+    return solver_case(folder, 12, 94, beta_schedule="scaled_linear", **options)
+
+
 def picture_case(folder, seed, **options):
     """Pictures by diffusers' pipeline, of prompts encoded by either road."""
     settings = {

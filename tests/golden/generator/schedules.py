@@ -117,3 +117,10 @@ def noise_cosine(folder):
 def noise_trained(folder):
     """Every beta given."""
     return noise_case(folder, num_steps=(5,), trained_betas=[round(0.01 + 0.002 * index**1.5, 6) for index in range(20)], num_train_timesteps=20)
+
+
+@case("noise_zero_terminal", run="noise_schedule", tolerance=1e-5, why=CUMULATED)
+def noise_zero_terminal(folder):
+    """Stretched until no signal is left at the last timestep, as models that predict velocity are trained."""
+    options = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction", "timestep_spacing": "trailing"}
+    return noise_case(folder, num_steps=(20,), beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", **options)

@@ -15,7 +15,6 @@ const SUPPORTED: &[Supported] = &[
     ("prediction_type", r#"["epsilon", "v_prediction"]"#),
     ("timestep_spacing", r#"["linspace", "leading", "trailing"]"#),
     ("final_sigmas_type", r#"["zero", "sigma_min"]"#),
-    ("rescale_betas_zero_snr", "[false, null]"),
     ("thresholding", "[false, null]"),
     ("use_beta_sigmas", "[false, null]"),
     ("use_exponential_sigmas", "[false, null]"),
@@ -48,6 +47,7 @@ struct File {
     timestep_spacing: String,
     steps_offset: usize,
     final_sigmas_type: String,
+    rescale_betas_zero_snr: Option<bool>,
 }
 
 impl Default for File {
@@ -64,6 +64,7 @@ impl Default for File {
             // Published configurations are older than this key. Where it is absent the last step lands at the noise of timestep 0,
             // as it did in the diffusers that PEA was published with; diffusers since 0.27 would end at zero.
             final_sigmas_type: "sigma_min".into(),
+            rescale_betas_zero_snr: None,
         }
     }
 }
@@ -90,6 +91,14 @@ impl SchedulerConfig {
             let reason = "betas must be above 0 and below 1, and there must be at least one".into();
             return Err(crate::Error::Invalid { path: path.into(), reason });
         }
+        let zero_terminal_snr = file.rescale_betas_zero_snr.unwrap_or(false);
+        if zero_terminal_snr && file.prediction_type == "epsilon" {
+            let hint = format!(
+                "{}: noise cannot be predicted where there is nothing else; such models have prediction_type \"v_prediction\"",
+                path.display()
+            );
+            return Err(crate::Error::Unsupported { what: "rescale_betas_zero_snr = true with prediction_type \"epsilon\"".into(), hint });
+        }
         // `parse_config` has let through the values matched here only.
         let beta_schedule = match (file.trained_betas, file.beta_schedule.as_str()) {
             (Some(betas), _) => BetaSchedule::Trained(betas),
@@ -108,6 +117,7 @@ impl SchedulerConfig {
                 beta_start: file.beta_start,
                 beta_end: file.beta_end,
                 beta_schedule,
+                zero_terminal_snr,
             },
             solver: DpmConfig {
                 spacing,
@@ -155,6 +165,14 @@ mod tests {
         let config = load("{}").unwrap();
         assert_eq!((config.noise.beta_schedule, config.noise.beta_end), (BetaSchedule::Linear, 0.02));
         assert_eq!((config.solver.spacing, config.solver.steps_offset), (TimestepSpacing::Linspace, 0));
+    }
+
+    #[test]
+    fn a_schedule_that_ends_without_signal_wants_velocity() {
+        let config = load(r#"{"rescale_betas_zero_snr": true, "prediction_type": "v_prediction"}"#).unwrap();
+        assert!(config.noise.zero_terminal_snr);
+        let error = load(r#"{"rescale_betas_zero_snr": true}"#).unwrap_err();
+        assert!(error.to_string().contains("v_prediction"), "{error}");
     }
 
     #[test]

@@ -26,12 +26,22 @@ pub struct NoiseConfig {
     pub beta_end: f64,
     /// The path between the two.
     pub beta_schedule: BetaSchedule,
+    /// Whether the schedule is stretched until nothing of the picture is left at the last timestep.
+    ///
+    /// Source: Lin et al. 2023 (arXiv:2305.08891), algorithm 1.
+    pub zero_terminal_snr: bool,
 }
 
 impl Default for NoiseConfig {
     /// The schedule of every Stable Diffusion model: 1000 steps, scaled linear from 0.00085 to 0.012.
     fn default() -> Self {
-        Self { num_train_timesteps: 1000, beta_start: 0.00085, beta_end: 0.012, beta_schedule: BetaSchedule::ScaledLinear }
+        Self {
+            num_train_timesteps: 1000,
+            beta_start: 0.00085,
+            beta_end: 0.012,
+            beta_schedule: BetaSchedule::ScaledLinear,
+            zero_terminal_snr: false,
+        }
     }
 }
 
@@ -44,13 +54,16 @@ pub struct NoiseSchedule {
 impl NoiseSchedule {
     /// Computes the schedule. An empty configuration (no timesteps) gives an empty schedule.
     pub fn new(config: &NoiseConfig) -> Self {
-        let alphas_cumprod = betas(config)
+        let mut alphas_cumprod: Vec<f64> = betas(config)
             .into_iter()
             .scan(1.0, |alpha_bar, beta| {
                 *alpha_bar *= 1.0 - beta;
                 Some(*alpha_bar)
             })
             .collect();
+        if config.zero_terminal_snr {
+            stretch(&mut alphas_cumprod);
+        }
         Self { alphas_cumprod }
     }
 
@@ -74,6 +87,23 @@ impl NoiseSchedule {
     pub fn sigma(&self, timestep: usize) -> f64 {
         let index = timestep.min(self.len().saturating_sub(1));
         self.alphas_cumprod.get(index).map_or(0.0, |alpha_bar| ((1.0 - alpha_bar) / alpha_bar).sqrt())
+    }
+}
+
+/// What is left of the signal where nothing should be: samplers divide by its root. The same as in diffusers.
+const ALMOST_NOTHING: f64 = 1.0 / (1u64 << 24) as f64;
+
+/// Shifts and scales the roots of `alpha_bar` so that the first stays and the last is zero.
+fn stretch(alphas_cumprod: &mut [f64]) {
+    let (Some(first), Some(last)) = (alphas_cumprod.first().map(|first| first.sqrt()), alphas_cumprod.last().map(|last| last.sqrt()))
+    else {
+        return;
+    };
+    // With a single timestep first and last are one: it loses its signal.
+    let scale = if first > last { first / (first - last) } else { 0.0 };
+    for alpha_bar in alphas_cumprod.iter_mut() {
+        let root = (alpha_bar.sqrt() - last) * scale;
+        *alpha_bar = (root * root).max(ALMOST_NOTHING);
     }
 }
 

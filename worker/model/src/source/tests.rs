@@ -275,7 +275,8 @@ fn marks_of_the_file_say_what_the_network_predicts() {
         open_sparse(&sdxl(serde_json::json!({})).into_iter().chain(marks).collect())
     };
     assert_eq!(with(&["v_pred"]).unwrap().scheduler().solver.prediction, Prediction::Velocity);
-    assert!(with(&["v_pred", "ztsnr"]).unwrap_err().to_string().contains("rescale_betas_zero_snr = true"));
+    assert!(with(&["v_pred", "ztsnr"]).unwrap().scheduler().noise.zero_terminal_snr);
+    assert!(with(&["ztsnr"]).unwrap_err().to_string().contains("rescale_betas_zero_snr = true"));
 }
 
 #[test]
