@@ -24,13 +24,14 @@ test: build ## all tests that need no GPU, no root and no other host
 	cargo test --workspace
 	cargo test --workspace --test stories -- --ignored --exact demo::trained_adapter_draws_what_chinese_prompts_name --nocapture
 
-FUZZ_TARGETS := torch_file safetensors_file sentencepiece adapter_file
+FUZZ_MODEL := torch_file safetensors_file sentencepiece adapter_file
+FUZZ_DATA := tar picture json_sample shard_list
 FUZZ_SECONDS := 60
 
 fuzz: setup ## look for inputs that crash the readers of foreign files: FUZZ_SECONDS (60) for each reader, not counting the build
 	@command -v cargo-fuzz >/dev/null || { echo "cargo-fuzz is missing; install it (a C++ compiler is needed too): cargo install cargo-fuzz" >&2; exit 2; }
-	cd worker/model && for target in $(FUZZ_TARGETS); do \
-	  mkdir -p fuzz/found/$$target && \
+	@for target in $(FUZZ_MODEL:%=model/%) $(FUZZ_DATA:%=data/%); do \
+	  cd $(CURDIR)/worker/$${target%/*} && target=$${target#*/} && mkdir -p fuzz/found/$$target && \
 	  cargo fuzz run --sanitizer none $$target fuzz/found/$$target fuzz/corpus/$$target -- -max_total_time=$(FUZZ_SECONDS) -rss_limit_mb=4096 || exit 1; \
 	done
 

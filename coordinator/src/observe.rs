@@ -103,6 +103,8 @@ pub struct Summary {
     pub last: StepLosses,
     /// Samples trained.
     pub samples: u64,
+    /// Share of samples with a native caption, of those in the weights.
+    pub native_share: f64,
     /// Samples a second, from the first final step to the last.
     pub samples_per_second: f64,
 }
@@ -116,6 +118,9 @@ pub struct Observer {
     losses: Vec<StepLosses>,
     samples: u64,
     samples_after_first: u64,
+    /// Samples of steps that were not skipped, and those among them with a native caption.
+    applied: u64,
+    native: u64,
     first_at: Option<Instant>,
     last_at: Option<Instant>,
     last_line: Instant,
@@ -147,6 +152,8 @@ impl Observer {
             losses: Vec::new(),
             samples: 0,
             samples_after_first: 0,
+            applied: 0,
+            native: 0,
             first_at: None,
             last_at: None,
             last_line: Instant::now(),
@@ -166,6 +173,8 @@ impl Observer {
         self.samples += record.names.len() as u64;
         self.last_final = record.step;
         if !record.skipped {
+            self.applied += record.names.len() as u64;
+            self.native += u64::from(record.native);
             self.losses.push(record.losses);
             self.shown = smooth(self.shown, record.losses, self.losses.len());
         }
@@ -186,7 +195,7 @@ impl Observer {
         let result = (|| -> io::Result<()> {
             if let Some(steps) = &mut self.logs.steps {
                 let line = serde_json::json!({
-                    "step": record.step.0, "generation": record.generation.0, "samples": record.names.len(), "skipped": record.skipped,
+                    "step": record.step.0, "generation": record.generation.0, "samples": record.names.len(), "native": record.native, "skipped": record.skipped,
                     "task": record.losses.task, "logit": record.losses.logit, "feature": record.losses.feature,
                     "grad_norm": record.losses.grad_norm, "learning_rate": record.losses.learning_rate,
                     "data_s": timings.data, "compute_s": timings.compute, "collective_s": timings.collective, "update_s": timings.update,
@@ -284,6 +293,7 @@ impl Observer {
                 learning_rate: mean(|losses| losses.learning_rate),
             },
             samples: self.samples,
+            native_share: self.native as f64 / self.applied.max(1) as f64,
             samples_per_second: self.samples_per_second(),
         })
     }
@@ -291,8 +301,9 @@ impl Observer {
 
 impl std::fmt::Display for Summary {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { steps, last_step, first, last, samples, samples_per_second } = self;
+        let Self { steps, last_step, first, last, samples, native_share, samples_per_second } = self;
         writeln!(f, "steps       {steps}, up to step {last_step}, {samples} samples at {samples_per_second:.1} samples/s")?;
+        writeln!(f, "native      {:.1} % of the samples; the others are parallel", 100.0 * native_share)?;
         writeln!(f, "losses      first step -> mean of the last tenth")?;
         writeln!(f, "  task      {:.4} -> {:.4}", first.task, last.task)?;
         writeln!(f, "  logit     {:.4} -> {:.4}", first.logit, last.logit)?;
@@ -331,6 +342,7 @@ mod tests {
                 step: Step(step.into()),
                 generation: Generation(1),
                 names: vec![SampleName { epoch: Epoch(0), shard: ShardId(1), index: step }],
+                native: u32::from(step <= 5),
                 skipped: step == 5,
                 losses: StepLosses { feature: (21 - step) as f32, ..StepLosses::default() },
                 validation: None,
@@ -339,6 +351,7 @@ mod tests {
         }
         let summary = observer.finish().unwrap();
         assert_eq!((summary.steps, summary.samples, summary.first.feature, summary.last.feature), (19, 20, 20.0, 1.5));
+        assert!((summary.native_share - 4.0 / 19.0).abs() < 1e-12, "the native sample of the skipped step is in no weights");
         assert_eq!(std::fs::read_to_string(steps).unwrap().lines().count(), 20);
         let samples = std::fs::read_to_string(samples).unwrap();
         assert_eq!(samples.lines().next(), Some("1\t0\t1\t1"));

@@ -99,6 +99,7 @@ impl From<StepRecord> for v1::StepRecord {
             step: record.step.0,
             generation: record.generation.0,
             names: record.names.into_iter().map(Into::into).collect(),
+            native: record.native,
             skipped: record.skipped,
             losses: Some(v1::StepLosses { task, logit, feature, grad_norm, learning_rate }),
             validation: record.validation.map(Into::into),
@@ -115,6 +116,7 @@ impl TryFrom<v1::StepRecord> for StepRecord {
             step: Step(wire.step),
             generation: Generation(wire.generation),
             names: wire.names.into_iter().map(|name| sample_name("step_record.names", name)).collect::<Result<_, _>>()?,
+            native: wire.native,
             skipped: wire.skipped,
             losses: StepLosses {
                 task: losses.task,
@@ -476,6 +478,7 @@ mod tests {
             step: Step(step),
             generation: Generation(2),
             names: vec![SampleName { epoch: Epoch(1), shard: ShardId(3), index: 7 }],
+            native: 1,
             skipped: false,
             losses: StepLosses { task: 1.0, ..StepLosses::default() },
             validation: Some(validation(step - 1)),

@@ -129,6 +129,8 @@ pub struct StepRecord {
     pub generation: Generation,
     /// Every sample of its global batch.
     pub names: Vec<SampleName>,
+    /// Those among them with a native caption: they train by the diffusion loss, the others by distillation.
+    pub native: u32,
     /// Not finite: the weights stayed as they were, the samples count as skipped.
     pub skipped: bool,
     /// Losses.
@@ -217,8 +219,16 @@ pub struct SkippedSample {
     pub reason: SkipReason,
     /// The sample's key in the tar.
     pub key: String,
-    /// The same in words.
+    /// The rule's name, a colon, and the same in words.
     pub detail: String,
+}
+
+impl SkippedSample {
+    /// The name of the rule by which it is skipped; empty if the detail has none.
+    #[must_use]
+    pub fn rule(&self) -> &str {
+        self.detail.split_once(':').map_or("", |(rule, _)| rule)
+    }
 }
 
 /// What reading a leased shard showed.

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use peapod_data::bucket::{self, Bucket};
-use peapod_data::caption::{Cleaner, Found};
+use peapod_data::caption::Cleaner;
 use peapod_data::draws::SampleRng;
 use peapod_model::adapter::{Adapter, AdapterConfig};
 use peapod_model::distill::{DistillConfig, Distiller, LoadOptions, LossSums, MicroBatch};
@@ -16,7 +16,7 @@ use peapod_model::text::{StudentOptions, TextTokenizer};
 use peapod_model::unet::{Added, UNet, UNetConfig};
 use peapod_model::weights::Weights;
 use peapod_proto::ids::{Epoch, SampleName, ShardId};
-use peapod_proto::job::Job;
+use peapod_proto::job::{CaptionsSection, Job};
 use peapod_tests::harness::workspace;
 use tch::{Device, Kind, Tensor, no_grad_guard};
 
@@ -310,13 +310,16 @@ fn check_7_buckets_crops_captions_and_empty_texts_are_the_methods() {
     assert_eq!(seen.into_iter().collect::<Vec<_>>(), [(0, 0), (1, 0), (2, 0)]);
 
     // The four rules, first match first.
-    let cleaner = Cleaner::new(true).unwrap();
-    let choose = |found: Found| cleaner.choose(&found).map(|caption| (caption.prompt, caption.native)).unwrap();
-    let base = Found { zh: Some("绿 car"), en: Some("a green car"), ..Found::default() };
-    assert_eq!(choose(Found { original: Some("紅 car"), original_zh: Some("蓝"), ..base }), ("红".into(), true));
-    assert_eq!(choose(Found { original_zh: Some("藍 car"), ..base }), ("蓝".into(), true));
-    assert_eq!(choose(Found { original: Some("car"), original_en: Some("黄 car"), ..base }), ("黄".into(), true));
-    assert_eq!(choose(Found { original: Some("car"), original_zh: Some("蓝"), ..base }), ("绿 car".into(), false));
+    let cleaner = Cleaner::new(CaptionsSection::default().rules(), true).unwrap();
+    let choose = |native: &[(&str, &'static str)]| {
+        let found = [&[("caption_zh", "绿 car"), ("caption_en", "a green car")], native].concat();
+        let find = |key: &str| found.iter().find(|(name, _)| *name == key).map(|(_, text)| *text);
+        cleaner.choose(find).map(|caption| (caption.prompt, caption.native)).unwrap()
+    };
+    assert_eq!(choose(&[("caption_ori", "紅 car"), ("caption_ori_zh", "蓝")]), ("红".into(), true));
+    assert_eq!(choose(&[("caption_ori_zh", "藍 car")]), ("蓝".into(), true));
+    assert_eq!(choose(&[("caption_ori", "car"), ("caption_ori_en", "黄 car")]), ("黄".into(), true));
+    assert_eq!(choose(&[("caption_ori", "car"), ("caption_ori_zh", "蓝")]), ("绿 car".into(), false));
 
     // The empty text of each tokenizer.
     let ids = |tokenizer: TextTokenizer| tokenizer.encode(&[""]).unwrap().remove(0);

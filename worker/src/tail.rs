@@ -1,7 +1,7 @@
 //! The end of the flat gradient: what all ranks learn in the same all-reduce.
 //!
 //! ```text
-//! [ samples, task, logit, feature, change, not finite, step | validation | slot of member 0 | slot of member 1 | ... ]
+//! [ samples, task, logit, feature, change, not finite, step, native | validation | slot of member 0 | slot of member 1 | ... ]
 //! ```
 //!
 //! `validation` is `[samples, task, logit, feature, not finite]` of the weights before this step, all zero where none was due.
@@ -12,10 +12,11 @@
 
 use peapod_proto::ids::{Epoch, MemberIndex, SampleName, ShardId, Step};
 
-const HEADER: usize = 7 + VALIDATION;
+const HEADER: usize = 8 + VALIDATION;
 const VALIDATION: usize = 5;
 /// Places in the header.
 const STEP: usize = 6;
+const NATIVE: usize = 7;
 /// Step numbers are added modulo this: their sum stays exact for any world that fits an `f32`.
 const STEP_MODULUS: u64 = 256;
 const NUMBERS_A_NAME: usize = 3;
@@ -32,6 +33,8 @@ pub struct TailLayout {
 pub struct Contribution {
     /// Samples of its share.
     pub names: Vec<SampleName>,
+    /// Those among them with a native caption.
+    pub native: u32,
     /// Loss sums over them.
     pub losses: LossTotals,
     /// It was asked for a meeting after this step.
@@ -83,6 +86,8 @@ impl LossTotals {
 pub struct Outcome {
     /// Every sample of the step, by member.
     pub names: Vec<SampleName>,
+    /// Those among them with a native caption.
+    pub native: u32,
     /// Loss sums over them.
     pub losses: LossTotals,
     /// Somebody asks for a meeting.
@@ -146,6 +151,7 @@ impl TailLayout {
             flag(contribution.change),
             flag(contribution.not_finite),
             (step.0 % STEP_MODULUS) as f32,
+            contribution.native as f32,
             validation.samples as f32,
             validation_task,
             validation_logit,
@@ -191,15 +197,20 @@ impl TailLayout {
         if names.len() != count {
             return Err(DamagedTail(format!("{} names for {count} samples", names.len())));
         }
+        let native = integer(tail[NATIVE], SampleName::LIMIT)?;
+        if native as usize > names.len() {
+            return Err(DamagedTail(format!("{native} native samples of {}", names.len())));
+        }
         Ok(Outcome {
             names,
+            native,
             losses: LossTotals::from_wire(&tail[1..4]),
             change: tail[4] > 0.0,
             not_finite: tail[5] > 0.0,
             validation: ValidationTotals {
-                samples: integer(tail[STEP + 1], SampleName::LIMIT)?,
-                losses: match tail[STEP + VALIDATION] > 0.0 {
-                    false => LossTotals::from_wire(&tail[STEP + 2..STEP + VALIDATION]),
+                samples: integer(tail[NATIVE + 1], SampleName::LIMIT)?,
+                losses: match tail[NATIVE + VALIDATION] > 0.0 {
+                    false => LossTotals::from_wire(&tail[NATIVE + 2..NATIVE + VALIDATION]),
                     true => LossTotals { task: f32::NAN, logit: f32::NAN, feature: f32::NAN },
                 },
             },
@@ -240,16 +251,18 @@ mod tests {
         let layout = TailLayout::new(3, 5);
         let last = SampleName::LIMIT - 1;
         let contributions = [
-            Contribution { names: vec![name(0, 1, 2), name(last, last, last)], change: true, ..Contribution::default() },
+            Contribution { names: vec![name(0, 1, 2), name(last, last, last)], native: 2, change: true, ..Contribution::default() },
             Contribution::default(),
             Contribution {
                 names: vec![name(0, 1, 3)],
+                native: 1,
                 losses: LossTotals { task: 1.5, ..LossTotals::default() },
                 ..Contribution::default()
             },
         ];
         let outcome = layout.read(&sum(layout, &contributions), NOW).unwrap();
         assert_eq!(outcome.names, [name(0, 1, 2), name(last, last, last), name(0, 1, 3)]);
+        assert_eq!(outcome.native, 3);
         assert!(outcome.change && !outcome.not_finite && outcome.losses.task == 1.5);
     }
 
@@ -290,7 +303,7 @@ mod tests {
     fn damage_is_an_error() {
         let layout = TailLayout::new(1, 2);
         let good = sum(layout, &[Contribution { names: vec![name(0, 0, 1)], ..Contribution::default() }]);
-        for (at, value) in [(0, 2.0), (0, 0.5), (STEP + 1, 0.5), (HEADER, f32::NAN), (HEADER + 1, 1.5), (HEADER + 1, -1.0)] {
+        for (at, value) in [(0, 2.0), (0, 0.5), (NATIVE, 0.5), (NATIVE, 2.0), (NATIVE + 1, 0.5), (HEADER, f32::NAN), (HEADER + 1, 1.5), (HEADER + 1, -1.0)] {
             let mut tail = good.clone();
             tail[at] = value;
             assert!(layout.read(&tail, NOW).is_err(), "{at}: {value}");

@@ -116,6 +116,7 @@ impl World {
             step: Step(step),
             generation: self.core.generation(),
             names: names.to_vec(),
+            native: 0,
             skipped: false,
             losses: StepLosses::default(),
             validation: None,

@@ -3,14 +3,16 @@
 //! It is given once, to the coordinator; workers receive its text on joining and parse it with the same code.
 //! Every field but the paths has a default; unknown keys are errors that name the nearest known key.
 
+mod captions;
 mod error;
 mod preset;
 mod sections;
 
+pub use captions::{CaptionRules, CaptionsSection, Language, NativeBy, Ranges, Script};
 pub use error::JobError;
 pub use preset::Preset;
 pub use sections::{
-    AdapterSection, CheckpointSection, DataSection, Decay, LossSection, ModelSection, PicturesSection, Precision, StudentSection,
+    AdapterSection, CheckpointSection, DataSection, Decay, Filter, LossSection, ModelSection, PicturesSection, Precision, StudentSection,
     TimeIdsOrder, TrainSection, ValidationSection,
 };
 

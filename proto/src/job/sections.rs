@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use super::captions::CaptionsSection;
 use crate::ids::SampleName;
 
 /// The English model that teaches: an SDXL or an SD1.5.
@@ -83,6 +84,19 @@ impl AdapterSection {
     }
 }
 
+/// Which samples that carry a watermark score are trained. Samples without one always are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Filter {
+    /// By size; those without a key of a native caption by aesthetic score and watermark too. The published trainer of SDXL.
+    #[default]
+    Sdxl,
+    /// By aesthetic score and watermark, whatever their size and captions. The published trainer of SD1.5.
+    Sd15,
+    /// All of them.
+    None,
+}
+
 /// Where samples come from and which are kept.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -92,6 +106,9 @@ pub struct DataSection {
     /// Aspect buckets as [width, height].
     #[serde(default = "DataSection::default_buckets")]
     pub buckets: Vec<[u32; 2]>,
+    /// Which samples that carry a watermark score are trained.
+    #[serde(default)]
+    pub filter: Filter,
     /// Smallest width x height of a sample that carries a watermark score.
     #[serde(default = "DataSection::default_min_pixels")]
     pub min_pixels: u64,
@@ -101,6 +118,15 @@ pub struct DataSection {
     /// Highest watermark score of such a sample.
     #[serde(default = "DataSection::default_max_watermark")]
     pub max_watermark: f64,
+    /// Key of the watermark score in a sample's json.
+    #[serde(default = "DataSection::default_watermark_key")]
+    pub watermark_key: String,
+    /// Key of the aesthetic score.
+    #[serde(default = "DataSection::default_aesthetic_key")]
+    pub aesthetic_key: String,
+    /// Turns pictures as their EXIF data says. The published trainer does not.
+    #[serde(default)]
+    pub exif_rotate: bool,
     /// Drops prompts of which cleaning leaves no character of the language, instead of training them empty.
     #[serde(default = "yes")]
     pub strict_clean: bool,
@@ -116,6 +142,9 @@ pub struct DataSection {
     /// Threads that decode pictures in each worker; 0: one for every two cores, at most 8.
     #[serde(default)]
     pub decode_threads: u32,
+    /// Which captions count and how they are cleaned.
+    #[serde(default)]
+    pub captions: CaptionsSection,
 }
 
 impl DataSection {
@@ -130,6 +159,12 @@ impl DataSection {
     }
     fn default_max_watermark() -> f64 {
         0.5
+    }
+    fn default_watermark_key() -> String {
+        "watermark".into()
+    }
+    fn default_aesthetic_key() -> String {
+        "aesthetic_score".into()
     }
     fn default_max_bad_fraction() -> f64 {
         0.05
@@ -165,6 +200,12 @@ impl DataSection {
         if self.shuffle_buffer == 0 {
             problems.push("data.shuffle_buffer must be at least 1 (1: tar order)".into());
         }
+        for (field, key) in [("watermark_key", &self.watermark_key), ("aesthetic_key", &self.aesthetic_key)] {
+            if key.is_empty() {
+                problems.push(format!("data.{field} is empty: name a key of the samples' json, or leave it out"));
+            }
+        }
+        self.captions.validate(problems);
         if self.decode_threads > 256 {
             problems.push(format!("data.decode_threads ({}) must be within 0..=256", self.decode_threads));
         }

@@ -37,6 +37,8 @@ pub struct StepLine {
     pub step: u64,
     /// Number of its samples.
     pub samples: u64,
+    /// Those with a native caption.
+    pub native: u64,
     /// Mean diffusion loss.
     pub task: f64,
     /// Mean distance of the predictions.

@@ -41,6 +41,9 @@ pub enum Error {
     /// A picture cannot be decoded.
     #[error("jpg: {0}")]
     Picture(String),
+    /// A picture is in another format than its name says.
+    #[error("jpg: this is {0}; JPEG and PNG are read")]
+    PictureFormat(&'static str),
     /// A picture's header claims more pixels than are decoded.
     #[error("jpg: {width} x {height} is more than {limit} pixels")]
     PictureSize {

@@ -11,6 +11,7 @@ use zune_jpeg::zune_core::options::DecoderOptions;
 
 use crate::bucket::{Bucket, covering_size};
 use crate::draws::SampleRng;
+use crate::format::{self, Format};
 use crate::{Error, Result};
 
 /// A picture with more pixels is not decoded: a few bytes of header can claim gigabytes. Enough for any camera.
@@ -38,20 +39,36 @@ pub struct Cropped {
     pub corner: (u32, u32),
 }
 
-/// Reads width and height from a JPEG's header.
+/// Reads width and height from the header of a JPEG, or of a PNG under its name.
 ///
-/// Errors: [`Error::Picture`] if it is no JPEG, [`Error::PictureSize`] beyond [`MAX_PIXELS`].
+/// Errors: [`Error::Picture`] if it is neither, [`Error::PictureFormat`] if it is something else that is known, [`Error::PictureSize`] beyond
+/// [`MAX_PIXELS`].
 pub fn size(jpeg: &[u8]) -> Result<(u32, u32)> {
-    guarded(|| open(jpeg).map(|(_, size)| size))
+    guarded(|| match Format::of(jpeg) {
+        Format::Jpeg => open(jpeg).map(|(_, size)| size),
+        Format::Png => format::png_size(jpeg),
+        Format::Other(name) => Err(Error::PictureFormat(name)),
+    })
 }
 
-/// Decodes a JPEG; grayscale and CMYK become RGB. A rotation noted in its EXIF data is ignored, as by Pillow.
+/// The EXIF data of a JPEG, if there are any.
+pub(crate) fn exif(jpeg: &[u8]) -> Option<Vec<u8>> {
+    guarded(|| open(jpeg).map(|(decoder, _)| decoder.exif().cloned())).ok().flatten()
+}
+
+/// Decodes a JPEG, or a PNG under its name; grayscale and CMYK become RGB. A rotation noted in its EXIF data is ignored, as by Pillow:
+/// [`Turn::apply`](crate::format::Turn::apply) is for that.
 ///
 /// A picture that breaks off or is damaged is refused rather than filled up with grey.
 ///
-/// Errors: [`Error::Picture`], [`Error::PictureSize`].
+/// Errors: as [`size`].
 pub fn decode(jpeg: &[u8]) -> Result<Rgb> {
     guarded(|| {
+        match Format::of(jpeg) {
+            Format::Jpeg => {}
+            Format::Png => return format::decode_png(jpeg),
+            Format::Other(name) => return Err(Error::PictureFormat(name)),
+        }
         let (mut decoder, (width, height)) = open(jpeg)?;
         let bytes = decoder.decode().map_err(|error| Error::Picture(error.to_string()))?;
         let expected = u64::from(width) * u64::from(height) * 3;
@@ -178,14 +195,63 @@ mod tests {
         let gray: [&[u8]; 2] = [include_bytes!("../testdata/gray.jpg"), include_bytes!("../testdata/gray.ppm")];
         let cmyk: [&[u8]; 2] = [include_bytes!("../testdata/cmyk.jpg"), include_bytes!("../testdata/cmyk.ppm")];
         let progressive: [&[u8]; 2] = [include_bytes!("../testdata/progressive.jpg"), include_bytes!("../testdata/progressive.ppm")];
-        for (case, [jpeg, expected], largest, mean) in
-            [("grayscale", gray, 1, 0.1), ("CMYK", cmyk, 1, 0.1), ("progressive 4:2:0", progressive, 8, 0.6)]
-        {
+        let plain: [&[u8]; 2] = [include_bytes!("../testdata/cmyk_plain.jpg"), include_bytes!("../testdata/cmyk_plain.ppm")];
+        let ycck: [&[u8]; 2] = [include_bytes!("../testdata/ycck.jpg"), include_bytes!("../testdata/ycck.ppm")];
+        for (case, [jpeg, expected], largest, mean) in [
+            ("grayscale", gray, 1, 0.1),
+            ("CMYK", cmyk, 1, 0.1),
+            ("CMYK without Adobe's marker", plain, 1, 0.1),
+            ("YCCK", ycck, 2, 0.5),
+            ("progressive 4:2:0", progressive, 8, 0.6),
+        ] {
             let (picture, expected) = (decode(jpeg).unwrap(), ppm(expected));
             assert_eq!((picture.width, picture.height), (expected.width, expected.height));
-            assert!(largest_difference(&picture.bytes, &expected.bytes) <= largest, "{case}");
+            let difference = largest_difference(&picture.bytes, &expected.bytes);
+            assert!(difference <= largest, "{case}: {difference}");
             let sum: f64 = picture.bytes.iter().zip(&expected.bytes).map(|(a, b)| f64::from(a.abs_diff(*b))).sum();
             assert!(sum / picture.bytes.len() as f64 <= mean, "{case}: {} on average", sum / picture.bytes.len() as f64);
+        }
+    }
+
+    /// Files by testdata/make_pillow_cases.py: what its `exif_transpose` gives for each orientation.
+    #[test]
+    fn pictures_are_turned_as_their_exif_data_say_where_the_job_wants_it() {
+        let mut jpeg = include_bytes!("../testdata/turn1.jpg").to_vec();
+        let at = jpeg.windows(10).position(|bytes| bytes == [1, 0x12, 0, 3, 0, 0, 0, 1, 0, 1]).unwrap() + 9;
+        let upright = decode(&jpeg).unwrap();
+        let cases: [&[u8]; 8] = [
+            include_bytes!("../testdata/turn1.ppm"),
+            include_bytes!("../testdata/turn2.ppm"),
+            include_bytes!("../testdata/turn3.ppm"),
+            include_bytes!("../testdata/turn4.ppm"),
+            include_bytes!("../testdata/turn5.ppm"),
+            include_bytes!("../testdata/turn6.ppm"),
+            include_bytes!("../testdata/turn7.ppm"),
+            include_bytes!("../testdata/turn8.ppm"),
+        ];
+        for (orientation, expected) in (1..).zip(cases) {
+            jpeg[at] = orientation;
+            let (turn, expected) = (format::turn(&jpeg), ppm(expected));
+            let picture = decode(&jpeg).unwrap();
+            assert_eq!(picture, upright, "decoding alone does not look at it");
+            let turned = turn.apply(picture);
+            assert_eq!(turn.size((16, 8)), (expected.width, expected.height), "{orientation}");
+            assert_eq!((turned.width, turned.height), (expected.width, expected.height), "{orientation}");
+            assert!(largest_difference(&turned.bytes, &expected.bytes) <= 1, "{orientation}");
+        }
+        jpeg[at] = 99;
+        assert_eq!(format::turn(&jpeg), format::Turn::NONE, "an orientation that is none");
+        assert_eq!(format::turn(&jpeg_of(8, 8, [0; 3])), format::Turn::NONE, "no EXIF data");
+    }
+
+    #[test]
+    fn jpegs_of_more_than_8_bits_are_refused() {
+        let mut jpeg = jpeg_of(8, 8, [0; 3]);
+        let frame = jpeg.windows(2).position(|marker| marker == [0xff, 0xc0]).unwrap();
+        for bits in [12, 16] {
+            jpeg[frame + 4] = bits;
+            let error = size(&jpeg).unwrap_err().to_string();
+            assert!(error.contains(&format!("{bits} bits")), "{error}");
         }
     }
 

@@ -1,13 +1,19 @@
 //! One shard: a tar whose consecutive members with the same key make a sample.
 
+use std::collections::HashSet;
 use std::io::{self, Read};
 use std::ops::ControlFlow;
 
 use peapod_proto::ids::{Bitmap, SampleName};
 use webdataset::core::utils::{base_plus_ext, is_shard_metadata};
 
+use crate::sample::Rule;
+
 /// A member larger than this is not read: a picture or caption of this size is a mistake in the data.
 const MAX_MEMBER_BYTES: u64 = 64 << 20;
+
+/// A longer name is not used: no file system has one.
+const MAX_NAME_BYTES: usize = 4096;
 
 /// One sample as it lies in the tar. What of it is usable is for [`sample`](crate::sample) to say.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -20,8 +26,8 @@ pub struct RawSample {
     pub jpg: Option<Vec<u8>>,
     /// The member `.json`.
     pub json: Option<Vec<u8>>,
-    /// Why the members cannot be used, if they cannot.
-    pub fault: Option<String>,
+    /// Why the members cannot be used, if they cannot, and the same in words.
+    pub fault: Option<(Rule, String)>,
 }
 
 /// How a shard ended.
@@ -36,11 +42,12 @@ pub struct ShardEnd {
 /// Reads a tar to its end and gives each sample to `visit`, in order, except those marked in `done`.
 ///
 /// A sample is all consecutive members that share the path up to the first dot of the file name; files without an extension and names in
-/// double underscores belong to none. A tar that breaks off gives what precedes the break.
+/// double underscores belong to none, nor do folders, links and devices. A key that comes back after other samples is a sample of its own, and
+/// broken: its members belong to the first. A tar that breaks off gives what precedes the break.
 ///
 /// Returns `None` if `visit` broke off.
 pub fn read_shard(tar: impl Read, done: &Bitmap, mut visit: impl FnMut(RawSample) -> ControlFlow<()>) -> Option<ShardEnd> {
-    let mut grouper = Grouper { done, num_samples: 0, current: None };
+    let mut grouper = Grouper { done, num_samples: 0, keys: HashSet::new(), current: None };
     let truncated = match read_members(tar, &mut grouper, &mut visit) {
         Ok(ControlFlow::Continue(())) => None,
         Ok(ControlFlow::Break(())) => return None,
@@ -60,8 +67,12 @@ fn read_members(
 ) -> io::Result<ControlFlow<()>> {
     for entry in tar::Archive::new(tar).entries()? {
         let mut entry = entry?;
-        let name = String::from_utf8_lossy(&entry.path_bytes()).into_owned();
-        if !entry.header().entry_type().is_file() || is_shard_metadata(&name) {
+        let kind = entry.header().entry_type();
+        if !(kind.is_file() || kind.is_contiguous() || kind.is_gnu_sparse()) {
+            continue;
+        }
+        let (name, problem) = readable_name(&entry.path_bytes());
+        if is_shard_metadata(&name) {
             continue;
         }
         let Some((key, extension)) = base_plus_ext(&name) else { continue };
@@ -69,15 +80,34 @@ fn read_members(
         if grouper.turn_to(key)?.map(&mut *visit).is_some_and(|flow| flow.is_break()) {
             return Ok(ControlFlow::Break(()));
         }
+        if let Some(problem) = problem {
+            grouper.fault(Rule::BadName, problem);
+        }
         grouper.read(extension, &mut entry)?;
     }
     Ok(ControlFlow::Continue(()))
+}
+
+/// A member's name as text, and what is wrong with it.
+fn readable_name(name: &[u8]) -> (String, Option<String>) {
+    match std::str::from_utf8(name) {
+        Ok(name) if name.len() <= MAX_NAME_BYTES => (name.to_owned(), None),
+        // Written out rather than replaced, so that two such names stay two.
+        _ if name.len() <= MAX_NAME_BYTES => (name.escape_ascii().to_string(), Some("the name is not UTF-8".into())),
+        _ => {
+            // The extension is lost; the sample is broken either way and must not lose its place.
+            let start = name[..64].escape_ascii();
+            (format!("{start}~.long"), Some(format!("a name of {} bytes, more than {MAX_NAME_BYTES}", name.len())))
+        }
+    }
 }
 
 /// Puts members together into samples.
 struct Grouper<'a> {
     done: &'a Bitmap,
     num_samples: u32,
+    /// Every key so far.
+    keys: HashSet<String>,
     current: Option<RawSample>,
 }
 
@@ -91,7 +121,9 @@ impl Grouper<'_> {
             return Err(io::Error::other(format!("more than {} samples", SampleName::LIMIT)));
         }
         let finished = self.finish();
-        self.current = Some(RawSample { index: self.num_samples, key: key.to_owned(), jpg: None, json: None, fault: None });
+        let fault = (!self.keys.insert(key.to_owned()))
+            .then(|| (Rule::DuplicateKey, "this tar had the key before; a sample's members must follow each other".into()));
+        self.current = Some(RawSample { index: self.num_samples, key: key.to_owned(), jpg: None, json: None, fault });
         self.num_samples += 1;
         Ok(finished)
     }
@@ -101,9 +133,17 @@ impl Grouper<'_> {
         self.current.take().filter(|sample| !self.done.contains(sample.index))
     }
 
+    /// Notes what is wrong with the current sample, unless something was before.
+    fn fault(&mut self, rule: Rule, words: String) {
+        if let Some(sample) = &mut self.current {
+            sample.fault.get_or_insert((rule, words));
+        }
+    }
+
     /// Reads a member of the current sample, if it is one that is used.
     fn read<R: Read>(&mut self, extension: &str, entry: &mut tar::Entry<'_, R>) -> io::Result<()> {
-        let Some(sample) = self.current.as_mut().filter(|sample| !self.done.contains(sample.index)) else { return Ok(()) };
+        let is_wanted = |sample: &&mut RawSample| sample.fault.is_none() && !self.done.contains(sample.index);
+        let Some(sample) = self.current.as_mut().filter(is_wanted) else { return Ok(()) };
         let slot = match extension.to_ascii_lowercase().as_str() {
             "jpg" => &mut sample.jpg,
             "json" => &mut sample.json,
@@ -111,9 +151,11 @@ impl Grouper<'_> {
         };
         let size = entry.size();
         if slot.is_some() {
-            sample.fault = Some(format!("two members .{extension}"));
+            sample.fault = Some((Rule::DuplicateMember, format!("two members .{extension}")));
+        } else if entry.header().entry_type().is_gnu_sparse() {
+            sample.fault = Some((Rule::Sparse, format!(".{extension} is a sparse file; write the tar without --sparse")));
         } else if size > MAX_MEMBER_BYTES {
-            sample.fault = Some(format!(".{extension} has {size} bytes, more than {MAX_MEMBER_BYTES}"));
+            sample.fault = Some((Rule::HugeMember, format!(".{extension} has {size} bytes, more than {MAX_MEMBER_BYTES}")));
         } else {
             *slot = Some(read_whole(entry, size)?);
         }
@@ -173,8 +215,118 @@ mod tests {
         assert_eq!(keys(&samples), [(0, "dir.v1/a"), (1, "dir.v1/b"), (2, "c")]);
         assert_eq!((samples[0].jpg.as_deref(), samples[0].json.as_deref()), (Some(&b"A"[..]), Some(&b"{}"[..])));
         assert_eq!((samples[1].jpg.as_deref(), samples[1].json.as_deref()), (None, Some(&b"[]"[..])));
-        assert_eq!(samples[2].fault.as_deref(), Some("two members .jpg"));
+        assert_eq!(samples[2].fault, Some((Rule::DuplicateMember, "two members .jpg".into())));
         assert_eq!(end, ShardEnd { num_samples: 3, truncated: None });
+    }
+
+    /// Adds a member with this header.
+    fn add(tar: &mut tar::Builder<Vec<u8>>, kind: tar::EntryType, name: &str, bytes: &[u8]) {
+        let mut header = tar::Header::new_gnu();
+        header.set_entry_type(kind);
+        header.set_size(bytes.len() as u64);
+        header.set_mode(0o644);
+        tar.append_data(&mut header, name, bytes).unwrap();
+    }
+
+    fn faults(tar: &[u8]) -> Vec<(String, Option<Rule>)> {
+        let (samples, end) = read_all(tar, &Bitmap::default());
+        assert_eq!(end, ShardEnd { num_samples: samples.len() as u32, truncated: None });
+        samples.into_iter().map(|sample| (sample.key, sample.fault.map(|(rule, _)| rule))).collect()
+    }
+
+    #[test]
+    fn a_key_that_comes_back_is_broken_and_the_first_one_is_not() {
+        let tar = tar_of(&[("a.jpg", b"1"), ("a.json", b"{}"), ("b.jpg", b"2"), ("a.jpg", b"3"), ("a.json", b"{}"), ("c.jpg", b"4")]);
+        let duplicate = Some(Rule::DuplicateKey);
+        assert_eq!(faults(&tar), [("a".into(), None), ("b".into(), None), ("a".into(), duplicate), ("c".into(), None)]);
+        let (samples, _) = read_all(&tar, &Bitmap::default());
+        assert_eq!((samples[0].jpg.as_deref(), samples[2].jpg.as_deref()), (Some(&b"1"[..]), None), "what is not used is not read");
+        // A reader that passes over the first still knows its key.
+        let mut done = Bitmap::default();
+        done.insert(0);
+        let (samples, _) = read_all(&tar, &done);
+        assert_eq!((samples[1].index, samples[1].fault.as_ref().map(|(rule, _)| *rule)), (2, duplicate));
+    }
+
+    #[test]
+    fn members_out_of_order_are_broken_samples_and_say_so() {
+        let tar = tar_of(&[("a.jpg", b"1"), ("b.jpg", b"2"), ("a.json", b"{}"), ("b.json", b"{}")]);
+        let (samples, _) = read_all(&tar, &Bitmap::default());
+        assert!(samples[0].json.is_none() && samples[1].json.is_none());
+        assert!(samples[2..].iter().all(|sample| sample.fault.as_ref().unwrap().1.contains("members must follow each other")));
+    }
+
+    #[test]
+    fn a_name_that_is_not_utf8_is_broken_and_stays_apart_from_others() {
+        let mut tar = tar_of(&[("a.jpg", b"1"), ("b.jpg", b"2"), ("c.jpg", b"3")]);
+        for (header, byte) in [(0, 0xe9), (1024, 0xe8)] {
+            tar[header] = byte;
+            let mut fields = tar::Header::from_byte_slice(&tar[header..header + 512]).clone();
+            fields.set_cksum();
+            tar[header..header + 512].copy_from_slice(fields.as_bytes());
+        }
+        let bad = Some(Rule::BadName);
+        assert_eq!(faults(&tar), [("\\xe9".into(), bad), ("\\xe8".into(), bad), ("c".into(), None)]);
+    }
+
+    #[test]
+    fn long_names_of_either_kind_are_whole() {
+        let long = format!("{}/{}", "folder".repeat(40), "k".repeat(300));
+        let mut gnu = tar::Builder::new(Vec::new());
+        add(&mut gnu, tar::EntryType::Regular, &format!("{long}.jpg"), b"1");
+        add(&mut gnu, tar::EntryType::Regular, &format!("{long}.json"), b"{}");
+        let mut pax = tar::Builder::new(Vec::new());
+        for (extension, bytes) in [("jpg", &b"1"[..]), ("json", b"{}")] {
+            let name = format!("{long}.{extension}");
+            pax.append_pax_extensions([("path", name.as_bytes())]).unwrap();
+            add(&mut pax, tar::EntryType::Regular, "short.name", bytes);
+        }
+        for tar in [gnu, pax] {
+            let (samples, _) = read_all(&tar.into_inner().unwrap(), &Bitmap::default());
+            assert!(samples.len() == 1 && samples[0].key == long && samples[0].jpg.is_some() && samples[0].json.is_some());
+        }
+        let mut endless = tar::Builder::new(Vec::new());
+        add(&mut endless, tar::EntryType::Regular, &format!("{}.jpg", "x/".repeat(4000)), b"1");
+        add(&mut endless, tar::EntryType::Regular, "b.jpg", b"1");
+        let tar = endless.into_inner().unwrap();
+        let faults = faults(&tar);
+        assert!(faults[0].1 == Some(Rule::BadName) && faults[0].0.len() < 100 && faults[1] == ("b".into(), None), "{faults:?}");
+    }
+
+    #[test]
+    fn folders_links_and_devices_belong_to_no_sample() {
+        let mut tar = tar::Builder::new(Vec::new());
+        add(&mut tar, tar::EntryType::Directory, "a.jpg/", b"");
+        for kind in [tar::EntryType::Symlink, tar::EntryType::Link] {
+            let mut header = tar::Header::new_gnu();
+            header.set_entry_type(kind);
+            header.set_size(0);
+            tar.append_link(&mut header, "a.jpg", "/etc/passwd").unwrap();
+        }
+        add(&mut tar, tar::EntryType::Fifo, "a.jpg", b"");
+        add(&mut tar, tar::EntryType::Regular, "a.json", b"{}");
+        add(&mut tar, tar::EntryType::Continuous, "b.jpg", b"1");
+        let (samples, _) = read_all(&tar.into_inner().unwrap(), &Bitmap::default());
+        assert_eq!(keys(&samples), [(0, "a"), (1, "b")]);
+        assert!(samples[0].jpg.is_none() && samples[0].json.is_some() && samples[0].fault.is_none(), "what a link points at is not read");
+        assert!(samples[1].jpg.is_some());
+    }
+
+    #[test]
+    fn sparse_members_are_broken() {
+        let mut header = tar::Header::new_gnu();
+        header.set_entry_type(tar::EntryType::GNUSparse);
+        header.set_path("a.jpg").unwrap();
+        header.set_size(4);
+        let gnu = header.as_gnu_mut().unwrap();
+        gnu.sparse[0].offset.copy_from_slice(b"00000000000\0");
+        gnu.sparse[0].numbytes.copy_from_slice(b"00000000004\0");
+        gnu.set_real_size(4);
+        header.set_cksum();
+        let mut tar = header.as_bytes().to_vec();
+        tar.extend([b"1234".as_slice(), &[0; 508]].concat());
+        tar.extend(tar_of(&[("b.jpg", b"1")]));
+        assert_eq!(faults(&tar), [("a".into(), Some(Rule::Sparse)), ("b".into(), None)]);
     }
 
     #[test]

@@ -93,7 +93,7 @@ fn matching_files(path: &str) -> Result<Vec<String>, String> {
 /// Checks the brace groups of one pattern and bounds the number of strings it stands for.
 ///
 /// The expansion itself takes `{00..}` for plain text, and a range with a typing error in it for billions of names.
-fn check_braces(pattern: &str) -> Result<u64, String> {
+pub(crate) fn check_braces(pattern: &str) -> Result<u64, String> {
     let mut total = 1_u64;
     let mut open = None;
     for (position, character) in pattern.char_indices() {

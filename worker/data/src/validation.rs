@@ -46,7 +46,7 @@ impl ValidationSet {
     pub fn load(patterns: &[String], limit: u32, config: &LoaderConfig, mut warn: impl FnMut(&str)) -> Result<Self> {
         let config = LoaderConfig { condition_dropout: 0.0, ..config.clone() };
         config.validate()?;
-        let (rules, cleaner) = (Rules::new(&config.data), Cleaner::new(config.data.strict_clean)?);
+        let (rules, cleaner) = (Rules::new(&config.data), Cleaner::new(config.data.captions.rules(), config.data.strict_clean)?);
         let shards = expand_shards(patterns)?;
         let limit = if limit == 0 { usize::MAX } else { limit as usize };
         let mut samples: Vec<Kept> = Vec::new();
@@ -65,7 +65,7 @@ impl ValidationSet {
                         num_bytes += encoded.jpeg.len() as u64;
                         samples.push(Kept { name: SampleName { epoch: EPOCH, shard, index }, key, encoded });
                     }
-                    Err(skip) if skip.reason == Reason::Bad => warn(&format!("validation sample {key} in {url}: {}", skip.detail)),
+                    Err(skip) if skip.rule.reason() == Reason::Bad => warn(&format!("validation sample {key} in {url}: {}", skip.detail())),
                     Err(_) => {}
                 }
                 ControlFlow::Continue(())

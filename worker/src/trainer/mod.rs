@@ -662,6 +662,7 @@ fn record(step: Step, generation: Generation, outcome: &Outcome, grad_norm: f64,
         step,
         generation,
         names: outcome.names.clone(),
+        native: outcome.native,
         skipped,
         losses: StepLosses {
             task: outcome.losses.task / count,
@@ -684,12 +685,12 @@ fn data_output(event: peapod_data::LoaderEvent) -> Output {
 fn shard_report(lease: LeaseId, skipped: Vec<peapod_data::Skip>, end: Option<peapod_data::ShardEnd>) -> ShardReport {
     let skip = |skip: peapod_data::Skip| SkippedSample {
         index: skip.index,
-        reason: match skip.reason {
+        reason: match skip.rule.reason() {
             peapod_data::Reason::Filtered => SkipReason::Filtered,
             peapod_data::Reason::Bad => SkipReason::Bad,
         },
+        detail: skip.detail(),
         key: skip.key,
-        detail: skip.detail,
     };
     ShardReport {
         lease,

@@ -21,7 +21,8 @@ pub fn accumulate(models: &Distiller, adapter: &Adapter, share: &Share, gradient
     }
     let losses = LossTotals { task: task as f32, logit: logit as f32, feature: feature as f32 };
     let not_finite = ![task, logit, feature].iter().all(|sum: &f64| sum.is_finite());
-    Ok(Contribution { names: share.names().collect(), losses, not_finite, ..Contribution::default() })
+    let native = share.batches.iter().flat_map(|batch| &batch.samples).filter(|sample| sample.native).count() as u32;
+    Ok(Contribution { names: share.names().collect(), native, losses, not_finite, ..Contribution::default() })
 }
 
 /// A batch as the model takes it; shapes as in [`MicroBatch`].

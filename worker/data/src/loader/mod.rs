@@ -212,7 +212,7 @@ impl Loader {
     /// Errors: [`Error::Config`], [`Error::Tables`], [`Error::Spawn`].
     pub fn start(config: LoaderConfig, events: impl Fn(LoaderEvent) + Send + Sync + 'static) -> Result<Self> {
         config.validate()?;
-        let cleaner = Cleaner::new(config.data.strict_clean)?;
+        let cleaner = Cleaner::new(config.data.captions.rules(), config.data.strict_clean)?;
         let rules = Rules::new(&config.data);
         let num_threads = config.num_decode_threads();
         let shared = Arc::new(Shared::new(State::new(&config), config, rules, Box::new(events)));

@@ -140,9 +140,9 @@ fn every_index_is_handed_out_or_reported_exactly_once() {
         *fates.entry(skip.index).or_default() += 1;
     }
     assert_eq!(fates, (0..40).map(|index| (index, 3)).collect(), "three shards of 40");
-    let of = |reason| skips.iter().filter(|skip| skip.reason == reason).count();
+    let of = |reason| skips.iter().filter(|skip| skip.rule.reason() == reason).count();
     assert_eq!((of(Reason::Filtered), of(Reason::Bad)), (15, 30));
-    assert!(skips.iter().filter(|skip| skip.index % 8 == 5).all(|skip| skip.detail.starts_with("jpg: ")), "{skips:?}");
+    assert!(skips.iter().filter(|skip| skip.index % 8 == 5).all(|skip| skip.detail().starts_with("bad_picture: jpg: ")), "{skips:?}");
     // All but the last are full although a picture in eight fails to decode.
     assert!(shares[..shares.len() - 1].iter().all(|share| share.num_samples() == 6));
 }

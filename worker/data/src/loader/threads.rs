@@ -13,7 +13,7 @@ use super::{LeasedShard, LoaderConfig, LoaderEvent, Prepared};
 use crate::bucket::Bucket;
 use crate::caption::Cleaner;
 use crate::draws::SampleRng;
-use crate::sample::{Encoded, Reason, Rules, Skip, examine};
+use crate::sample::{Encoded, Rule, Rules, Skip, examine};
 use crate::shard::{ShardEnd, read_shard};
 use crate::{Result, image, source};
 
@@ -188,7 +188,7 @@ pub fn decode_pictures(shared: &Shared) {
             }
             Err(error) => {
                 if state.decoded(ticket, None) {
-                    let skip = Skip { index: name.index, reason: Reason::Bad, key, detail: error.to_string() };
+                    let skip = Skip { index: name.index, rule: Rule::of_picture(&error), key, words: error.to_string() };
                     shared.report(lease, vec![skip], None);
                 }
             }
@@ -200,10 +200,10 @@ pub fn decode_pictures(shared: &Shared) {
 
 /// Decodes, scales and crops a sample's picture and draws its random numbers.
 pub fn prepare(resizer: &mut Resizer, name: SampleName, lease: LeaseId, encoded: Encoded, config: &LoaderConfig) -> Result<Prepared> {
-    let Encoded { jpeg, size, bucket, caption } = encoded;
+    let Encoded { jpeg, turn, size, bucket, caption } = encoded;
     let [width, height] = config.data.buckets.get(bucket).copied().unwrap_or_default();
     let rng = SampleRng::new(config.seed, name);
-    let picture = image::decode(&jpeg)?;
+    let picture = turn.apply(image::decode(&jpeg)?);
     let crop = image::cover(resizer, &picture, Bucket { width, height }, &rng)?;
     Ok(Prepared {
         name,
