@@ -1,6 +1,6 @@
 # `make demo` shows everything at once; `make help` lists the rest.
 SHELL := bash
-.PHONY: help setup build demo test fuzz lint fmt clean
+.PHONY: help setup build demo test bench fuzz lint fmt clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -23,6 +23,20 @@ test: export OMP_NUM_THREADS = 1
 test: build ## all tests that need no GPU, no root and no other host
 	cargo test --workspace
 	cargo test --workspace --test stories -- --ignored --exact demo::trained_adapter_draws_what_chinese_prompts_name --nocapture
+
+BENCH_CORES := 2
+BENCH_ROUNDS := 3
+
+bench: .bench/.installed ## time the loader against its Python peer on photographs: BENCH_CORES (2), BENCH_ROUNDS (3); nothing else should run meanwhile
+	cargo build --release -p peapod-data --example loader_throughput
+	.bench/venv/bin/python tests/peers/bench_loader.py target/release/examples/loader_throughput .bench/shards --cores $(BENCH_CORES) --rounds $(BENCH_ROUNDS)
+
+# The peer's packages (6 GB with the libraries torch brings along), once.
+.bench/.installed: tests/peers/requirements.txt
+	python3 -m venv .bench/venv
+	.bench/venv/bin/pip install --quiet --disable-pip-version-check uv
+	.bench/venv/bin/uv pip install --quiet --python .bench/venv/bin/python -r tests/peers/requirements.txt
+	touch $@
 
 FUZZ_MODEL := torch_file safetensors_file sentencepiece adapter_file
 FUZZ_DATA := tar picture json_sample shard_list
