@@ -9,7 +9,7 @@ use peapod_proto::ids::Step;
 use peapod_proto::job::Job;
 use peapod_proto::message::{StepLosses, StepRecord, StepTimings, ValidationLosses};
 
-use crate::core::Notice;
+use crate::core::{Notice, Rules};
 
 /// Between two progress lines where there is no terminal.
 const LINE_EVERY: Duration = Duration::from_secs(10);
@@ -269,6 +269,12 @@ impl Observer {
             Notice::StepSkipped { step, in_a_row } => tracing::warn!("step {step} is not finite and was skipped ({in_a_row} in a row)"),
             Notice::BadData { shard, key, detail } if key.is_empty() => tracing::warn!("shard {shard}: {detail}; the rest of it is lost"),
             Notice::BadData { shard, key, detail } => tracing::warn!("bad sample {key} in {shard}: {detail}"),
+            Notice::Skipped(Rules { filtered, bad }) => {
+                for (counts, what) in [(filtered, "filtered"), (bad, "broken")].into_iter().filter(|(counts, _)| !counts.is_empty()) {
+                    let by_rule: Vec<String> = counts.iter().map(|(rule, count)| format!("{rule} {count}")).collect();
+                    tracing::info!("samples {what}: {} ({})", counts.values().sum::<u64>(), by_rule.join(", "));
+                }
+            }
             Notice::Checkpoint { step } => tracing::info!("checkpoint of step {step} stored"),
             Notice::CheckpointFailed { step, error } => tracing::error!("checkpoint of step {step} not stored: {error}"),
         }

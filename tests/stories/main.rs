@@ -3,6 +3,7 @@
 // clippy.toml's exemption covers test functions only; in a test binary helpers may panic too.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod bad_data;
 mod bad_input;
 mod classifier;
 mod demo;

@@ -80,8 +80,9 @@ impl Core {
         let Totals { committed, filtered, bad, not_finite } = self.ledger.totals();
         let seen = (committed + filtered + bad + not_finite).max(BAD_BASE);
         if bad as f64 > limit * seen as f64 {
+            let most = self.ledger.rules().most_often_bad().map_or_else(String::new, |(rule, count)| format!(", most often {rule} ({count})"));
             let reason =
-                format!("{bad} of the first {seen} samples are broken, more than data.max_bad_fraction = {limit}; the last in {url}");
+                format!("{bad} of the first {seen} samples are broken{most}, more than data.max_bad_fraction = {limit}; the last in {url}");
             self.note_failure(reason.clone());
             return self.fail(reason, out);
         }
@@ -104,7 +105,11 @@ impl Core {
         };
         for sample in report.skipped {
             let name = SampleName { epoch, shard, index: sample.index };
-            if self.ledger.skip(name, Skip::Data(sample.reason))? && sample.reason == SkipReason::Bad {
+            if !self.ledger.skip(name, Skip::Data(sample.reason))? {
+                continue;
+            }
+            self.ledger.count_rule(sample.reason, sample.rule());
+            if sample.reason == SkipReason::Bad {
                 show(&mut self.bad_shown, sample.key, sample.detail);
             }
         }

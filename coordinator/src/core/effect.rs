@@ -6,7 +6,7 @@ use std::time::Duration;
 use peapod_proto::ids::{Generation, Step, WorkerId};
 use peapod_proto::message::{Lease, ShardReport, StepRecord, StepTimings, ToWorker, ValidationLosses};
 
-use super::ledger::Ledger;
+use super::ledger::{Ledger, Rules};
 use super::{StreamId, WorkerView};
 
 /// How a job ended.
@@ -179,6 +179,8 @@ pub enum Notice {
         /// Why.
         detail: String,
     },
+    /// The job is over: what was passed over in it, if anything was.
+    Skipped(Rules),
     /// A checkpoint is whole.
     Checkpoint {
         /// Its step.

@@ -56,6 +56,37 @@ pub struct Totals {
     pub not_finite: u64,
 }
 
+/// Number of samples passed over, by the name of the rule.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Rules {
+    /// Kept out by the job's rules.
+    pub filtered: BTreeMap<String, u64>,
+    /// Broken.
+    pub bad: BTreeMap<String, u64>,
+}
+
+impl Rules {
+    /// More names than there are rules: a worker of another release may have some of its own, but not any number of them.
+    const MAX_NAMES: usize = 64;
+
+    fn count(&mut self, reason: SkipReason, rule: &str) {
+        let counts = match reason {
+            SkipReason::Filtered => &mut self.filtered,
+            SkipReason::Bad => &mut self.bad,
+        };
+        let is_name = (1..=32).contains(&rule.len()) && rule.bytes().all(|byte| byte == b'_' || byte.is_ascii_lowercase());
+        let rule = if is_name && (counts.len() < Self::MAX_NAMES || counts.contains_key(rule)) { rule } else { "other" };
+        *counts.entry(rule.to_owned()).or_default() += 1;
+    }
+
+    /// What most of the broken samples have, and how many that are.
+    #[must_use]
+    pub fn most_often_bad(&self) -> Option<(&str, u64)> {
+        // The first by name of equally frequent ones.
+        self.bad.iter().rev().max_by_key(|(_, count)| **count).map(|(rule, count)| (rule.as_str(), *count))
+    }
+}
+
 /// One shard in one epoch, until it is done.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 struct OpenShard {
@@ -88,13 +119,15 @@ pub struct Ledger {
     /// Sizes learnt so far.
     sizes: BTreeMap<ShardId, u32>,
     totals: Totals,
+    #[serde(default)]
+    rules: Rules,
 }
 
 impl Ledger {
     /// An empty ledger for `num_shards` shards.
     #[must_use]
     pub fn new(num_shards: u32) -> Self {
-        Self { num_shards, first_open: Epoch(0), epochs: BTreeMap::new(), sizes: BTreeMap::new(), totals: Totals::default() }
+        Self { num_shards, first_open: Epoch(0), epochs: BTreeMap::new(), sizes: BTreeMap::new(), totals: Totals::default(), rules: Rules::default() }
     }
 
     /// Counts a sample as trained in `step`; says whether its shard is now done.
@@ -128,6 +161,17 @@ impl Ledger {
         }
         self.close_if(done, name);
         Ok(true)
+    }
+
+    /// Counts the rule of a sample that was new to [`skip`](Self::skip).
+    pub fn count_rule(&mut self, reason: SkipReason, rule: &str) {
+        self.rules.count(reason, rule);
+    }
+
+    /// Counts of skipped samples over all epochs, by rule.
+    #[must_use]
+    pub fn rules(&self) -> &Rules {
+        &self.rules
     }
 
     /// Learns a shard's size from a reader that reached its end; says whether the shard is now done.
@@ -224,6 +268,24 @@ mod tests {
 
     fn name(epoch: u32, shard: u32, index: u32) -> SampleName {
         SampleName { epoch: Epoch(epoch), shard: ShardId(shard), index }
+    }
+
+    #[test]
+    fn rules_are_counted_by_name_and_odd_names_together() {
+        let mut ledger = Ledger::new(1);
+        for rule in ["no_jpg", "bad_json", "bad_json", "Bad JSON", "", &"x".repeat(33)] {
+            ledger.count_rule(SkipReason::Bad, rule);
+        }
+        ledger.count_rule(SkipReason::Filtered, "too_small");
+        assert_eq!(ledger.rules().filtered, BTreeMap::from([("too_small".into(), 1)]));
+        assert_eq!(ledger.rules().most_often_bad(), Some(("other", 3)));
+        assert_eq!(ledger.rules().bad["bad_json"], 2);
+        for number in 0..200_u8 {
+            let name: String = [number / 26, number % 26].map(|digit| char::from(b'a' + digit)).iter().collect();
+            ledger.count_rule(SkipReason::Bad, &name);
+        }
+        assert!(ledger.rules().bad.len() <= Rules::MAX_NAMES + 1);
+        assert_eq!(ledger.rules().bad.values().sum::<u64>(), 206);
     }
 
     #[test]

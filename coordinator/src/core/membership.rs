@@ -7,7 +7,7 @@ use peapod_proto::ids::{Generation, Incarnation, MemberIndex, Rank, Step, Worker
 use peapod_proto::message::{Assignment, Hello, Phase, StopCause, StopReason, Stopped, ToWorker};
 use peapod_proto::{PROGRAM_VERSION, PROTOCOL_VERSION};
 
-use super::ledger::Ledger;
+use super::ledger::{Ledger, Rules};
 use super::{ANNOUNCE_EVERY, Core, CoreError, Effect, Fact, JobPhase, Notice, Outcome, Progress, StreamId, Timestamp, Truth, worker_mut};
 
 /// A worker process that has a stream.
@@ -517,6 +517,9 @@ impl Core {
         for &worker in self.workers.keys() {
             out.push(Effect::Send { worker, message: ToWorker::Stop { reason, message: message.clone() } });
             out.push(Effect::Detach { worker });
+        }
+        if *self.ledger.rules() != Rules::default() {
+            out.push(Effect::Notice(Notice::Skipped(self.ledger.rules().clone())));
         }
         self.phase = JobPhase::Done(outcome.clone());
         out.push(Effect::Finish(outcome));

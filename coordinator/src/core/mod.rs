@@ -29,6 +29,7 @@ use peapod_proto::message::{FromWorker, Stopped, ToWorker, ValidationLosses};
 
 use checkpoint::Checkpoint;
 pub use effect::{Effect, Fact, Notice, Outcome};
+pub use ledger::Rules;
 pub use error::CoreError;
 pub use event::Event;
 use leases::Leases;

@@ -730,14 +730,14 @@ fn resumed_job_starts_from_the_checkpoints_ledger() {
 fn too_much_bad_data_ends_the_job_and_the_first_are_shown() {
     let (mut world, workers) = World::running(1);
     let (leases, _) = world.lease(workers[0], 1);
-    let bad = |index| SkippedSample { index, reason: SkipReason::Bad, key: format!("k{index}"), detail: "no jpg".into() };
+    let bad = |index| SkippedSample { index, reason: SkipReason::Bad, key: format!("k{index}"), detail: "no_jpg: no member .jpg".into() };
     let report =
         |skipped| FromWorker::ShardReport(ShardReport { lease: leases[0].id, skipped, num_samples: None, truncated: String::new() });
     world.say(workers[0], report((0..5).map(bad).collect())).unwrap();
     assert_eq!(world.outcome(), None);
     world.say(workers[0], report((5..30).map(bad).collect())).unwrap();
     let Some(Outcome::Failed { reason }) = world.outcome() else { panic!() };
-    assert!(reason.contains("data.max_bad_fraction"), "{reason}");
+    assert!(reason.contains("broken, most often no_jpg (30), more than data.max_bad_fraction"), "{reason}");
     let shown = world.said.iter().filter(|effect| matches!(effect, Effect::Notice(Notice::BadData { .. }))).count();
     assert_eq!(shown, 10);
 }

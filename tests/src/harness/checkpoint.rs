@@ -110,6 +110,16 @@ impl Checkpoint {
         ledger["totals"][kind].as_u64().unwrap_or_else(|| panic!("totals.{kind} in {ledger}"))
     }
 
+    /// Number of samples that the ledger counts as passed over by each rule: `filtered` or `bad`.
+    ///
+    /// # Panics
+    /// If the ledger has no such counts.
+    #[must_use]
+    pub fn skipped_by_rule(&self, kind: &str) -> BTreeMap<String, u64> {
+        let ledger: serde_json::Value = serde_json::from_slice(&self.read("ledger.json")).expect("a ledger");
+        serde_json::from_value(ledger["rules"][kind].clone()).unwrap_or_else(|error| panic!("rules.{kind} in {ledger}: {error}"))
+    }
+
     fn read(&self, part: &str) -> Vec<u8> {
         std::fs::read(self.folder.join(part)).unwrap_or_else(|error| panic!("{part} in {}: {error}", self.folder.display()))
     }
