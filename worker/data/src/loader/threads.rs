@@ -203,8 +203,9 @@ pub fn prepare(resizer: &mut Resizer, name: SampleName, lease: LeaseId, encoded:
     let Encoded { jpeg, size, bucket, caption } = encoded;
     let [width, height] = config.data.buckets.get(bucket).copied().unwrap_or_default();
     let rng = SampleRng::new(config.seed, name);
-    let picture = image::decode(&jpeg)?;
-    let crop = image::cover(resizer, &picture, Bucket { width, height }, &rng)?;
+    let bucket = Bucket { width, height };
+    let (picture, by) = if config.data.fast_shrink { image::decode_shrunk(&jpeg, size, bucket)? } else { (image::decode(&jpeg)?, 1) };
+    let crop = image::cover_shrunk(resizer, &picture, size, by, bucket, &rng)?;
     Ok(Prepared {
         name,
         lease,
