@@ -13,4 +13,5 @@ mod method;
 mod models;
 mod resume;
 mod rounds;
+mod shards;
 mod training;

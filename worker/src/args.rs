@@ -6,6 +6,8 @@ use std::time::Duration;
 use clap::{Parser, Subcommand};
 use peapod_proto::ids::Rank;
 
+use crate::shards::{inspect, make};
+
 /// Trains with others on one device: start one for each GPU of a job.
 #[derive(Debug, Clone, Parser)]
 #[command(name = "worker", version, args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
@@ -33,6 +35,18 @@ pub enum Command {
         #[arg(long)]
         partial: bool,
     },
+    /// Look into shards, or make them
+    #[command(subcommand)]
+    Shards(Shards),
+}
+
+/// What to do with shards.
+#[derive(Debug, Clone, Subcommand)]
+pub enum Shards {
+    /// Count samples, sizes, buckets, captions and what is broken in them, as a job would see them
+    Inspect(inspect::Options),
+    /// Make webdataset shards of pictures and a table of captions
+    Make(make::Options),
 }
 
 /// How to train.

@@ -94,6 +94,11 @@ impl Turn {
     /// Not at all.
     pub const NONE: Self = Self(Orientation::NoTransforms);
 
+    /// Whether there is nothing to turn.
+    pub fn is_upright(self) -> bool {
+        self.0 == Orientation::NoTransforms
+    }
+
     /// Width and height after turning.
     #[must_use]
     pub fn size(self, (width, height): (u32, u32)) -> (u32, u32) {

@@ -33,6 +33,11 @@ pub fn noisy_jpeg(width: u32, height: u32, seed: u64) -> Vec<u8> {
     encode(&picture)
 }
 
+/// A JPEG of the colours that `pixel` gives for each column and row.
+pub fn jpeg_from(width: u32, height: u32, pixel: impl Fn(u32, u32) -> [u8; 3]) -> Vec<u8> {
+    encode(&RgbImage::from_fn(width, height, |x, y| ::image::Rgb(pixel(x, y))))
+}
+
 fn encode(picture: &RgbImage) -> Vec<u8> {
     let mut jpeg = Cursor::new(Vec::new());
     picture.write_to(&mut jpeg, ImageFormat::Jpeg).unwrap();

@@ -3,7 +3,8 @@
 use std::process::ExitCode;
 
 use clap::Parser;
-use peapod_worker::args::{Cli, Command, check_device};
+use peapod_worker::args::{Cli, Command, Shards, check_device};
+use peapod_worker::shards::{inspect, make};
 use peapod_worker::{check, supervisor};
 use tracing_subscriber::EnvFilter;
 
@@ -17,9 +18,14 @@ fn main() -> ExitCode {
         .init();
     // libtorch reads these before its first tensor; pools of several threads each would spin against the other workers'.
     tch::set_num_interop_threads(1);
-    if let Some(Command::Check { job, device, partial }) = command {
+    if let Some(command) = command {
         tch::set_num_threads(1);
-        return match check_device(&device).and_then(|()| check::report(&job, partial)) {
+        let report = match command {
+            Command::Check { job, device, partial } => check_device(&device).and_then(|()| check::report(&job, partial)),
+            Command::Shards(Shards::Inspect(options)) => inspect::run(&options),
+            Command::Shards(Shards::Make(options)) => make::run(&options),
+        };
+        return match report {
             Ok(report) => {
                 print!("{report}");
                 ExitCode::SUCCESS

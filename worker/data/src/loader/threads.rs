@@ -203,8 +203,13 @@ pub fn prepare(resizer: &mut Resizer, name: SampleName, lease: LeaseId, encoded:
     let Encoded { jpeg, turn, size, bucket, caption } = encoded;
     let [width, height] = config.data.buckets.get(bucket).copied().unwrap_or_default();
     let rng = SampleRng::new(config.seed, name);
-    let picture = turn.apply(image::decode(&jpeg)?);
-    let crop = image::cover(resizer, &picture, Bucket { width, height }, &rng)?;
+    let bucket = Bucket { width, height };
+    // What a shrunk picture lacks at its right and lower edges would lie elsewhere once it is turned.
+    let (picture, by) = match config.data.fast_shrink && turn.is_upright() {
+        true => image::decode_shrunk(&jpeg, size, bucket)?,
+        false => (turn.apply(image::decode(&jpeg)?), 1),
+    };
+    let crop = image::cover_shrunk(resizer, &picture, size, by, bucket, &rng)?;
     Ok(Prepared {
         name,
         lease,

@@ -1,0 +1,26 @@
+//! `worker shards`: what is in shards ([`inspect`]), and shards from pictures and a table of captions ([`make`]).
+
+pub mod inspect;
+pub mod make;
+
+use indicatif::{ProgressBar, ProgressStyle};
+
+/// A bar on a terminal, nothing elsewhere.
+fn progress_bar(len: Option<u64>, unit: &str) -> ProgressBar {
+    let bar = match len {
+        Some(len) => ProgressBar::new(len),
+        None => ProgressBar::no_length(),
+    };
+    let place = if len.is_some() { "{wide_bar} {human_pos} of {human_len}" } else { "{spinner} {human_pos}" };
+    let style = ProgressStyle::with_template(&format!("{place} {unit}, {{elapsed}}"));
+    bar.with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
+}
+
+/// `1.2 GB`.
+fn size(num_bytes: u64) -> String {
+    match num_bytes {
+        0..1_000_000 => format!("{:.1} kB", num_bytes as f64 / 1e3),
+        1_000_000..1_000_000_000 => format!("{:.1} MB", num_bytes as f64 / 1e6),
+        _ => format!("{:.2} GB", num_bytes as f64 / 1e9),
+    }
+}

@@ -1,0 +1,331 @@
+//! `worker shards inspect`: every sample of a shard list, judged by a job's rules as training would judge it.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::ops::ControlFlow;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+use peapod_data::bucket::Bucket;
+use peapod_data::caption::Cleaner;
+use peapod_data::sample::{Rules, examine};
+use peapod_data::shard::{RawSample, read_shard};
+use peapod_data::{Reason, expand_shards, image, source};
+use peapod_proto::ids::Bitmap;
+use peapod_proto::job::{DataSection, Job};
+use serde::Serialize;
+
+use super::{progress_bar, size};
+
+/// Broken samples that are named; all are counted.
+const NUM_NAMED: usize = 10;
+
+/// Different json keys that are counted. Shards with more of them have names for keys.
+const MAX_KEYS: usize = 100;
+
+/// What to look at, and how closely.
+#[derive(Debug, Clone, clap::Args)]
+pub struct Options {
+    /// Shards as in `data.shards` of a job: paths, {00000..00123} ranges, wildcards, joined by ::
+    #[arg(required = true)]
+    pub list: Vec<String>,
+    /// Job file whose buckets and rules to apply [default: those of a job that sets none]
+    #[arg(long)]
+    pub job: Option<PathBuf>,
+    /// Decode every picture: finds damaged ones that their header does not give away, and takes longer
+    #[arg(long)]
+    pub decode: bool,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// What a shard list holds.
+#[derive(Debug, Clone, Default, PartialEq, Serialize)]
+pub struct Summary {
+    /// Shards in the list.
+    pub num_shards: usize,
+    /// Those that cannot be read to their end, and why; samples before the break are counted.
+    pub unreadable: Vec<Unreadable>,
+    /// Samples in all shards.
+    pub num_samples: u64,
+    /// Bytes of their pictures and captions.
+    pub num_bytes: u64,
+    /// Width and height of the picture with the fewest pixels.
+    pub smallest: Option<(u32, u32)>,
+    /// Width and height of the picture with the most pixels.
+    pub largest: Option<(u32, u32)>,
+    /// Pixels of all pictures.
+    pub num_pixels: u64,
+    /// Samples that would be trained, by bucket.
+    pub buckets: Vec<BucketCount>,
+    /// Samples that would train by their native caption.
+    pub num_native: u64,
+    /// Samples that would train by distillation from their English caption.
+    pub num_parallel: u64,
+    /// Samples with a value under each key of their json.
+    pub keys: BTreeMap<String, u64>,
+    /// Samples that the rules leave out, by rule; numbers in a rule are written as N.
+    pub filtered: BTreeMap<String, u64>,
+    /// Broken samples, by what is wrong with them.
+    pub bad: BTreeMap<String, u64>,
+    /// The first broken samples, in the list's order.
+    pub first_bad: Vec<BadSample>,
+}
+
+/// A shard that cannot be read to its end.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Unreadable {
+    /// Where it lies.
+    pub shard: String,
+    /// Why not.
+    pub reason: String,
+}
+
+/// Samples of one bucket.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct BucketCount {
+    /// Pixels.
+    pub width: u32,
+    /// Pixels.
+    pub height: u32,
+    /// How many.
+    pub num_samples: u64,
+}
+
+/// A sample that cannot be used.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct BadSample {
+    /// Where its shard lies.
+    pub shard: String,
+    /// Its key in the tar.
+    pub key: String,
+    /// What is wrong.
+    pub reason: String,
+}
+
+/// Inspects a shard list; the report as text or JSON.
+///
+/// # Errors
+/// One line: the list, the job file or the tables that captions are cleaned with cannot be read. What is wrong with a shard is in the report.
+pub fn run(options: &Options) -> Result<String, String> {
+    let data = data_section(options)?;
+    let summary = summarise(&options.list, &data, options.decode)?;
+    if options.json {
+        let json = serde_json::to_string_pretty(&summary).map_err(|error| error.to_string())?;
+        return Ok(json + "\n");
+    }
+    Ok(describe(&summary))
+}
+
+fn data_section(options: &Options) -> Result<DataSection, String> {
+    let Some(path) = &options.job else {
+        return serde_json::from_str(r#"{"shards": []}"#).map_err(|error| error.to_string());
+    };
+    let text = std::fs::read_to_string(path).map_err(|error| format!("cannot read job file {}: {error}", path.display()))?;
+    Ok(Job::parse(&text).map_err(|error| format!("{}: {error}", path.display()))?.data)
+}
+
+/// Reads every shard of the list, several at once.
+///
+/// # Errors
+/// As [`run`].
+pub fn summarise(list: &[String], data: &DataSection, decode: bool) -> Result<Summary, String> {
+    let shards = expand_shards(list).map_err(|error| error.to_string())?;
+    let cleaner = Cleaner::new(data.strict_clean).map_err(|error| error.to_string())?;
+    let rules = Rules::new(data);
+    let bar = progress_bar(Some(shards.len() as u64), "shards");
+    let (next, parts) = (AtomicUsize::new(0), Mutex::new(BTreeMap::new()));
+    std::thread::scope(|scope| {
+        for _ in 0..std::thread::available_parallelism().map_or(1, usize::from).min(shards.len()) {
+            scope.spawn(|| {
+                loop {
+                    let place = next.fetch_add(1, Ordering::Relaxed);
+                    let Some(shard) = shards.get(place) else { return };
+                    let part = Summary::of_shard(shard, &rules, &cleaner, decode);
+                    parts.lock().unwrap_or_else(PoisonError::into_inner).insert(place, part);
+                    bar.inc(1);
+                }
+            });
+        }
+    });
+    bar.finish_and_clear();
+    let mut total = Summary::new(&rules.buckets);
+    for part in parts.into_inner().unwrap_or_else(PoisonError::into_inner).into_values() {
+        total.add(part);
+    }
+    Ok(total)
+}
+
+impl Summary {
+    fn new(buckets: &[Bucket]) -> Self {
+        let count = |bucket: &Bucket| BucketCount { width: bucket.width, height: bucket.height, num_samples: 0 };
+        Self { buckets: buckets.iter().map(count).collect(), ..Self::default() }
+    }
+
+    fn of_shard(shard: &str, rules: &Rules, cleaner: &Cleaner, decode: bool) -> Self {
+        let mut summary = Self { num_shards: 1, ..Self::new(&rules.buckets) };
+        let truncated = match source::open(shard) {
+            Ok(tar) => read_shard(tar, &Bitmap::default(), |sample| {
+                summary.count(shard, sample, rules, cleaner, decode);
+                ControlFlow::Continue(())
+            })
+            .and_then(|end| end.truncated),
+            Err(error) => Some(error.to_string()),
+        };
+        summary.unreadable.extend(truncated.map(|reason| Unreadable { shard: shard.to_owned(), reason }));
+        summary
+    }
+
+    fn count(&mut self, shard: &str, sample: RawSample, rules: &Rules, cleaner: &Cleaner, decode: bool) {
+        self.num_samples += 1;
+        self.num_bytes += [&sample.jpg, &sample.json].into_iter().flatten().map(|bytes| bytes.len() as u64).sum::<u64>();
+        // What is wrong with either is for `examine` to say.
+        if let Some(Ok(size)) = sample.jpg.as_deref().map(image::size) {
+            self.count_size(size);
+        }
+        let json = sample.json.as_deref().and_then(|json| serde_json::from_slice::<serde_json::Map<_, _>>(json).ok());
+        for (key, value) in json.into_iter().flatten() {
+            if !value.is_null() && (self.keys.len() < MAX_KEYS || self.keys.contains_key(&key)) {
+                *self.keys.entry(key).or_default() += 1;
+            }
+        }
+        let key = sample.key.clone();
+        let examined = examine(sample, rules, cleaner).map_err(|skip| (skip.reason, skip.detail)).and_then(|encoded| {
+            if decode {
+                image::decode(&encoded.jpeg).map_err(|error| (Reason::Bad, error.to_string()))?;
+            }
+            Ok(encoded)
+        });
+        match examined {
+            Ok(encoded) => {
+                if let Some(bucket) = self.buckets.get_mut(encoded.bucket) {
+                    bucket.num_samples += 1;
+                }
+                *(if encoded.caption.native { &mut self.num_native } else { &mut self.num_parallel }) += 1;
+            }
+            Err((Reason::Filtered, detail)) => *self.filtered.entry(without_numbers(&detail)).or_default() += 1,
+            Err((Reason::Bad, detail)) => {
+                *self.bad.entry(without_numbers(&detail)).or_default() += 1;
+                if self.first_bad.len() < NUM_NAMED {
+                    self.first_bad.push(BadSample { shard: shard.to_owned(), key, reason: detail });
+                }
+            }
+        }
+    }
+
+    fn count_size(&mut self, size: (u32, u32)) {
+        let area = |(width, height): (u32, u32)| u64::from(width) * u64::from(height);
+        self.num_pixels += area(size);
+        if self.smallest.is_none_or(|smallest| area(size) < area(smallest)) {
+            self.smallest = Some(size);
+        }
+        if self.largest.is_none_or(|largest| area(size) > area(largest)) {
+            self.largest = Some(size);
+        }
+    }
+
+    /// Adds the part of a later shard.
+    fn add(&mut self, part: Self) {
+        self.num_shards += part.num_shards;
+        self.unreadable.extend(part.unreadable);
+        self.num_samples += part.num_samples;
+        self.num_bytes += part.num_bytes;
+        let pixels = self.num_pixels + part.num_pixels;
+        part.smallest.into_iter().chain(part.largest).for_each(|size| self.count_size(size));
+        self.num_pixels = pixels;
+        for (total, bucket) in self.buckets.iter_mut().zip(&part.buckets) {
+            total.num_samples += bucket.num_samples;
+        }
+        self.num_native += part.num_native;
+        self.num_parallel += part.num_parallel;
+        for (total, counts) in [(&mut self.keys, part.keys), (&mut self.filtered, part.filtered), (&mut self.bad, part.bad)] {
+            for (name, count) in counts {
+                *total.entry(name).or_default() += count;
+            }
+        }
+        self.first_bad.extend(part.first_bad);
+        self.first_bad.truncate(NUM_NAMED);
+    }
+}
+
+/// A reason with its numbers replaced by N, so that reasons which differ by them only are counted together.
+fn without_numbers(reason: &str) -> String {
+    let mut text = String::with_capacity(reason.len());
+    for character in reason.chars() {
+        match character {
+            '0'..='9' if text.ends_with('N') => {}
+            '0'..='9' => text.push('N'),
+            other => text.push(other),
+        }
+    }
+    text.replace("N.N", "N")
+}
+
+fn describe(summary: &Summary) -> String {
+    let mut text = String::new();
+    let mut line = |name: &str, what: String| {
+        let _ = writeln!(text, "{name:<11}{what}");
+    };
+    let num_bad: u64 = summary.bad.values().sum();
+    line("shards", format!("{}, {} unreadable", summary.num_shards, summary.unreadable.len()));
+    line("samples", format!("{}, {}", summary.num_samples, size(summary.num_bytes)));
+    if let (Some(smallest), Some(largest)) = (summary.smallest, summary.largest) {
+        line("pictures", format!("{} x {} to {} x {} pixels", smallest.0, smallest.1, largest.0, largest.1));
+    }
+    let num_trained = summary.num_native + summary.num_parallel;
+    line("trained", format!("{num_trained}: {} native, {} parallel", summary.num_native, summary.num_parallel));
+    let most = summary.buckets.iter().map(|bucket| bucket.num_samples).max().unwrap_or_default().max(1);
+    for bucket in &summary.buckets {
+        let bar = "#".repeat((40 * bucket.num_samples).div_ceil(most) as usize);
+        line("", format!("{:>4} x {:<4} {:>9}  {bar}", bucket.width, bucket.height, bucket.num_samples).trim_end().to_owned());
+    }
+    for (heading, counts) in [("keys", &summary.keys), ("filtered", &summary.filtered), ("bad", &summary.bad)] {
+        line(heading, if heading == "keys" { counts.len().to_string() } else { counts.values().sum::<u64>().to_string() });
+        for (name, count) in counts {
+            line("", format!("{count:>9}  {name}"));
+        }
+    }
+    if num_bad > 0 {
+        line("first bad", String::new());
+    }
+    for BadSample { shard, key, reason } in &summary.first_bad {
+        line("", format!("{shard} {key}: {reason}"));
+    }
+    for Unreadable { shard, reason } in &summary.unreadable {
+        line("unreadable", format!("{shard}: {reason}"));
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reasons_that_differ_by_numbers_only_are_one() {
+        assert_eq!(without_numbers("400 x 30 is less than 409600 pixels"), "N x N is less than N pixels");
+        assert_eq!(without_numbers("aesthetic_score 5.95 is below 6"), "aesthetic_score N is below N");
+    }
+
+    #[test]
+    fn parts_add_up_in_the_order_of_the_list() {
+        let bad = |shard: &str, count: usize| Summary {
+            num_shards: 1,
+            num_samples: count as u64,
+            bad: [("x".to_owned(), count as u64)].into(),
+            first_bad: (0..count).map(|key| BadSample { shard: shard.into(), key: key.to_string(), reason: "x".into() }).collect(),
+            smallest: Some((count as u32, 1)),
+            largest: Some((count as u32, 2)),
+            num_pixels: 100,
+            ..Summary::default()
+        };
+        let mut total = Summary::default();
+        total.add(bad("a", 8));
+        total.add(bad("b", 5));
+        assert_eq!((total.num_shards, total.num_samples, total.num_pixels), (2, 13, 200));
+        assert_eq!((total.smallest, total.largest, total.bad["x"]), (Some((5, 1)), Some((8, 2)), 13));
+        assert_eq!((total.first_bad.len(), total.first_bad[9].shard.as_str()), (10, "b"));
+    }
+}
