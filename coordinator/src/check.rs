@@ -5,6 +5,7 @@ use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
 
+use peapod_data::{Seen, SourceOptions, Sources};
 use peapod_proto::job::Job;
 
 /// A job that can be started.
@@ -29,7 +30,16 @@ pub struct Visibility {
     pub num_bytes: u64,
     /// Shards not found here.
     pub missing: Vec<String>,
+    /// Shards of which a store does not say from here whether they exist.
+    pub unknown: usize,
+    /// The first of those, and why.
+    pub why_unknown: Option<String>,
+    /// Shards that were not looked at, because they are many and far away.
+    pub not_asked: usize,
 }
+
+/// Most shards behind a network that are asked for before a job: every one costs a request.
+const MAX_ASKED: usize = 1000;
 
 /// Shards named in an error before the rest is counted.
 const MISSING_SHOWN: usize = 5;
@@ -53,17 +63,28 @@ pub fn load(path: &Path) -> Result<LoadedJob, String> {
 }
 
 fn look(shards: &[String]) -> Visibility {
-    let mut seen = Visibility::default();
-    for shard in shards {
-        match std::fs::metadata(shard.strip_prefix("file://").unwrap_or(shard)) {
-            Ok(metadata) if metadata.is_file() => {
-                seen.found += 1;
-                seen.num_bytes += metadata.len();
+    let is_far = |shard: &str| shard.contains("://") && !shard.starts_with("file://");
+    let num_far = shards.iter().filter(|shard| is_far(shard)).count();
+    // Spread over all of them: lists end too early, or one host of several is down.
+    let every = num_far.div_ceil(MAX_ASKED).max(1);
+    let mut far = 0..;
+    let asked: Vec<String> =
+        shards.iter().filter(|shard| !is_far(shard) || far.next().is_some_and(|at: usize| at.is_multiple_of(every))).cloned().collect();
+    let mut visible = Visibility { not_asked: shards.len() - asked.len(), ..Visibility::default() };
+    for (shard, seen) in asked.iter().zip(Sources::new(SourceOptions::impatient()).look(&asked)) {
+        match seen {
+            Seen::Bytes(len) => {
+                visible.found += 1;
+                visible.num_bytes += len;
             }
-            _ => seen.missing.push(shard.clone()),
+            Seen::Missing => visible.missing.push(shard.clone()),
+            Seen::Unknown(why) => {
+                visible.unknown += 1;
+                visible.why_unknown.get_or_insert_with(|| format!("{shard}: {why}"));
+            }
         }
     }
-    seen
+    visible
 }
 
 impl Visibility {
@@ -75,7 +96,9 @@ impl Visibility {
     /// # Errors
     /// Names the first missing shards.
     pub fn judge(&self, here: bool) -> Result<(), String> {
-        if self.missing.is_empty() || (self.found == 0 && !here) {
+        // A store's answer is the same everywhere.
+        let is_local = |shard: &String| !shard.contains("://") || shard.starts_with("file://");
+        if self.missing.is_empty() || (self.found == 0 && !here && self.missing.iter().all(is_local)) {
             return Ok(());
         }
         let mut text = format!("{} of {} shards do not exist:", self.missing.len(), self.missing.len() + self.found);
@@ -86,6 +109,23 @@ impl Visibility {
             let _ = write!(text, "\n  and {} more", self.missing.len() - MISSING_SHOWN);
         }
         Err(text)
+    }
+}
+
+impl Visibility {
+    /// The shard list in a line, with what could not be seen of it.
+    fn describe(&self, num_shards: usize) -> String {
+        let mut text = format!("{num_shards} shards");
+        if self.found > 0 {
+            let about = if self.not_asked > 0 { format!("{} of them looked at, ", self.found) } else { String::new() };
+            let _ = write!(text, ", {about}{:.1} MB", self.num_bytes as f64 / 1e6);
+        } else if self.unknown == 0 {
+            text.push_str(", none of them visible from this machine: the workers must see them");
+        }
+        if let Some(why) = &self.why_unknown {
+            let _ = write!(text, "; {} cannot be looked at from this machine, such as {why}", self.unknown);
+        }
+        text
     }
 }
 
@@ -103,11 +143,7 @@ pub fn report(path: &Path, worker: &Path) -> Result<String, String> {
         _ => String::new(),
     };
     let _ = writeln!(text, "  {length}, {} samples a step, in parts of {}", job.train.global_batch, job.train.micro_batch);
-    if visible.found > 0 {
-        let _ = writeln!(text, "  {} shards, {:.1} MB", shards.len(), visible.num_bytes as f64 / 1e6);
-    } else {
-        let _ = writeln!(text, "  {} shards, none of them visible from this machine: the workers must see them", shards.len());
-    }
+    let _ = writeln!(text, "  {}", visible.describe(shards.len()));
     match Shapes::check(path, worker) {
         Shapes::Fit(lines) => text.extend(lines.lines().map(|line| format!("  {line}\n"))),
         Shapes::Refused(problem) => return Err(format!("{}: {problem}", path.display())),
@@ -208,6 +244,18 @@ mod tests {
         let path = job(folder.path(), "{00..07}.tar");
         assert!(report(&path, Path::new("nobody")).unwrap().contains("none of them visible"));
         assert!(load(&path).unwrap().visible.judge(true).is_err(), "unless the workers run here too");
+    }
+
+    #[test]
+    fn shards_behind_a_network_are_looked_at_too() {
+        // Nobody listens at this port.
+        let seen = look(&["http://127.0.0.1:1/{00}.tar".to_owned()]);
+        assert_eq!((seen.found, seen.missing.len(), seen.unknown), (0, 0, 1));
+        assert!(seen.judge(true).is_ok());
+        let line = seen.describe(1);
+        assert!(line.starts_with("1 shards; 1 cannot be looked at from this machine, such as http://127.0.0.1:1/"), "{line}");
+        let missing = Visibility { missing: vec!["http://host/0.tar".into()], ..Visibility::default() };
+        assert!(missing.judge(false).is_err(), "a server's answer is the same everywhere");
     }
 
     #[test]

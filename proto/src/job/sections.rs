@@ -101,7 +101,8 @@ pub enum Filter {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DataSection {
-    /// webdataset tars of jpg + json: paths, `{00000..00123}` ranges, several joined by `::`.
+    /// webdataset tars of jpg + json, plain, gzip or zstd: paths and addresses (http, https, s3, gs, az), with `{00000..00123}` ranges and
+    /// wildcards, several joined by `::`; `@FILE` for a file of them.
     pub shards: Vec<String>,
     /// Aspect buckets as [width, height].
     #[serde(default = "DataSection::default_buckets")]
@@ -142,6 +143,21 @@ pub struct DataSection {
     /// Threads that decode pictures in each worker; 0: one for every two cores, at most 8.
     #[serde(default)]
     pub decode_threads: u32,
+    /// Longest wait for a store's answer, and for the next bytes of one, before it is asked again.
+    #[serde(default = "DataSection::default_read_timeout", with = "duration")]
+    pub read_timeout: Duration,
+    /// Failures of a store in a row that are no news.
+    #[serde(default = "DataSection::default_retries")]
+    pub retries: u32,
+    /// How long a store may go on failing before a worker gives up. Training waits meanwhile.
+    #[serde(default = "DataSection::default_give_up_after", with = "duration")]
+    pub give_up_after: Duration,
+    /// A folder on each host that keeps shards read over a network; workers of one host share it. By default none are kept.
+    #[serde(default)]
+    pub cache_dir: Option<PathBuf>,
+    /// Largest size of that folder; what was used longest ago goes first.
+    #[serde(default = "DataSection::default_cache_bytes")]
+    pub cache_bytes: u64,
     /// Which captions count and how they are cleaned.
     #[serde(default)]
     pub captions: CaptionsSection,
@@ -179,6 +195,18 @@ impl DataSection {
     fn default_shuffle_buffer() -> u32 {
         1000
     }
+    fn default_read_timeout() -> Duration {
+        Duration::from_secs(30)
+    }
+    fn default_retries() -> u32 {
+        5
+    }
+    fn default_give_up_after() -> Duration {
+        Duration::from_secs(600)
+    }
+    fn default_cache_bytes() -> u64 {
+        100 << 30
+    }
 
     pub(super) fn validate(&self, problems: &mut Vec<String>) {
         if self.shards.is_empty() {
@@ -212,6 +240,18 @@ impl DataSection {
         self.captions.validate(problems);
         if self.decode_threads > 256 {
             problems.push(format!("data.decode_threads ({}) must be within 0..=256", self.decode_threads));
+        }
+        if !(Duration::from_millis(100)..=Duration::from_secs(3600)).contains(&self.read_timeout) {
+            problems.push(format!("data.read_timeout ({}) must be within 100ms..=1h", humantime::format_duration(self.read_timeout)));
+        }
+        if self.retries > 1000 {
+            problems.push(format!("data.retries ({}) must be within 0..=1000", self.retries));
+        }
+        if self.give_up_after > Duration::from_secs(7 * 24 * 3600) {
+            problems.push(format!("data.give_up_after ({}) must be at most 7days", humantime::format_duration(self.give_up_after)));
+        }
+        if self.cache_dir.is_some() && self.cache_bytes < 1 << 20 {
+            problems.push(format!("data.cache_bytes ({}) must be at least 1048576 (1 MiB)", self.cache_bytes));
         }
     }
 }

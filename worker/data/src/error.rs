@@ -16,13 +16,23 @@ pub enum Error {
         /// What is wrong with it.
         reason: String,
     },
-    /// A shard lies where this build cannot read.
-    #[error("shard `{url}`: this build reads local paths only, not {scheme}://")]
+    /// A shard lies where nothing can read it.
+    #[error("shard `{url}`: {scheme}:// is none of file, http, https, s3, gs, az")]
     UnsupportedScheme {
         /// The shard.
         url: String,
         /// What stands before `://`.
         scheme: String,
+    },
+    /// A shard lies in a store that this build cannot read.
+    #[error("{url}: this build has no {store} support: build with --features {feature}")]
+    NoSupport {
+        /// The shard.
+        url: String,
+        /// The store's name.
+        store: &'static str,
+        /// The feature that is missing.
+        feature: &'static str,
     },
     /// A shard names a shell command.
     #[error("shard `{url}`: `pipe:` would run a shell command and is refused")]
@@ -38,6 +48,12 @@ pub enum Error {
         /// The system's answer.
         source: io::Error,
     },
+    /// A shard's store refuses it, has failed for too long, or has changed it meanwhile. What is in the shard is not lost.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// What reads shards over a network cannot be started.
+    #[error("start reading over the network: {0}")]
+    Network(String),
     /// A picture cannot be decoded.
     #[error("jpg: {0}")]
     Picture(String),
@@ -72,4 +88,14 @@ pub enum Error {
     /// [`LoaderHandle::cancel`](crate::LoaderHandle::cancel) was called while a share was awaited. Nothing is lost.
     #[error("cancelled while waiting for samples")]
     Cancelled,
+}
+
+/// A shard that could not be had, though nothing is known to be wrong with it.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("read {url}: {reason}")]
+pub struct StoreError {
+    /// The shard.
+    pub url: String,
+    /// What its store said last.
+    pub reason: String,
 }

@@ -95,7 +95,7 @@ pub fn shard_list(bytes: &[u8]) -> Verdict {
     }
     let mut len = 0_u64;
     for part in text.split("::") {
-        len = len.saturating_add(source::check_braces(part)?);
+        len = len.saturating_add(source::expand::check_braces(part)?);
     }
     if len > MAX_SHARDS {
         return Err(format!("{len} shards"));

@@ -1,4 +1,4 @@
-//! From leased shards to the batches a trainer computes: no torch, no network runtime, no clock.
+//! From leased shards to the batches a trainer computes: no torch. Network and clock are in [`source`] alone.
 //!
 //! ```text
 //! lease -> source -> shard (tar) -> sample (filter, caption, header) -> plan (shuffle, buckets) -> image (decode, resize, crop) -> Share
@@ -21,11 +21,11 @@ pub mod source;
 pub mod validation;
 
 pub use draws::Draws;
-pub use error::{Error, Result};
+pub use error::{Error, Result, StoreError};
 pub use loader::{Batch, LeasedShard, Loader, LoaderConfig, LoaderEvent, LoaderHandle, Prepared, Share};
 pub use sample::{Reason, Rule, Skip};
 pub use shard::ShardEnd;
-pub use source::expand_shards;
+pub use source::{Seen, SourceOptions, Sources, expand_shards};
 pub use validation::ValidationSet;
 
 #[cfg(test)]

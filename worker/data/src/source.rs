@@ -1,68 +1,280 @@
-//! Where shards lie: expanding the job's patterns and opening one shard.
+//! Where shards lie, and opening one of them: a file, or an object that is read over a network.
+//!
+//! ```text
+//! url -> file ------------------------------------------------------> decompress -> Stream
+//!     -> http, s3, gs, az: ranges, deadlines, retries -> cache file --^
+//! ```
+//!
+//! A stream ends early in one of two ways, and they are kept apart. What is *damaged* is read as far as it goes: its rest is lost, and counted.
+//! What *cannot be had* is nobody's loss: the stream waits for its store, and in the end [`Halt`] says that it was given up.
+
+mod cache;
+mod compress;
+pub(crate) mod expand;
+mod http;
+#[cfg(any(feature = "aws", feature = "azure", feature = "gcp"))]
+mod object;
+mod remote;
 
 use std::fs::File;
-use std::io::{BufReader, Read};
-use std::path::Path;
+use std::io::{self, Read};
+use std::path::PathBuf;
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
-use peapod_proto::ids::SampleName;
+use peapod_proto::job::DataSection;
 
+use crate::error::StoreError;
 use crate::{Error, Result};
+use cache::{Cache, Tee};
+use remote::Remote;
 
-/// Tars are read in pieces of this many bytes.
-const READ_BYTES: usize = 256 << 10;
+/// Bytes asked for at once.
+const CHUNK_BYTES: u64 = 8 << 20;
 
-/// Most digits of a number in a range: enough for every shard a job may have, and far from overflow.
-const MAX_DIGITS: usize = 9;
+/// Pause before the first retry; it doubles with each.
+const FIRST_PAUSE: Duration = Duration::from_millis(200);
+
+/// How shards are read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SourceOptions {
+    /// Longest wait for an answer, and for the next bytes of one.
+    pub read_timeout: Duration,
+    /// Failures in a row that are no news.
+    pub retries: u32,
+    /// How long a store may fail altogether, at least: then the shard is given up.
+    pub give_up_after: Duration,
+    /// Folder and size of the cache.
+    pub cache: Option<(PathBuf, u64)>,
+    /// Bytes asked for at once; two such pieces are fetched ahead of the one that is read.
+    pub chunk_bytes: u64,
+    /// Pause before the first retry.
+    pub first_pause: Duration,
+}
+
+impl SourceOptions {
+    /// What a job says.
+    #[must_use]
+    pub fn new(data: &DataSection) -> Self {
+        Self {
+            read_timeout: data.read_timeout,
+            retries: data.retries,
+            give_up_after: data.give_up_after,
+            cache: data.cache_dir.clone().map(|folder| (folder, data.cache_bytes)),
+            ..Self::default()
+        }
+    }
+
+    /// For looking at shards before a job: a store that does not answer soon is reported instead of waited for.
+    #[must_use]
+    pub fn impatient() -> Self {
+        Self { read_timeout: Duration::from_secs(10), retries: 2, ..Self::default() }
+    }
+}
+
+impl Default for SourceOptions {
+    /// Five retries and no cache.
+    fn default() -> Self {
+        Self {
+            read_timeout: Duration::from_secs(30),
+            retries: 5,
+            give_up_after: Duration::ZERO,
+            cache: None,
+            chunk_bytes: CHUNK_BYTES,
+            first_pause: FIRST_PAUSE,
+        }
+    }
+}
+
+/// Opens shards wherever they lie. Credentials of stores come from this process's environment.
+#[derive(Debug, Default)]
+pub struct Sources {
+    options: SourceOptions,
+    cache: Option<Cache>,
+    /// Made when the first address needs it.
+    remote: OnceLock<Arc<Remote>>,
+}
+
+/// What a look at a shard has shown.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Seen {
+    /// It is there and has this many bytes.
+    Bytes(u64),
+    /// It is not there.
+    Missing,
+    /// That cannot be told from here, and why.
+    Unknown(String),
+}
+
+impl Sources {
+    /// Nothing is opened yet, and the cache's folder is made when it is first needed.
+    #[must_use]
+    pub fn new(options: SourceOptions) -> Self {
+        let cache = options.cache.clone().map(|(folder, max_bytes)| Cache::new(folder, max_bytes));
+        Self { options, cache, remote: OnceLock::new() }
+    }
+
+    /// Opens a shard for reading from its start; compression is undone on the way.
+    ///
+    /// `is_cancelled` is asked now and then while a store is waited for.
+    ///
+    /// Errors: [`Error::Open`] if there is no such shard; [`Error::Store`] if its store refuses or does not answer; [`Error::Cancelled`];
+    /// [`Error::UnsupportedScheme`], [`Error::NoSupport`], [`Error::Pipe`].
+    pub fn open<'a>(&self, url: &str, is_cancelled: impl Fn() -> bool + Send + 'a) -> Result<Stream<'a>> {
+        let halt = Halt::default();
+        let raw: Box<dyn Read + Send + 'a> = match Location::of(url)? {
+            Location::Local(path) => Box::new(File::open(path).map_err(|source| Error::Open { url: url.into(), source })?),
+            Location::Http | Location::Store(_) => self.open_remote(url, Box::new(is_cancelled), &halt)?,
+        };
+        let reader = compress::decompress(raw).map_err(|source| match halt.check() {
+            Ok(()) => Error::Open { url: url.into(), source },
+            Err(error) => error,
+        })?;
+        Ok(Stream { reader, halt })
+    }
+
+    fn open_remote<'a>(&self, url: &str, is_cancelled: remote::IsCancelled<'a>, halt: &Halt) -> Result<Box<dyn Read + Send + 'a>> {
+        let remote = self.remote()?;
+        let object = remote.object(url)?;
+        if let Some(cache) = &self.cache {
+            let cached = match remote.identify(&object, &self.options) {
+                Ok(identity) => cache.get(url, &identity),
+                // A store that is down for a while costs nothing where the shard is at hand.
+                Err(remote::Failure::Passing(_)) => cache.any(url),
+                // Some stores answer nothing but reads.
+                Err(_) => None,
+            };
+            if let Some(file) = cached {
+                return Ok(Box::new(file));
+            }
+        }
+        let (identity, reader) = remote.open(url, object, &self.options, is_cancelled, halt)?;
+        let filling = self.cache.as_ref().and_then(|cache| cache.begin(url, &identity));
+        Ok(match filling {
+            Some(filling) => Box::new(Tee::new(reader, filling)),
+            None => Box::new(reader),
+        })
+    }
+
+    /// Looks whether shards exist and how large they are, many at a time.
+    #[must_use]
+    pub fn look(&self, urls: &[String]) -> Vec<Seen> {
+        let local = |url: &String| match Location::of(url) {
+            Ok(Location::Local(path)) => match std::fs::metadata(path) {
+                Ok(metadata) if metadata.is_file() => Some(Seen::Bytes(metadata.len())),
+                _ => Some(Seen::Missing),
+            },
+            Ok(_) => None,
+            Err(error) => Some(Seen::Unknown(error.to_string())),
+        };
+        let mut seen: Vec<Option<Seen>> = urls.iter().map(local).collect();
+        let far: Vec<String> = urls.iter().zip(&seen).filter(|(_, seen)| seen.is_none()).map(|(url, _)| url.clone()).collect();
+        if !far.is_empty() {
+            let answers = match self.remote() {
+                Ok(remote) => remote.look(&far, &self.options),
+                Err(error) => vec![Seen::Unknown(error.to_string()); far.len()],
+            };
+            seen.iter_mut().filter(|seen| seen.is_none()).zip(answers).for_each(|(seen, answer)| *seen = Some(answer));
+        }
+        seen.into_iter().flatten().collect()
+    }
+
+    fn remote(&self) -> Result<&Arc<Remote>> {
+        if let Some(remote) = self.remote.get() {
+            return Ok(remote);
+        }
+        let remote = Arc::new(Remote::new(&self.options)?);
+        Ok(self.remote.get_or_init(|| remote))
+    }
+}
+
+/// A shard that is being read.
+pub struct Stream<'a> {
+    reader: Box<dyn Read + Send + 'a>,
+    halt: Halt,
+}
+
+impl Stream<'_> {
+    /// Says, once a read has failed, whether the shard could not be had; to be kept beside the stream.
+    #[must_use]
+    pub fn halt(&self) -> Halt {
+        self.halt.clone()
+    }
+}
+
+impl Read for Stream<'_> {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        self.reader.read(buf)
+    }
+}
+
+/// Why a stream ended before its shard did, if it is not the shard's fault. The readers on top of a stream change errors on their way up, hence
+/// a place apart.
+#[derive(Debug, Clone, Default)]
+pub struct Halt(Arc<OnceLock<Stopped>>);
+
+#[derive(Debug, Clone)]
+enum Stopped {
+    Cancelled,
+    Failed(StoreError),
+}
+
+impl Halt {
+    /// Whether what was read last is no part of the shard.
+    #[must_use]
+    pub fn is_set(&self) -> bool {
+        self.0.get().is_some()
+    }
+
+    /// Errors: [`Error::Cancelled`], [`Error::Store`].
+    pub fn check(&self) -> Result<()> {
+        match self.0.get() {
+            None => Ok(()),
+            Some(Stopped::Cancelled) => Err(Error::Cancelled),
+            Some(Stopped::Failed(error)) => Err(Error::Store(error.clone())),
+        }
+    }
+
+    /// The first cause stands.
+    fn set(&self, stopped: Stopped) {
+        let _ = self.0.set(stopped);
+    }
+}
 
 /// Expands the entries of `data.shards` into the job's shard list, in order.
 ///
-/// An entry may join several by `::`, hold ranges (`{00000..00123}`, inclusive, zero-padded) and alternatives (`{a,b}`), and, in a local path,
-/// the wildcards `*` and `?`, whose matches come in alphabetical order.
+/// An entry may join several by `::`, hold ranges (`{00000..00123}`, inclusive, zero-padded) and alternatives (`{a,b}`), and, in a path and in
+/// the name of an object in a store, the wildcards `*`, `?` and `[a-z]`, whose matches come in alphabetical order. An entry `@list` stands for the
+/// lines of a file, which may lie anywhere a shard may.
 ///
 /// Errors: [`Error::Pattern`] if an entry is empty, a range is malformed, a wildcard matches nothing or the list grows beyond the
-/// number of shards a job can name; [`Error::UnsupportedScheme`] and [`Error::Pipe`] for what cannot be read.
+/// number of shards a job can name; [`Error::UnsupportedScheme`], [`Error::NoSupport`] and [`Error::Pipe`] for what cannot be read; those of
+/// [`Sources::open`] for a list.
 pub fn expand_shards(patterns: &[String]) -> Result<Vec<String>> {
-    let mut shards = Vec::new();
-    for pattern in patterns {
-        let fail = |reason: String| Error::Pattern { pattern: pattern.clone(), reason };
-        // `pipe:` comes first: nothing of a command line is to be expanded.
-        Location::of(pattern)?;
-        for part in pattern.split("::") {
-            if part.trim().is_empty() {
-                return Err(fail("empty (is a `::` left over?)".into()));
-            }
-            let expanded_len = check_braces(part).map_err(&fail)?;
-            if shards.len() as u64 + expanded_len > u64::from(SampleName::LIMIT) {
-                return Err(fail(format!("more than {} shards", SampleName::LIMIT)));
-            }
-            for url in webdataset::braceexpand(part).map_err(|error| fail(error.to_string()))? {
-                match Location::of(&url)? {
-                    Location::Local(path) if path.contains(['*', '?']) => shards.extend(matching_files(path).map_err(&fail)?),
-                    Location::Local(_) => shards.push(url),
-                }
-            }
-        }
-    }
-    Ok(shards)
+    expand::expand(&Sources::new(SourceOptions::impatient()), patterns)
 }
 
-/// Opens a shard for reading from its start; gzip is undone on the way.
-///
-/// Errors: [`Error::Open`], [`Error::UnsupportedScheme`], [`Error::Pipe`].
-pub fn open(url: &str) -> Result<Box<dyn Read + Send>> {
-    let Location::Local(path) = Location::of(url)?;
-    let open = || {
-        let file = File::open(Path::new(path))?;
-        webdataset::shard::compress::decompress(Box::new(BufReader::with_capacity(READ_BYTES, file))).map_err(std::io::Error::other)
-    };
-    let (_kind, stream) = open().map_err(|source| Error::Open { url: url.into(), source })?;
-    Ok(stream)
+/// Opens a shard with the default [`SourceOptions`]; see [`Sources::open`].
+pub fn open(url: &str) -> Result<Stream<'static>> {
+    Sources::default().open(url, || false)
 }
 
 /// How a shard is reached.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Location<'a> {
     /// By a path on this host.
     Local(&'a str),
+    /// By plain requests.
+    Http,
+    /// As an object in a store that this build can read.
+    Store(StoreKind),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum StoreKind {
+    S3,
+    Gcs,
+    Azure,
 }
 
 impl<'a> Location<'a> {
@@ -70,149 +282,18 @@ impl<'a> Location<'a> {
         if url.trim_start().starts_with("pipe:") {
             return Err(Error::Pipe { url: url.into() });
         }
-        match url.split_once("://") {
-            None => Ok(Self::Local(url)),
-            Some(("file", path)) => Ok(Self::Local(path)),
-            Some((scheme, _)) => Err(Error::UnsupportedScheme { url: url.into(), scheme: scheme.into() }),
-        }
-    }
-}
-
-/// The files that match `path`'s wildcards, in alphabetical order.
-fn matching_files(path: &str) -> Result<Vec<String>, String> {
-    let matches = glob::glob(path).map_err(|error| error.to_string())?;
-    let files = matches
-        .map(|entry| {
-            let file = entry.map_err(|error| error.to_string())?;
-            file.into_os_string().into_string().map_err(|name| format!("{} is not UTF-8", name.display()))
-        })
-        .collect::<Result<Vec<_>, _>>()?;
-    if files.is_empty() { Err(format!("`{path}` matches no file")) } else { Ok(files) }
-}
-
-/// Checks the brace groups of one pattern and bounds the number of strings it stands for.
-///
-/// The expansion itself takes `{00..}` for plain text, and a range with a typing error in it for billions of names.
-pub(crate) fn check_braces(pattern: &str) -> Result<u64, String> {
-    let mut total = 1_u64;
-    let mut open = None;
-    for (position, character) in pattern.char_indices() {
-        match (character, open) {
-            ('{', None) => open = Some(position + 1),
-            ('{', Some(_)) => return Err("braces within braces".into()),
-            ('}', None) => return Err("`}` without `{`".into()),
-            ('}', Some(start)) => {
-                total = total.saturating_mul(group_len(&pattern[start..position])?);
-                open = None;
-            }
-            _ => {}
-        }
-    }
-    match open {
-        Some(_) => Err("`{` without `}`".into()),
-        None => Ok(total),
-    }
-}
-
-/// The number of strings the inside of a brace group stands for.
-fn group_len(group: &str) -> Result<u64, String> {
-    let malformed = || format!("`{{{group}}}` is neither a range such as {{00000..00123}} nor a list such as {{a,b}}");
-    if group.contains(',') {
-        return Ok(group.split(',').count() as u64);
-    }
-    let parts: Vec<&str> = group.split("..").collect();
-    let (first, last, step) = match parts[..] {
-        [first, last] => (first, last, "1"),
-        [first, last, step] => (first, last, step),
-        _ => return Err(malformed()),
-    };
-    let number = |text: &str| {
-        let is_number = !text.is_empty() && text.len() <= MAX_DIGITS && text.bytes().all(|byte| byte.is_ascii_digit());
-        is_number.then(|| text.parse::<u64>().ok()).flatten()
-    };
-    let letter = |text: &str| match text.as_bytes() {
-        [byte] if byte.is_ascii_alphabetic() => Some(u64::from(*byte)),
-        _ => None,
-    };
-    let bounds = number(first).zip(number(last)).or_else(|| letter(first).zip(letter(last)));
-    match (bounds, number(step)) {
-        (Some((first, last)), Some(step)) if step > 0 => Ok(first.abs_diff(last) / step + 1),
-        _ => Err(malformed()),
+        let Some((scheme, rest)) = url.split_once("://") else { return Ok(Self::Local(url)) };
+        let (kind, name, feature, is_built) = match scheme {
+            "file" => return Ok(Self::Local(rest)),
+            "http" | "https" => return Ok(Self::Http),
+            "s3" | "s3a" => (StoreKind::S3, "S3", "aws", cfg!(feature = "aws")),
+            "gs" => (StoreKind::Gcs, "Google Cloud Storage", "gcp", cfg!(feature = "gcp")),
+            "az" | "azure" | "adl" | "abfs" | "abfss" => (StoreKind::Azure, "Azure", "azure", cfg!(feature = "azure")),
+            _ => return Err(Error::UnsupportedScheme { url: url.into(), scheme: scheme.into() }),
+        };
+        if is_built { Ok(Self::Store(kind)) } else { Err(Error::NoSupport { url: url.into(), store: name, feature }) }
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-
-    fn expand(pattern: &str) -> Result<Vec<String>> {
-        expand_shards(&[pattern.to_owned()])
-    }
-
-    #[test]
-    fn ranges_are_inclusive_and_zero_padded() {
-        assert_eq!(expand("/d/{00098..00100}.tar").unwrap(), ["/d/00098.tar", "/d/00099.tar", "/d/00100.tar"]);
-        assert_eq!(expand("a-{0..1}.tar::b-{x,y}.tar").unwrap(), ["a-0.tar", "a-1.tar", "b-x.tar", "b-y.tar"]);
-        assert_eq!(expand("{1..9..4}.tar").unwrap(), ["1.tar", "5.tar", "9.tar"]);
-        assert_eq!(expand("plain.tar").unwrap(), ["plain.tar"]);
-    }
-
-    #[test]
-    fn malformed_patterns_name_what_is_wrong() {
-        for (pattern, wanted) in [
-            ("", "empty"),
-            ("a.tar::", "empty"),
-            ("{00..}.tar", "neither a range"),
-            ("{..}.tar", "neither a range"),
-            ("{}.tar", "neither a range"),
-            ("{0..x}.tar", "neither a range"),
-            ("{a}.tar", "neither a range"),
-            ("{0..9..0}.tar", "neither a range"),
-            ("{0..9", "without"),
-            ("0..9}", "without"),
-            ("{a,{b,c}}", "within braces"),
-            ("{0..999999999}.tar", "more than 16777216 shards"),
-            ("{a..f..4294967296}.tar", "neither a range"),
-            ("{0..99999999999999999999}.tar", "neither a range"),
-        ] {
-            let error = expand(pattern).unwrap_err();
-            assert!(matches!(error, Error::Pattern { .. }) && error.to_string().contains(wanted), "{pattern}: {error}");
-        }
-    }
-
-    #[test]
-    fn schemes_that_cannot_be_read_are_named() {
-        assert!(matches!(expand("pipe:cat a::b.tar").unwrap_err(), Error::Pipe { .. }));
-        let error = expand("s3://bucket/{0..3}.tar").unwrap_err();
-        assert_eq!(error.to_string(), "shard `s3://bucket/{0..3}.tar`: this build reads local paths only, not s3://");
-        assert!(matches!(open("https://host/0.tar").err().unwrap(), Error::UnsupportedScheme { scheme, .. } if scheme == "https"));
-        assert!(matches!(open("pipe:true").err().unwrap(), Error::Pipe { .. }));
-    }
-
-    #[test]
-    fn wildcards_match_in_alphabetical_order() {
-        let folder = tempfile::tempdir().unwrap();
-        for name in ["b.tar", "a.tar", "c.txt"] {
-            std::fs::write(folder.path().join(name), b"").unwrap();
-        }
-        let root = folder.path().to_str().unwrap();
-        assert_eq!(expand(&format!("{root}/*.tar")).unwrap(), [format!("{root}/a.tar"), format!("{root}/b.tar")]);
-        assert!(expand(&format!("{root}/*.tgz")).unwrap_err().to_string().contains("matches no file"));
-    }
-
-    #[test]
-    fn a_missing_shard_is_an_error_that_names_it() {
-        assert!(open("/no/such/shard.tar").err().unwrap().to_string().starts_with("open /no/such/shard.tar: "));
-    }
-
-    proptest! {
-        #[test]
-        fn any_pattern_expands_or_is_refused(pattern in "[a-c0-3{}.,:\\\\/]{0,12}") {
-            if let Ok(shards) = expand(&pattern) {
-                prop_assert!(shards.len() <= SampleName::LIMIT as usize);
-            }
-        }
-    }
-}
+mod tests;

@@ -9,6 +9,9 @@ use rand_chacha::ChaCha8Rng;
 
 use crate::bucket::Bucket;
 
+#[path = "../../../tests/src/harness/http.rs"]
+pub mod http;
+
 /// A tar with these members.
 pub fn tar_of(members: &[(&str, &[u8])]) -> Vec<u8> {
     let mut builder = tar::Builder::new(Vec::new());

@@ -13,7 +13,7 @@ use crate::caption::Cleaner;
 use crate::loader::{Batch, LoaderConfig, Prepared, prepare};
 use crate::sample::{Encoded, Reason, Rules, examine};
 use crate::shard::read_shard;
-use crate::source::{expand_shards, open};
+use crate::source::{SourceOptions, Sources, expand_shards};
 use crate::{Error, Result};
 
 /// The epoch under which validation samples draw: names of trained samples stay below it.
@@ -41,12 +41,13 @@ impl ValidationSet {
     /// The rules of `config` hold as for training, but for the dropping of prompts. `warn` is told of broken samples, which are passed
     /// over, as are those that a rule leaves out: all workers read the same files and so keep the same samples.
     ///
-    /// Errors: those of [`expand_shards`]; [`Error::Open`] naming the shard; [`Error::Validation`] if no sample is usable, or they are too
-    /// large to be held.
+    /// Errors: those of [`expand_shards`]; [`Error::Open`] and [`Error::Store`] naming the shard; [`Error::Validation`] if no sample is
+    /// usable, or they are too large to be held.
     pub fn load(patterns: &[String], limit: u32, config: &LoaderConfig, mut warn: impl FnMut(&str)) -> Result<Self> {
         let config = LoaderConfig { condition_dropout: 0.0, ..config.clone() };
         config.validate()?;
         let (rules, cleaner) = (Rules::new(&config.data), Cleaner::new(config.data.captions.rules(), config.data.strict_clean)?);
+        let sources = Sources::new(SourceOptions::new(&config.data));
         let shards = expand_shards(patterns)?;
         let limit = if limit == 0 { usize::MAX } else { limit as usize };
         let mut samples: Vec<Kept> = Vec::new();
@@ -55,8 +56,10 @@ impl ValidationSet {
             if samples.len() == limit || num_bytes > MAX_BYTES {
                 break;
             }
-            let end = read_shard(open(url)?, &Bitmap::default(), |raw| {
-                if samples.len() == limit || num_bytes > MAX_BYTES {
+            let mut tar = sources.open(url, || false)?;
+            let halt = tar.halt();
+            let end = read_shard(&mut tar, &Bitmap::default(), |raw| {
+                if halt.is_set() || samples.len() == limit || num_bytes > MAX_BYTES {
                     return ControlFlow::Break(());
                 }
                 let (index, key) = (raw.index, raw.key.clone());
@@ -70,6 +73,7 @@ impl ValidationSet {
                 }
                 ControlFlow::Continue(())
             });
+            halt.check()?;
             if let Some(broken_off) = end.and_then(|end| end.truncated) {
                 warn(&format!("validation shard {url}: {broken_off}; the rest of it is lost"));
             }

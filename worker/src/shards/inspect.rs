@@ -11,7 +11,7 @@ use peapod_data::bucket::Bucket;
 use peapod_data::caption::Cleaner;
 use peapod_data::sample::{Rules, examine};
 use peapod_data::shard::{RawSample, read_shard};
-use peapod_data::{Reason, expand_shards, image, source};
+use peapod_data::{Reason, Rule, expand_shards, image, source};
 use peapod_proto::ids::Bitmap;
 use peapod_proto::job::{DataSection, Job};
 use serde::Serialize;
@@ -66,9 +66,9 @@ pub struct Summary {
     pub num_parallel: u64,
     /// Samples with a value under each key of their json.
     pub keys: BTreeMap<String, u64>,
-    /// Samples that the rules leave out, by rule; numbers in a rule are written as N.
+    /// Samples that the rules leave out, by rule.
     pub filtered: BTreeMap<String, u64>,
-    /// Broken samples, by what is wrong with them.
+    /// Broken samples, by the name of what is wrong with them.
     pub bad: BTreeMap<String, u64>,
     /// The first broken samples, in the list's order.
     pub first_bad: Vec<BadSample>,
@@ -133,7 +133,7 @@ fn data_section(options: &Options) -> Result<DataSection, String> {
 /// As [`run`].
 pub fn summarise(list: &[String], data: &DataSection, decode: bool) -> Result<Summary, String> {
     let shards = expand_shards(list).map_err(|error| error.to_string())?;
-    let cleaner = Cleaner::new(data.strict_clean).map_err(|error| error.to_string())?;
+    let cleaner = Cleaner::new(data.captions.rules(), data.strict_clean).map_err(|error| error.to_string())?;
     let rules = Rules::new(data);
     let bar = progress_bar(Some(shards.len() as u64), "shards");
     let (next, parts) = (AtomicUsize::new(0), Mutex::new(BTreeMap::new()));
@@ -192,9 +192,9 @@ impl Summary {
             }
         }
         let key = sample.key.clone();
-        let examined = examine(sample, rules, cleaner).map_err(|skip| (skip.reason, skip.detail)).and_then(|encoded| {
+        let examined = examine(sample, rules, cleaner).map_err(|skip| (skip.rule, skip.words)).and_then(|encoded| {
             if decode {
-                image::decode(&encoded.jpeg).map_err(|error| (Reason::Bad, error.to_string()))?;
+                image::decode(&encoded.jpeg).map_err(|error| (Rule::BadPicture, error.to_string()))?;
             }
             Ok(encoded)
         });
@@ -205,11 +205,11 @@ impl Summary {
                 }
                 *(if encoded.caption.native { &mut self.num_native } else { &mut self.num_parallel }) += 1;
             }
-            Err((Reason::Filtered, detail)) => *self.filtered.entry(without_numbers(&detail)).or_default() += 1,
-            Err((Reason::Bad, detail)) => {
-                *self.bad.entry(without_numbers(&detail)).or_default() += 1;
+            Err((rule, _)) if rule.reason() == Reason::Filtered => *self.filtered.entry(rule.to_string()).or_default() += 1,
+            Err((rule, words)) => {
+                *self.bad.entry(rule.to_string()).or_default() += 1;
                 if self.first_bad.len() < NUM_NAMED {
-                    self.first_bad.push(BadSample { shard: shard.to_owned(), key, reason: detail });
+                    self.first_bad.push(BadSample { shard: shard.to_owned(), key, reason: format!("{rule}: {words}") });
                 }
             }
         }
@@ -248,19 +248,6 @@ impl Summary {
         self.first_bad.extend(part.first_bad);
         self.first_bad.truncate(NUM_NAMED);
     }
-}
-
-/// A reason with its numbers replaced by N, so that reasons which differ by them only are counted together.
-fn without_numbers(reason: &str) -> String {
-    let mut text = String::with_capacity(reason.len());
-    for character in reason.chars() {
-        match character {
-            '0'..='9' if text.ends_with('N') => {}
-            '0'..='9' => text.push('N'),
-            other => text.push(other),
-        }
-    }
-    text.replace("N.N", "N")
 }
 
 fn describe(summary: &Summary) -> String {
@@ -302,12 +289,6 @@ fn describe(summary: &Summary) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn reasons_that_differ_by_numbers_only_are_one() {
-        assert_eq!(without_numbers("400 x 30 is less than 409600 pixels"), "N x N is less than N pixels");
-        assert_eq!(without_numbers("aesthetic_score 5.95 is below 6"), "aesthetic_score N is below N");
-    }
 
     #[test]
     fn parts_add_up_in_the_order_of_the_list() {

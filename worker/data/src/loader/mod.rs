@@ -239,7 +239,7 @@ impl Loader {
     /// Pictures of later shares of the same size are decoded meanwhile.
     ///
     /// Errors: [`Error::Cancelled`] from [`LoaderHandle::cancel`] until [`LoaderHandle::resume`], whereupon nothing is lost;
-    /// [`Error::ThreadPanicked`].
+    /// [`Error::Store`] if a shard cannot be had, its store being down for `data.give_up_after`; [`Error::ThreadPanicked`].
     pub fn next_share(&mut self, num_samples: usize) -> Result<Share> {
         let mut state = self.shared.lock();
         loop {
@@ -249,6 +249,9 @@ impl Loader {
             }
             if state.is_cancelled {
                 return Err(Error::Cancelled);
+            }
+            if let Some(failure) = &state.failure {
+                return Err(failure.clone().into());
             }
             let share = state.take_share(num_samples);
             // Planning has moved samples on: there may be pictures to decode and room to read.

@@ -5,6 +5,7 @@ use std::collections::{HashSet, VecDeque};
 use peapod_proto::ids::{LeaseId, SampleName};
 
 use super::{Batch, LeasedShard, LoaderConfig, Prepared, Share, Stats};
+use crate::StoreError;
 use crate::plan::{Cuts, Pool, Pooled};
 use crate::sample::Encoded;
 
@@ -97,6 +98,8 @@ pub struct State {
     planned: VecDeque<Planned>,
     next_ticket: u64,
 
+    /// Why the reader has ended, if a shard could not be had.
+    pub failure: Option<StoreError>,
     pub is_cancelled: bool,
     pub is_stopping: bool,
 }
@@ -122,6 +125,7 @@ impl State {
             cuts: Cuts::default(),
             planned: VecDeque::new(),
             next_ticket: 0,
+            failure: None,
             is_cancelled: false,
             is_stopping: false,
         }

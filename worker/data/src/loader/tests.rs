@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use super::*;
 use crate::sample::Reason;
+use crate::testing::http::{Fault, FileServer, Habits};
 use crate::testing::{data_section, jpeg_of, noisy_jpeg, tar_of};
 
 /// Long enough for a loaded machine; only a failing test waits it out.
@@ -417,6 +418,49 @@ fn missing_and_truncated_shards_end_with_their_reason() {
     let (skips, end) = rig.reports(LeaseId(100));
     assert!(end.truncated.is_some() && end.num_samples < 10);
     assert_eq!(names(&rig.drain(20)).len() + skips.len(), end.num_samples as usize);
+}
+
+/// A shard behind a server that answers its beginning, and nothing more after that.
+fn served(tar: &[u8], fault: Fault) -> (FileServer, String) {
+    let server = FileServer::start();
+    server.put("0.tar", tar);
+    server.set_habits(Habits { ignores_ranges: true, fails_every: Some((1, fault)), ..Habits::default() });
+    let url = server.url("0.tar");
+    (server, url)
+}
+
+#[test]
+fn shard_whose_store_fails_is_neither_lost_nor_broken() {
+    let folder = tempfile::tempdir().unwrap();
+    let tar = std::fs::read(write_shard(folder.path(), 0, &[Kind::Good; 10])).unwrap();
+    // In the middle of a picture.
+    let (server, url) = served(&tar, Fault::CutAfter(tar.len() / 2 + 600));
+    let mut config = config(4, 1);
+    (config.data.retries, config.data.give_up_after) = (0, Duration::ZERO);
+    let mut rig = Rig::start(config);
+    rig.handle.grant(vec![lease(0, 0, &url)], true);
+    for _ in 0..2 {
+        match rig.loader.next_share(20).unwrap_err() {
+            Error::Store(error) => assert!(error.url == url && error.reason.starts_with("the answer breaks off"), "{error}"),
+            other => panic!("{other}"),
+        }
+    }
+    assert!(rig.all_skips().is_empty(), "half a sample is not a bad one");
+    drop(server);
+}
+
+#[test]
+fn loader_stops_and_leases_end_while_a_store_is_waited_for() {
+    let (_server, url) = served(&[0; 4096], Fault::StallAfter(0));
+    let folder = tempfile::tempdir().unwrap();
+    let good = write_shard(folder.path(), 1, &[Kind::Good; 4]);
+    let mut rig = Rig::start(config(4, 1));
+    rig.handle.grant(vec![lease(0, 0, &url), lease(1, 1, &good)], true);
+    // Only without the first does the reader come to the second.
+    rig.loader.retain_leases(&[LeaseId(101)]);
+    assert_eq!(rig.loader.next_share(4).unwrap().num_samples(), 4);
+    rig.handle.grant(vec![lease(2, 0, &url)], true);
+    drop(rig);
 }
 
 #[test]

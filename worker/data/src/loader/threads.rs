@@ -13,9 +13,11 @@ use super::{LeasedShard, LoaderConfig, LoaderEvent, Prepared};
 use crate::bucket::Bucket;
 use crate::caption::Cleaner;
 use crate::draws::SampleRng;
+use crate::format::Turn;
 use crate::sample::{Encoded, Rule, Rules, Skip, examine};
 use crate::shard::{ShardEnd, read_shard};
-use crate::{Result, image, source};
+use crate::source::{SourceOptions, Sources};
+use crate::{Error, Result, StoreError, image};
 
 /// Skipped samples that are reported together.
 const REPORT_LEN: usize = 64;
@@ -30,6 +32,7 @@ pub struct Shared {
     pub has_panicked: AtomicBool,
     config: LoaderConfig,
     rules: Rules,
+    sources: Sources,
     events: Box<dyn Fn(LoaderEvent) + Send + Sync>,
 }
 
@@ -40,6 +43,7 @@ impl Shared {
             progress: Condvar::new(),
             work: Condvar::new(),
             has_panicked: AtomicBool::new(false),
+            sources: Sources::new(SourceOptions::new(&config.data)),
             config,
             rules,
             events,
@@ -103,6 +107,16 @@ pub fn read_leases(shared: &Shared, cleaner: &Cleaner) {
         let end = read_lease(shared, cleaner, &lease, &mut skipped);
 
         let mut state = shared.lock();
+        let end = match end {
+            Ok(end) => end,
+            Err(error) => {
+                // The lease stays unread: what it holds is for whoever has it next.
+                state.failure = Some(error);
+                drop(state);
+                shared.wake_all();
+                return;
+            }
+        };
         state.end_lease();
         if end.is_some() && state.is_held(id) {
             shared.report(id, skipped, end);
@@ -115,12 +129,25 @@ pub fn read_leases(shared: &Shared, cleaner: &Cleaner) {
 }
 
 /// Reads one tar into the buffers; `skipped` keeps what is not reported yet. `None` if the lease was lost or the loader stops.
-fn read_lease(shared: &Shared, cleaner: &Cleaner, lease: &LeasedShard, skipped: &mut Vec<Skip>) -> Option<ShardEnd> {
-    let tar = match source::open(&lease.url) {
-        Ok(tar) => tar,
-        Err(error) => return Some(ShardEnd { num_samples: 0, truncated: Some(error.to_string()) }),
+///
+/// Errors: the shard could not be had, and nothing is known to be wrong with it.
+fn read_lease(shared: &Shared, cleaner: &Cleaner, lease: &LeasedShard, skipped: &mut Vec<Skip>) -> Result<Option<ShardEnd>, StoreError> {
+    let is_cancelled = || {
+        let state = shared.lock();
+        state.is_stopping || !state.is_held(lease.lease)
     };
-    read_shard(tar, &lease.done, |raw| {
+    let mut tar = match shared.sources.open(&lease.url, is_cancelled) {
+        Ok(tar) => tar,
+        Err(Error::Cancelled) => return Ok(None),
+        Err(Error::Store(error)) => return Err(error),
+        Err(error) => return Ok(Some(ShardEnd { num_samples: 0, truncated: Some(error.to_string()) })),
+    };
+    let halt = tar.halt();
+    let end = read_shard(&mut tar, &lease.done, |raw| {
+        // A sample that a failed read cut short is not a broken one.
+        if halt.is_set() {
+            return ControlFlow::Break(());
+        }
         let (index, key) = (raw.index, raw.key.clone());
         match examine(raw, &shared.rules, cleaner) {
             Ok(encoded) => {
@@ -140,7 +167,12 @@ fn read_lease(shared: &Shared, cleaner: &Cleaner, lease: &LeasedShard, skipped: 
                 ControlFlow::Continue(())
             }
         }
-    })
+    });
+    match halt.check() {
+        Ok(()) => Ok(end),
+        Err(Error::Store(error)) => Err(error),
+        Err(_) => Ok(None),
+    }
 }
 
 /// Puts a sample into the buffers, waiting for room.
@@ -205,7 +237,7 @@ pub fn prepare(resizer: &mut Resizer, name: SampleName, lease: LeaseId, encoded:
     let rng = SampleRng::new(config.seed, name);
     let bucket = Bucket { width, height };
     // What a shrunk picture lacks at its right and lower edges would lie elsewhere once it is turned.
-    let (picture, by) = match config.data.fast_shrink && turn.is_upright() {
+    let (picture, by) = match config.data.fast_shrink && turn == Turn::NONE {
         true => image::decode_shrunk(&jpeg, size, bucket)?,
         false => (turn.apply(image::decode(&jpeg)?), 1),
     };

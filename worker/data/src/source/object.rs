@@ -1,0 +1,147 @@
+//! Objects in S3, Google Cloud Storage and Azure.
+
+use std::collections::HashMap;
+use std::error::Error as _;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use futures::{StreamExt, TryStreamExt};
+use object_store::path::Path;
+use object_store::{ClientConfigKey, GetOptions, ObjectMeta, ObjectStore, ObjectStoreExt, RetryConfig};
+
+use super::StoreKind;
+use super::remote::{Answer, Failure, Identity};
+use crate::error::StoreError;
+use crate::{Error, Result};
+
+/// For a whole request: longer than any takes that gets on. Those that do not are noticed by the reader.
+const REQUEST_TIMEOUT: &str = "1h";
+
+/// The stores in use, each with its connections and credentials, by the part of the address that names it.
+#[derive(Debug, Default)]
+pub struct Stores(Mutex<HashMap<String, Arc<dyn ObjectStore>>>);
+
+/// An object, or a folder of them.
+#[derive(Debug, Clone)]
+pub struct Stored {
+    /// `s3://bucket`, `az://container`.
+    root: String,
+    store: Arc<dyn ObjectStore>,
+    path: Path,
+}
+
+impl Stores {
+    /// The object of an address whose store is of `kind`. Its name is taken as it is written.
+    ///
+    /// Errors: [`Error::Store`] if the environment does not say how the store is reached.
+    pub fn object(&self, kind: StoreKind, url: &str) -> Result<Stored> {
+        let fail = |reason: String| Error::Store(StoreError { url: url.into(), reason });
+        let authority = url.find("://").map_or(0, |at| at + 3);
+        let (root, path) = match url[authority..].find('/') {
+            Some(slash) => url.split_at(authority + slash),
+            None => (url, ""),
+        };
+        let path = Path::parse(path).map_err(|error| fail(error.to_string()))?;
+        let mut stores = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let store = match stores.get(root) {
+            Some(store) => store.clone(),
+            None => {
+                let store = build(kind, root).map_err(|error| fail(with_sources(&error)))?;
+                stores.insert(root.into(), store.clone());
+                store
+            }
+        };
+        Ok(Stored { root: root.into(), store, path })
+    }
+}
+
+/// A store as this process's environment describes it. Retries and deadlines are those of the reader above.
+fn build(kind: StoreKind, root: &str) -> object_store::Result<Arc<dyn ObjectStore>> {
+    let retry = RetryConfig { max_retries: 0, retry_timeout: Duration::ZERO, ..RetryConfig::default() };
+    match kind {
+        #[cfg(feature = "aws")]
+        StoreKind::S3 => {
+            use object_store::aws::{AmazonS3Builder, AmazonS3ConfigKey::Client};
+            let builder = AmazonS3Builder::from_env().with_url(root).with_config(Client(ClientConfigKey::Timeout), REQUEST_TIMEOUT);
+            Ok(Arc::new(builder.with_retry(retry).build()?))
+        }
+        #[cfg(feature = "gcp")]
+        StoreKind::Gcs => {
+            use object_store::gcp::{GoogleCloudStorageBuilder, GoogleConfigKey::Client};
+            let builder =
+                GoogleCloudStorageBuilder::from_env().with_url(root).with_config(Client(ClientConfigKey::Timeout), REQUEST_TIMEOUT);
+            Ok(Arc::new(builder.with_retry(retry).build()?))
+        }
+        #[cfg(feature = "azure")]
+        StoreKind::Azure => {
+            use object_store::azure::{AzureConfigKey::Client, MicrosoftAzureBuilder};
+            let builder = MicrosoftAzureBuilder::from_env().with_url(root).with_config(Client(ClientConfigKey::Timeout), REQUEST_TIMEOUT);
+            Ok(Arc::new(builder.with_retry(retry).build()?))
+        }
+        // Location::of lets no address of such a store pass.
+        #[cfg(not(all(feature = "aws", feature = "azure", feature = "gcp")))]
+        _ => Err(object_store::Error::NotSupported { source: format!("{root}: not in this build").into() }),
+    }
+}
+
+impl Stored {
+    /// Asks for the bytes in `range`, of the version `identity`, as far as it is known.
+    pub async fn get(&self, range: Option<Range<u64>>, identity: &Identity) -> Result<Answer, Failure> {
+        // An empty object has no range to ask for, and its size is not known before.
+        if identity.size.is_none() {
+            let found = self.identify().await?;
+            if found.size == Some(0) {
+                return Ok(Answer { identity: found, start: 0, is_part: true, body: futures::stream::empty().boxed() });
+            }
+        }
+        let options = GetOptions { range: range.map(Into::into), if_match: identity.etag.clone(), ..GetOptions::default() };
+        let answer = self.store.get_opts(&self.path, options).await.map_err(|error| failure_of(&error))?;
+        let (identity, start) = (identity_of(&answer.meta), answer.range.start);
+        let body = answer.into_stream().map_err(|error| failure_of(&error)).boxed();
+        Ok(Answer { identity, start, is_part: true, body })
+    }
+
+    /// Asks which version is there and how large it is.
+    pub async fn identify(&self) -> Result<Identity, Failure> {
+        self.store.head(&self.path).await.map(|meta| identity_of(&meta)).map_err(|error| failure_of(&error))
+    }
+
+    /// The addresses of all objects in this folder and those below.
+    pub async fn list(&self) -> Result<Vec<String>, Failure> {
+        let objects = self.store.list(Some(&self.path)).map_ok(|meta| format!("{}/{}", self.root, meta.location));
+        objects.try_collect().await.map_err(|error| failure_of(&error))
+    }
+}
+
+fn identity_of(meta: &ObjectMeta) -> Identity {
+    Identity { size: Some(meta.size), etag: meta.e_tag.clone(), modified: Some(meta.last_modified.to_rfc3339()) }
+}
+
+fn failure_of(error: &object_store::Error) -> Failure {
+    use object_store::Error;
+    match error {
+        Error::NotFound { .. } => Failure::Missing("there is no such object".into()),
+        Error::Precondition { .. } => Failure::Changed,
+        Error::PermissionDenied { .. } | Error::Unauthenticated { .. } => {
+            Failure::Lasting(format!("{}; credentials come from the environment", with_sources(error)))
+        }
+        Error::InvalidPath { .. } | Error::NotSupported { .. } | Error::NotImplemented { .. } | Error::UnknownConfigurationKey { .. } => {
+            Failure::Lasting(with_sources(error))
+        }
+        _ => Failure::Passing(with_sources(error)),
+    }
+}
+
+/// An error with the last thing behind it, in one line: the errors between repeat each other.
+fn with_sources(error: &object_store::Error) -> String {
+    let text = error.to_string();
+    let mut last = error.source();
+    while let Some(source) = last.and_then(|error| error.source()) {
+        last = Some(source);
+    }
+    match last.map(ToString::to_string) {
+        Some(source) if !text.contains(&source) => format!("{text}: {source}"),
+        _ => text,
+    }
+}

@@ -1,0 +1,632 @@
+//! Reading objects over a network: pieces fetched ahead, a deadline for each wait, and retries that go on at the byte where it broke.
+//!
+//! One runtime thread does the waiting; the data threads read from a channel.
+
+use std::collections::VecDeque;
+use std::hash::{BuildHasher, RandomState};
+use std::io::{self, Read};
+use std::ops::Range;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Mutex, Once, PoisonError};
+use std::time::Duration;
+
+use bytes::{Buf, Bytes};
+use futures::StreamExt;
+use futures::stream::BoxStream;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, timeout};
+
+use super::{Halt, Location, Seen, SourceOptions, Stopped, http};
+use crate::error::StoreError;
+use crate::{Error, Result};
+
+/// Pieces held at once: the one that is read and two ahead of it.
+const CHUNKS: usize = 3;
+
+/// How often a thread that waits for bytes asks whether it still should.
+const CANCEL_POLL: Duration = Duration::from_millis(50);
+
+/// Longest pause between two attempts.
+const MAX_PAUSE: Duration = Duration::from_secs(30);
+
+/// How often a store that stays away is in the log.
+const WARN_EVERY: Duration = Duration::from_secs(60);
+
+/// Shards that are looked at side by side.
+const LOOKS: usize = 32;
+
+/// Asked while a store is waited for.
+pub type IsCancelled<'a> = Box<dyn Fn() -> bool + Send + 'a>;
+
+/// What tells one version of an object from another. Stores differ in what they say.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Identity {
+    pub size: Option<u64>,
+    pub etag: Option<String>,
+    pub modified: Option<String>,
+}
+
+impl Identity {
+    /// Whether anything that both know is different.
+    fn differs(&self, other: &Self) -> bool {
+        let text = |here: &Option<String>, there: &Option<String>| here.is_some() && there.is_some() && here != there;
+        let size = self.size.is_some() && other.size.is_some() && self.size != other.size;
+        // Servers of one object behind one address may disagree on its time, but not on its tag.
+        let modified = (self.etag.is_none() || other.etag.is_none()) && text(&self.modified, &other.modified);
+        size || modified || text(&self.etag, &other.etag)
+    }
+}
+
+/// Why a request has failed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Failure {
+    /// It may succeed the next time.
+    Passing(String),
+    /// There is no such object.
+    Missing(String),
+    /// It will not succeed: the store refuses, or has failed for too long.
+    Lasting(String),
+    /// The object is no longer the one that was begun.
+    Changed,
+}
+
+impl Failure {
+    fn into_error(self, url: &str) -> Error {
+        let store = |reason: String| Error::Store(StoreError { url: url.into(), reason });
+        match self {
+            Self::Missing(text) => Error::Open { url: url.into(), source: io::Error::new(io::ErrorKind::NotFound, text) },
+            Self::Passing(text) | Self::Lasting(text) => store(text),
+            Self::Changed => store("it was changed while it was read; shards must stay as they are for the length of a job".into()),
+        }
+    }
+}
+
+/// The beginning of an answer, and its bytes.
+pub struct Answer {
+    pub identity: Identity,
+    /// Where in the object the body begins.
+    pub start: u64,
+    /// Whether it is what was asked for, rather than the whole object.
+    pub is_part: bool,
+    pub body: BoxStream<'static, Result<Bytes, Failure>>,
+}
+
+/// An object, by the means to ask for it.
+#[derive(Debug, Clone)]
+pub enum Object {
+    Http {
+        client: reqwest::Client,
+        url: String,
+    },
+    #[cfg(any(feature = "aws", feature = "azure", feature = "gcp"))]
+    Stored(super::object::Stored),
+}
+
+impl Object {
+    async fn get(&self, range: Option<Range<u64>>, identity: &Identity) -> Result<Answer, Failure> {
+        match self {
+            Self::Http { client, url } => http::get(client, url, range, identity).await,
+            #[cfg(any(feature = "aws", feature = "azure", feature = "gcp"))]
+            Self::Stored(stored) => stored.get(range, identity).await,
+        }
+    }
+
+    async fn identify(&self) -> Result<Identity, Failure> {
+        match self {
+            Self::Http { client, url } => http::identify(client, url).await,
+            #[cfg(any(feature = "aws", feature = "azure", feature = "gcp"))]
+            Self::Stored(stored) => stored.identify().await,
+        }
+    }
+}
+
+/// What all remote reads share.
+#[derive(Debug)]
+pub struct Remote {
+    /// `None` only while it is being dropped.
+    runtime: Option<tokio::runtime::Runtime>,
+    client: reqwest::Client,
+    #[cfg(any(feature = "aws", feature = "azure", feature = "gcp"))]
+    stores: super::object::Stores,
+}
+
+impl Drop for Remote {
+    fn drop(&mut self) {
+        // An ordinary drop waits for tasks, which a program that is itself asynchronous must not.
+        if let Some(runtime) = self.runtime.take() {
+            runtime.shutdown_background();
+        }
+    }
+}
+
+impl Remote {
+    /// Errors: [`Error::Network`].
+    pub fn new(options: &SourceOptions) -> Result<Self> {
+        static PROVIDER: Once = Once::new();
+        // Fails if the program has chosen one already, which serves as well.
+        PROVIDER.call_once(|| drop(rustls::crypto::ring::default_provider().install_default()));
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).thread_name("data-remote").enable_all().build();
+        let client = reqwest::Client::builder()
+            .user_agent(concat!("peapod/", env!("CARGO_PKG_VERSION")))
+            .connect_timeout(options.read_timeout)
+            .build()
+            .map_err(|error| Error::Network(error.to_string()))?;
+        Ok(Self {
+            runtime: Some(runtime.map_err(|error| Error::Network(error.to_string()))?),
+            client,
+            #[cfg(any(feature = "aws", feature = "azure", feature = "gcp"))]
+            stores: super::object::Stores::default(),
+        })
+    }
+
+    pub fn object(&self, url: &str) -> Result<Object> {
+        match Location::of(url)? {
+            #[cfg(any(feature = "aws", feature = "azure", feature = "gcp"))]
+            Location::Store(kind) => Ok(Object::Stored(self.stores.object(kind, url)?)),
+            _ => Ok(Object::Http { client: self.client.clone(), url: url.into() }),
+        }
+    }
+
+    /// Which version of an object is there.
+    pub fn identify(&self, object: &Object, options: &SourceOptions) -> Result<Identity, Failure> {
+        let (object, options) = (object.clone(), options.clone());
+        self.wait_for(async move { ask(&object, &options).await })
+    }
+
+    /// Looks whether objects exist and how large they are.
+    pub fn look(&self, urls: &[String], options: &SourceOptions) -> Vec<Seen> {
+        let objects: Vec<Result<Object>> = urls.iter().map(|url| self.object(url)).collect();
+        let options = options.clone();
+        let num = urls.len();
+        let looks = futures::stream::iter(objects).map(move |object| {
+            let options = options.clone();
+            async move {
+                match object {
+                    Ok(object) => match ask(&object, &options).await {
+                        Ok(Identity { size: Some(size), .. }) => Seen::Bytes(size),
+                        Ok(_) => Seen::Unknown("its server does not tell its size".into()),
+                        Err(Failure::Missing(_)) => Seen::Missing,
+                        Err(Failure::Passing(text) | Failure::Lasting(text)) => Seen::Unknown(text),
+                        Err(Failure::Changed) => Seen::Unknown("it is being changed".into()),
+                    },
+                    Err(error) => Seen::Unknown(error.to_string()),
+                }
+            }
+        });
+        let all = looks.buffered(LOOKS).collect();
+        self.wait_for(async move { Ok(all.await) }).unwrap_or_else(|_| vec![Seen::Unknown("interrupted".into()); num])
+    }
+
+    /// Opens an object; waits for its first answer.
+    pub fn open<'a>(
+        &self,
+        url: &str,
+        object: Object,
+        options: &SourceOptions,
+        is_cancelled: IsCancelled<'a>,
+        halt: &Halt,
+    ) -> Result<(Identity, RemoteReader<'a>)> {
+        let (send, messages) = channel();
+        let patience = Arc::new(Patience { url: url.into(), options: options.clone(), warned: Mutex::new(None) });
+        let task = async move {
+            let last = match produce(Arc::new(object), patience, &send).await {
+                Ok(()) => Message::End,
+                Err(failure) => Message::Failed(failure),
+            };
+            // A reader that is gone needs no answer.
+            let _ = send.send(last);
+        };
+        let Some(runtime) = &self.runtime else { return Err(Error::Network("shutting down".into())) };
+        let reader = RemoteReader {
+            url: url.into(),
+            messages,
+            task: runtime.spawn(task),
+            pieces: VecDeque::new(),
+            permit: None,
+            has_ended: false,
+            is_cancelled,
+            halt: halt.clone(),
+        };
+        match reader.next_message()? {
+            Message::Opened(identity) => Ok((identity, reader)),
+            Message::Failed(failure) => Err(failure.into_error(url)),
+            Message::Chunk { .. } | Message::End => Err(Failure::Lasting("no beginning".into()).into_error(url)),
+        }
+    }
+
+    #[cfg(any(feature = "aws", feature = "azure", feature = "gcp"))]
+    fn list(&self, stored: super::object::Stored) -> Result<Vec<String>, Failure> {
+        self.wait_for(async move { stored.list().await })
+    }
+
+    /// Runs something on the runtime's thread. Unlike the runtime's own ways it may be called from a thread of another runtime.
+    fn wait_for<T: Send + 'static>(&self, work: impl Future<Output = Result<T, Failure>> + Send + 'static) -> Result<T, Failure> {
+        let (send, receive) = channel();
+        if let Some(runtime) = &self.runtime {
+            runtime.spawn(async move {
+                let _ = send.send(work.await);
+            });
+        }
+        receive.recv().unwrap_or_else(|_| Err(Failure::Lasting("interrupted".into())))
+    }
+}
+
+/// Asks which version of an object is there, a few times.
+async fn ask(object: &Object, options: &SourceOptions) -> Result<Identity, Failure> {
+    let mut attempt = 0;
+    loop {
+        match within(options.read_timeout, object.identify()).await {
+            Err(Failure::Passing(_)) if attempt < options.retries => {
+                tokio::time::sleep(pause(options.first_pause, attempt)).await;
+                attempt += 1;
+            }
+            answer => return answer,
+        }
+    }
+}
+
+/// The objects of a store that match `url`'s wildcards, in alphabetical order.
+#[cfg(any(feature = "aws", feature = "azure", feature = "gcp"))]
+pub fn matching_objects(remote: &Remote, url: &str, _options: &SourceOptions) -> Result<Vec<String>> {
+    let fail = |reason: String| Error::Pattern { pattern: url.into(), reason };
+    let wildcard = glob::Pattern::new(url).map_err(|error| fail(error.to_string()))?;
+    let end = url.find(['*', '?', '[']).unwrap_or(url.len());
+    let folder = url[..end].rfind('/').map_or(url, |slash| &url[..=slash]);
+    let Location::Store(kind) = Location::of(url)? else { return Err(fail("not in a store".into())) };
+    let all = remote.list(remote.stores.object(kind, folder)?).map_err(|failure| failure.into_error(url))?;
+    let options = glob::MatchOptions { require_literal_separator: true, ..glob::MatchOptions::default() };
+    let mut matching: Vec<String> = all.into_iter().filter(|object| wildcard.matches_with(object, options)).collect();
+    matching.sort_unstable();
+    if matching.is_empty() { Err(fail(format!("`{url}` matches no object"))) } else { Ok(matching) }
+}
+
+/// Without a store there is none to list: [`Location::of`] has refused its address.
+#[cfg(not(any(feature = "aws", feature = "azure", feature = "gcp")))]
+pub fn matching_objects(_remote: &Remote, url: &str, _options: &SourceOptions) -> Result<Vec<String>> {
+    Err(Error::UnsupportedScheme { url: url.into(), scheme: url.split(':').next().unwrap_or_default().into() })
+}
+
+/// From the runtime's thread to the one that reads.
+enum Message {
+    Opened(Identity),
+    Chunk { pieces: VecDeque<Bytes>, permit: OwnedSemaphorePermit },
+    End,
+    Failed(Failure),
+}
+
+/// The blocking end of a read.
+pub struct RemoteReader<'a> {
+    url: String,
+    messages: Receiver<Message>,
+    task: JoinHandle<()>,
+    pieces: VecDeque<Bytes>,
+    /// Held while its pieces are: it lets the task fetch another chunk.
+    permit: Option<OwnedSemaphorePermit>,
+    has_ended: bool,
+    is_cancelled: IsCancelled<'a>,
+    halt: Halt,
+}
+
+impl RemoteReader<'_> {
+    fn next_message(&self) -> Result<Message> {
+        loop {
+            match self.messages.recv_timeout(CANCEL_POLL) {
+                Ok(message) => return Ok(message),
+                Err(RecvTimeoutError::Timeout) if (self.is_cancelled)() => return Err(Error::Cancelled),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => {
+                    return Err(Failure::Lasting("reading it was broken off".into()).into_error(&self.url));
+                }
+            }
+        }
+    }
+
+    /// Ends the stream for a reason that is not in the shard.
+    fn stop(&mut self, error: Error) -> io::Error {
+        self.has_ended = true;
+        let text = error.to_string();
+        self.halt.set(match error {
+            Error::Cancelled => Stopped::Cancelled,
+            Error::Store(error) => Stopped::Failed(error),
+            other => Stopped::Failed(StoreError { url: self.url.clone(), reason: other.to_string() }),
+        });
+        io::Error::other(text)
+    }
+}
+
+impl Read for RemoteReader<'_> {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        loop {
+            if let Some(piece) = self.pieces.front_mut() {
+                let len = piece.len().min(buf.len());
+                piece.copy_to_slice(&mut buf[..len]);
+                if piece.is_empty() {
+                    self.pieces.pop_front();
+                }
+                return Ok(len);
+            }
+            self.permit = None;
+            // Whoever reads on behind a failure meets it again.
+            if self.halt.is_set() {
+                return Err(io::Error::other(format!("read {}: given up", self.url)));
+            }
+            if self.has_ended {
+                return Ok(0);
+            }
+            match self.next_message() {
+                Ok(Message::Chunk { pieces, permit }) => (self.pieces, self.permit) = (pieces, Some(permit)),
+                Ok(Message::End) => self.has_ended = true,
+                Ok(Message::Failed(failure)) => {
+                    let error = failure.into_error(&self.url);
+                    return Err(self.stop(error));
+                }
+                Ok(Message::Opened(_)) => {}
+                Err(error) => return Err(self.stop(error)),
+            }
+        }
+    }
+}
+
+impl Drop for RemoteReader<'_> {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+/// Fetches an object and sends it on, no further ahead of its reader than a few chunks.
+async fn produce(object: Arc<Object>, patience: Arc<Patience>, send: &Sender<Message>) -> Result<(), Failure> {
+    let chunk = patience.options.chunk_bytes.max(1);
+    let mut first = Pieces {
+        object,
+        patience: patience.clone(),
+        identity: Identity::default(),
+        at: 0,
+        end: Some(chunk),
+        in_parts: true,
+        answer: None,
+        failing: None,
+    };
+    let (identity, is_part) = first.begin().await?;
+    first.identity = identity.clone();
+    if send.send(Message::Opened(identity.clone())).is_err() {
+        return Ok(());
+    }
+    let permits = Arc::new(Semaphore::new(CHUNKS));
+    let Some(size) = identity.size.filter(|_| is_part) else {
+        first.in_parts = false;
+        first.end = identity.size;
+        if is_part {
+            // A part of an object of unknown size: asked for anew as a whole.
+            first.answer = None;
+        }
+        return produce_whole(first, chunk, &permits, send).await;
+    };
+    // The beginning is on its way already; the rest is asked for in parts of the same size.
+    first.end = Some(chunk.min(size));
+    let (object, mut first) = (first.object.clone(), Some(first));
+    let starts = (0..).map(|number: u64| number * chunk).take_while(|&start| start < size);
+    let mut chunks = futures::stream::iter(starts)
+        .map(|start| {
+            let pieces = first.take().unwrap_or_else(|| Pieces {
+                object: object.clone(),
+                patience: patience.clone(),
+                identity: identity.clone(),
+                at: start,
+                end: Some((start + chunk).min(size)),
+                in_parts: true,
+                answer: None,
+                failing: None,
+            });
+            fetch_chunk(pieces, permits.clone())
+        })
+        .buffered(CHUNKS);
+    while let Some(chunk) = chunks.next().await {
+        if send.send(chunk?).is_err() {
+            break;
+        }
+    }
+    Ok(())
+}
+
+async fn fetch_chunk(mut from: Pieces, permits: Arc<Semaphore>) -> Result<Message, Failure> {
+    let permit = permit(permits).await?;
+    let mut pieces = VecDeque::new();
+    while let Some(piece) = from.next().await? {
+        pieces.push_back(piece);
+    }
+    Ok(Message::Chunk { pieces, permit })
+}
+
+/// For a server that knows no ranges: one answer, and after a break another, of which the beginning is thrown away.
+async fn produce_whole(mut from: Pieces, chunk: u64, permits: &Arc<Semaphore>, send: &Sender<Message>) -> Result<(), Failure> {
+    loop {
+        let permit = permit(permits.clone()).await?;
+        let (mut pieces, mut len) = (VecDeque::new(), 0);
+        while len < chunk
+            && let Some(piece) = from.next().await?
+        {
+            len += piece.len() as u64;
+            pieces.push_back(piece);
+        }
+        if len == 0 || send.send(Message::Chunk { pieces, permit }).is_err() {
+            return Ok(());
+        }
+    }
+}
+
+async fn permit(permits: Arc<Semaphore>) -> Result<OwnedSemaphorePermit, Failure> {
+    permits.acquire_owned().await.map_err(|_| Failure::Lasting("interrupted".into()))
+}
+
+/// The bytes of an object from one place to another, in order, by however many answers they come.
+struct Pieces {
+    object: Arc<Object>,
+    patience: Arc<Patience>,
+    identity: Identity,
+    /// The next byte.
+    at: u64,
+    /// Behind the last byte; `None`: where the body ends.
+    end: Option<u64>,
+    in_parts: bool,
+    /// The open answer, and where its next byte lies.
+    answer: Option<(BoxStream<'static, Result<Bytes, Failure>>, u64)>,
+    failing: Option<Failing>,
+}
+
+impl Pieces {
+    /// Waits for the first answer; returns which version it is of and whether parts are to be had.
+    async fn begin(&mut self) -> Result<(Identity, bool), Failure> {
+        loop {
+            match self.connect().await {
+                Err(Failure::Passing(reason)) => self.patience.hold_out(&mut self.failing, &reason).await?,
+                answer => return answer,
+            }
+        }
+    }
+
+    /// The next bytes; `None` at the end.
+    async fn next(&mut self) -> Result<Option<Bytes>, Failure> {
+        while self.end.is_none_or(|end| self.at < end) {
+            match self.attempt().await {
+                Ok(None) => break,
+                Ok(Some(piece)) if piece.is_empty() => {}
+                Ok(Some(piece)) => {
+                    self.at += piece.len() as u64;
+                    self.failing = None;
+                    return Ok(Some(piece));
+                }
+                Err(Failure::Passing(reason)) => {
+                    self.answer = None;
+                    self.patience.hold_out(&mut self.failing, &reason).await?;
+                }
+                Err(failure) => return Err(failure),
+            }
+        }
+        Ok(None)
+    }
+
+    /// The next bytes of the open answer, less those that are known already: that can leave none.
+    async fn attempt(&mut self) -> Result<Option<Bytes>, Failure> {
+        if self.answer.is_none() {
+            self.connect().await?;
+        }
+        let Some((body, position)) = &mut self.answer else { return Err(Failure::Passing("no answer".into())) };
+        let deadline = self.patience.options.read_timeout;
+        let next = timeout(deadline, body.next()).await;
+        let next = next.map_err(|_| Failure::Passing(format!("no bytes came for {deadline:?} at byte {}", self.at)))?;
+        match next {
+            Some(piece) => {
+                let mut piece = piece?;
+                let known = self.at.saturating_sub(*position).min(piece.len() as u64);
+                *position += piece.len() as u64;
+                piece.advance(known as usize);
+                if let Some(end) = self.end {
+                    piece.truncate(usize::try_from(end - self.at).unwrap_or(usize::MAX));
+                }
+                Ok(Some(piece))
+            }
+            None if self.end.is_none() => Ok(None),
+            None => Err(Failure::Passing(format!("the answer breaks off at byte {}", self.at))),
+        }
+    }
+
+    /// Asks for what is missing.
+    async fn connect(&mut self) -> Result<(Identity, bool), Failure> {
+        let range = self.end.filter(|_| self.in_parts).map(|end| self.at..end);
+        let answer = within(self.patience.options.read_timeout, self.object.get(range, &self.identity)).await?;
+        if self.identity.differs(&answer.identity) {
+            return Err(Failure::Changed);
+        }
+        if answer.start > self.at {
+            return Err(Failure::Lasting(format!("asked for byte {}, the server answers from byte {} on", self.at, answer.start)));
+        }
+        self.answer = Some((answer.body, answer.start));
+        Ok((answer.identity, answer.is_part))
+    }
+}
+
+async fn within<T>(deadline: Duration, request: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
+    timeout(deadline, request).await.unwrap_or_else(|_| Err(Failure::Passing(format!("no answer within {deadline:?}"))))
+}
+
+/// Failures in a row.
+#[derive(Debug)]
+struct Failing {
+    since: Instant,
+    count: u32,
+}
+
+/// How long a shard's store is waited for.
+struct Patience {
+    url: String,
+    options: SourceOptions,
+    /// When the log last said that it is waited for.
+    warned: Mutex<Option<Instant>>,
+}
+
+impl Patience {
+    /// Waits before the next attempt.
+    ///
+    /// Errors: [`Failure::Lasting`] when it has been long enough.
+    async fn hold_out(&self, failing: &mut Option<Failing>, reason: &str) -> Result<(), Failure> {
+        let SourceOptions { retries, give_up_after, first_pause, .. } = self.options;
+        let failing = failing.get_or_insert_with(|| Failing { since: Instant::now(), count: 0 });
+        failing.count += 1;
+        let lasted = failing.since.elapsed();
+        if failing.count > retries {
+            if lasted >= give_up_after {
+                let attempts = failing.count;
+                return Err(Failure::Lasting(format!("{reason}; given up after {attempts} attempts in {:.1} s", lasted.as_secs_f64())));
+            }
+            let mut warned = self.warned.lock().unwrap_or_else(PoisonError::into_inner);
+            if warned.is_none_or(|last| last.elapsed() >= WARN_EVERY) {
+                *warned = Some(Instant::now());
+                tracing::warn!(
+                    "shard {} cannot be read for {:.0} s: {reason}; it is tried for up to {:.0} s",
+                    self.url,
+                    lasted.as_secs_f64(),
+                    give_up_after.as_secs_f64()
+                );
+            }
+        }
+        tokio::time::sleep(pause(first_pause, failing.count - 1)).await;
+        Ok(())
+    }
+}
+
+/// The pause after `attempt` earlier ones: twice as long each time, and a random part of it, lest many workers ask in step.
+fn pause(first: Duration, attempt: u32) -> Duration {
+    let longest = first.saturating_mul(1 << attempt.min(20)).min(MAX_PAUSE);
+    // The standard library's only source of chance; what matters is that no two processes agree.
+    let chance = RandomState::new().hash_one(attempt) % 1024;
+    longest / 2 + longest * chance as u32 / 2048
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pauses_double_up_to_a_limit_and_differ() {
+        let first = Duration::from_millis(200);
+        for attempt in 0..40 {
+            let longest = Duration::from_millis(200 << attempt.min(20)).min(MAX_PAUSE);
+            let pause = pause(first, attempt);
+            assert!(pause >= longest / 2 && pause <= longest, "{attempt}: {pause:?}");
+        }
+        assert!((0..20).any(|_| pause(first, 3) != pause(first, 3)));
+    }
+
+    #[test]
+    fn versions_differ_by_what_both_servers_tell() {
+        let version = |size: u64, etag: &str, modified: &str| {
+            let text = |text: &str| (!text.is_empty()).then(|| text.to_owned());
+            Identity { size: (size > 0).then_some(size), etag: text(etag), modified: text(modified) }
+        };
+        let known = version(5, "\"a\"", "Monday");
+        assert!(!known.differs(&version(0, "", "")) && !known.differs(&version(5, "\"a\"", "Tuesday")));
+        assert!(known.differs(&version(6, "\"a\"", "Monday")) && known.differs(&version(5, "\"b\"", "Monday")));
+        assert!(known.differs(&version(5, "", "Tuesday")));
+    }
+}
