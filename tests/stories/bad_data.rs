@@ -148,7 +148,8 @@ fn every_kind_of_bad_data_is_passed_over_by_name_and_the_rest_is_trained() {
     assert_eq!(all, wanted.into_iter().map(|(rule, count)| (rule.to_owned(), count)).collect());
     assert_eq!((checkpoint.ledger_total("filtered"), checkpoint.ledger_total("bad")), (8, 15 + broken_off - 2));
     assert_eq!((filtered.remove("one_sided"), bad.remove("bad_json")), (Some(2), Some(4)));
-    coordinator.assert_said("samples filtered: 8 (aspect 1, emptied 1, low_aesthetic 1, no_aesthetic 1, one_sided 2, too_small 1, watermark 1)");
+    coordinator
+        .assert_said("samples filtered: 8 (aspect 1, emptied 1, low_aesthetic 1, no_aesthetic 1, one_sided 2, too_small 1, watermark 1)");
     coordinator.assert_said("samples broken: ");
     coordinator.assert_said("bad_json 4, bad_name 1, bad_picture 3, duplicate_key 1, duplicate_member 1, huge_picture 1");
 
@@ -180,7 +181,10 @@ fn job_with_too_much_bad_data_stops_and_names_what_is_most_often_wrong() {
     let mut coordinator = cluster.coordinator(2, &["--local"]);
     coordinator.expect_exit(1);
     let reason = coordinator.lines_with("coordinator: ").pop().unwrap();
-    assert!(reason.contains("samples are broken, most often bad_json (4), more than data.max_bad_fraction = 0.1; the last in "), "{reason}");
+    assert!(
+        reason.contains("samples are broken, most often bad_json (4), more than data.max_bad_fraction = 0.1; the last in "),
+        "{reason}"
+    );
     assert!(reason.contains("00000.tar"), "{reason}");
 }
 

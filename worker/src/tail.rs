@@ -303,7 +303,9 @@ mod tests {
     fn damage_is_an_error() {
         let layout = TailLayout::new(1, 2);
         let good = sum(layout, &[Contribution { names: vec![name(0, 0, 1)], ..Contribution::default() }]);
-        for (at, value) in [(0, 2.0), (0, 0.5), (NATIVE, 0.5), (NATIVE, 2.0), (NATIVE + 1, 0.5), (HEADER, f32::NAN), (HEADER + 1, 1.5), (HEADER + 1, -1.0)] {
+        for (at, value) in
+            [(0, 2.0), (0, 0.5), (NATIVE, 0.5), (NATIVE, 2.0), (NATIVE + 1, 0.5), (HEADER, f32::NAN), (HEADER + 1, 1.5), (HEADER + 1, -1.0)]
+        {
             let mut tail = good.clone();
             tail[at] = value;
             assert!(layout.read(&tail, NOW).is_err(), "{at}: {value}");

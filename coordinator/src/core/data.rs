@@ -80,7 +80,8 @@ impl Core {
         let Totals { committed, filtered, bad, not_finite } = self.ledger.totals();
         let seen = (committed + filtered + bad + not_finite).max(BAD_BASE);
         if bad as f64 > limit * seen as f64 {
-            let most = self.ledger.rules().most_often_bad().map_or_else(String::new, |(rule, count)| format!(", most often {rule} ({count})"));
+            let most =
+                self.ledger.rules().most_often_bad().map_or_else(String::new, |(rule, count)| format!(", most often {rule} ({count})"));
             let reason =
                 format!("{bad} of the first {seen} samples are broken{most}, more than data.max_bad_fraction = {limit}; the last in {url}");
             self.note_failure(reason.clone());

@@ -127,7 +127,14 @@ impl Ledger {
     /// An empty ledger for `num_shards` shards.
     #[must_use]
     pub fn new(num_shards: u32) -> Self {
-        Self { num_shards, first_open: Epoch(0), epochs: BTreeMap::new(), sizes: BTreeMap::new(), totals: Totals::default(), rules: Rules::default() }
+        Self {
+            num_shards,
+            first_open: Epoch(0),
+            epochs: BTreeMap::new(),
+            sizes: BTreeMap::new(),
+            totals: Totals::default(),
+            rules: Rules::default(),
+        }
     }
 
     /// Counts a sample as trained in `step`; says whether its shard is now done.

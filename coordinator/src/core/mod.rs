@@ -29,11 +29,11 @@ use peapod_proto::message::{FromWorker, Stopped, ToWorker, ValidationLosses};
 
 use checkpoint::Checkpoint;
 pub use effect::{Effect, Fact, Notice, Outcome};
-pub use ledger::Rules;
 pub use error::CoreError;
 pub use event::Event;
 use leases::Leases;
 use ledger::Ledger;
+pub use ledger::Rules;
 use membership::Worker;
 pub use membership::WorkerView;
 use progress::Progress;

@@ -88,8 +88,17 @@ pub struct CaptionRules {
 }
 
 /// Letters with and without accents, and ligatures.
-const LATIN: &[[u32; 2]] =
-    &[[0x41, 0x5A], [0x61, 0x7A], [0xAA, 0xAA], [0xBA, 0xBA], [0xC0, 0xD6], [0xD8, 0xF6], [0xF8, 0x24F], [0x1E00, 0x1EFF], [0xFB00, 0xFB06]];
+const LATIN: &[[u32; 2]] = &[
+    [0x41, 0x5A],
+    [0x61, 0x7A],
+    [0xAA, 0xAA],
+    [0xBA, 0xBA],
+    [0xC0, 0xD6],
+    [0xD8, 0xF6],
+    [0xF8, 0x24F],
+    [0x1E00, 0x1EFF],
+    [0xFB00, 0xFB06],
+];
 const CYRILLIC: &[[u32; 2]] = &[[0x400, 0x52F], [0x1C80, 0x1C8A], [0x2DE0, 0x2DFF], [0xA640, 0xA69F]];
 const HAN: &[[u32; 2]] = &[
     [0x2E80, 0x2FD5],
@@ -154,9 +163,10 @@ impl Script {
 
     fn problem(&self) -> Option<String> {
         match self {
-            Self::Name(name) if !Self::NAMES.contains(&name.as_str()) => {
-                Some(format!("`{name}` is no script known here: give one of {}, or code points as [0x4E00, 0x9FFF]", Self::NAMES.join(", ")))
-            }
+            Self::Name(name) if !Self::NAMES.contains(&name.as_str()) => Some(format!(
+                "`{name}` is no script known here: give one of {}, or code points as [0x4E00, 0x9FFF]",
+                Self::NAMES.join(", ")
+            )),
             Self::Range([from, to]) if from > to || *to > u32::from(char::MAX) => {
                 Some(format!("[0x{from:X}, 0x{to:X}] must be two code points up to 0x10FFFF, the smaller first"))
             }
@@ -234,10 +244,13 @@ impl CaptionsSection {
             problems.push("data.captions.script is empty: no caption would be native; leave it out for the language's own, or set native_by = \"key\"".into());
         }
         if rules.keep.is_empty() && self.keep.as_ref().is_some_and(Vec::is_empty) {
-            problems.push("data.captions.keep is empty: cleaning would empty every native caption; leave it out for the language's own".into());
+            problems
+                .push("data.captions.keep is empty: cleaning would empty every native caption; leave it out for the language's own".into());
         }
         if rules.native_keys.iter().any(Vec::is_empty) {
-            problems.push("data.captions.native_keys has an empty list: name a key in each, as in [[\"caption_ori\", \"caption_ori_zh\"]]".into());
+            problems.push(
+                "data.captions.native_keys has an empty list: name a key in each, as in [[\"caption_ori\", \"caption_ori_zh\"]]".into(),
+            );
         }
         for (field, key) in [("parallel_key", &rules.parallel_key), ("english_key", &rules.english_key)] {
             if key.is_empty() {
@@ -246,11 +259,14 @@ impl CaptionsSection {
         }
         if rules.parallel_key == rules.english_key {
             let key = &rules.english_key;
-            problems.push(format!("data.captions.parallel_key and english_key are both `{key}`: the teacher would read the student's caption"));
+            problems
+                .push(format!("data.captions.parallel_key and english_key are both `{key}`: the teacher would read the student's caption"));
         }
         if rules.native_by == NativeBy::Key && rules.native_keys.iter().flatten().any(|key| *key == rules.english_key) {
             let key = &rules.english_key;
-            problems.push(format!("data.captions.native_keys has `{key}`, the English caption: with native_by = \"key\" it would count as native"));
+            problems.push(format!(
+                "data.captions.native_keys has `{key}`, the English caption: with native_by = \"key\" it would count as native"
+            ));
         }
     }
 }
@@ -283,7 +299,8 @@ mod tests {
         let template = crate::job::TEMPLATE;
         let shown = template.split("[data.captions]").nth(1).and_then(|rest| rest.split("\n\n").next()).unwrap();
         let shown = section(&shown.replace("\n# ", "\n"));
-        let CaptionsSection { language, native_keys, native_by, script, parallel_key, english_key, keep, keep_punctuation, simplify } = &shown;
+        let CaptionsSection { language, native_keys, native_by, script, parallel_key, english_key, keep, keep_punctuation, simplify } =
+            &shown;
         assert!(*language == Language::Zh && native_keys.is_some() && native_by.is_some() && script.is_some() && parallel_key.is_some());
         assert!(english_key.is_some() && keep.is_some() && keep_punctuation.is_some() && simplify.is_some());
         assert_eq!(shown.rules(), section("").rules());

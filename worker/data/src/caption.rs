@@ -183,7 +183,8 @@ mod tests {
 
     #[test]
     fn keys_and_characters_are_the_jobs() {
-        let section = "native_keys = [[\"alt\"]]\nparallel_key = \"zh\"\nenglish_key = \"en\"\nkeep = [\"cjk\", \"latin\"]\nsimplify = false";
+        let section =
+            "native_keys = [[\"alt\"]]\nparallel_key = \"zh\"\nenglish_key = \"en\"\nkeep = [\"cjk\", \"latin\"]\nsimplify = false";
         let cleaner = cleaner(section, true);
         assert_eq!(choose_with(&cleaner, &[("alt", "紅 Cat 9"), ("caption_ori", "蓝")]), native("紅Cat"));
         assert_eq!(choose_with(&cleaner, &[("zh", "红"), ("en", "red")]), Ok(("红".into(), "red".into(), false)));

@@ -209,7 +209,8 @@ mod tests {
     fn turns_change_the_size_as_they_change_the_picture() {
         let picture = Rgb { width: 3, height: 1, bytes: vec![1, 1, 1, 2, 2, 2, 3, 3, 3] };
         let firsts = |turn: Turn| turn.apply(picture.clone()).bytes.iter().step_by(3).copied().collect::<Vec<_>>();
-        for (orientation, size, wanted) in [(1, (3, 1), [1, 2, 3]), (3, (3, 1), [3, 2, 1]), (6, (1, 3), [1, 2, 3]), (8, (1, 3), [3, 2, 1])] {
+        for (orientation, size, wanted) in [(1, (3, 1), [1, 2, 3]), (3, (3, 1), [3, 2, 1]), (6, (1, 3), [1, 2, 3]), (8, (1, 3), [3, 2, 1])]
+        {
             let turn = Turn(Orientation::from_exif(orientation).unwrap());
             let turned = turn.apply(picture.clone());
             assert_eq!((turn.size((3, 1)), (turned.width, turned.height), firsts(turn)), (size, size, wanted.to_vec()), "{orientation}");

@@ -114,13 +114,9 @@ impl Rule {
     #[must_use]
     pub fn reason(self) -> Reason {
         match self {
-            Self::TooSmall
-            | Self::NoAesthetic
-            | Self::LowAesthetic
-            | Self::Watermark
-            | Self::Aspect
-            | Self::OneSided
-            | Self::Emptied => Reason::Filtered,
+            Self::TooSmall | Self::NoAesthetic | Self::LowAesthetic | Self::Watermark | Self::Aspect | Self::OneSided | Self::Emptied => {
+                Reason::Filtered
+            }
             _ => Reason::Bad,
         }
     }
@@ -227,8 +223,7 @@ impl Rules {
             }
             Some(_) => {}
         }
-        (watermark > self.max_watermark)
-            .then(|| (Rule::Watermark, format!("{watermark_key} {watermark} is above {}", self.max_watermark)))
+        (watermark > self.max_watermark).then(|| (Rule::Watermark, format!("{watermark_key} {watermark} is above {}", self.max_watermark)))
     }
 }
 
@@ -473,7 +468,8 @@ mod tests {
 
     #[test]
     fn json_may_hold_anything_under_other_keys_and_a_key_twice() {
-        let nested = format!(r#"{{"other": {}1{}, "caption_zh": "绿", "caption_en": "red", "caption_zh": "红"}}"#, "[".repeat(60), "]".repeat(60));
+        let nested =
+            format!(r#"{{"other": {}1{}, "caption_zh": "绿", "caption_en": "red", "caption_zh": "红"}}"#, "[".repeat(60), "]".repeat(60));
         assert_eq!(examine_json(SMALL, &nested).unwrap().caption.prompt, "红");
         let null = r#"{"caption_ori": "红", "caption_ori": null, "caption_zh": null}"#;
         assert_eq!(examine_json(SMALL, null).unwrap().caption, Caption { prompt: String::new(), english: String::new(), native: false });
