@@ -74,7 +74,8 @@ pub fn decode(jpeg: &[u8]) -> Result<Rgb> {
 /// Errors: as [`decode`].
 pub fn decode_shrunk(jpeg: &[u8], size: (u32, u32), bucket: Bucket) -> Result<(Rgb, u32)> {
     let scaled = covering_size(size, bucket);
-    let leaves_enough = |by: u32| [(size.0, scaled.0), (size.1, scaled.1)].iter().all(|&(have, need)| u64::from(have) >= 2 * need * u64::from(by));
+    let leaves_enough =
+        |by: u32| [(size.0, scaled.0), (size.1, scaled.1)].iter().all(|&(have, need)| u64::from(have) >= 2 * need * u64::from(by));
     let shrunk = [8, 4, 2].into_iter().find(|&by| leaves_enough(by)).map(|by| guarded(|| Ok(decode_at(jpeg, size, by))));
     match shrunk {
         Some(Ok(Some(shrunk))) => Ok(shrunk),
@@ -95,7 +96,8 @@ fn decode_at(jpeg: &[u8], (width, height): (u32, u32), by: u32) -> Option<(Rgb, 
     }
     let given = decoder.scale(u16::try_from(wanted.0).ok()?, u16::try_from(wanted.1).ok()?).ok()?;
     let bytes = decoder.decode().ok()?;
-    let is_whole = (u32::from(given.0), u32::from(given.1)) == wanted && bytes.len() as u64 == 3 * u64::from(wanted.0) * u64::from(wanted.1);
+    let is_whole =
+        (u32::from(given.0), u32::from(given.1)) == wanted && bytes.len() as u64 == 3 * u64::from(wanted.0) * u64::from(wanted.1);
     is_whole.then_some((Rgb { width: wanted.0, height: wanted.1, bytes }, by))
 }
 
@@ -110,14 +112,7 @@ pub fn cover(resizer: &mut Resizer, picture: &Rgb, bucket: Bucket, rng: &SampleR
 }
 
 /// [`cover`] for a picture of `size` of which [`decode_shrunk`] gave one `by`-th: the same crop.
-pub fn cover_shrunk(
-    resizer: &mut Resizer,
-    picture: &Rgb,
-    size: (u32, u32),
-    by: u32,
-    bucket: Bucket,
-    rng: &SampleRng,
-) -> Result<Cropped> {
+pub fn cover_shrunk(resizer: &mut Resizer, picture: &Rgb, size: (u32, u32), by: u32, bucket: Bucket, rng: &SampleRng) -> Result<Cropped> {
     let unusable = |error: &dyn std::fmt::Display| Error::Picture(error.to_string());
     let scaled = covering_size(size, bucket);
     let slack = (scaled.1.saturating_sub(bucket.height.into()), scaled.0.saturating_sub(bucket.width.into()));
@@ -272,7 +267,8 @@ mod tests {
 
     /// A picture without edges, as a photograph is mostly, with detail of its own in every block.
     fn waves(width: u32, height: u32) -> Vec<u8> {
-        let wave = |x: u32, y: u32, length: f64| (127.0 + 60.0 * ((f64::from(x) / length).sin() + (f64::from(y) / length / 1.3).cos())) as u8;
+        let wave =
+            |x: u32, y: u32, length: f64| (127.0 + 60.0 * ((f64::from(x) / length).sin() + (f64::from(y) / length / 1.3).cos())) as u8;
         crate::testing::jpeg_from(width, height, |x, y| [wave(x, y, 23.0), wave(y, x, 31.0), wave(x + y, y, 17.0)])
     }
 
@@ -309,7 +305,11 @@ mod tests {
     #[test]
     fn kinds_of_jpeg_that_gain_nothing_are_decoded_whole() {
         let bucket = Bucket { width: 8, height: 8 };
-        for jpeg in [&include_bytes!("../testdata/gray.jpg")[..], include_bytes!("../testdata/cmyk.jpg"), include_bytes!("../testdata/progressive.jpg")] {
+        for jpeg in [
+            &include_bytes!("../testdata/gray.jpg")[..],
+            include_bytes!("../testdata/cmyk.jpg"),
+            include_bytes!("../testdata/progressive.jpg"),
+        ] {
             let (picture, by) = decode_shrunk(jpeg, size(jpeg).unwrap(), bucket).unwrap();
             assert_eq!((picture, by), (decode(jpeg).unwrap(), 1));
         }

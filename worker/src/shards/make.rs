@@ -233,7 +233,8 @@ impl Pattern {
         if !after.ends_with(".tar") || after.contains(['{', '}', '/']) {
             return Err(refuse("must end in .tar, with one number and no folder behind it"));
         }
-        let (folder, before) = before.rsplit_once('/').map_or((".", before), |(folder, name)| (if folder.is_empty() { "/" } else { folder }, name));
+        let (folder, before) =
+            before.rsplit_once('/').map_or((".", before), |(folder, name)| (if folder.is_empty() { "/" } else { folder }, name));
         Ok(Self { folder: folder.into(), before: before.into(), after: after.into(), first, width: number.len() })
     }
 
@@ -375,7 +376,8 @@ mod tests {
         assert_eq!(pattern.list(3), "out/a-{00098..00100}.tar");
         assert_eq!(Pattern::parse("{0..}.tar").unwrap().folder, Path::new("."));
         assert_eq!(Pattern::parse("/{0..}.tar").unwrap().folder, Path::new("/"));
-        for wrong in ["out.tar", "{0..9}.tar", "{x..}.tar", "{..}.tar", "{0..}.zip", "{0..}/a.tar", "{0..}{0..}.tar", "{0000000000..}.tar"] {
+        for wrong in ["out.tar", "{0..9}.tar", "{x..}.tar", "{..}.tar", "{0..}.zip", "{0..}/a.tar", "{0..}{0..}.tar", "{0000000000..}.tar"]
+        {
             assert!(Pattern::parse(wrong).unwrap_err().contains("'DIR/{00000..}.tar'"), "{wrong}");
         }
     }
