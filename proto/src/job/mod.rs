@@ -198,6 +198,7 @@ mod tests {
         let job = Job::parse(&format!("preset = \"reference\"\n{SMALL}")).unwrap();
         assert_eq!((job.loss.time_ids_order, job.loss.dtype, job.student.dropout), (TimeIdsOrder::Wh, Precision::F16, true));
         assert_eq!((job.train.decay_steps, job.train.steps), (Some(2_232_142), Some(10)));
+        assert!(!job.data.fast_shrink && Job::parse(SMALL).unwrap().data.fast_shrink);
         let job = Job::parse(&format!("preset = \"reference\"\n[loss]\ndtype = \"f32\"\n{SMALL}")).unwrap();
         assert_eq!((job.loss.time_ids_order, job.loss.dtype), (TimeIdsOrder::Wh, Precision::F32), "what the file says stands");
         let fixed = Job::parse(&format!("preset = \"fixed\"\n{SMALL}")).unwrap();

@@ -9,6 +9,7 @@ use std::time::Instant;
 use fast_image_resize::Resizer;
 use peapod_data::bucket::{Bucket, nearest};
 use peapod_data::draws::SampleRng;
+use peapod_data::image::{Cropped, Rgb};
 use peapod_data::{LeasedShard, Loader, LoaderConfig, LoaderEvent, expand_shards, image, shard, source};
 use peapod_proto::ids::{Bitmap, Epoch, LeaseId, SampleName, ShardId};
 use peapod_proto::job::DataSection;
@@ -33,7 +34,7 @@ fn bucket(text: &str) -> Result<[u32; 2], Box<dyn Error>> {
     Ok([width.parse()?, height.parse()?])
 }
 
-/// Decode, resize and crop on this thread, from memory.
+/// Decode, resize and crop on this thread, from memory: from whole pictures and, where that is done, from shrunk ones.
 fn decode_alone(shards: &[String], data: &DataSection) -> Result<(), Box<dyn Error>> {
     let mut jpegs = Vec::new();
     for url in shards {
@@ -44,27 +45,73 @@ fn decode_alone(shards: &[String], data: &DataSection) -> Result<(), Box<dyn Err
     }
     let buckets: Vec<Bucket> = data.buckets.iter().map(|&[width, height]| Bucket { width, height }).collect();
     let mut resizer = Resizer::new();
-    let (mut decode, mut resize, mut pixels) = (0.0, 0.0, 0_u64);
+    let (mut whole, mut shrunk) = (Times::default(), Times::default());
+    let (mut pixels, mut difference, mut largest) = (0_u64, 0.0, 0.0_f64);
     for (index, jpeg) in jpegs.iter().enumerate() {
-        let begin = Instant::now();
-        let picture = image::decode(jpeg)?;
-        decode += begin.elapsed().as_secs_f64();
-        let begin = Instant::now();
-        let bucket = buckets[nearest(&buckets, (picture.width, picture.height)).unwrap_or_default()];
-        let name = SampleName { epoch: Epoch(0), shard: ShardId(0), index: index as u32 };
-        image::cover(&mut resizer, &picture, bucket, &SampleRng::new(0, name))?;
-        resize += begin.elapsed().as_secs_f64();
-        pixels += u64::from(picture.width) * u64::from(picture.height);
+        let size = image::size(jpeg)?;
+        let bucket = buckets[nearest(&buckets, size).unwrap_or_default()];
+        let rng = SampleRng::new(0, SampleName { epoch: Epoch(0), shard: ShardId(0), index: index as u32 });
+        let wanted = whole
+            .time(|| Ok((image::decode(jpeg)?, 1)), |picture, by| image::cover_shrunk(&mut resizer, picture, size, by, bucket, &rng))?;
+        pixels += u64::from(size.0) * u64::from(size.1);
+        let (decode, resize) = (shrunk.decode, shrunk.resize);
+        let mut divisor = 1;
+        let crop = shrunk.time(
+            || image::decode_shrunk(jpeg, size, bucket),
+            |picture, by| {
+                divisor = by;
+                image::cover_shrunk(&mut resizer, picture, size, by, bucket, &rng)
+            },
+        )?;
+        if divisor == 1 {
+            // The same work once more.
+            shrunk = Times { decode, resize, num: shrunk.num - 1 };
+            continue;
+        }
+        let sum: u64 = crop.pixels.iter().zip(&wanted.pixels).map(|(a, b)| u64::from(a.abs_diff(*b))).sum();
+        let mean = sum as f64 / crop.pixels.len() as f64;
+        (difference, largest) = (difference + mean, largest.max(mean));
     }
-    let num = jpegs.len() as f64;
-    println!(
-        "one thread, {num} pictures of {:.0} kpixels: decode {:.2} ms, resize and crop {:.2} ms, {:.0} samples/s",
-        pixels as f64 / num / 1e3,
-        decode / num * 1e3,
-        resize / num * 1e3,
-        num / (decode + resize)
-    );
+    println!("one thread, {} pictures of {:.0} kpixels: {whole}", jpegs.len(), pixels as f64 / jpegs.len() as f64 / 1e3);
+    if shrunk.num > 0 {
+        let mean = difference / f64::from(shrunk.num);
+        println!("{} of them shrunk while decoding: {shrunk}; {mean:.2} grey levels off on average, {largest:.2} at most", shrunk.num);
+    }
     Ok(())
+}
+
+/// Seconds spent on some pictures.
+#[derive(Default)]
+struct Times {
+    decode: f64,
+    resize: f64,
+    num: u32,
+}
+
+impl Times {
+    /// Times one picture.
+    fn time(
+        &mut self,
+        decode: impl FnOnce() -> peapod_data::Result<(Rgb, u32)>,
+        resize: impl FnOnce(&Rgb, u32) -> peapod_data::Result<Cropped>,
+    ) -> peapod_data::Result<Cropped> {
+        let begin = Instant::now();
+        let (picture, by) = decode()?;
+        let decoded = Instant::now();
+        let crop = resize(&picture, by)?;
+        self.decode += (decoded - begin).as_secs_f64();
+        self.resize += decoded.elapsed().as_secs_f64();
+        self.num += 1;
+        Ok(crop)
+    }
+}
+
+impl std::fmt::Display for Times {
+    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let num = f64::from(self.num);
+        let (decode, resize) = (self.decode / num * 1e3, self.resize / num * 1e3);
+        write!(out, "decode {decode:.2} ms, resize and crop {resize:.2} ms, {:.0} a second", 1e3 / (decode + resize))
+    }
 }
 
 /// Everything, random numbers included, with shards leased over and over.

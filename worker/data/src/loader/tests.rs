@@ -463,32 +463,53 @@ fn loader_stops_and_leases_end_while_a_store_is_waited_for() {
     drop(rig);
 }
 
+/// The budget is for what the reader has read and no batch holds yet. One sample more fits into each of its two parts, however large.
 #[test]
-fn reading_pauses_when_the_bytes_are_used_up() {
+fn the_byte_budget_is_never_exceeded_and_nothing_is_thrown_away_for_it() {
     let folder = tempfile::tempdir().unwrap();
-    let tar: Vec<_> = (0..100).map(|index| (format!("{index:03}"), noisy_jpeg(128, 128, index))).collect();
-    let members: Vec<(String, &[u8])> =
-        tar.iter().flat_map(|(key, jpeg)| [(format!("{key}.jpg"), jpeg.as_slice()), (format!("{key}.json"), &b"{}"[..])]).collect();
-    let members: Vec<(&str, &[u8])> = members.iter().map(|(name, bytes)| (name.as_str(), *bytes)).collect();
-    let path = folder.path().join("0.tar");
-    std::fs::write(&path, tar_of(&members)).unwrap();
+    let pictures: Vec<Vec<u8>> = (0..120).map(|index| noisy_jpeg(if index % 3 == 0 { 128 } else { 64 }, 64, index)).collect();
+    let largest = pictures.iter().map(Vec::len).max().unwrap() as u64 + 1000;
+    let json = br#"{"caption_zh": "x", "caption_en": "x"}"#;
+    let member_names: Vec<[String; 2]> = (0..pictures.len()).map(|index| [format!("{index:04}.jpg"), format!("{index:04}.json")]).collect();
+    let members: Vec<(&str, &[u8])> = pictures
+        .iter()
+        .zip(&member_names)
+        .flat_map(|(picture, [jpg, caption])| [(jpg.as_str(), &picture[..]), (caption.as_str(), &json[..])])
+        .collect();
+    let url = folder.path().join("00000.tar");
+    std::fs::write(&url, tar_of(&members)).unwrap();
 
-    let mut config = config(1000, 1);
-    config.data.buffer_bytes = 200_000;
-    let largest = tar.iter().map(|(_, jpeg)| jpeg.len() as u64).max().unwrap() + 512;
-    let mut rig = Rig::start(config);
-    rig.handle.grant(vec![lease(0, 0, path.to_str().unwrap())], true);
-    let mut num = 0;
-    loop {
-        let share = rig.loader.next_share(4).unwrap();
-        let stats = rig.handle.stats();
-        assert!(stats.buffered_bytes <= 200_000 + 2 * largest, "{stats:?}");
-        if share.num_samples() == 0 {
-            break;
+    let mut config = config(1000, 2);
+    config.data.buffer_bytes = 8 * largest;
+    assert!(config.data.buffer_bytes < pictures.iter().map(|picture| picture.len() as u64).sum::<u64>() / 4, "the budget matters");
+    let mut rig = Rig::start(config.clone());
+    let is_done = Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let watcher = std::thread::spawn({
+        let (handle, is_done) = (rig.handle.clone(), is_done.clone());
+        move || {
+            let mut peak = 0;
+            while !is_done.load(Ordering::Relaxed) {
+                peak = handle.stats().buffered_bytes.max(peak);
+                std::thread::yield_now();
+            }
+            peak
         }
-        num += share.num_samples();
-    }
-    assert_eq!(num, 100);
+    });
+    rig.handle.grant(vec![lease(0, 0, url.to_str().unwrap())], true);
+    let shares = rig.drain(6);
+    is_done.store(true, Ordering::Relaxed);
+    let peak = watcher.join().unwrap();
+    assert!(peak <= config.data.buffer_bytes + 2 * largest, "{peak} bytes at once, {} allowed", config.data.buffer_bytes);
+    assert!(peak >= 2 * largest, "{peak}: the buffers were used");
+    let mut indices: Vec<u32> = names(&shares).iter().map(|name| name.index).collect();
+    indices.sort_unstable();
+    assert_eq!(indices, (0..120).collect::<Vec<_>>(), "each once");
+    assert!(
+        shares
+            .iter()
+            .flat_map(|share| &share.batches)
+            .all(|batch| batch.samples.iter().all(|sample| sample.original_size.0 == 4 * batch.bucket.0))
+    );
 }
 
 #[test]
