@@ -12,4 +12,5 @@ mod method;
 mod models;
 mod resume;
 mod rounds;
+mod sources;
 mod training;
