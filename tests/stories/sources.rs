@@ -41,7 +41,7 @@ fn training_waits_for_a_server_that_is_down_and_goes_on_when_it_is_back() {
     cluster.job.set("data.retries", 1);
     server.set_habits(Habits { fails_every: Some((1, Fault::CutAfter(0))), ..Habits::default() });
     let mut coordinator = cluster.coordinator(2, &["--local"]);
-    coordinator.wait_for("00000.tar cannot be read for ");
+    coordinator.wait_for(".tar cannot be read for ");
     server.set_habits(Habits::default());
     coordinator.expect_exit(0);
     assert_trained_once(&cluster.trained_samples(), &SIZES);
@@ -57,7 +57,7 @@ fn server_that_stays_down_ends_the_job_with_its_words() {
     let reason = coordinator.lines_with("coordinator: ").pop().unwrap();
     assert!(
         reason.contains(" failed in phase data: read http://")
-            && reason.contains("00000.tar: the server answers 503 Service Unavailable; given up after "),
+            && reason.contains(".tar: the server answers 503 Service Unavailable; given up after "),
         "{reason}"
     );
 }

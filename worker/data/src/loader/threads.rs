@@ -130,12 +130,7 @@ pub fn read_leases(shared: &Shared, cleaner: &Cleaner) {
 /// Reads one tar into the buffers; `skipped` keeps what is not reported yet. `None` if the lease was lost or the loader stops.
 ///
 /// Errors: the shard could not be had, and nothing is known to be wrong with it.
-fn read_lease(
-    shared: &Shared,
-    cleaner: &Cleaner,
-    lease: &LeasedShard,
-    skipped: &mut Vec<Skip>,
-) -> Result<Option<ShardEnd>, StoreError> {
+fn read_lease(shared: &Shared, cleaner: &Cleaner, lease: &LeasedShard, skipped: &mut Vec<Skip>) -> Result<Option<ShardEnd>, StoreError> {
     let is_cancelled = || {
         let state = shared.lock();
         state.is_stopping || !state.is_held(lease.lease)

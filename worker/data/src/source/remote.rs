@@ -151,7 +151,7 @@ impl Remote {
             .user_agent(concat!("peapod/", env!("CARGO_PKG_VERSION")))
             .connect_timeout(options.read_timeout)
             .build()
-            .map_err(|error| Error::Network(error.to_string()))?;
+            .map_err(|error| Error::Network(format!("{error:?}")))?;
         Ok(Self {
             runtime: Some(runtime.map_err(|error| Error::Network(error.to_string()))?),
             client,
@@ -315,7 +315,9 @@ impl RemoteReader<'_> {
                 Ok(message) => return Ok(message),
                 Err(RecvTimeoutError::Timeout) if (self.is_cancelled)() => return Err(Error::Cancelled),
                 Err(RecvTimeoutError::Timeout) => {}
-                Err(RecvTimeoutError::Disconnected) => return Err(Failure::Lasting("reading it was broken off".into()).into_error(&self.url)),
+                Err(RecvTimeoutError::Disconnected) => {
+                    return Err(Failure::Lasting("reading it was broken off".into()).into_error(&self.url));
+                }
             }
         }
     }

@@ -176,11 +176,8 @@ fn store_that_comes_back_costs_nothing() {
 
 #[test]
 fn object_that_changes_while_it_is_read_is_an_error_that_names_it() {
-    for habits in [
-        Habits::default(),
-        Habits { weak_tags: true, ..Habits::default() },
-        Habits { ignores_ranges: true, ..Habits::default() },
-    ] {
+    for habits in [Habits::default(), Habits { weak_tags: true, ..Habits::default() }, Habits { ignores_ranges: true, ..Habits::default() }]
+    {
         let (server, url) = serving(&content(0));
         server.set_habits(habits);
         let sources = Sources::new(options());
