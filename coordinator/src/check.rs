@@ -114,7 +114,8 @@ impl Visibility {
 
 impl Visibility {
     /// The shard list in a line, with what could not be seen of it.
-    fn describe(&self, num_shards: usize) -> String {
+    #[must_use]
+    pub fn describe(&self, num_shards: usize) -> String {
         let mut text = format!("{num_shards} shards");
         if self.found > 0 {
             let about = if self.not_asked > 0 { format!("{} of them looked at, ", self.found) } else { String::new() };

@@ -63,8 +63,8 @@ pub async fn run(args: RunArgs, bar: Bar) -> anyhow::Result<Exit> {
     if let Err(problem) = visible.judge(args.local) {
         return Ok(Exit::Refused(format!("{}: {problem}", args.job.display())));
     }
-    if visible.found == 0 {
-        tracing::warn!("none of the {} shards is visible from this machine; the workers must see them", shards.len());
+    if visible.found == 0 || visible.unknown > 0 {
+        tracing::warn!("{}", visible.describe(shards.len()));
     }
     if job.train.global_batch < args.world_size {
         let (batch, world) = (job.train.global_batch, args.world_size);

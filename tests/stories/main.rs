@@ -14,4 +14,5 @@ mod models;
 mod resume;
 mod rounds;
 mod shards;
+mod sources;
 mod training;

@@ -9,6 +9,7 @@
 
 mod checkpoint;
 mod cluster;
+mod http;
 mod job;
 mod process;
 mod programs;
@@ -16,6 +17,7 @@ mod shards;
 
 pub use checkpoint::{Checkpoint, StoredTensor};
 pub use cluster::{Cluster, Coordinator, StepLine, TrainedSample, assert_trained_once};
+pub use http::{Fault, FileServer, Habits};
 pub use job::JobFile;
 pub use process::{Process, is_alive, kill};
 pub use programs::{program, workspace};

@@ -85,7 +85,7 @@ impl Cache {
                     whole.push((last_use, size, entry.path()));
                 }
                 Some(Kept::Filling { size }) => used += size,
-                Some(Kept::Abandoned) => std::fs::remove_file(entry.path())?,
+                Some(Kept::Abandoned) => remove(&entry.path())?,
                 None => {}
             }
         }
@@ -95,7 +95,7 @@ impl Cache {
                 break;
             }
             // One who reads it keeps what is open.
-            std::fs::remove_file(path)?;
+            remove(&path)?;
             used -= size;
         }
         Ok((used <= self.max_bytes).then_some(lock))
@@ -139,6 +139,14 @@ fn lock(folder: &Path) -> io::Result<File> {
     let file = OpenOptions::new().write(true).create(true).truncate(false).open(folder.join("lock"))?;
     file.lock()?;
     Ok(file)
+}
+
+/// Removes a file that another may be removing too.
+fn remove(path: &Path) -> io::Result<()> {
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
 }
 
 fn address_of(url: &str) -> String {

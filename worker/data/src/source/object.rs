@@ -145,3 +145,52 @@ fn with_sources(error: &object_store::Error) -> String {
         _ => text,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use object_store::memory::InMemory;
+
+    use super::*;
+
+    fn stored(store: &Arc<dyn ObjectStore>, path: &str) -> Stored {
+        Stored { root: "s3://bucket".into(), store: store.clone(), path: Path::parse(path).unwrap() }
+    }
+
+    async fn bytes_of(answer: Answer) -> Vec<u8> {
+        answer.body.try_fold(Vec::new(), |all, piece| async move { Ok([all, piece.to_vec()].concat()) }).await.unwrap()
+    }
+
+    #[tokio::test]
+    async fn objects_are_read_in_parts_of_one_version_and_listed() {
+        let store: Arc<dyn ObjectStore> = Arc::new(InMemory::new());
+        let object = stored(&store, "data/0.tar");
+        assert!(matches!(object.get(Some(0..10), &Identity::default()).await, Err(Failure::Missing(_))));
+        store.put(&object.path, "0123456789".into()).await.unwrap();
+        // More than there is.
+        let answer = object.get(Some(0..100), &Identity::default()).await.unwrap();
+        let identity = answer.identity.clone();
+        assert_eq!((identity.size, answer.start, answer.is_part), (Some(10), 0, true));
+        assert_eq!(bytes_of(answer).await, b"0123456789");
+        let answer = object.get(Some(4..6), &identity).await.unwrap();
+        assert_eq!((answer.start, bytes_of(answer).await), (4, b"45".to_vec()));
+        store.put(&object.path, "another".into()).await.unwrap();
+        assert!(matches!(object.get(Some(4..6), &identity).await, Err(Failure::Changed)));
+        store.put(&Path::parse("data/empty.tar").unwrap(), "".into()).await.unwrap();
+        let answer = stored(&store, "data/empty.tar").get(Some(0..10), &Identity::default()).await.unwrap();
+        assert!(answer.is_part && answer.identity.size == Some(0) && bytes_of(answer).await.is_empty());
+        let mut all = stored(&store, "data").list().await.unwrap();
+        all.sort();
+        assert_eq!(all, ["s3://bucket/data/0.tar", "s3://bucket/data/empty.tar"]);
+    }
+
+    #[test]
+    fn one_store_serves_all_its_objects() {
+        let stores = Stores::default();
+        let store: Arc<dyn ObjectStore> = Arc::new(InMemory::new());
+        stores.0.lock().unwrap().insert("s3://bucket".into(), store.clone());
+        let object = stores.object(StoreKind::S3, "s3://bucket/a folder/50%.tar").unwrap();
+        assert_eq!((object.root.as_str(), object.path.as_ref()), ("s3://bucket", "a folder/50%.tar"));
+        assert!(Arc::ptr_eq(&object.store, &store));
+        assert_eq!(stores.object(StoreKind::S3, "s3://bucket").unwrap().path.as_ref(), "");
+    }
+}

@@ -151,7 +151,7 @@ impl Remote {
             .user_agent(concat!("peapod/", env!("CARGO_PKG_VERSION")))
             .connect_timeout(options.read_timeout)
             .build()
-            .map_err(|error| Error::Network(error.to_string()))?;
+            .map_err(|error| Error::Network(format!("{error:?}")))?;
         Ok(Self {
             runtime: Some(runtime.map_err(|error| Error::Network(error.to_string()))?),
             client,
