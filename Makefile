@@ -27,9 +27,10 @@ test: build ## all tests that need no GPU, no root and no other host
 BENCH_CORES := 2
 BENCH_ROUNDS := 3
 
-bench: .bench/.installed ## time the loader against its Python peer on photographs: BENCH_CORES (2), BENCH_ROUNDS (3); nothing else should run meanwhile
+bench: .bench/.installed ## time the loader against its Python peer on an otherwise idle machine: BENCH_CORES (2), BENCH_ROUNDS (3)
 	cargo build --release -p peapod-data --example loader_throughput
-	.bench/venv/bin/python tests/peers/bench_loader.py target/release/examples/loader_throughput .bench/shards --cores $(BENCH_CORES) --rounds $(BENCH_ROUNDS)
+	.bench/venv/bin/python tests/peers/bench_loader.py target/release/examples/loader_throughput .bench/shards \
+	  --cores $(BENCH_CORES) --rounds $(BENCH_ROUNDS)
 
 # The peer's packages (6 GB with the libraries torch brings along), once.
 .bench/.installed: tests/peers/requirements.txt

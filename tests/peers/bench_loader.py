@@ -19,6 +19,7 @@ parser.add_argument("--at-least", type=float, default=3.0)
 options = parser.parse_args()
 
 NUM_SHARDS, SHARD_LEN = 6, 100
+UNITS = {"webdataset": "processes", "peapod": "threads"}
 if not (options.shards / f"{NUM_SHARDS - 1:05d}.tar").exists():
     options.shards.mkdir(parents=True, exist_ok=True)
     subprocess.run([sys.executable, here / "make_photo_shards.py", options.shards, str(NUM_SHARDS), str(SHARD_LEN), "1"], check=True)
@@ -47,14 +48,14 @@ for number in range(options.rounds):
     for setting in settings:
         name, measure, workers = setting
         rates[setting].append(measure(workers))
-        print(f"round {number + 1}: {name}, {workers} {'processes' if name == 'webdataset' else 'threads'}: {rates[setting][-1]:.0f} samples/s", flush=True)
+        print(f"round {number + 1}: {name}, {workers} {UNITS[name]}: {rates[setting][-1]:.0f} samples/s", flush=True)
 
 best = {}
 print(f"\nmedians of {options.rounds} rounds on {len(cores)} cores:")
 for (name, _, workers), measured in rates.items():
     median = statistics.median(measured)
     best[name] = max(best.get(name, 0), median)
-    print(f"  {name:<11}{workers} {'loader processes' if name == 'webdataset' else 'decoding threads'}  {median:6.0f} samples/s  ({min(measured):.0f} to {max(measured):.0f})")
+    print(f"  {name:<11}{workers} {UNITS[name]:<10}{median:6.0f} samples/s  ({min(measured):.0f} to {max(measured):.0f})")
 large = subprocess.run([options.loader, LARGE / "00000.tar", "40", "1"], check=True, stdout=subprocess.PIPE, text=True).stdout
 print("photographs of 12 megapixels,", "\n  ".join(large.splitlines()[:-1]))
 ratio = best["peapod"] / best["webdataset"]

@@ -1,7 +1,8 @@
 //! The worker: trains an adapter with others, or draws with one.
 //!
 //! [`lifecycle`] holds the rules of a worker's life, [`trainer`] the thread that owns the tensors, [`client`] the calls to the
-//! coordinator; [`supervisor`] joins them. [`check`] looks at a job's models without loading them, [`shards`] into its data. [`draw`], [`grid`] and [`picture`] serve the program `sample`.
+//! coordinator; [`supervisor`] joins them. [`check`] looks at a job's models without loading them, [`shards`] into its data. [`draw`],
+//! [`grid`] and [`picture`] serve the program `sample`.
 
 pub mod args;
 pub mod check;

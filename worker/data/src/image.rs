@@ -79,12 +79,11 @@ pub fn decode(jpeg: &[u8]) -> Result<Rgb> {
     })
 }
 
-/// Decodes a JPEG of `size` that is to be scaled down to `bucket`: to a half, a quarter or an eighth of its size where that leaves at least twice
-/// the pixels that are needed, along both sides. Where it does not, or the JPEG is of a kind that gains nothing, as [`decode`] does.
+/// Decodes a JPEG of `size` that is to be scaled down to `bucket`: to a half, a quarter or an eighth of its size where that leaves at least
+/// twice the pixels that are needed, along both sides. Where it does not, or the JPEG is of a kind that gains nothing, as [`decode`] does.
 ///
-/// A picture shrunk on the way, by leaving out the higher frequencies of its 8 x 8 blocks, costs a quarter less at a half and a third less at a
-/// quarter of its size. After scaling to its bucket it differs from one that was decoded whole by 0.2 grey levels on average (0.26 at most on the photographs of
-/// BENCHMARKS.md).
+/// To a half of its size, by leaving out the higher frequencies of its 8 x 8 blocks, a picture of 12 megapixels costs a fifth less.
+/// Scaled to its bucket it then differs from one that was decoded whole by 0.2 grey levels on average (BENCHMARKS.md).
 ///
 /// Returns the picture and what its size was divided by; a fraction of a pixel at the right and lower edges is filled up.
 ///
