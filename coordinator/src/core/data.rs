@@ -32,25 +32,29 @@ impl Core {
             }
             let Some((id, granted, none_left)) = answered else { return };
             self.lease_requests.remove(&id);
-            let lease = |granted: leases::Granted| Lease {
-                id: granted.id,
-                epoch: granted.epoch,
-                shard: granted.shard,
-                url: self.config.shards[granted.shard.0 as usize].clone(),
-                done: self.ledger.done_samples(granted.epoch, granted.shard),
-            };
-            let leases: Vec<Lease> = granted.into_iter().map(lease).collect();
-            if !leases.is_empty() {
-                out.push(Effect::Persist(Fact::Leases { holder: id, leases: leases.clone() }));
+            let leases = granted.iter().map(|&granted| self.lease(granted)).collect();
+            if !granted.is_empty() {
+                out.push(Effect::Persist(Fact::Leases { holder: id, leases: granted }));
             }
             out.push(Effect::Send { worker: id, message: ToWorker::LeaseGrant { generation: self.generation, leases, none_left } });
+        }
+    }
+
+    /// A lease with all that its holder needs.
+    pub(super) fn lease(&self, granted: leases::Granted) -> Lease {
+        Lease {
+            id: granted.id,
+            epoch: granted.epoch,
+            shard: granted.shard,
+            url: self.config.shards[granted.shard.0 as usize].clone(),
+            done: self.ledger.done_samples(granted.epoch, granted.shard),
         }
     }
 
     pub(super) fn shard_report(&mut self, id: WorkerId, report: ShardReport, out: &mut Vec<Effect>) {
         // A lease that ended meanwhile: its shard is done or has another reader, who will find the same.
         let Some((epoch, shard)) = self.leases.shard_of(report.lease, id) else { return };
-        out.push(Effect::Persist(Fact::Shard(report.clone())));
+        let fact = Fact::Shard(report.clone());
         let url = self.config.shards[shard.0 as usize].clone();
         let (lease, num_samples, truncated) = (report.lease, report.num_samples, report.truncated.clone());
         if !truncated.is_empty() && num_samples == Some(0) {
@@ -68,6 +72,7 @@ impl Core {
             self.note_failure(error.clone());
             return self.fail(error, out);
         }
+        out.push(Effect::Persist(fact));
         let limit = self.config.max_bad_fraction;
         let (unreadable, shards) = (self.unreadable.len(), self.config.shards.len());
         if unreadable as f64 > limit * shards as f64 {

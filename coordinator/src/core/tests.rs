@@ -151,7 +151,9 @@ impl World {
         validation: Option<ValidationLosses>,
     ) {
         let generation = self.core.generation();
-        let stopped = Stopped { generation, applied: Step(applied), cause, records, reason: reason.into(), validation };
+        let (base, base_generation) = (self.core.truth.step, self.core.truth.generation);
+        let trained_in = if Step(applied) == base { base_generation } else { generation };
+        let stopped = Stopped { generation, applied: Step(applied), cause, records, reason: reason.into(), validation, trained_in };
         self.say(worker, FromWorker::Stopped(stopped)).unwrap();
     }
 
