@@ -380,6 +380,20 @@ mod tests {
     }
 
     #[test]
+    fn logs_go_back_with_the_job_and_half_a_line_goes_with_them() {
+        let folder = tempfile::tempdir().unwrap();
+        let (steps, samples) = (folder.path().join("steps.jsonl"), folder.path().join("samples.tsv"));
+        std::fs::write(&steps, "{\"step\":1}\n{\"step\":2}\n{\"step\":3}\n").unwrap();
+        std::fs::write(&samples, "1\t0\t0\t0\n2\t0\t0\t1\n2\t0\t0").unwrap();
+        let mut logs = Logs::open(&steps, Some(&samples), None).unwrap();
+        logs.go_back_to(Step(2)).unwrap();
+        assert_eq!(std::fs::read_to_string(&samples).unwrap(), "1\t0\t0\t0\n2\t0\t0\t1\n");
+        writeln!(logs.steps.as_mut().unwrap(), "{{\"step\":3}}").unwrap();
+        drop(logs);
+        assert_eq!(std::fs::read_to_string(&steps).unwrap(), "{\"step\":1}\n{\"step\":2}\n{\"step\":3}\n");
+    }
+
+    #[test]
     fn validation_is_a_line_of_json_and_what_is_not_finite_is_null() {
         let folder = tempfile::tempdir().unwrap();
         let [steps, path] = ["steps.jsonl", "validation.jsonl"].map(|name| folder.path().join(name));

@@ -1,6 +1,6 @@
 //! The rules by table: a hand-made clock, workers that are no more than ids.
 
-use peapod_proto::ids::{Epoch, Incarnation, Rank, SampleName};
+use peapod_proto::ids::{Epoch, Incarnation, LeaseId, Rank, SampleName};
 use peapod_proto::message::{
     Assignment, Heartbeat, Hello, Lease, Phase, ShardReport, SkipReason, SkippedSample, StepLosses, StepRecord, StepReport, StepTimings,
     StopCause, StopReason, ValidationLosses,
@@ -8,6 +8,8 @@ use peapod_proto::message::{
 use peapod_proto::{PROGRAM_VERSION, PROTOCOL_VERSION};
 
 use super::*;
+
+mod replay;
 
 fn config(world_size: u32) -> Config {
     Config {
