@@ -10,7 +10,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::core::ledger::{Ledger, Totals};
 use crate::core::{Core, CoreError, Effect, Event, Outcome, StreamId, Timestamp, WorkerView};
-use crate::journal::Journal;
+use crate::journal::{Journal, JournalError};
 use crate::observe::Observer;
 
 /// Messages that may wait for one worker before it counts as stuck.
@@ -58,6 +58,8 @@ pub enum Command {
         /// The answer.
         reply: oneshot::Sender<Status>,
     },
+    /// The coordinator goes, the job stays: workers keep what they hold and look for another one.
+    GoAway,
     /// Let a worker leave.
     Drain {
         /// Its rank.
@@ -65,6 +67,15 @@ pub enum Command {
         /// Whether there is such a worker.
         reply: oneshot::Sender<Result<(), CoreError>>,
     },
+}
+
+/// How a driver ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Ending {
+    /// With the job.
+    Over(Outcome),
+    /// As asked by [`Command::GoAway`]; the journal is whole.
+    Away,
 }
 
 /// A picture of the job.
@@ -127,19 +138,31 @@ impl Driver {
         }
     }
 
-    /// Runs until the job is over.
-    pub async fn run(mut self) -> (Outcome, Observer) {
+    /// Runs until the job is over, or the coordinator is to go.
+    pub async fn run(mut self) -> (Ending, Observer) {
         loop {
+            let flush_at = self.journal.flush_at();
             let sleep = self.core.next_deadline().map_or(Duration::from_secs(3600), |at| at.saturating_sub(self.now()));
             let outcome = tokio::select! {
                 command = self.commands.recv() => match command {
+                    Some(Command::GoAway) => {
+                        let ending = match self.journal.flush() {
+                            Ok(()) => Ending::Away,
+                            Err(error) => Ending::Over(not_written(&error)),
+                        };
+                        return (ending, self.observer);
+                    }
                     Some(command) => self.handle(command),
                     None => Some(Outcome::Failed { reason: "the coordinator's services ended".into() }),
                 },
+                () = sleep_until(flush_at) => None,
                 () = tokio::time::sleep(sleep) => self.tell(Event::Tick),
             };
-            if let Some(outcome) = outcome {
-                return (outcome, self.observer);
+            // A step's commit may wait for others, but not for long.
+            let is_due = self.journal.flush_at().is_some_and(|at| at <= Instant::now());
+            let flushed = if is_due { self.journal.flush() } else { Ok(()) };
+            if let Some(outcome) = outcome.or_else(|| flushed.err().map(|error| not_written(&error))) {
+                return (Ending::Over(outcome), self.observer);
             }
         }
     }
@@ -167,9 +190,17 @@ impl Driver {
                 outcome
             }
             Command::Tell(event) => self.tell(event),
+            // Taken before it gets here.
+            Command::GoAway => None,
             Command::RecordsOf { step, generation, reply } => {
                 match self.frozen.get(&(step, generation)) {
-                    Some(ledger) => drop(reply.send(Ok(self.records_of(step, ledger)))),
+                    Some(ledger) => {
+                        // No checkpoint may know more than the journal.
+                        if let Err(error) = self.journal.flush() {
+                            return Some(not_written(&error));
+                        }
+                        drop(reply.send(Ok(self.records_of(step, ledger))));
+                    }
                     None if generation != self.core.generation() => {
                         drop(reply.send(Err(format!("{generation} is over and step {step} is not on its line"))))
                     }
@@ -243,20 +274,38 @@ impl Driver {
                         self.streams.insert(worker, (stream, outbound));
                     }
                 }
-                Effect::Send { worker, message } => self.send(worker, message),
+                Effect::Send { worker, message } => {
+                    // The workers forget the names of steps at this word.
+                    if matches!(message, ToWorker::Durable { .. })
+                        && let Err(error) = self.journal.flush()
+                    {
+                        return Ok(Some(not_written(&error)));
+                    }
+                    self.send(worker, message);
+                }
                 Effect::Detach { worker } => drop(self.streams.remove(&worker)),
                 Effect::Persist(fact) => {
                     if let Err(error) = self.journal.append(&fact) {
-                        return Ok(Some(Outcome::Failed { reason: format!("the journal cannot be written: {error}") }));
+                        return Ok(Some(not_written(&error)));
                     }
                 }
                 Effect::Committed { record, timings } => self.observer.committed(&record, timings),
                 Effect::Validated(losses) => self.observer.validated(&losses),
-                Effect::Freeze { step, generation, ledger } => self.freeze(step, generation, &ledger),
+                Effect::Freeze { step, generation, ledger } => {
+                    if let Err(error) = self.journal.flush() {
+                        return Ok(Some(not_written(&error)));
+                    }
+                    self.freeze(step, generation, &ledger);
+                }
                 Effect::Void { generation, after } => self.void(generation, after),
                 Effect::Notice(notice) => self.observer.notice(&notice),
                 Effect::Finish(reached) => outcome = Some(reached),
             }
+        }
+        if self.journal.is_long()
+            && let Err(error) = self.journal.compact(&self.core.durable())
+        {
+            return Ok(Some(not_written(&error)));
         }
         Ok(outcome)
     }
@@ -308,5 +357,17 @@ impl Driver {
             validation: self.core.validation(),
             first_failure: self.core.first_failure().map(str::to_owned),
         }
+    }
+}
+
+fn not_written(error: &JournalError) -> Outcome {
+    Outcome::Failed { reason: error.to_string() }
+}
+
+/// Sleeps until then, or for ever.
+async fn sleep_until(at: Option<Instant>) {
+    match at {
+        Some(at) => tokio::time::sleep_until(at.into()).await,
+        None => std::future::pending().await,
     }
 }

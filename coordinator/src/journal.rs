@@ -1,24 +1,393 @@
-//! Where the facts go that a restarted coordinator must know.
+//! Where the facts go that a restarted coordinator must know: `journal.redb` in the state folder.
+//!
+//! The file holds one run: who it is, a snapshot of its state, and the facts since. A snapshot replaces the facts before it in one transaction, so
+//! that the file stays small and a restart fast. Facts that may be late wait up to [`LATEST`] for others to share a write to the disk with.
 
-use crate::core::Fact;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use redb::{Database, ReadableDatabase, ReadableTable, ReadableTableMetadata, TableDefinition};
+use serde::{Deserialize, Serialize};
+
+use crate::core::{Fact, ReplayError, State};
+
+/// How late a fact may be on disk that may be late at all.
+pub const LATEST: Duration = Duration::from_millis(200);
+/// Facts after which a snapshot is taken though no checkpoint was.
+const SNAPSHOT_AFTER: u64 = 10_000;
+/// Layout that this program writes and reads.
+const FORMAT: u32 = 1;
+
+/// The run, as JSON: readable without this program.
+const RUN: TableDefinition<'_, &str, &str> = TableDefinition::new("run");
+const SNAPSHOT: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("snapshot");
+const FACTS: TableDefinition<'_, u64, &[u8]> = TableDefinition::new("facts");
+/// The only key of the first two.
+const ONLY: &str = "";
+
+/// What a run is recognised by.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Run {
+    /// Names it; the same over all starts of its coordinator.
+    pub job_id: String,
+    /// How often its coordinator was started.
+    pub term: u64,
+    /// Its number of workers.
+    pub world_size: u32,
+    /// The job file.
+    pub job: String,
+    /// SHA-256 of its shards' addresses, hexadecimal.
+    pub shards: String,
+}
+
+/// Why there is no journal.
+#[derive(Debug, thiserror::Error)]
+pub enum JournalError {
+    /// The file cannot be opened, read or written.
+    #[error("the journal {} cannot be {what}: {reason}{}", path.display(), hint(what))]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// What was to be done with it.
+        what: &'static str,
+        /// The reason.
+        reason: String,
+    },
+    /// What is written in it makes no sense.
+    #[error("the journal {} is damaged: {reason}{}", path.display(), hint("read"))]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// In what way.
+        reason: String,
+    },
+}
+
+/// What to do about a journal that is of no use.
+fn hint(what: &str) -> &'static str {
+    match what {
+        "written" => "",
+        _ => "; to go on from the newest checkpoint without it, move this file away",
+    }
+}
+
+/// A run found in a journal.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Found {
+    /// Which.
+    pub run: Run,
+    /// What all its facts come to.
+    pub state: State,
+}
 
 /// Writes facts down before anyone hears of them.
 pub trait Journal: Send {
-    /// Returns once `fact` would survive the coordinator's death.
+    /// Adds a fact. On return it would survive the coordinator's death, unless it [may be late](Fact::may_be_late).
     ///
     /// # Errors
     /// Whatever keeps it from being written; the job must not go on as if it were.
-    fn append(&mut self, fact: &Fact) -> std::io::Result<()>;
+    fn append(&mut self, fact: &Fact) -> Result<(), JournalError>;
+
+    /// On return every fact would survive.
+    ///
+    /// # Errors
+    /// As [`Journal::append`].
+    fn flush(&mut self) -> Result<(), JournalError>;
+
+    /// When [`Journal::flush`] is next due.
+    fn flush_at(&self) -> Option<Instant>;
+
+    /// Whether it is time to let [`Journal::compact`] replace the facts.
+    fn is_long(&self) -> bool;
+
+    /// Replaces all facts by the state they come to.
+    ///
+    /// # Errors
+    /// As [`Journal::append`].
+    fn compact(&mut self, state: &State) -> Result<(), JournalError>;
 }
 
-/// Keeps nothing: with it, a job that outlives its coordinator starts again from the newest checkpoint.
-///
-/// What a checkpoint needs (its ledger, its step, its generation) is in the store, not here.
-#[derive(Debug, Default)]
-pub struct Volatile;
+/// A journal on disk.
+#[derive(Debug)]
+pub struct Disk {
+    database: Database,
+    path: PathBuf,
+    /// Facts that are not on disk.
+    pending: Vec<Vec<u8>>,
+    oldest_pending: Option<Instant>,
+    next: u64,
+    num_facts: u64,
+    checkpoint_since: bool,
+}
 
-impl Journal for Volatile {
-    fn append(&mut self, _fact: &Fact) -> std::io::Result<()> {
+impl Disk {
+    /// Opens a journal, or makes an empty one, and reads what it holds.
+    ///
+    /// # Errors
+    /// [`JournalError`] names the file and says what to do.
+    pub fn open(path: &Path) -> Result<(Self, Option<Found>), JournalError> {
+        let fail = |what| move |reason: String| JournalError::File { path: path.to_owned(), what, reason };
+        // A damaged file can make the library panic where it trusts what it reads.
+        let opened = std::panic::catch_unwind(|| Database::create(path).map_err(|error| error.to_string()));
+        let database = opened.unwrap_or_else(|_| Err("it is damaged".into())).map_err(fail("opened"))?;
+        let read = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| read(&database)));
+        let (found, next, num_facts) = match read.unwrap_or_else(|_| Err(ReadError::Damaged("its pages make no sense".into()))) {
+            Ok(read) => read,
+            Err(ReadError::Damaged(reason)) => return Err(JournalError::Damaged { path: path.to_owned(), reason }),
+            Err(ReadError::File(error)) => return Err(fail("read")(error.to_string())),
+        };
+        let disk =
+            Self { database, path: path.to_owned(), pending: Vec::new(), oldest_pending: None, next, num_facts, checkpoint_since: false };
+        Ok((disk, found))
+    }
+
+    /// Starts a run, or a further term of the one that was found: nothing else is in the file after it.
+    ///
+    /// # Errors
+    /// [`JournalError::File`].
+    pub fn begin(&mut self, run: &Run, state: &State) -> Result<(), JournalError> {
+        let text = serde_json::to_string(&Header { format: FORMAT, run: run.clone() }).map_err(|error| self.not_written(&error))?;
+        self.replace(Some(&text), state)
+    }
+
+    fn not_written(&self, error: &dyn std::fmt::Display) -> JournalError {
+        JournalError::File { path: self.path.clone(), what: "written", reason: error.to_string() }
+    }
+
+    fn replace(&mut self, run: Option<&str>, state: &State) -> Result<(), JournalError> {
+        let bytes = postcard::to_stdvec(state).map_err(|error| self.not_written(&error))?;
+        let replace = || -> Result<(), redb::Error> {
+            let transaction = self.database.begin_write()?;
+            if let Some(run) = run {
+                transaction.open_table(RUN)?.insert(ONLY, run)?;
+            }
+            transaction.open_table(SNAPSHOT)?.insert(ONLY, bytes.as_slice())?;
+            transaction.delete_table(FACTS)?;
+            transaction.open_table(FACTS)?;
+            Ok(transaction.commit()?)
+        };
+        replace().map_err(|error| self.not_written(&error))?;
+        self.pending.clear();
+        (self.oldest_pending, self.num_facts, self.checkpoint_since) = (None, 0, false);
         Ok(())
+    }
+}
+
+impl Journal for Disk {
+    fn append(&mut self, fact: &Fact) -> Result<(), JournalError> {
+        self.pending.push(postcard::to_stdvec(fact).map_err(|error| self.not_written(&error))?);
+        self.checkpoint_since |= matches!(fact, Fact::Checkpoint(_));
+        if !fact.may_be_late() {
+            return self.flush();
+        }
+        self.oldest_pending.get_or_insert_with(Instant::now);
+        Ok(())
+    }
+
+    fn flush(&mut self) -> Result<(), JournalError> {
+        if self.pending.is_empty() {
+            return Ok(());
+        }
+        let write = || -> Result<(), redb::Error> {
+            let transaction = self.database.begin_write()?;
+            {
+                let mut facts = transaction.open_table(FACTS)?;
+                for (number, bytes) in (self.next..).zip(&self.pending) {
+                    facts.insert(number, bytes.as_slice())?;
+                }
+            }
+            Ok(transaction.commit()?)
+        };
+        write().map_err(|error| self.not_written(&error))?;
+        let written = self.pending.len() as u64;
+        self.pending.clear();
+        self.oldest_pending = None;
+        self.next += written;
+        self.num_facts += written;
+        Ok(())
+    }
+
+    fn flush_at(&self) -> Option<Instant> {
+        self.oldest_pending.map(|oldest| oldest + LATEST)
+    }
+
+    fn is_long(&self) -> bool {
+        self.checkpoint_since || self.num_facts + self.pending.len() as u64 >= SNAPSHOT_AFTER
+    }
+
+    fn compact(&mut self, state: &State) -> Result<(), JournalError> {
+        self.replace(None, state)
+    }
+}
+
+#[derive(Serialize, Deserialize)]
+struct Header {
+    format: u32,
+    #[serde(flatten)]
+    run: Run,
+}
+
+enum ReadError {
+    File(redb::Error),
+    Damaged(String),
+}
+
+impl<E: Into<redb::Error>> From<E> for ReadError {
+    fn from(error: E) -> Self {
+        Self::File(error.into())
+    }
+}
+
+fn damaged(error: impl std::fmt::Display) -> ReadError {
+    ReadError::Damaged(error.to_string())
+}
+
+/// What a journal holds, the number of the next fact, and how many there are.
+fn read(database: &Database) -> Result<(Option<Found>, u64, u64), ReadError> {
+    let transaction = database.begin_read()?;
+    let run = match transaction.open_table(RUN) {
+        Ok(table) => table,
+        Err(redb::TableError::TableDoesNotExist(_)) => return Ok((None, 0, 0)),
+        Err(error) => return Err(error.into()),
+    };
+    let Some(text) = run.get(ONLY)? else { return Ok((None, 0, 0)) };
+    let Header { format, run } = serde_json::from_str(text.value()).map_err(damaged)?;
+    if format != FORMAT {
+        return Err(ReadError::Damaged(format!("its format is {format}, this program reads {FORMAT}")));
+    }
+    let snapshot = transaction.open_table(SNAPSHOT)?;
+    let snapshot = snapshot.get(ONLY)?.ok_or_else(|| damaged("it has no snapshot"))?;
+    let mut state: State = postcard::from_bytes(snapshot.value()).map_err(damaged)?;
+    let facts = transaction.open_table(FACTS)?;
+    let mut next = 0;
+    for entry in facts.iter()? {
+        let (number, bytes) = entry?;
+        let fact: Fact = postcard::from_bytes(bytes.value()).map_err(damaged)?;
+        state.apply(fact).map_err(|error: ReplayError| damaged(format!("fact {}: {error}", number.value())))?;
+        next = number.value() + 1;
+    }
+    Ok((Some(Found { run, state }), next, facts.len()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use peapod_proto::ids::{Epoch, Generation, SampleName, ShardId, Step, WorkerId};
+
+    use super::*;
+    use crate::core::{Config, Core, Outcome};
+
+    fn state() -> State {
+        let config = Config {
+            world_size: 1,
+            heartbeat_timeout: Duration::from_secs(3),
+            join_timeout: Duration::from_secs(60),
+            job_id: "job".into(),
+            job_toml: String::new(),
+            seed: 1,
+            shards: Arc::new(["a.tar".into()]),
+            epochs: Some(1),
+            last_step: None,
+            checkpoint_every: Duration::from_secs(60),
+            max_bad_fraction: 0.1,
+            max_skipped_steps: 1,
+        };
+        Core::new(config, None).durable()
+    }
+
+    fn run() -> Run {
+        Run { job_id: "7".into(), term: 3, world_size: 1, job: "toml".into(), shards: "digest".into() }
+    }
+
+    fn commit(step: u32) -> Fact {
+        let name = SampleName { epoch: Epoch(0), shard: ShardId(0), index: step };
+        Fact::Commit { step: Step(step.into()), generation: Generation(1), names: vec![name], skipped: false }
+    }
+
+    fn reopen(path: &Path) -> Found {
+        Disk::open(path).unwrap().1.unwrap()
+    }
+
+    #[test]
+    fn facts_are_found_again_and_those_that_may_be_late_come_with_the_next_that_may_not() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("journal.redb");
+        let (mut journal, found) = Disk::open(&path).unwrap();
+        assert_eq!(found, None);
+        journal.begin(&run(), &state()).unwrap();
+        journal.append(&commit(1)).unwrap();
+        assert!(journal.flush_at().is_some_and(|at| at <= Instant::now() + LATEST));
+        drop(journal);
+        assert_eq!(reopen(&path), Found { run: run(), state: state() }, "it was not on disk yet");
+
+        let (mut journal, _) = Disk::open(&path).unwrap();
+        journal.append(&commit(1)).unwrap();
+        journal.append(&Fact::Joined(WorkerId(1))).unwrap();
+        assert_eq!(journal.flush_at(), None);
+        journal.append(&commit(2)).unwrap();
+        journal.flush().unwrap();
+        drop(journal);
+        let mut expected = state();
+        for fact in [commit(1), Fact::Joined(WorkerId(1)), commit(2)] {
+            expected.apply(fact).unwrap();
+        }
+        assert_eq!(reopen(&path).state, expected);
+        assert_eq!(reopen(&path).state, expected, "reading changes nothing");
+    }
+
+    #[test]
+    fn snapshot_stands_for_the_facts_before_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("journal.redb");
+        let (mut journal, _) = Disk::open(&path).unwrap();
+        journal.begin(&run(), &state()).unwrap();
+        let mut expected = state();
+        for step in 1..=3 {
+            journal.append(&commit(step)).unwrap();
+            expected.apply(commit(step)).unwrap();
+        }
+        assert!(!journal.is_long());
+        journal.append(&Fact::Checkpoint(Step(3))).unwrap();
+        assert!(journal.is_long());
+        journal.compact(&expected).unwrap();
+        assert!(!journal.is_long() && journal.flush_at().is_none());
+        journal.append(&commit(4)).unwrap();
+        journal.append(&Fact::Ended(Outcome::Finished)).unwrap();
+        drop(journal);
+        expected.apply(commit(4)).unwrap();
+        expected.apply(Fact::Ended(Outcome::Finished)).unwrap();
+        let found = reopen(&path);
+        assert_eq!((found.state.outcome(), &found.state), (Some(&Outcome::Finished), &expected));
+    }
+
+    #[test]
+    fn journal_of_no_use_is_named_with_what_to_do() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("journal.redb");
+        let refused = |path: &Path| Disk::open(path).unwrap_err().to_string();
+        std::fs::write(&path, b"no journal").unwrap();
+        let error = refused(&path);
+        assert!(error.contains("journal.redb cannot be opened: ") && error.ends_with("move this file away"), "{error}");
+        assert!(refused(&folder.path().join("nowhere/journal.redb")).contains("cannot be opened: "));
+
+        // Facts that contradict each other are damage, too.
+        std::fs::remove_file(&path).unwrap();
+        let (mut journal, _) = Disk::open(&path).unwrap();
+        journal.begin(&run(), &state()).unwrap();
+        journal.append(&commit(1)).unwrap();
+        journal.append(&commit(1)).unwrap();
+        journal.flush().unwrap();
+        drop(journal);
+        let error = refused(&path);
+        assert!(error.contains("journal.redb is damaged: fact 1: sample 0/0/1 was trained twice"), "{error}");
+    }
+
+    #[test]
+    fn second_process_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("journal.redb");
+        let _first = Disk::open(&path).unwrap();
+        assert!(Disk::open(&path).is_err());
     }
 }

@@ -1,6 +1,6 @@
 //! What people see of a job: log lines, a progress bar on a terminal, the step log, and the summary at the end.
 
-use std::io::{self, BufWriter, IsTerminal, Write};
+use std::io::{self, BufRead, BufReader, BufWriter, IsTerminal, Seek, Write};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -50,7 +50,7 @@ impl<'a> tracing_subscriber::fmt::MakeWriter<'a> for Bar {
     }
 }
 
-/// Files that an observer writes.
+/// Files that an observer writes. The first two hold each final step once: what is trained again is taken out of them first.
 #[derive(Debug, Default)]
 pub struct Logs {
     /// One line of JSON a final step.
@@ -68,11 +68,41 @@ impl Logs {
     /// Names the file that cannot be opened.
     pub fn open(steps: &Path, samples: Option<&Path>, validation: Option<&Path>) -> anyhow::Result<Self> {
         let open = |path: &Path| {
-            let file = std::fs::OpenOptions::new().create(true).append(true).open(path);
+            let file = std::fs::OpenOptions::new().create(true).read(true).append(true).open(path);
             file.map(BufWriter::new).map_err(|error| anyhow::anyhow!("cannot write {}: {error}", path.display()))
         };
         Ok(Self { steps: Some(open(steps)?), samples: samples.map(open).transpose()?, validation: validation.map(open).transpose()? })
     }
+
+    /// Takes out the lines of steps after `last`: of a coordinator that was killed before the journal had them, or that the job goes back behind.
+    ///
+    /// # Errors
+    /// From the files.
+    pub fn go_back_to(&mut self, last: Step) -> io::Result<()> {
+        if let Some(steps) = &mut self.steps {
+            let step = |line: &str| serde_json::from_str::<serde_json::Value>(line).ok()?.get("step")?.as_u64();
+            cut(steps, |line| step(line).is_some_and(|step| step <= last.0))?;
+        }
+        if let Some(samples) = &mut self.samples {
+            cut(samples, |line| line.split('\t').next().and_then(|step| step.parse().ok()).is_some_and(|step: u64| step <= last.0))?;
+        }
+        Ok(())
+    }
+}
+
+/// Cuts a file off before its first line that does not stay; half a line at the end does not.
+fn cut(file: &mut BufWriter<std::fs::File>, stays: impl Fn(&str) -> bool) -> io::Result<()> {
+    file.flush()?;
+    let file = file.get_mut();
+    file.seek(io::SeekFrom::Start(0))?;
+    let mut lines = BufReader::new(&*file);
+    let (mut keep, mut line) = (0, String::new());
+    while lines.read_line(&mut line)? > 0 && line.ends_with('\n') && stays(line.trim_end()) {
+        keep += line.len() as u64;
+        line.clear();
+    }
+    // Opened for appending: whatever is written next goes to the end that is left.
+    file.set_len(keep)
 }
 
 /// What of a job is needed to show its validation.
@@ -265,6 +295,10 @@ impl Observer {
                     "no worker that held step {from} is left: going back to step {to}, {} steps are trained again",
                     from.0 - to.0
                 );
+                if let Err(error) = self.logs.go_back_to(*to) {
+                    tracing::error!("step and sample logs stop here: {error}");
+                    self.logs = Logs::default();
+                }
             }
             Notice::StepSkipped { step, in_a_row } => tracing::warn!("step {step} is not finite and was skipped ({in_a_row} in a row)"),
             Notice::BadData { shard, key, detail } if key.is_empty() => tracing::warn!("shard {shard}: {detail}; the rest of it is lost"),
@@ -362,6 +396,20 @@ mod tests {
         let samples = std::fs::read_to_string(samples).unwrap();
         assert_eq!(samples.lines().next(), Some("1\t0\t1\t1"));
         assert_eq!(samples.lines().count(), 19, "samples of a skipped step were not trained");
+    }
+
+    #[test]
+    fn logs_go_back_with_the_job_and_half_a_line_goes_with_them() {
+        let folder = tempfile::tempdir().unwrap();
+        let (steps, samples) = (folder.path().join("steps.jsonl"), folder.path().join("samples.tsv"));
+        std::fs::write(&steps, "{\"step\":1}\n{\"step\":2}\n{\"step\":3}\n").unwrap();
+        std::fs::write(&samples, "1\t0\t0\t0\n2\t0\t0\t1\n2\t0\t0").unwrap();
+        let mut logs = Logs::open(&steps, Some(&samples), None).unwrap();
+        logs.go_back_to(Step(2)).unwrap();
+        assert_eq!(std::fs::read_to_string(&samples).unwrap(), "1\t0\t0\t0\n2\t0\t0\t1\n");
+        writeln!(logs.steps.as_mut().unwrap(), "{{\"step\":3}}").unwrap();
+        drop(logs);
+        assert_eq!(std::fs::read_to_string(&steps).unwrap(), "{\"step\":1}\n{\"step\":2}\n{\"step\":3}\n");
     }
 
     #[test]

@@ -19,13 +19,13 @@ use tonic::transport::Server;
 use crate::check::{self, LoadedJob};
 use crate::config::RunArgs;
 use crate::core::{Config, Core, Event, Outcome, Resume};
-use crate::driver::{Command, Driver};
+use crate::driver::{Command, Driver, Ending};
 use crate::gallery::{Gallery, MAX_PNG_BYTES};
-use crate::journal::Volatile;
+use crate::journal::{Disk, Found, Run};
 use crate::local::Local;
 use crate::observe::{Bar, Logs, Observer, Summary};
 use crate::service::{JobFacts, Service};
-use crate::store::Store;
+use crate::store::{Store, hex, sha256};
 
 /// Commands that may wait for the driver.
 const COMMAND_CAPACITY: usize = 4096;
@@ -82,20 +82,49 @@ pub async fn run(args: RunArgs, bar: Bar) -> anyhow::Result<Exit> {
         Ok(resume) => resume,
         Err(problem) => return Ok(Exit::Refused(problem)),
     };
+    let journal_path = args.state_dir.join(JOURNAL);
+    let (mut journal, found) = match Disk::open(&journal_path) {
+        Ok(opened) => opened,
+        Err(error) => return Ok(Exit::Failed(error.to_string())),
+    };
+    // A run that has come to its end is in its checkpoint.
+    let found = found.filter(|found| found.state.outcome().is_none());
+    if let Some(problem) = found.as_ref().and_then(|found| of_another_job(found, &job, &journal_path)) {
+        return Ok(Exit::Refused(problem));
+    }
     let step = resume.as_ref().map_or(Step(0), |resume| resume.step);
+    let goes_back = found.is_some() || resume.is_some();
+    let run = Run {
+        job_id: String::new(),
+        term: 1,
+        world_size: args.world_size,
+        job: toml.clone(),
+        shards: hex(&sha256(shards.join("\n").as_bytes())),
+    };
+    let found = found.filter(|found| match new_run(found, &run, resume.as_ref(), args.local) {
+        Some(why) => {
+            tracing::warn!("{why}: its workers are sent away, and the job goes on from step {step}, where its newest checkpoint is");
+            false
+        }
+        None => true,
+    });
     if let Some(last) = job.last_step().filter(|&last| step.0 >= last) {
         tracing::info!("the job is finished already: its checkpoint in {} is of step {step}, train.steps is {last}", checkpoints.display());
         return Ok(Exit::Finished);
     }
     let signals = Signals::catch()?;
     let validation = (!job.validation.shards.is_empty()).then(|| args.state_dir.join("validation.jsonl"));
-    let logs = Logs::open(&args.state_dir.join("steps.jsonl"), args.sample_log.as_deref(), validation.as_deref())?;
+    let mut logs = Logs::open(&args.state_dir.join("steps.jsonl"), args.sample_log.as_deref(), validation.as_deref())?;
     let gallery = Gallery::new(&args.state_dir.join("pictures"), &job)?;
     let listener = TcpListener::bind(args.listen_address()).await.with_context(|| format!("cannot listen on {}", args.listen_address()))?;
     let address = format!("http://{}", listener.local_addr()?);
     announce(&args, &job, listener.local_addr()?, shards.len());
 
-    let job_id = format!("{:016x}", random()?);
+    let job_id = match &found {
+        Some(found) => found.run.job_id.clone(),
+        None => format!("{:016x}", random()?),
+    };
+    let run = Run { job_id: job_id.clone(), term: found.as_ref().map_or(1, |found| found.run.term + 1), ..run };
     let facts = JobFacts {
         job_id: job_id.clone(),
         name: job.name.clone(),
@@ -119,9 +148,29 @@ pub async fn run(args: RunArgs, bar: Bar) -> anyhow::Result<Exit> {
         max_bad_fraction: job.data.max_bad_fraction,
         max_skipped_steps: job.train.max_skipped_steps,
     };
+    let core = match found {
+        Some(found) => {
+            let core = Core::restore(config, resume, found.state);
+            tracing::info!(
+                "going on with the run of {}, start {}: its workers hold step {} or a later one",
+                journal_path.display(),
+                run.term,
+                core.final_step()
+            );
+            core
+        }
+        None => Core::new(config, resume),
+    };
+    let step = core.final_step();
+    if goes_back {
+        logs.go_back_to(step).context("cannot bring the logs in --state-dir and --sample-log to where the job goes on")?;
+    }
+    if let Err(error) = journal.begin(&run, &core.durable()) {
+        return Ok(Exit::Failed(error.to_string()));
+    }
     let observer = Observer::new(bar, logs, (&job).into(), step, job.last_step());
     let (commands, inbox) = mpsc::channel(COMMAND_CAPACITY);
-    let driver = Driver::new(Core::new(config, resume), inbox, Box::new(Volatile), observer);
+    let driver = Driver::new(core, inbox, Box::new(journal), observer);
     let (over, is_over) = watch::channel(false);
 
     let service = Service::new(commands.clone(), store.clone(), gallery, facts);
@@ -135,7 +184,7 @@ pub async fn run(args: RunArgs, bar: Bar) -> anyhow::Result<Exit> {
         .add_service(v1::control_server::ControlServer::new(service))
         .serve_with_incoming_shutdown(TcpListenerStream::new(listener), wait_for(is_over.clone()));
     let server = tokio::spawn(server);
-    let signals = tokio::spawn(signals.watch(commands.clone()));
+    let signals = tokio::spawn(signals.watch(commands.clone(), args.local));
     let local = args.local.then(|| {
         let local = Local {
             program: Local::find_program(),
@@ -152,16 +201,60 @@ pub async fn run(args: RunArgs, bar: Bar) -> anyhow::Result<Exit> {
         Some(local) => run_with_children(driver, local, &over).await?,
         None => driver.await.context("driver")?,
     };
-    let (outcome, observer) = ended;
+    let (ending, observer) = ended;
     let _ = over.send(true);
     // The last messages to the workers are on their way; a connection that does not end by itself is cut.
     let _ = tokio::time::timeout(CLOSE_TIMEOUT, server).await;
     let code = if signals.is_finished() { signals.await.context("signals")? } else { 0 };
     let summary = observer.finish();
-    conclude(outcome, code, summary, &store).await
+    match ending {
+        Ending::Over(outcome) => conclude(outcome, code, summary, &store).await,
+        Ending::Away => {
+            tracing::info!("stopped alone: the workers keep what they hold and wait; the same command goes on with the job");
+            Ok(Exit::Stopped { code })
+        }
+    }
 }
 
-type Driven = (Outcome, Observer);
+type Driven = (Ending, Observer);
+
+/// The run in the state folder, for a coordinator that is started again.
+const JOURNAL: &str = "journal.redb";
+
+/// Why a journal must not be gone on with: it is of another job.
+fn of_another_job(found: &Found, job: &Job, path: &Path) -> Option<String> {
+    let before = match Job::parse(&found.run.job) {
+        Ok(before) => before,
+        Err(error) => return Some(format!("the job file kept in {} cannot be read: {error}", path.display())),
+    };
+    let differences = job.identity_differences(&before);
+    let list: String =
+        differences.iter().map(|difference| format!("\n  {}", difference.replace("in the checkpoint", "in the journal"))).collect();
+    (!differences.is_empty()).then(|| {
+        format!(
+            "the journal {} belongs to another job:{list}\nTo go on with it, restore these; to start anew, give another --state-dir",
+            path.display()
+        )
+    })
+}
+
+/// Why the workers of a run, if they live, cannot go on with it.
+fn new_run(found: &Found, run: &Run, resume: Option<&Resume>, local: bool) -> Option<&'static str> {
+    let Found { run: before, state } = found;
+    if local {
+        Some("the run in the journal is over, as --local starts workers of its own")
+    } else if before.job != run.job {
+        Some("the run in the journal has another job file")
+    } else if before.world_size != run.world_size {
+        Some("the run in the journal has another --world-size")
+    } else if before.shards != run.shards {
+        Some("the run in the journal has another list of shards")
+    } else if resume.is_some_and(|resume| resume.generation > state.generation()) {
+        Some("the run in the journal is older than the newest checkpoint")
+    } else {
+        None
+    }
+}
 
 async fn run_with_children(
     mut driver: tokio::task::JoinHandle<Driven>,
@@ -274,8 +367,16 @@ impl Signals {
     }
 
     /// Turns the first signal into an orderly stop and the second into an end; returns the exit code of the first.
-    async fn watch(mut self, commands: mpsc::Sender<Command>) -> u8 {
+    ///
+    /// SIGTERM is what a service manager sends before it starts the coordinator again, here or elsewhere: the job stays, unless the workers are this
+    /// process's own and would die with it.
+    async fn watch(mut self, commands: mpsc::Sender<Command>, local: bool) -> u8 {
         let (name, code) = self.next().await;
+        if name == "SIGTERM" && !local {
+            tracing::info!("SIGTERM: leaving the job to its workers and the next coordinator");
+            let _ = commands.send(Command::GoAway).await;
+            return code;
+        }
         tracing::info!("{name}: ending the job with a checkpoint; once more to end it at once");
         let _ = commands.send(Command::Tell(Event::Stop { reason: name.into() })).await;
         tokio::spawn(async move {

@@ -64,6 +64,7 @@ impl From<CoreError> for Status {
                 Self::failed_precondition(message)
             }
             CoreError::StaleStream | CoreError::StaleGeneration { .. } => Self::aborted(message),
+            CoreError::NotYet(_) => Self::unavailable(message),
             CoreError::NobodyHasRank(_) => Self::not_found(message),
         }
     }

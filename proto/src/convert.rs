@@ -198,6 +198,7 @@ impl From<FromWorker> for v1::FromWorker {
                 records: stopped.records.into_iter().map(Into::into).collect(),
                 reason: stopped.reason,
                 validation: stopped.validation.map(Into::into),
+                trained_in: stopped.trained_in.0,
             }),
             FromWorker::LeaseRequest { generation, num_leases } => {
                 Message::LeaseRequest(v1::LeaseRequest { generation: generation.0, num_leases })
@@ -306,6 +307,7 @@ impl TryFrom<v1::FromWorker> for FromWorker {
                 records: stopped.records.into_iter().map(TryInto::try_into).collect::<Result<_, _>>()?,
                 reason: stopped.reason,
                 validation: stopped.validation.map(TryInto::try_into).transpose()?,
+                trained_in: Generation(stopped.trained_in),
             }),
             Message::LeaseRequest(request) => {
                 Self::LeaseRequest { generation: Generation(request.generation), num_leases: request.num_leases }
@@ -331,17 +333,25 @@ impl From<ToWorker> for v1::ToWorker {
     fn from(message: ToWorker) -> Self {
         use v1::to_worker::Message;
         let message = match message {
-            ToWorker::Welcome { worker, rank, world_size, job_id, job_toml, heartbeat_interval_ms, heartbeat_timeout_ms } => {
-                Message::Welcome(v1::Welcome {
-                    worker_id: worker.0,
-                    rank: rank.0,
-                    world_size,
-                    job_id,
-                    job_toml,
-                    heartbeat_interval_ms,
-                    heartbeat_timeout_ms,
-                })
-            }
+            ToWorker::Welcome {
+                worker,
+                rank,
+                world_size,
+                job_id,
+                job_toml,
+                heartbeat_interval_ms,
+                heartbeat_timeout_ms,
+                join_timeout_ms,
+            } => Message::Welcome(v1::Welcome {
+                worker_id: worker.0,
+                rank: rank.0,
+                world_size,
+                job_id,
+                job_toml,
+                heartbeat_interval_ms,
+                heartbeat_timeout_ms,
+                join_timeout_ms,
+            }),
             ToWorker::HeartbeatReply { generation, running, waiting_for } => {
                 Message::HeartbeatReply(v1::HeartbeatReply { generation: generation.0, running, waiting_for })
             }
@@ -406,6 +416,7 @@ impl TryFrom<v1::ToWorker> for ToWorker {
                 job_toml: welcome.job_toml,
                 heartbeat_interval_ms: welcome.heartbeat_interval_ms.max(1),
                 heartbeat_timeout_ms: welcome.heartbeat_timeout_ms.max(1),
+                join_timeout_ms: welcome.join_timeout_ms,
             },
             Message::HeartbeatReply(reply) => {
                 Self::HeartbeatReply { generation: Generation(reply.generation), running: reply.running, waiting_for: reply.waiting_for }
@@ -502,6 +513,7 @@ mod tests {
                 records: vec![record(8), record(9)],
                 reason: String::new(),
                 validation: Some(validation(9)),
+                trained_in: Generation(2),
             }),
             FromWorker::Heartbeat(Heartbeat { step: Step(9), phase: Phase::Validating, generation: Generation(2) }),
             FromWorker::Heartbeat(Heartbeat { step: Step(9), phase: Phase::Sampling, generation: Generation(2) }),

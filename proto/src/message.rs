@@ -1,5 +1,7 @@
 //! The membership stream's messages with typed contents. What they mean is said in `membership.proto`.
 
+use serde::{Deserialize, Serialize};
+
 use crate::ids::{Bitmap, Epoch, Generation, Incarnation, LeaseId, MemberIndex, Rank, SampleName, ShardId, Step, WorkerId};
 
 /// A worker's first message.
@@ -98,7 +100,7 @@ pub struct StepLosses {
 ///
 /// Noise, timesteps and crops are the same each time: two of them compare weights and nothing else. Not a number where a loss was not
 /// finite.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct ValidationLosses {
     /// The step.
     pub step: Step,
@@ -184,7 +186,7 @@ pub enum StopCause {
     DataDone,
 }
 
-/// A worker stands outside its collective and holds `applied` whole.
+/// A worker stands outside its collective and holds `applied` whole. Said again on each later stream of the process.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Stopped {
     /// The generation it left.
@@ -199,10 +201,28 @@ pub struct Stopped {
     pub reason: String,
     /// Losses of `applied` on the validation samples, where no step follows whose record could carry them.
     pub validation: Option<ValidationLosses>,
+    /// The generation that trained `applied`; [`Generation::NONE`] when it comes from a checkpoint or from nothing.
+    pub trained_in: Generation,
+}
+
+impl Stopped {
+    /// What a worker says that holds nothing.
+    #[must_use]
+    pub fn empty_handed(generation: Generation) -> Self {
+        Self {
+            generation,
+            applied: Step(0),
+            cause: StopCause::Aborted,
+            records: Vec::new(),
+            reason: String::new(),
+            validation: None,
+            trained_in: Generation::NONE,
+        }
+    }
 }
 
 /// Why a sample is not trained on.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum SkipReason {
     /// Kept out by the job's rules.
     Filtered,
@@ -211,7 +231,7 @@ pub enum SkipReason {
 }
 
 /// A sample that is not trained on.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SkippedSample {
     /// Position in tar order.
     pub index: u32,
@@ -232,7 +252,7 @@ impl SkippedSample {
 }
 
 /// What reading a leased shard showed.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ShardReport {
     /// The lease it was read under.
     pub lease: LeaseId,
@@ -366,6 +386,8 @@ pub enum ToWorker {
         heartbeat_interval_ms: u32,
         /// Silence after which either side gives the other up.
         heartbeat_timeout_ms: u32,
+        /// How long the coordinator waits for missing workers, and a worker for a coordinator that is away.
+        join_timeout_ms: u32,
     },
     /// Answer to each heartbeat.
     HeartbeatReply {

@@ -11,6 +11,7 @@ mod golden;
 mod membership;
 mod method;
 mod models;
+mod restart;
 mod resume;
 mod rounds;
 mod shards;

@@ -227,7 +227,7 @@ fn worker_gives_up_on_a_coordinator_that_vanished() {
 }
 
 #[test]
-fn worker_of_an_earlier_run_is_sent_away_to_be_started_again() {
+fn worker_of_a_run_with_another_job_file_is_sent_away_to_be_started_again() {
     let mut cluster = Cluster::new();
     cluster.job.set_steps(100_000).set("checkpoint.every_steps", 2);
     let mut coordinator = cluster.coordinator(1, &[]);
@@ -237,7 +237,9 @@ fn worker_of_an_earlier_run_is_sent_away_to_be_started_again() {
     coordinator.signal(Signal::KILL);
     coordinator.wait();
 
+    cluster.job.set("train.learning_rate", 1e-3);
     let mut coordinator = cluster.coordinator(1, &["--listen", &address]);
+    coordinator.wait_for("the run in the journal has another job file");
     // 75 is EX_TEMPFAIL: a service manager starts the worker again.
     old.expect_exit(75);
     old.assert_said("the coordinator was started anew and no longer knows this run; start the worker again to resume from its checkpoint");

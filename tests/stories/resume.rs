@@ -72,7 +72,7 @@ fn stopped_job_resumes_with_another_number_of_workers() {
 }
 
 #[test]
-fn sigterm_ends_the_job_with_a_checkpoint() {
+fn sigterm_ends_a_local_job_with_a_checkpoint_as_its_workers_die_with_it() {
     let mut cluster = Cluster::new();
     cluster.job.set_steps(100_000);
     let mut coordinator = cluster.coordinator(1, &["--local"]);

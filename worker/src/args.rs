@@ -64,13 +64,16 @@ pub struct Args {
     /// Threads for tensor work [default: all cores]
     #[arg(long)]
     pub threads: Option<u32>,
-    /// How long to look for the coordinator
-    #[arg(long, default_value = "60s", value_parser = humantime::parse_duration)]
-    pub connect_timeout: Duration,
+    /// How long to look for the coordinator [default: 60s; for one that was lost, its --join-timeout]
+    #[arg(long, value_parser = humantime::parse_duration)]
+    pub connect_timeout: Option<Duration>,
     /// Address under which the other workers reach this one [default: the one that reaches the coordinator]
     #[arg(long)]
     pub advertise: Option<std::net::IpAddr>,
 }
+
+/// How long a coordinator may take to appear.
+const FIRST_PATIENCE: Duration = Duration::from_secs(60);
 
 impl Args {
     /// Checks ranges.
@@ -88,6 +91,12 @@ impl Args {
             return Err("--threads must be at least 1".into());
         }
         Ok(())
+    }
+
+    /// How long to look for the coordinator; `lost` is the join timeout of one that was found before.
+    #[must_use]
+    pub fn patience(&self, lost: Option<Duration>) -> Duration {
+        self.connect_timeout.unwrap_or_else(|| lost.unwrap_or_default().max(FIRST_PATIENCE))
     }
 
     /// The rank to ask for.

@@ -20,6 +20,8 @@ const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Between attempts: the first wait, doubled up to the longest.
 const FIRST_WAIT: Duration = Duration::from_millis(100);
 const LONGEST_WAIT: Duration = Duration::from_secs(2);
+/// The longest wait of a worker that a coordinator knows: it waits for it no longer than its heartbeat timeout after it was started again.
+const LONGEST_WAIT_OF_A_MEMBER: Duration = Duration::from_millis(400);
 /// Silence of the transport after which it is probed, and then given up.
 const KEEPALIVE: Duration = Duration::from_secs(3);
 /// One picture.
@@ -73,11 +75,11 @@ pub struct Stream {
     pub local_ip: Option<IpAddr>,
 }
 
-/// Opens a membership stream, trying for `patience`.
+/// Opens a membership stream, trying for `patience`; more often where `returning`.
 ///
 /// # Errors
 /// [`ClientError::Unreachable`] after that time; [`ClientError::Refused`] at once.
-pub async fn join(address: &str, hello: FromWorker, patience: Duration) -> Result<Stream, ClientError> {
+pub async fn join(address: &str, hello: FromWorker, patience: Duration, returning: bool) -> Result<Stream, ClientError> {
     let endpoint = Endpoint::from_shared(address.to_owned()).map_err(|_| ClientError::Address(address.into()))?;
     let endpoint = endpoint
         .connect_timeout(ATTEMPT_TIMEOUT)
@@ -87,6 +89,7 @@ pub async fn join(address: &str, hello: FromWorker, patience: Duration) -> Resul
         .keep_alive_while_idle(true);
     let started = std::time::Instant::now();
     let mut wait = FIRST_WAIT;
+    let longest = if returning { LONGEST_WAIT_OF_A_MEMBER } else { LONGEST_WAIT };
     loop {
         let last = match attempt(&endpoint, hello.clone()).await {
             Ok(mut stream) => {
@@ -100,7 +103,7 @@ pub async fn join(address: &str, hello: FromWorker, patience: Duration) -> Resul
             return Err(ClientError::Unreachable { address: address.into(), tried_for: started.elapsed(), last });
         }
         tokio::time::sleep(wait.mul_f64(jitter())).await;
-        wait = (wait * 2).min(LONGEST_WAIT);
+        wait = (wait * 2).min(longest);
     }
 }
 

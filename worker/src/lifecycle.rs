@@ -3,9 +3,14 @@
 //! ```text
 //! Joining -> Loading -> Waiting <-> Training -> Left
 //! ```
+//!
+//! A lost stream breaks nothing: the worker trains on with the leases it has, until its peers leave it or the coordinator is back. Then it leaves its
+//! generation by itself and says what it holds and what it has read: to a coordinator that was started again all of it is news.
 
-use peapod_proto::ids::{Generation, Rank, Step, WorkerId};
-use peapod_proto::message::{Assignment, FromWorker, Lease, ShardReport, StepReport, StopReason, Stopped, ToWorker};
+use std::collections::{BTreeMap, BTreeSet};
+
+use peapod_proto::ids::{Generation, LeaseId, Rank, Step, WorkerId};
+use peapod_proto::message::{Assignment, FromWorker, Lease, ShardReport, SkippedSample, StepReport, StopReason, Stopped, ToWorker};
 
 /// What happens to a worker.
 #[derive(Debug)]
@@ -156,8 +161,14 @@ pub struct Lifecycle {
     job_id: Option<String>,
     loaded: Option<(Vec<u8>, u64)>,
     loading: bool,
-    /// The generation the worker is, or last was, in.
-    generation: Generation,
+    /// Whether the coordinator has welcomed the current stream.
+    joined: bool,
+    /// Welcomed in the middle of a generation, which is left before anything else is said.
+    returning: bool,
+    /// What it said last that it holds.
+    stopped: Stopped,
+    /// What it has read of the shards that it holds, without the words.
+    read: BTreeMap<LeaseId, ShardReport>,
     leaving: Option<&'static str>,
     waiting_for: String,
 }
@@ -178,7 +189,10 @@ impl Lifecycle {
             job_id: None,
             loaded: None,
             loading: false,
-            generation: Generation::NONE,
+            joined: false,
+            returning: false,
+            stopped: Stopped::empty_handed(Generation::NONE),
+            read: BTreeMap::new(),
             leaving: None,
             waiting_for: String::new(),
         }
@@ -199,9 +213,14 @@ impl Lifecycle {
             Input::Said(message) => self.said(message),
             Input::StreamLost { cause } => self.stream_lost(&cause),
             Input::Trainer(event) => self.trainer(event),
-            Input::Read(report) => vec![Action::Send(FromWorker::ShardReport(report))],
+            Input::Read(report) => {
+                self.remember(&report);
+                vec![Action::Send(FromWorker::ShardReport(report))]
+            }
             Input::NeedLeases { num } => match self.state {
-                State::Training(generation) => vec![Action::Send(FromWorker::LeaseRequest { generation, num_leases: num })],
+                State::Training(generation) if self.joined && !self.returning => {
+                    vec![Action::Send(FromWorker::LeaseRequest { generation, num_leases: num })]
+                }
                 // Nobody to ask: the data threads are told to ask again when the next generation begins.
                 _ => Vec::new(),
             },
@@ -217,8 +236,9 @@ impl Lifecycle {
             ToWorker::HeartbeatReply { generation, running, waiting_for } => self.heartbeat_reply(generation, running, waiting_for),
             ToWorker::MakeBootstrap { generation, num_members } => vec![Action::MakeBootstrap { generation, num_members }],
             ToWorker::Assignment(assignment) => {
-                self.generation = assignment.generation;
                 self.state = State::Training(assignment.generation);
+                let held: BTreeSet<LeaseId> = assignment.held_leases.iter().copied().collect();
+                self.read.retain(|lease, _| held.contains(lease));
                 self.waiting_for.clear();
                 vec![Action::Train(assignment)]
             }
@@ -251,9 +271,22 @@ impl Lifecycle {
                 "the coordinator was started anew and no longer knows this run; start the worker again to resume from its checkpoint";
             return vec![Action::Exit { code: TRY_AGAIN, message: message.into() }];
         }
+        let again = self.identity.is_some();
         self.identity = Some((worker, rank));
         self.job_id = Some(job_id);
+        self.joined = true;
         let mut actions = vec![Action::Log { text: format!("joined as rank {rank} of {world_size}") }];
+        if again {
+            actions.extend(self.read.values().cloned().map(|report| Action::Send(FromWorker::ShardReport(report))));
+        }
+        if let State::Training(generation) = self.state {
+            self.returning = true;
+            actions.push(Action::Abort { generation, reason: "the coordinator is back".into() });
+            return actions;
+        }
+        if again {
+            actions.push(Action::Send(FromWorker::Stopped(self.stopped.clone())));
+        }
         match (&self.loaded, self.loading) {
             (Some((model_digest, num_parameters)), _) => {
                 self.state = State::Waiting;
@@ -292,15 +325,31 @@ impl Lifecycle {
             self.state = State::Left;
             return vec![Action::Exit { code: 0, message: format!("left while the coordinator was away ({cause})") }];
         }
-        let mut actions = Vec::new();
-        // To the coordinator this worker is dead from here on: its peers are being told, so it must not go on with them.
-        if let State::Training(generation) = self.state {
-            actions.push(Action::Abort { generation, reason: format!("lost the coordinator: {cause}") });
+        (self.joined, self.returning) = (false, false);
+        // Where the coordinator lives and takes this worker for dead, its peers leave it and its collective fails.
+        let meanwhile = if let State::Training(_) = self.state {
+            "training on and connecting again"
+        } else {
+            self.state = State::Joining;
+            "connecting again"
+        };
+        vec![Action::Log { text: format!("lost the coordinator ({cause}); {meanwhile}") }, Action::Reconnect]
+    }
+
+    /// Keeps what was read of a shard for a coordinator that will not have heard of it.
+    fn remember(&mut self, report: &ShardReport) {
+        let known = self.read.entry(report.lease).or_insert_with(|| ShardReport {
+            lease: report.lease,
+            skipped: Vec::new(),
+            num_samples: None,
+            truncated: String::new(),
+        });
+        let wordless = |sample: &SkippedSample| SkippedSample { key: String::new(), detail: String::new(), ..sample.clone() };
+        known.skipped.extend(report.skipped.iter().map(wordless));
+        known.num_samples = report.num_samples.or(known.num_samples);
+        if !report.truncated.is_empty() {
+            known.truncated.clone_from(&report.truncated);
         }
-        self.state = State::Joining;
-        actions.push(Action::Log { text: format!("lost the coordinator ({cause}); connecting again") });
-        actions.push(Action::Reconnect);
-        actions
     }
 
     fn trainer(&mut self, event: TrainerEvent) -> Vec<Action> {
@@ -315,12 +364,24 @@ impl Lifecycle {
                 vec![Action::Send(FromWorker::Ready { model_digest, num_parameters })]
             }
             TrainerEvent::Bootstrap { generation, bytes } => vec![Action::Send(FromWorker::Bootstrap { generation, bytes })],
+            // While the coordinator is away, and until it has heard what this worker holds, the names of steps are kept for that.
+            TrainerEvent::Step(_) if !self.joined || self.returning => Vec::new(),
             TrainerEvent::Step(report) => vec![Action::Send(FromWorker::StepReport(report))],
             TrainerEvent::Stopped(stopped) => {
+                self.stopped = stopped.clone();
                 if self.state == State::Training(stopped.generation) {
-                    self.state = State::Waiting;
+                    self.state = if self.joined { State::Waiting } else { State::Joining };
                 }
-                vec![Action::Send(FromWorker::Stopped(stopped))]
+                if !self.joined {
+                    return Vec::new();
+                }
+                let mut actions = vec![Action::Send(FromWorker::Stopped(stopped))];
+                if std::mem::take(&mut self.returning)
+                    && let Some((model_digest, num_parameters)) = self.loaded.clone()
+                {
+                    actions.push(Action::Send(FromWorker::Ready { model_digest, num_parameters }));
+                }
+                actions
             }
             TrainerEvent::Failed { phase, message, permanent } => {
                 self.state = State::Left;
@@ -358,6 +419,7 @@ mod tests {
             job_toml: "toml".into(),
             heartbeat_interval_ms: 500,
             heartbeat_timeout_ms: 3000,
+            join_timeout_ms: 600_000,
         })
     }
 
@@ -399,14 +461,74 @@ mod tests {
         assert_eq!(life.handle(loaded()), [ready()]);
     }
 
+    fn stopped(generation: u64, applied: u64) -> Stopped {
+        Stopped { applied: Step(applied), trained_in: Generation(generation), ..Stopped::empty_handed(Generation(generation)) }
+    }
+
+    fn report(lease: u64, skipped: &[u32], num_samples: Option<u32>) -> ShardReport {
+        let skip = |&index: &u32| SkippedSample {
+            index,
+            reason: peapod_proto::message::SkipReason::Bad,
+            key: String::new(),
+            detail: String::new(),
+        };
+        ShardReport { lease: LeaseId(lease), skipped: skipped.iter().map(skip).collect(), num_samples, truncated: String::new() }
+    }
+
     #[test]
-    fn lost_stream_aborts_and_a_new_one_needs_no_new_models() {
+    fn worker_trains_on_without_its_coordinator_and_says_what_it_holds_when_that_is_back() {
         let mut life = training(3);
         let actions = life.handle(Input::StreamLost { cause: "reset".into() });
-        assert!(matches!(&actions[0], Action::Abort { generation: Generation(3), .. }));
-        assert!(actions.contains(&Action::Reconnect));
+        assert!(matches!(&actions[..], [Action::Log { .. }, Action::Reconnect]));
+        assert!(life.handle(Input::NeedLeases { num: 1 }).is_empty(), "nobody to ask");
+        // Back, and no model is loaded again; it leaves its generation before it says what it holds.
         let actions = life.handle(welcome("a"));
-        assert!(actions.contains(&ready()) && !actions.iter().any(|action| matches!(action, Action::Load { .. })));
+        assert!(matches!(actions.last(), Some(Action::Abort { generation: Generation(3), .. })), "{actions:?}");
+        let actions = life.handle(Input::Trainer(TrainerEvent::Stopped(stopped(3, 8))));
+        assert_eq!(actions, [Action::Send(FromWorker::Stopped(stopped(3, 8))), ready()]);
+    }
+
+    #[test]
+    fn generation_that_ends_while_the_coordinator_is_away_is_told_when_it_is_back() {
+        let mut life = training(3);
+        life.handle(Input::StreamLost { cause: "reset".into() });
+        assert!(life.handle(Input::Trainer(TrainerEvent::Stopped(stopped(3, 8)))).is_empty());
+        let actions = life.handle(welcome("a"));
+        assert_eq!(actions[1..], [Action::Send(FromWorker::Stopped(stopped(3, 8))), ready()]);
+        // And again on every further stream: this one may have been too short.
+        life.handle(Input::StreamLost { cause: "reset".into() });
+        assert!(life.handle(welcome("a")).contains(&Action::Send(FromWorker::Stopped(stopped(3, 8)))));
+    }
+
+    #[test]
+    fn worker_that_never_trained_comes_back_with_empty_hands() {
+        let mut life = Lifecycle::new();
+        life.handle(welcome("a"));
+        life.handle(loaded());
+        life.handle(Input::StreamLost { cause: "reset".into() });
+        let empty = FromWorker::Stopped(Stopped::empty_handed(Generation::NONE));
+        assert_eq!(life.handle(welcome("a"))[1..], [Action::Send(empty), ready()]);
+    }
+
+    #[test]
+    fn what_was_read_of_held_shards_is_said_again_to_a_coordinator_that_comes_back() {
+        let mut life = training(1);
+        life.handle(Input::Read(report(4, &[2], None)));
+        life.handle(Input::Read(report(5, &[], Some(9))));
+        life.handle(Input::StreamLost { cause: "reset".into() });
+        life.handle(Input::Read(report(4, &[7], Some(10))));
+        let reports = |actions: Vec<Action>| -> Vec<ShardReport> {
+            let report = |action| match action {
+                Action::Send(FromWorker::ShardReport(report)) => Some(report),
+                _ => None,
+            };
+            actions.into_iter().filter_map(report).collect()
+        };
+        assert_eq!(reports(life.handle(welcome("a"))), [report(4, &[2, 7], Some(10)), report(5, &[], Some(9))]);
+        // What the next generation does not hold any more is done.
+        life.handle(Input::Said(ToWorker::Assignment(Assignment { held_leases: vec![LeaseId(5)], ..assignment(2) })));
+        life.handle(Input::StreamLost { cause: "reset".into() });
+        assert_eq!(reports(life.handle(welcome("a"))), [report(5, &[], Some(9))]);
     }
 
     #[test]
@@ -441,6 +563,7 @@ mod tests {
             records: vec![],
             reason: String::new(),
             validation: None,
+            trained_in: Generation(2),
         })));
         assert!(life.handle(reply(3, true)).is_empty(), "outside of a generation there is nothing to abort");
     }

@@ -52,6 +52,8 @@ struct Supervisor {
     channel: SharedChannel,
     local_ip: Option<IpAddr>,
     heartbeat_interval: Duration,
+    /// The coordinator's, once it is known.
+    join_timeout: Option<Duration>,
     job: Option<Job>,
     commands: Option<std::sync::mpsc::Sender<Command>>,
     trainer: Option<std::thread::JoinHandle<()>>,
@@ -81,6 +83,7 @@ pub async fn run(args: Args) -> Exit {
         channel: Arc::default(),
         local_ip: None,
         heartbeat_interval: FIRST_HEARTBEAT_INTERVAL,
+        join_timeout: None,
         job: None,
         commands: None,
         trainer: None,
@@ -131,7 +134,8 @@ impl Supervisor {
                 Some(_) = self.uploads.join_next() => None,
             };
             let Some(input) = input else { continue };
-            if let Input::Said(ToWorker::Welcome { heartbeat_interval_ms, .. }) = &input {
+            if let Input::Said(ToWorker::Welcome { heartbeat_interval_ms, join_timeout_ms, .. }) = &input {
+                self.join_timeout = Some(Duration::from_millis((*join_timeout_ms).into()));
                 self.heartbeat_interval = Duration::from_millis((*heartbeat_interval_ms).into());
                 heartbeat = tokio::time::interval(self.heartbeat_interval);
                 // A beat that is late is sent once, not made up for.
@@ -160,7 +164,8 @@ impl Supervisor {
             device: self.args.device.clone(),
         });
         self.attempt += 1;
-        match client::join(&self.args.coordinator, hello, self.args.connect_timeout).await {
+        let patience = self.args.patience(self.join_timeout);
+        match client::join(&self.args.coordinator, hello, patience, self.join_timeout.is_some()).await {
             Ok(stream) => {
                 self.outbound = Some(stream.outbound);
                 self.inbound = Some(stream.inbound);

@@ -4,7 +4,7 @@ use peapod_proto::ids::{Epoch, MemberIndex, SampleName, ShardId, WorkerId};
 use peapod_proto::message::{Lease, ShardReport, SkipReason, ToWorker};
 
 use super::leases::{self, Grant};
-use super::ledger::{LedgerError, Skip, Totals};
+use super::ledger::{LedgerError, Totals};
 use super::{Core, Effect, Fact, Notice};
 
 /// Broken samples that are shown; the rest are only counted.
@@ -32,25 +32,29 @@ impl Core {
             }
             let Some((id, granted, none_left)) = answered else { return };
             self.lease_requests.remove(&id);
-            let lease = |granted: leases::Granted| Lease {
-                id: granted.id,
-                epoch: granted.epoch,
-                shard: granted.shard,
-                url: self.config.shards[granted.shard.0 as usize].clone(),
-                done: self.ledger.done_samples(granted.epoch, granted.shard),
-            };
-            let leases: Vec<Lease> = granted.into_iter().map(lease).collect();
-            if !leases.is_empty() {
-                out.push(Effect::Persist(Fact::Leases { holder: id, leases: leases.clone() }));
+            let leases = granted.iter().map(|&granted| self.lease(granted)).collect();
+            if !granted.is_empty() {
+                out.push(Effect::Persist(Fact::Leases { holder: id, leases: granted }));
             }
             out.push(Effect::Send { worker: id, message: ToWorker::LeaseGrant { generation: self.generation, leases, none_left } });
+        }
+    }
+
+    /// A lease with all that its holder needs.
+    pub(super) fn lease(&self, granted: leases::Granted) -> Lease {
+        Lease {
+            id: granted.id,
+            epoch: granted.epoch,
+            shard: granted.shard,
+            url: self.config.shards[granted.shard.0 as usize].clone(),
+            done: self.ledger.done_samples(granted.epoch, granted.shard),
         }
     }
 
     pub(super) fn shard_report(&mut self, id: WorkerId, report: ShardReport, out: &mut Vec<Effect>) {
         // A lease that ended meanwhile: its shard is done or has another reader, who will find the same.
         let Some((epoch, shard)) = self.leases.shard_of(report.lease, id) else { return };
-        out.push(Effect::Persist(Fact::Shard(report.clone())));
+        let fact = Fact::Shard(report.clone());
         let url = self.config.shards[shard.0 as usize].clone();
         let (lease, num_samples, truncated) = (report.lease, report.num_samples, report.truncated.clone());
         if !truncated.is_empty() && num_samples == Some(0) {
@@ -68,6 +72,7 @@ impl Core {
             self.note_failure(error.clone());
             return self.fail(error, out);
         }
+        out.push(Effect::Persist(fact));
         let limit = self.config.max_bad_fraction;
         let (unreadable, shards) = (self.unreadable.len(), self.config.shards.len());
         if unreadable as f64 > limit * shards as f64 {
@@ -106,11 +111,7 @@ impl Core {
         };
         for sample in report.skipped {
             let name = SampleName { epoch, shard, index: sample.index };
-            if !self.ledger.skip(name, Skip::Data(sample.reason))? {
-                continue;
-            }
-            self.ledger.count_rule(sample.reason, sample.rule());
-            if sample.reason == SkipReason::Bad {
+            if self.ledger.skip_data(name, &sample)? && sample.reason == SkipReason::Bad {
                 show(&mut self.bad_shown, sample.key, sample.detail);
             }
         }

@@ -1,16 +1,20 @@
 //! What the driver is to do.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-use peapod_proto::ids::{Generation, Step, WorkerId};
-use peapod_proto::message::{Lease, ShardReport, StepRecord, StepTimings, ToWorker, ValidationLosses};
+use peapod_proto::ids::{Generation, SampleName, Step, WorkerId};
+use peapod_proto::message::{ShardReport, StepRecord, StepTimings, ToWorker, ValidationLosses};
+use serde::{Deserialize, Serialize};
 
+use super::durable::Member;
+use super::leases::Granted;
 use super::ledger::{Ledger, Rules};
 use super::{StreamId, WorkerView};
 
 /// How a job ended.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Outcome {
     /// All steps or epochs are done.
     Finished,
@@ -81,15 +85,17 @@ pub enum Effect {
     Finish(Outcome),
 }
 
-/// What a restarted coordinator must know.
-#[derive(Debug, Clone, PartialEq)]
+/// What a restarted coordinator must know. [`State::apply`](super::State::apply) says what each comes to.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum Fact {
+    /// A worker has this id, which no other will have.
+    Joined(WorkerId),
     /// A membership was formed.
     Generation {
         /// Its number.
         generation: Generation,
         /// Its members by index.
-        members: Vec<WorkerId>,
+        members: Vec<Member>,
         /// The step it starts from.
         base_step: Step,
     },
@@ -98,16 +104,58 @@ pub enum Fact {
         /// To whom.
         holder: WorkerId,
         /// Which.
-        leases: Vec<Lease>,
+        leases: Vec<Granted>,
     },
+    /// A member of the last generation is not waited for any more.
+    Replaced(WorkerId),
+    /// Holders are gone; what they read is anybody's.
+    Released(BTreeSet<WorkerId>),
     /// A shard was read to its end, or samples of it were skipped.
     Shard(ShardReport),
     /// A step became final.
-    Commit(StepRecord),
+    Commit {
+        /// The step.
+        step: Step,
+        /// Its generation.
+        generation: Generation,
+        /// Its samples.
+        names: Vec<SampleName>,
+        /// It was not finite.
+        skipped: bool,
+    },
+    /// Losses on the validation samples are believed.
+    Validated(ValidationLosses),
+    /// A generation is over: this step is what it came to.
+    Settled {
+        /// The step.
+        step: Step,
+        /// Who trained it.
+        generation: Generation,
+    },
+    /// Nobody holds anything newer than the newest checkpoint: it is where the job goes on.
+    FromCheckpoint {
+        /// Its step.
+        step: Step,
+        /// Its ledger, where the job has been further; every lease is void then.
+        ledger: Option<Ledger>,
+    },
     /// A checkpoint is whole.
     Checkpoint(Step),
     /// The job is to end.
     Stop(String),
+    /// It has ended.
+    Ended(Outcome),
+}
+
+impl Fact {
+    /// Whether it may be written a little late: those who could contradict it repeat it when they come back.
+    ///
+    /// Workers keep the names of steps until they are told that these are on disk, and what they read of shards that they hold. Where they are
+    /// gone too, the weights are, or the shard is read again.
+    #[must_use]
+    pub fn may_be_late(&self) -> bool {
+        matches!(self, Self::Commit { .. } | Self::Shard(_) | Self::Validated(_) | Self::Checkpoint(_))
+    }
 }
 
 /// What people want to read.

@@ -43,6 +43,9 @@ pub enum CoreError {
         /// Who has them.
         holders: Vec<String>,
     },
+    /// Free ranks are kept for workers that may come back.
+    #[error("the coordinator was started again and waits for {0} workers to come back; their ranks are theirs until then")]
+    NotYet(usize),
     /// The job ends.
     #[error("the job is ending ({0}): no worker can join any more")]
     Ending(String),

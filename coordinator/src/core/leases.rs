@@ -6,6 +6,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use peapod_proto::ids::{Epoch, LeaseId, MemberIndex, SampleName, ShardId, WorkerId};
+use serde::{Deserialize, Serialize};
 
 use super::ledger::Ledger;
 
@@ -21,7 +22,7 @@ struct Held {
 }
 
 /// A lease as the core knows it; the shell adds the shard's address.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Granted {
     /// Its id.
     pub id: LeaseId,
@@ -29,6 +30,21 @@ pub struct Granted {
     pub epoch: Epoch,
     /// The shard.
     pub shard: ShardId,
+}
+
+/// A lease as it is written down.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HeldLease {
+    /// Its id.
+    pub id: LeaseId,
+    /// Who reads.
+    pub holder: WorkerId,
+    /// The pass.
+    pub epoch: Epoch,
+    /// The shard.
+    pub shard: ShardId,
+    /// Its holder has reached the end of the tar.
+    pub read: bool,
 }
 
 /// What a member that asks for leases gets.
@@ -107,6 +123,42 @@ impl Leases {
     pub fn restart(&mut self, ledger: &Ledger) {
         let fresh = Self::new(self.seed, self.num_shards, None, ledger.first_open_epoch());
         *self = Self { end: self.end, next_id: self.next_id, rounds: vec![0; self.rounds.len()], ..fresh };
+    }
+
+    /// The id that the next lease will have.
+    #[must_use]
+    pub fn next_id(&self) -> LeaseId {
+        LeaseId(self.next_id)
+    }
+
+    /// Every lease, by epoch and shard.
+    #[must_use]
+    pub fn held(&self) -> Vec<HeldLease> {
+        let lease = |(&(epoch, shard), id): (&(Epoch, ShardId), &LeaseId)| {
+            let held = self.held.get(id)?;
+            Some(HeldLease { id: *id, holder: held.holder, epoch, shard, read: held.read })
+        };
+        self.by_shard.iter().filter_map(lease).collect()
+    }
+
+    /// Takes over what was held before a restart; ids go on from `next_id`. Everything else is dealt from the first open epoch on, where what is
+    /// held or done is passed over.
+    pub fn restore(&mut self, held: impl IntoIterator<Item = HeldLease>, next_id: LeaseId) {
+        self.next_id = next_id.0;
+        let mut places: BTreeMap<Epoch, Vec<u32>> = BTreeMap::new();
+        for HeldLease { id, holder, epoch, shard, read } in held {
+            let places = places.entry(epoch).or_insert_with(|| {
+                let mut places = vec![0; self.num_shards as usize];
+                for (place, shard) in order(self.seed, epoch, self.num_shards).into_iter().enumerate() {
+                    places[shard.0 as usize] = place as u32;
+                }
+                places
+            });
+            let Some(&place) = places.get(shard.0 as usize) else { continue };
+            let position = u64::from(epoch.0) * u64::from(self.num_shards) + u64::from(place);
+            self.held.insert(id, Held { holder, position, read });
+            self.by_shard.insert((epoch, shard), id);
+        }
     }
 
     /// Gives the member up to `num` shards that are not done: what was given back first, then its own deal.

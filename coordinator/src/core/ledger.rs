@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 
 use peapod_proto::ids::{Bitmap, Epoch, SampleName, ShardId, Step};
-use peapod_proto::message::SkipReason;
+use peapod_proto::message::{SkipReason, SkippedSample};
 use serde::{Deserialize, Serialize};
 
 /// Why the ledger refuses an entry. Each of them means that a worker broke the protocol or that the data changed.
@@ -170,9 +170,16 @@ impl Ledger {
         Ok(true)
     }
 
-    /// Counts the rule of a sample that was new to [`skip`](Self::skip).
-    pub fn count_rule(&mut self, reason: SkipReason, rule: &str) {
-        self.rules.count(reason, rule);
+    /// As [`skip`](Self::skip), of a sample of a shard's data, whose rule is counted too.
+    ///
+    /// # Errors
+    /// As [`skip`](Self::skip).
+    pub fn skip_data(&mut self, name: SampleName, sample: &SkippedSample) -> Result<bool, LedgerError> {
+        let is_new = self.skip(name, Skip::Data(sample.reason))?;
+        if is_new {
+            self.rules.count(sample.reason, sample.rule());
+        }
+        Ok(is_new)
     }
 
     /// Counts of skipped samples over all epochs, by rule.
@@ -279,17 +286,25 @@ mod tests {
 
     #[test]
     fn rules_are_counted_by_name_and_odd_names_together() {
+        let mut next = 0..;
+        let mut skip = |reason, rule: &str, ledger: &mut Ledger| {
+            let index = next.next().unwrap();
+            let name = SampleName { epoch: Epoch(0), shard: ShardId(0), index };
+            let sample = SkippedSample { index, reason, key: String::new(), detail: format!("{rule}: words") };
+            assert!(ledger.skip_data(name, &sample).unwrap());
+            assert!(!ledger.skip_data(name, &sample).unwrap(), "a second reader's word is no news");
+        };
         let mut ledger = Ledger::new(1);
         for rule in ["no_jpg", "bad_json", "bad_json", "Bad JSON", "", &"x".repeat(33)] {
-            ledger.count_rule(SkipReason::Bad, rule);
+            skip(SkipReason::Bad, rule, &mut ledger);
         }
-        ledger.count_rule(SkipReason::Filtered, "too_small");
+        skip(SkipReason::Filtered, "too_small", &mut ledger);
         assert_eq!(ledger.rules().filtered, BTreeMap::from([("too_small".into(), 1)]));
         assert_eq!(ledger.rules().most_often_bad(), Some(("other", 3)));
         assert_eq!(ledger.rules().bad["bad_json"], 2);
         for number in 0..200_u8 {
             let name: String = [number / 26, number % 26].map(|digit| char::from(b'a' + digit)).iter().collect();
-            ledger.count_rule(SkipReason::Bad, &name);
+            skip(SkipReason::Bad, &name, &mut ledger);
         }
         assert!(ledger.rules().bad.len() <= Rules::MAX_NAMES + 1);
         assert_eq!(ledger.rules().bad.values().sum::<u64>(), 206);

@@ -7,6 +7,8 @@ use peapod_proto::ids::{Generation, Incarnation, MemberIndex, Rank, Step, Worker
 use peapod_proto::message::{Assignment, Hello, Phase, StopCause, StopReason, Stopped, ToWorker};
 use peapod_proto::{PROGRAM_VERSION, PROTOCOL_VERSION};
 
+use super::durable::Member;
+use super::leases::Granted;
 use super::ledger::{Ledger, Rules};
 use super::{ANNOUNCE_EVERY, Core, CoreError, Effect, Fact, JobPhase, Notice, Outcome, Progress, StreamId, Timestamp, Truth, worker_mut};
 
@@ -87,7 +89,7 @@ impl Worker {
         }
     }
 
-    fn is_ready(&self) -> bool {
+    pub fn is_ready(&self) -> bool {
         matches!(self.state, WorkerState::Ready { .. }) && self.leaving.is_none()
     }
 }
@@ -118,9 +120,23 @@ impl Core {
             }
             self.lose(now, id, "came back on a new stream", out);
         }
-        let rank = self.free_rank(hello.requested_rank)?;
-        let id = WorkerId(self.next_worker);
-        self.next_worker += 1;
+        let awaited = self.awaited(hello.incarnation);
+        let returns = awaited.is_some();
+        let (id, rank) = match awaited {
+            Some(member) => (member.worker, member.rank),
+            None => {
+                let rank = self.free_rank(now, hello.requested_rank)?;
+                let id = WorkerId(self.next_worker);
+                if let Some(replaced) = self.absent_member(rank) {
+                    // Whoever asks for the rank of a worker that is awaited was started in its place.
+                    self.last_members.retain(|member| member.worker != replaced);
+                    out.push(Effect::Persist(Fact::Replaced(replaced)));
+                }
+                self.next_worker += 1;
+                out.push(Effect::Persist(Fact::Joined(id)));
+                (id, rank)
+            }
+        };
         let worker = Worker {
             rank,
             incarnation: hello.incarnation,
@@ -147,14 +163,18 @@ impl Core {
                 job_toml: self.config.job_toml.clone(),
                 heartbeat_interval_ms: (self.config.heartbeat_timeout / 6).as_millis() as u32,
                 heartbeat_timeout_ms: self.config.heartbeat_timeout.as_millis() as u32,
+                join_timeout_ms: u32::try_from(self.config.join_timeout.as_millis()).unwrap_or(u32::MAX),
             },
         });
         out.push(Effect::Notice(Notice::Joined(worker.view(id, now, false))));
         self.workers.insert(id, worker);
+        if returns {
+            self.has_returned(now, out);
+        }
         Ok(())
     }
 
-    fn free_rank(&self, requested: Option<Rank>) -> Result<Rank, CoreError> {
+    fn free_rank(&self, now: Timestamp, requested: Option<Rank>) -> Result<Rank, CoreError> {
         let holder = |rank: Rank| self.workers.values().find(|worker| worker.rank == rank);
         if let Some(rank) = requested {
             return match holder(rank) {
@@ -163,9 +183,16 @@ impl Core {
             };
         }
         let taken: BTreeSet<Rank> = self.workers.values().map(|worker| worker.rank).collect();
-        (0..self.config.world_size).map(Rank).find(|rank| !taken.contains(rank)).ok_or_else(|| CoreError::WorldFull {
-            world_size: self.config.world_size,
-            holders: self.workers.values().map(Worker::name).collect(),
+        let reserved = self.reserved_ranks(now);
+        let free = |rank: &Rank| !taken.contains(rank);
+        let mut ranks = (0..self.config.world_size).map(Rank);
+        if let Some(rank) = ranks.clone().find(|rank| free(rank) && !reserved.contains(rank)) {
+            return Ok(rank);
+        }
+        Err(if ranks.any(|rank| free(&rank)) {
+            self.not_yet()
+        } else {
+            CoreError::WorldFull { world_size: self.config.world_size, holders: self.workers.values().map(Worker::name).collect() }
         })
     }
 
@@ -207,7 +234,13 @@ impl Core {
         let members: Vec<WorkerId> = ready.into_iter().map(|(_, id)| id).collect();
         self.generation = self.generation.next();
         let message = ToWorker::MakeBootstrap { generation: self.generation, num_members: members.len() as u32 };
-        out.push(Effect::Persist(Fact::Generation { generation: self.generation, members: members.clone(), base_step: self.truth.step }));
+        let member = |id: &WorkerId| {
+            let worker = self.workers.get(id)?;
+            Some(Member { worker: *id, incarnation: worker.incarnation, rank: worker.rank })
+        };
+        self.last_members = members.iter().filter_map(member).collect();
+        let journalled = self.last_members.clone();
+        out.push(Effect::Persist(Fact::Generation { generation: self.generation, members: journalled, base_step: self.truth.step }));
         out.push(Effect::Send { worker: members[0], message });
         self.phase = JobPhase::Forming { deadline: now + self.reply_timeout(), members };
     }
@@ -253,6 +286,14 @@ impl Core {
             base_step: self.truth.step,
             from_checkpoint: checkpoint_step.is_some(),
         }));
+        if std::mem::take(&mut self.grant_again) {
+            // Who has them already takes no notice.
+            for &member in &members {
+                let leases = self.leases.held().into_iter().filter(|held| held.holder == member);
+                let leases = leases.map(|held| self.lease(Granted { id: held.id, epoch: held.epoch, shard: held.shard })).collect();
+                out.push(Effect::Send { worker: member, message: ToWorker::LeaseGrant { generation, leases, none_left: false } });
+            }
+        }
         self.lease_requests.clear();
         self.leases.deal_among(members.len() as u32);
         self.progress = Progress::start(self.truth.step, members.len() as u32);
@@ -271,6 +312,8 @@ impl Core {
         self.truth.holders.remove(&id);
         match &mut self.phase {
             JobPhase::Gathering { .. } | JobPhase::Done(_) => {}
+            // It may come back once more.
+            JobPhase::Returning { stopped, .. } => drop(stopped.remove(&id)),
             JobPhase::Forming { members, .. } => {
                 if members.contains(&id) {
                     self.note_failure(failure);
@@ -298,7 +341,7 @@ impl Core {
         }
         // Its leases wait for the word of the source, except where nobody is left to speak.
         if matches!(self.phase, JobPhase::Gathering { .. }) {
-            self.release_leases_of_the_gone();
+            self.release_leases_of_the_gone(out);
             self.forget_truth_without_holders(out);
         }
     }
@@ -352,11 +395,16 @@ impl Core {
                 self.gather(now, out);
             }
             JobPhase::Stopping { members, .. } if members.contains(&id) => {}
+            JobPhase::Returning { .. } => {
+                if !self.last_members.iter().any(|member| member.worker == id) {
+                    self.let_go(now, id, out);
+                }
+            }
             // It may be about to send the last checkpoint.
             JobPhase::Finishing { .. } => {}
             _ => {
                 self.let_go(now, id, out);
-                self.release_leases_of_the_gone();
+                self.release_leases_of_the_gone(out);
                 self.forget_truth_without_holders(out);
             }
         }
@@ -378,8 +426,20 @@ impl Core {
         stopped: Stopped,
         out: &mut Vec<Effect>,
     ) -> Result<(), CoreError> {
-        self.fence(stopped.generation)?;
-        self.member_index(id, "stopped")?;
+        if let JobPhase::Returning { stopped: all, .. } = &mut self.phase {
+            if self.last_members.iter().any(|member| member.worker == id) {
+                all.insert(id, stopped);
+            }
+            return Ok(());
+        }
+        if !self.members().contains(&id) {
+            // It came back to a coordinator that has gone on without it: nobody needs what it holds.
+            return Ok(());
+        }
+        // Who has come back after a restart may have missed the last generation.
+        if !matches!(self.phase, JobPhase::Stopping { .. }) || stopped.generation > self.generation {
+            self.fence(stopped.generation)?;
+        }
         worker_mut(&mut self.workers, id, |worker| {
             worker.phase = Phase::Waiting;
             worker.step = stopped.applied;
@@ -415,12 +475,13 @@ impl Core {
     }
 
     /// Once every survivor has spoken: the source's step is the truth.
-    fn settle_if_all_stopped(&mut self, now: Timestamp, out: &mut Vec<Effect>) {
+    pub(super) fn settle_if_all_stopped(&mut self, now: Timestamp, out: &mut Vec<Effect>) {
         let JobPhase::Stopping { members, stopped, .. } = &self.phase else { return };
         if members.iter().any(|member| !stopped.contains_key(member)) {
             return;
         }
-        let (members, mut stopped) = (members.clone(), stopped.clone());
+        let members = members.clone();
+        let mut stopped: BTreeMap<WorkerId, Stopped> = stopped.iter().map(|(&id, said)| (id, self.on_the_line(said.clone()))).collect();
         let base = self.truth.step;
         // An honest survivor holds every final step; whatever it holds beyond becomes the truth.
         let least = base.max(self.progress.final_step());
@@ -429,7 +490,7 @@ impl Core {
         let source = source.and_then(|id| stopped.remove(&id).map(|said| (id, said))).filter(|(_, said)| said.applied >= least);
         let Some((source, said)) = source else {
             self.truth.holders.clear();
-            self.release_leases_of_the_gone();
+            self.release_leases_of_the_gone(out);
             self.gather(now, out);
             self.forget_truth_without_holders(out);
             if let Some(reason) = self.stop_requested.clone() {
@@ -461,7 +522,8 @@ impl Core {
         }
         let generation = if said.applied > base { self.generation } else { self.truth.generation };
         self.truth = Truth { step: said.applied, generation, holders };
-        self.release_leases_of_the_gone();
+        out.push(Effect::Persist(Fact::Settled { step: said.applied, generation }));
+        self.release_leases_of_the_gone(out);
 
         let done = steps_done || data_done || self.config.last_step.is_some_and(|last| said.applied >= last);
         if data_done && let Some(reason) = self.unaccounted() {
@@ -479,7 +541,7 @@ impl Core {
             self.let_go(now, id, out);
         }
         self.gather(now, out);
-        self.release_leases_of_the_gone();
+        self.release_leases_of_the_gone(out);
         self.forget_truth_without_holders(out);
         self.try_form(now, out);
     }
@@ -495,7 +557,7 @@ impl Core {
     }
 
     /// How long a worker that lives may take to answer: its trainer may be in the middle of something.
-    fn reply_timeout(&self) -> Duration {
+    pub(super) fn reply_timeout(&self) -> Duration {
         self.config.heartbeat_timeout.max(Duration::from_secs(10))
     }
 
@@ -509,6 +571,7 @@ impl Core {
     }
 
     pub(super) fn finish(&mut self, outcome: Outcome, out: &mut Vec<Effect>) {
+        out.push(Effect::Persist(Fact::Ended(outcome.clone())));
         let (reason, message) = match &outcome {
             Outcome::Finished => (StopReason::Finished, "the job is finished".to_owned()),
             Outcome::Stopped { reason } => (StopReason::Stopped, reason.clone()),
@@ -525,12 +588,13 @@ impl Core {
         out.push(Effect::Finish(outcome));
     }
 
-    fn release_leases_of_the_gone(&mut self) {
-        for holder in self.leases.holders() {
-            if !self.workers.contains_key(&holder) {
-                self.leases.release(holder);
-            }
+    fn release_leases_of_the_gone(&mut self, out: &mut Vec<Effect>) {
+        let gone: BTreeSet<WorkerId> = self.leases.holders().into_iter().filter(|holder| !self.workers.contains_key(holder)).collect();
+        if gone.is_empty() {
+            return;
         }
+        gone.iter().for_each(|&holder| self.leases.release(holder));
+        out.push(Effect::Persist(Fact::Released(gone)));
     }
 
     /// With nobody left who holds the newest weights, the newest checkpoint is the truth, and its ledger the ledger.
@@ -540,8 +604,11 @@ impl Core {
         }
         let from = self.truth.step.max(self.progress.final_step());
         let to = self.checkpoint_step().unwrap_or(Step(0));
-        if from > to {
-            out.push(Effect::Notice(Notice::RolledBack { from, to }));
+        // A checkpoint beyond what is known here has the ledger of its step all the same.
+        if from != to {
+            if from > to {
+                out.push(Effect::Notice(Notice::RolledBack { from, to }));
+            }
             out.push(Effect::Void { generation: self.generation, after: to });
             self.ledger =
                 self.checkpoint.last.as_ref().map_or_else(|| Ledger::new(self.config.shards.len() as u32), |last| (*last.ledger).clone());
@@ -552,7 +619,13 @@ impl Core {
             // Its steps are trained again, from other samples perhaps, and validated again.
             self.validation = self.validation.filter(|last| last.step <= to);
         }
-        self.truth = Truth { step: to, generation: Generation::NONE, holders: BTreeSet::new() };
+        let ledger = (from != to).then(|| self.ledger.clone());
+        let truth = Truth { step: to, generation: Generation::NONE, holders: BTreeSet::new() };
+        if self.truth != truth || !self.last_members.is_empty() {
+            self.truth = truth;
+            self.last_members.clear();
+            out.push(Effect::Persist(Fact::FromCheckpoint { step: to, ledger }));
+        }
     }
 
     /// Who is missing, in words.

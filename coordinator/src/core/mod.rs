@@ -10,6 +10,7 @@
 
 mod checkpoint;
 mod data;
+mod durable;
 mod effect;
 mod error;
 mod event;
@@ -28,6 +29,8 @@ use peapod_proto::ids::{Generation, MemberIndex, ShardId, Step, WorkerId};
 use peapod_proto::message::{FromWorker, Stopped, ToWorker, ValidationLosses};
 
 use checkpoint::Checkpoint;
+use durable::Member;
+pub use durable::{ReplayError, State};
 pub use effect::{Effect, Fact, Notice, Outcome};
 pub use error::CoreError;
 pub use event::Event;
@@ -100,6 +103,8 @@ struct Truth {
 enum JobPhase {
     /// Waiting until enough workers are ready.
     Gathering { since: Timestamp },
+    /// The coordinator was away: members of the last generation are waited for.
+    Returning { deadline: Timestamp, stopped: BTreeMap<WorkerId, Stopped> },
     /// Member index 0 makes the bootstrap.
     Forming { deadline: Timestamp, members: Vec<WorkerId> },
     /// Training.
@@ -121,6 +126,10 @@ pub struct Core {
     next_worker: u64,
     workers: BTreeMap<WorkerId, Worker>,
     generation: Generation,
+    /// Members of the last generation, while any of them may hold what it came to.
+    last_members: Vec<Member>,
+    /// Leases given out before a restart may not have arrived.
+    grant_again: bool,
     phase: JobPhase,
     truth: Truth,
     ledger: Ledger,
@@ -153,6 +162,8 @@ impl Core {
             next_worker: 1,
             workers: BTreeMap::new(),
             generation: resume.as_ref().map_or(Generation::NONE, |resume| resume.generation),
+            last_members: Vec::new(),
+            grant_again: false,
             phase: JobPhase::Gathering { since: Duration::ZERO },
             truth: Truth { step, generation: Generation::NONE, holders: BTreeSet::new() },
             ledger,
@@ -211,7 +222,9 @@ impl Core {
         let job = match &self.phase {
             JobPhase::Gathering { since } => Some(self.next_announcement.min(*since + self.config.join_timeout)),
             JobPhase::Running { .. } => (!self.checkpoint.asked).then_some(self.checkpoint.next_due),
-            JobPhase::Forming { deadline, .. } | JobPhase::Stopping { deadline, .. } => Some(*deadline),
+            JobPhase::Forming { deadline, .. } | JobPhase::Stopping { deadline, .. } | JobPhase::Returning { deadline, .. } => {
+                Some(*deadline)
+            }
             JobPhase::Finishing { .. } | JobPhase::Done(_) => None,
         };
         [silence, job].into_iter().flatten().min()
@@ -332,6 +345,7 @@ impl Core {
                 let message = ToWorker::TakeSnapshot { generation: self.generation };
                 out.push(Effect::Send { worker: members[0], message });
             }
+            JobPhase::Returning { deadline, .. } if *deadline <= now => self.wait_ended(now, out),
             JobPhase::Forming { deadline, members } if *deadline <= now => {
                 let id = members[0];
                 out.push(Effect::Detach { worker: id });
@@ -357,7 +371,7 @@ impl Core {
         match &self.phase {
             JobPhase::Running { .. } => self.plan(&reason, out),
             // Carried out once all have stopped.
-            JobPhase::Stopping { .. } => {}
+            JobPhase::Stopping { .. } | JobPhase::Returning { .. } => {}
             _ => self.ask_for_last_checkpoint(Outcome::Stopped { reason }, 1, out),
         }
     }
@@ -411,6 +425,7 @@ impl Core {
     pub fn state(&self) -> String {
         match &self.phase {
             JobPhase::Gathering { .. } => self.waiting_for(),
+            JobPhase::Returning { .. } => "waiting for the workers to come back".into(),
             JobPhase::Forming { .. } => "forming".into(),
             JobPhase::Running { planned: false, .. } => "training".into(),
             JobPhase::Running { planned: true, .. } => "training, to meet after this step".into(),

@@ -158,7 +158,8 @@ impl Core {
         for worker in self.workers.values_mut() {
             worker.tell_durable = true;
         }
-        out.push(Effect::Persist(Fact::Commit(record.clone())));
+        let (names, skipped) = (record.names.clone(), record.skipped);
+        out.push(Effect::Persist(Fact::Commit { step: record.step, generation: record.generation, names, skipped }));
         if digests.iter().any(|(member, _)| *member == MemberIndex(0)) {
             let ledger = std::sync::Arc::new(self.ledger.clone());
             self.checkpoint.frozen.insert((record.step, record.generation), ledger.clone());
@@ -194,6 +195,7 @@ impl Core {
     pub(super) fn validated(&mut self, losses: ValidationLosses, out: &mut Vec<Effect>) {
         if self.validation.is_none_or(|last| last.step < losses.step) {
             self.validation = Some(losses);
+            out.push(Effect::Persist(Fact::Validated(losses)));
             out.push(Effect::Validated(losses));
         }
     }

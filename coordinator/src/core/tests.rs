@@ -1,6 +1,6 @@
 //! The rules by table: a hand-made clock, workers that are no more than ids.
 
-use peapod_proto::ids::{Epoch, Incarnation, Rank, SampleName};
+use peapod_proto::ids::{Epoch, Incarnation, LeaseId, Rank, SampleName};
 use peapod_proto::message::{
     Assignment, Heartbeat, Hello, Lease, Phase, ShardReport, SkipReason, SkippedSample, StepLosses, StepRecord, StepReport, StepTimings,
     StopCause, StopReason, ValidationLosses,
@@ -8,6 +8,8 @@ use peapod_proto::message::{
 use peapod_proto::{PROGRAM_VERSION, PROTOCOL_VERSION};
 
 use super::*;
+
+mod replay;
 
 fn config(world_size: u32) -> Config {
     Config {
@@ -152,7 +154,9 @@ impl World {
         validation: Option<ValidationLosses>,
     ) {
         let generation = self.core.generation();
-        let stopped = Stopped { generation, applied: Step(applied), cause, records, reason: reason.into(), validation };
+        let (base, base_generation) = (self.core.truth.step, self.core.truth.generation);
+        let trained_in = if Step(applied) == base { base_generation } else { generation };
+        let stopped = Stopped { generation, applied: Step(applied), cause, records, reason: reason.into(), validation, trained_in };
         self.say(worker, FromWorker::Stopped(stopped)).unwrap();
     }
 

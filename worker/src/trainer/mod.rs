@@ -249,7 +249,8 @@ impl Trainer {
         let applied = self.state.as_ref().map_or(Step(0), |state| state.step);
         let records = self.records.iter().cloned().collect();
         let validation = self.last_validation.take();
-        self.event(TrainerEvent::Stopped(Stopped { generation, applied, cause, records, reason, validation }));
+        let trained_in = self.state.as_ref().map_or(Generation::NONE, |state| state.generation);
+        self.event(TrainerEvent::Stopped(Stopped { generation, applied, cause, records, reason, validation, trained_in }));
     }
 
     /// Puts the data threads where the new generation starts.

@@ -1,0 +1,348 @@
+//! What of a job outlives its coordinator: a state that grows by facts, and a core that goes on from it.
+//!
+//! [`State::apply`] is the only reader of facts. The live core says each fact as it changes, so that at the end of every event the facts so far
+//! come to [`Core::durable`]: the journal keeps either.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use peapod_proto::ids::{Epoch, Generation, Incarnation, LeaseId, Rank, SampleName, ShardId, Step, WorkerId};
+use peapod_proto::message::{Stopped, ValidationLosses};
+use serde::{Deserialize, Serialize};
+
+use super::leases::HeldLease;
+use super::ledger::{Ledger, LedgerError, Skip};
+use super::{Config, Core, CoreError, Effect, Fact, JobPhase, Leases, Notice, Outcome, Progress, Resume, Timestamp, Truth};
+
+/// Workers look for their coordinator several times in this time.
+const SHORTEST_RETURN: Duration = Duration::from_secs(2);
+
+/// A member of a generation, as much of it as tells it from others when it comes back.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Member {
+    /// Its id.
+    pub worker: WorkerId,
+    /// Its process.
+    pub incarnation: Incarnation,
+    /// Its rank, for life.
+    pub rank: Rank,
+}
+
+/// A reader of a shard that is not done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+struct Reader {
+    holder: WorkerId,
+    epoch: Epoch,
+    shard: ShardId,
+    read: bool,
+}
+
+/// What a restarted coordinator knows.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct State {
+    next_worker: u64,
+    next_lease: LeaseId,
+    generation: Generation,
+    /// Members of `generation`; none once nobody holds what it came to.
+    members: Vec<Member>,
+    /// Where the newest agreed weights are, and which generation trained them.
+    truth: (Step, Generation),
+    final_step: Step,
+    ledger: Ledger,
+    readers: BTreeMap<LeaseId, Reader>,
+    unreadable: BTreeSet<ShardId>,
+    skipped_in_a_row: u32,
+    validation: Option<ValidationLosses>,
+    stop: Option<String>,
+    outcome: Option<Outcome>,
+}
+
+/// Why a fact cannot follow those before it. Each of them means that the journal is not one that this program has written.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ReplayError {
+    /// The ledger refuses it.
+    #[error(transparent)]
+    Ledger(#[from] LedgerError),
+    /// A generation is not the next one.
+    #[error("{got} follows {before}")]
+    Generation {
+        /// It.
+        got: Generation,
+        /// The one before.
+        before: Generation,
+    },
+    /// A shard is given to two readers.
+    #[error("shard {shard} of epoch {epoch} is given to {holder} under lease {lease} while another reads it, or after it was done")]
+    Leased {
+        /// The pass.
+        epoch: Epoch,
+        /// The shard.
+        shard: ShardId,
+        /// The second reader.
+        holder: WorkerId,
+        /// Its lease.
+        lease: LeaseId,
+    },
+    /// Something happened after the end.
+    #[error("the run went on after its end")]
+    Ended,
+}
+
+impl State {
+    /// How the run ended, if it has.
+    #[must_use]
+    pub fn outcome(&self) -> Option<&Outcome> {
+        self.outcome.as_ref()
+    }
+
+    /// Last final step.
+    #[must_use]
+    pub fn final_step(&self) -> Step {
+        self.final_step
+    }
+
+    /// The last generation.
+    #[must_use]
+    pub fn generation(&self) -> Generation {
+        self.generation
+    }
+
+    /// What happened after all that happened before.
+    ///
+    /// # Errors
+    /// [`ReplayError`] if that cannot be; the state is then of no use.
+    pub fn apply(&mut self, fact: Fact) -> Result<(), ReplayError> {
+        if self.outcome.is_some() {
+            return Err(ReplayError::Ended);
+        }
+        match fact {
+            Fact::Joined(worker) => self.next_worker = self.next_worker.max(worker.0 + 1),
+            Fact::Generation { generation, members, .. } => {
+                if generation <= self.generation {
+                    return Err(ReplayError::Generation { got: generation, before: self.generation });
+                }
+                (self.generation, self.members) = (generation, members);
+            }
+            Fact::Leases { holder, leases } => {
+                for granted in leases {
+                    let (epoch, shard, lease) = (granted.epoch, granted.shard, granted.id);
+                    let is_read = self.readers.values().any(|reader| (reader.epoch, reader.shard) == (epoch, shard));
+                    if is_read || lease < self.next_lease || self.ledger.is_done(epoch, shard) {
+                        return Err(ReplayError::Leased { epoch, shard, holder, lease });
+                    }
+                    self.readers.insert(lease, Reader { holder, epoch, shard, read: false });
+                    self.next_lease = LeaseId(lease.0 + 1);
+                }
+            }
+            Fact::Replaced(worker) => self.members.retain(|member| member.worker != worker),
+            Fact::Released(holders) => self.readers.retain(|_, reader| !holders.contains(&reader.holder)),
+            Fact::Shard(report) => {
+                // Said for a lease that was held.
+                let Some(reader) = self.readers.get_mut(&report.lease) else { return Ok(()) };
+                let (epoch, shard) = (reader.epoch, reader.shard);
+                reader.read |= report.num_samples.is_some();
+                if !report.truncated.is_empty() && report.num_samples == Some(0) {
+                    self.unreadable.insert(shard);
+                }
+                for sample in &report.skipped {
+                    self.ledger.skip_data(SampleName { epoch, shard, index: sample.index }, sample)?;
+                }
+                if let Some(num) = report.num_samples {
+                    self.ledger.set_size(epoch, shard, num)?;
+                }
+                self.end_reading(epoch, shard);
+            }
+            Fact::Commit { step, names, skipped, .. } => {
+                for name in names {
+                    if skipped {
+                        self.ledger.skip(name, Skip::NotFinite)?;
+                    } else {
+                        self.ledger.commit(name, step)?;
+                    }
+                    self.end_reading(name.epoch, name.shard);
+                }
+                self.skipped_in_a_row = if skipped { self.skipped_in_a_row + 1 } else { 0 };
+                self.final_step = step;
+            }
+            Fact::Validated(losses) => self.validation = Some(losses),
+            Fact::Settled { step, generation } => (self.truth, self.final_step) = ((step, generation), step),
+            Fact::FromCheckpoint { step, ledger } => {
+                if let Some(ledger) = ledger {
+                    self.ledger = ledger;
+                    self.readers.clear();
+                }
+                self.members.clear();
+                (self.truth, self.final_step) = ((step, Generation::NONE), step);
+                self.validation = self.validation.filter(|last| last.step <= step);
+            }
+            Fact::Checkpoint(_) => {}
+            Fact::Stop(reason) => self.stop = Some(reason),
+            Fact::Ended(outcome) => self.outcome = Some(outcome),
+        }
+        Ok(())
+    }
+
+    fn end_reading(&mut self, epoch: Epoch, shard: ShardId) {
+        if self.ledger.is_done(epoch, shard) {
+            self.readers.retain(|_, reader| (reader.epoch, reader.shard) != (epoch, shard));
+        }
+    }
+}
+
+impl Core {
+    /// What the facts so far have come to.
+    #[must_use]
+    pub fn durable(&self) -> State {
+        let reader = |held: HeldLease| {
+            let HeldLease { id, holder, epoch, shard, read } = held;
+            (id, Reader { holder, epoch, shard, read })
+        };
+        State {
+            next_worker: self.next_worker,
+            next_lease: self.leases.next_id(),
+            generation: self.generation,
+            members: self.last_members.clone(),
+            truth: (self.truth.step, self.truth.generation),
+            final_step: self.progress.final_step(),
+            ledger: self.ledger.clone(),
+            readers: self.leases.held().into_iter().map(reader).collect(),
+            unreadable: self.unreadable.clone(),
+            skipped_in_a_row: self.skipped_in_a_row,
+            validation: self.validation,
+            stop: self.stop_requested.clone(),
+            outcome: match &self.phase {
+                JobPhase::Done(outcome) => Some(outcome.clone()),
+                _ => None,
+            },
+        }
+    }
+
+    /// A job that goes on after its coordinator was away: it forms no generation and grants no lease before all members of the last one have come
+    /// back, or had the heartbeat timeout to do so. `resume` is the newest checkpoint, for the case that none of them does.
+    #[must_use]
+    pub fn restore(config: Config, resume: Option<Resume>, state: State) -> Self {
+        let fresh = Self::new(config, resume);
+        let phase = match state.outcome {
+            Some(outcome) => JobPhase::Done(outcome),
+            None if state.members.is_empty() => fresh.phase.clone(),
+            None => JobPhase::Returning { deadline: fresh.return_timeout(), stopped: BTreeMap::new() },
+        };
+        let from_checkpoint = state.members.is_empty();
+        let mut core = Self {
+            next_worker: state.next_worker,
+            generation: state.generation.max(fresh.generation),
+            phase,
+            last_members: state.members,
+            stop_requested: state.stop,
+            ..fresh
+        };
+        if from_checkpoint {
+            // Nobody is to come back: what is in the store is the truth, as at a first start.
+            core.leases.restore([], state.next_lease);
+            return core;
+        }
+        core.leases = Leases::new(core.config.seed, core.config.shards.len() as u32, core.config.epochs, state.ledger.first_open_epoch());
+        let held = state.readers.into_iter().map(|(id, reader)| {
+            let Reader { holder, epoch, shard, read } = reader;
+            HeldLease { id, holder, epoch, shard, read }
+        });
+        core.leases.restore(held, state.next_lease);
+        core.truth = Truth { step: state.truth.0, generation: state.truth.1, holders: BTreeSet::new() };
+        core.progress = Progress::start(state.final_step, core.last_members.len() as u32);
+        core.ledger = state.ledger;
+        core.validation = state.validation;
+        core.unreadable = state.unreadable;
+        core.skipped_in_a_row = state.skipped_in_a_row;
+        core.grant_again = true;
+        core
+    }
+
+    /// How long members have to come back, from the start or from when the first is back.
+    fn return_timeout(&self) -> Timestamp {
+        self.config.heartbeat_timeout.max(SHORTEST_RETURN)
+    }
+
+    /// The journalled member that a process is, while members are waited for.
+    pub(super) fn awaited(&self, incarnation: Incarnation) -> Option<Member> {
+        let JobPhase::Returning { .. } = self.phase else { return None };
+        self.last_members.iter().find(|member| member.incarnation == incarnation).cloned()
+    }
+
+    /// Ranks that are kept for members that may still come back.
+    pub(super) fn reserved_ranks(&self, now: Timestamp) -> BTreeSet<Rank> {
+        let JobPhase::Returning { .. } = self.phase else { return BTreeSet::new() };
+        if now >= self.return_timeout() {
+            return BTreeSet::new();
+        }
+        self.last_members.iter().filter(|member| !self.workers.contains_key(&member.worker)).map(|member| member.rank).collect()
+    }
+
+    /// The awaited member that a newcomer of this rank stands in for.
+    pub(super) fn absent_member(&self, rank: Rank) -> Option<WorkerId> {
+        let JobPhase::Returning { .. } = self.phase else { return None };
+        let absent = |member: &&Member| member.rank == rank && !self.workers.contains_key(&member.worker);
+        self.last_members.iter().find(absent).map(|member| member.worker)
+    }
+
+    fn num_returned(&self) -> usize {
+        self.last_members.iter().filter(|member| self.workers.contains_key(&member.worker)).count()
+    }
+
+    /// A member is back.
+    pub(super) fn has_returned(&mut self, now: Timestamp, out: &mut Vec<Effect>) {
+        let returned = self.num_returned();
+        if returned == self.last_members.len() {
+            return self.end_wait(now, out);
+        }
+        let timeout = self.return_timeout();
+        if let JobPhase::Returning { deadline, .. } = &mut self.phase
+            && returned == 1
+        {
+            // Where one comes late, the others do: they were cut off together.
+            *deadline = (*deadline).max(now + timeout);
+        }
+    }
+
+    /// The wait for members is over for those who are not back, unless nobody is and nobody could train without them.
+    pub(super) fn wait_ended(&mut self, now: Timestamp, out: &mut Vec<Effect>) {
+        let ready = self.workers.values().filter(|worker| worker.is_ready()).count();
+        if self.num_returned() > 0 || ready >= self.config.world_size as usize || self.stop_requested.is_some() {
+            return self.end_wait(now, out);
+        }
+        let left = self.config.join_timeout.saturating_sub(now);
+        if left.is_zero() {
+            let reason = format!("no worker came back within {:.0} s (--join-timeout)", self.config.join_timeout.as_secs_f64());
+            return self.fail(reason, out);
+        }
+        if let JobPhase::Returning { deadline, .. } = &mut self.phase {
+            *deadline = now + self.config.heartbeat_timeout.min(left);
+        }
+        out.push(Effect::Notice(Notice::Waiting { text: self.waiting_for(), left }));
+    }
+
+    /// Those who are back say what they hold, as after any end of a generation.
+    fn end_wait(&mut self, now: Timestamp, out: &mut Vec<Effect>) {
+        let JobPhase::Returning { stopped, .. } = &mut self.phase else { return };
+        let mut stopped = std::mem::take(stopped);
+        stopped.retain(|id, _| self.workers.contains_key(id));
+        let members: Vec<WorkerId> =
+            self.last_members.iter().map(|member| member.worker).filter(|id| self.workers.contains_key(id)).collect();
+        self.phase = JobPhase::Stopping { members, stopped, deadline: now + self.reply_timeout(), aborted: true };
+        self.settle_if_all_stopped(now, out);
+    }
+
+    /// What a worker holds, as far as it is on the line of weights that goes on: of the last generation, or its start.
+    pub(super) fn on_the_line(&self, stopped: Stopped) -> Stopped {
+        let is_base = (stopped.applied, stopped.trained_in) == (self.truth.step, self.truth.generation);
+        if stopped.trained_in == self.generation || is_base {
+            Stopped { generation: self.generation, ..stopped }
+        } else {
+            Stopped { reason: stopped.reason, ..Stopped::empty_handed(self.generation) }
+        }
+    }
+
+    /// Why a newcomer has to wait for a rank.
+    pub(super) fn not_yet(&self) -> CoreError {
+        CoreError::NotYet(self.last_members.iter().filter(|member| !self.workers.contains_key(&member.worker)).count())
+    }
+}

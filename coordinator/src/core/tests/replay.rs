@@ -1,0 +1,418 @@
+//! What is journalled comes to the same state, again and again, and a coordinator that goes on from it contradicts none of it.
+
+use proptest::prelude::*;
+
+use super::*;
+
+/// A worker as it is itself: its process, and what it holds.
+#[derive(Debug, Clone)]
+struct Holder {
+    id: WorkerId,
+    incarnation: u64,
+    attempt: u32,
+    rank: u32,
+    applied: Step,
+    trained_in: Generation,
+    /// Where it is or was a member.
+    generation: Generation,
+    /// Steps of that generation.
+    records: Vec<StepRecord>,
+    /// Everything in its weights.
+    trained: BTreeSet<SampleName>,
+}
+
+/// A world beside what its journal says.
+struct Rig {
+    world: World,
+    holders: Vec<Holder>,
+    /// All facts.
+    state: State,
+    /// Those that are on disk for sure.
+    on_disk: State,
+    num_read: usize,
+    next_incarnation: u64,
+}
+
+const WORLD_SIZE: u32 = 2;
+const SAMPLES: u32 = 6;
+
+impl Rig {
+    fn new() -> Self {
+        let config = Config { epochs: Some(2), last_step: None, ..config(WORLD_SIZE) };
+        let world = World::new(config);
+        let state = world.core.durable();
+        Self { on_disk: state.clone(), state, world, holders: Vec::new(), num_read: 0, next_incarnation: 1 }
+    }
+
+    /// Replays what was said since the last look.
+    fn follow(&mut self) {
+        for effect in self.world.said[self.num_read..].iter().cloned() {
+            let fact = match effect {
+                Effect::Persist(fact) => fact,
+                // Written down before it is said: a worker forgets names at this word.
+                Effect::Send { message: ToWorker::Durable { .. }, .. } => {
+                    self.on_disk = self.state.clone();
+                    continue;
+                }
+                _ => continue,
+            };
+            let urgent = !fact.may_be_late();
+            let bytes = postcard::to_stdvec(&fact).unwrap();
+            self.state.apply(postcard::from_bytes(&bytes).unwrap()).unwrap();
+            if urgent {
+                self.on_disk = self.state.clone();
+            }
+        }
+        self.num_read = self.world.said.len();
+        assert_eq!(self.state, self.world.core.durable(), "the journal says something else than the core is");
+    }
+
+    fn tell(&mut self, worker: WorkerId, message: FromWorker) {
+        let _ = self.world.say(worker, message);
+        self.follow();
+    }
+
+    fn join(&mut self) {
+        let incarnation = self.next_incarnation;
+        self.next_incarnation += 1;
+        let Ok(id) = self.world.hello(None, incarnation, 0) else { return };
+        let (applied, trained_in, generation) = (Step(0), Generation::NONE, Generation::NONE);
+        let (records, trained) = (Vec::new(), BTreeSet::new());
+        let rank = self.world.core.workers[&id].rank.0;
+        self.holders.push(Holder { id, incarnation, attempt: 0, rank, applied, trained_in, generation, records, trained });
+        self.tell(id, FromWorker::Ready { model_digest: vec![7], num_parameters: 10 });
+    }
+
+    fn members(&self) -> Vec<usize> {
+        let place = |id: &WorkerId| self.holders.iter().position(|holder| holder.id == *id);
+        match &self.world.core.phase {
+            JobPhase::Running { members, .. } => members.iter().filter_map(place).collect(),
+            _ => Vec::new(),
+        }
+    }
+
+    fn bootstrap(&mut self) {
+        let JobPhase::Forming { members, .. } = self.world.core.phase.clone() else { return };
+        let generation = self.world.core.generation();
+        let truth = self.world.core.truth.clone();
+        self.tell(members[0], FromWorker::Bootstrap { generation, bytes: vec![1] });
+        // Whoever lacks the base gets it from one who has it, or from the checkpoint: there is none, so these are fresh weights.
+        let source =
+            truth.holders.iter().find_map(|id| self.holders.iter().find(|holder| holder.id == *id)).map(|holder| holder.trained.clone());
+        let trained = source.unwrap_or_default();
+        assert_eq!(trained.len() as u64, self.world.core.ledger().totals().committed, "the ledger is that of the weights");
+        for holder in self.holders.iter_mut().filter(|holder| members.contains(&holder.id)) {
+            (holder.generation, holder.applied, holder.trained_in) = (generation, truth.step, truth.generation);
+            holder.trained.clone_from(&trained);
+            holder.records.clear();
+        }
+    }
+
+    /// All members apply a step; `num_reports` of them say so.
+    fn train(&mut self, num_reports: usize) {
+        let members = self.members();
+        let generation = self.world.core.generation();
+        if members.len() < WORLD_SIZE as usize || members.iter().any(|&member| self.holders[member].generation != generation) {
+            return;
+        }
+        let step = self.holders[members[0]].applied.next();
+        let held = self.world.core.leases.held();
+        let name = held.iter().find_map(|held| {
+            let done = self.world.core.ledger().done_samples(held.epoch, held.shard);
+            let name = |index| SampleName { epoch: held.epoch, shard: held.shard, index };
+            let is_free = |index: &u32| !done.contains(*index) && !self.holders[members[0]].trained.contains(&name(*index));
+            (0..SAMPLES).find(is_free).map(name)
+        });
+        let Some(name) = name else { return };
+        let record = StepRecord {
+            step,
+            generation,
+            names: vec![name],
+            native: 0,
+            skipped: false,
+            losses: StepLosses { task: f32::NAN, ..StepLosses::default() },
+            validation: None,
+        };
+        for (place, &member) in members.iter().enumerate() {
+            let holder = &mut self.holders[member];
+            (holder.applied, holder.trained_in) = (step, generation);
+            holder.trained.insert(name);
+            holder.records.push(record.clone());
+            let id = holder.id;
+            if place < num_reports {
+                let record = (place == 0).then(|| record.clone());
+                let report = StepReport { generation, step, record, timings: StepTimings::default(), snapshot: None };
+                self.tell(id, FromWorker::StepReport(report));
+            }
+        }
+    }
+
+    fn stop(&mut self, holder: usize) {
+        let Holder { id, applied, trained_in, generation, records, .. } = self.holders[holder].clone();
+        let stopped = Stopped { applied, trained_in, records, reason: "lost".into(), ..Stopped::empty_handed(generation) };
+        self.tell(id, FromWorker::Stopped(stopped));
+    }
+
+    fn lease(&mut self, holder: usize) {
+        let (generation, id) = (self.world.core.generation(), self.holders[holder].id);
+        self.tell(id, FromWorker::LeaseRequest { generation, num_leases: 1 });
+    }
+
+    fn read(&mut self, holder: usize) {
+        let id = self.holders[holder].id;
+        let Some(held) = self.world.core.leases.held().into_iter().find(|held| held.holder == id) else { return };
+        let report = ShardReport { lease: held.id, skipped: vec![], num_samples: Some(SAMPLES), truncated: String::new() };
+        self.tell(id, FromWorker::ShardReport(report));
+    }
+
+    fn die(&mut self, holder: usize) {
+        let Holder { id, .. } = self.holders.remove(holder);
+        self.world.die(id);
+        self.follow();
+    }
+
+    /// The coordinator dies with what is not on disk, and another one goes on. `back` of the workers find it.
+    fn restart(&mut self, lossy: bool, back: usize) {
+        let state = if lossy { self.on_disk.clone() } else { self.state.clone() };
+        let config = self.world.core.config.clone();
+        // Whom the core had given up, for not opening a collective say, is gone: somebody else may have its rank.
+        let known = &self.world.core.workers;
+        self.holders.retain(|holder| known.contains_key(&holder.id));
+        let bytes = postcard::to_stdvec(&state).unwrap();
+        assert_eq!(postcard::from_bytes::<State>(&bytes).unwrap(), state, "a snapshot is the state");
+        self.world.core = Core::restore(config, None, state.clone());
+        self.world.now = Duration::ZERO;
+        self.world.said.clear();
+        self.num_read = 0;
+        let awaits = matches!(self.world.core.phase, JobPhase::Returning { .. });
+        if awaits {
+            assert_eq!(self.world.core.durable(), state, "nothing is forgotten");
+        }
+        (self.state, self.on_disk) = (self.world.core.durable(), self.world.core.durable());
+        let finals = state.final_step();
+        let holds_it = |holder: &Holder| holder.applied >= finals;
+        self.holders.truncate(back);
+        let mut any_holds_it = false;
+        for mut holder in std::mem::take(&mut self.holders) {
+            holder.attempt += 1;
+            let was_member = self.world.core.last_members.iter().any(|member| member.worker == holder.id);
+            let id = self.world.hello(Some(holder.rank), holder.incarnation, holder.attempt).unwrap();
+            assert!(!was_member || id == holder.id, "a member keeps its id");
+            any_holds_it |= was_member && holds_it(&holder);
+            self.holders.push(Holder { id, ..holder });
+            self.follow();
+            self.stop(self.holders.len() - 1);
+            self.tell(id, FromWorker::Ready { model_digest: vec![7], num_parameters: 10 });
+        }
+        let alive: Vec<WorkerId> = self.holders.iter().map(|holder| holder.id).collect();
+        // Long enough for who stays away to be missed; not so long that a member asked to open the collective is given up.
+        self.world.pass(8, &alive);
+        self.follow();
+        if any_holds_it {
+            assert!(self.world.core.final_step() >= finals, "step {finals} was final and is not any more");
+        }
+    }
+}
+
+fn run(steps: &[(u8, u8)]) {
+    let mut rig = Rig::new();
+    for &(what, which) in steps {
+        let holder = usize::from(which) % rig.holders.len().max(1);
+        let any = !rig.holders.is_empty();
+        match what % 12 {
+            0 | 1 => rig.join(),
+            2 | 3 => rig.bootstrap(),
+            4 if any => rig.lease(holder),
+            5 | 6 => rig.train(2),
+            7 => rig.train(usize::from(which % 2)),
+            8 if any => rig.read(holder),
+            9 if any => {
+                if which % 3 == 0 {
+                    rig.die(holder);
+                }
+                (0..rig.holders.len()).for_each(|place| rig.stop(place));
+            }
+            10 => rig.restart(which % 2 == 0, if which % 5 == 0 { 1 } else { 9 }),
+            11 => {
+                let alive: Vec<WorkerId> = rig.holders.iter().map(|holder| holder.id).collect();
+                rig.world.pass(1, &alive);
+                rig.follow();
+            }
+            _ => {}
+        }
+        if let Some(outcome) = rig.state.outcome() {
+            // The data is done, or so few workers were left that the job gave up; never is a sample lost or doubled.
+            let Outcome::Failed { reason } = outcome else { return };
+            assert!(reason.contains("waiting for") || reason.contains("came back"), "{reason}");
+            return;
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(400))]
+
+    #[test]
+    fn journal_comes_to_the_state_of_the_core_and_a_restart_contradicts_nothing(
+        steps in proptest::collection::vec((any::<u8>(), any::<u8>()), 1..120)
+    ) {
+        run(&steps);
+    }
+}
+
+#[test]
+fn replaying_twice_gives_the_same_state() {
+    let (mut world, workers) = World::running(2);
+    let before = Core::new(config(2), None).durable();
+    let (leases, _) = world.lease(workers[0], 2);
+    world.report(workers[0], 1, Some(&names(0, leases[0].shard, 0..3)));
+    world.report(workers[1], 1, None);
+    world.die(workers[1]);
+    world.stopped(workers[0], 1, StopCause::Aborted, vec![]);
+    let replay = || {
+        let mut state = before.clone();
+        for effect in &world.said {
+            if let Effect::Persist(fact) = effect {
+                state.apply(fact.clone()).unwrap();
+            }
+        }
+        state
+    };
+    assert_eq!(replay(), replay());
+    assert_eq!(replay(), world.core.durable());
+}
+
+#[test]
+fn facts_that_cannot_follow_are_refused() {
+    let (mut world, workers) = World::running(1);
+    world.lease(workers[0], 1);
+    let state = world.core.durable();
+    let refused = |fact: Fact| state.clone().apply(fact).unwrap_err().to_string();
+    assert_eq!(refused(Fact::Generation { generation: Generation(1), members: vec![], base_step: Step(0) }), "g000001 follows g000001");
+    let held = world.core.leases.held()[0];
+    let again = leases::Granted { id: LeaseId(9), epoch: held.epoch, shard: held.shard };
+    let error = refused(Fact::Leases { holder: WorkerId(5), leases: vec![again] });
+    assert!(error.contains("is given to w5 under lease 9 while another reads it"), "{error}");
+    let name = SampleName { epoch: Epoch(0), shard: ShardId(77), index: 0 };
+    let error = refused(Fact::Commit { step: Step(1), generation: Generation(1), names: vec![name], skipped: false });
+    assert!(error.contains("is of a shard that the job does not have"), "{error}");
+    let mut ended = state.clone();
+    ended.apply(Fact::Ended(Outcome::Finished)).unwrap();
+    assert_eq!(ended.apply(Fact::Joined(WorkerId(9))), Err(ReplayError::Ended));
+}
+
+/// Two workers that have trained step 1, and a coordinator that is started again.
+fn restarted() -> (World, Vec<WorkerId>) {
+    let (mut world, workers) = World::running(2);
+    let (leases, _) = world.lease(workers[0], 1);
+    world.report(workers[0], 1, Some(&names(0, leases[0].shard, 0..3)));
+    world.report(workers[1], 1, None);
+    let state = world.core.durable();
+    world.core = Core::restore(config(2), None, state);
+    world.said.clear();
+    (world, workers)
+}
+
+fn come_back(world: &mut World, incarnation: u64) -> WorkerId {
+    world.hello(None, incarnation, 1).unwrap()
+}
+
+fn holds(world: &mut World, worker: WorkerId, step: u64, records: Vec<StepRecord>) {
+    let stopped = Stopped { applied: Step(step), trained_in: Generation(1), records, ..Stopped::empty_handed(Generation(1)) };
+    world.say(worker, FromWorker::Stopped(stopped)).unwrap();
+    world.ready(worker);
+}
+
+#[test]
+fn restarted_coordinator_takes_its_workers_back_and_goes_on_from_what_they_hold() {
+    let (mut world, workers) = restarted();
+    assert_eq!(world.core.state(), "waiting for the workers to come back");
+    let first = come_back(&mut world, 1000);
+    assert_eq!(first, workers[0]);
+    // They trained on meanwhile: step 2 is news.
+    let shard = world.core.leases.held()[0].shard;
+    let second_step = world.record(2, &names(0, shard, 3..4));
+    holds(&mut world, first, 2, vec![second_step]);
+    assert_eq!(world.core.generation(), Generation(1), "the other may hold more");
+    let second = come_back(&mut world, 1001);
+    holds(&mut world, second, 2, vec![]);
+    assert_eq!((world.core.generation(), world.core.final_step()), (Generation(2), Step(2)));
+    assert_eq!(world.core.ledger().totals().committed, 4);
+    world.bootstrap(first);
+    let assignment = world.assignment(first);
+    assert_eq!((assignment.base_step, assignment.base_generation, assignment.broadcast_state), (Step(2), Generation(1), false));
+    // A lease that was on its way when the coordinator died is sent again.
+    assert_eq!(assignment.held_leases.len(), 1);
+    assert!(world.sent(first).iter().any(|sent| matches!(sent, ToWorker::LeaseGrant { leases, .. } if leases.len() == 1)));
+}
+
+#[test]
+fn member_that_does_not_come_back_is_waited_for_no_longer_than_the_heartbeat_timeout() {
+    let (mut world, _) = restarted();
+    let first = come_back(&mut world, 1000);
+    holds(&mut world, first, 1, vec![]);
+    world.pass(2, &[first]);
+    assert_eq!(world.core.leases.holders().len(), 1);
+    assert_eq!(world.core.state(), "waiting for the workers to come back");
+    world.pass(1, &[first]);
+    assert_eq!(world.core.state(), "waiting for rank 1");
+    let newcomer = world.join(None).unwrap();
+    world.ready(newcomer);
+    assert_eq!(world.core.generation(), Generation(2));
+}
+
+#[test]
+fn rank_of_a_worker_that_is_awaited_is_given_only_to_who_asks_for_it() {
+    let (mut world, _) = restarted();
+    let error = world.join(None).unwrap_err();
+    assert_eq!(error, CoreError::NotYet(2));
+    let replacement = world.join(Some(1)).unwrap();
+    world.ready(replacement);
+    let first = come_back(&mut world, 1000);
+    holds(&mut world, first, 1, vec![]);
+    world.pass(1, &[first, replacement]);
+    world.pass(3, &[first, replacement]);
+    assert_eq!((world.core.generation(), world.core.final_step()), (Generation(2), Step(1)));
+}
+
+#[test]
+fn nobody_back_means_the_checkpoint_with_its_ledger_but_not_before_others_could_train() {
+    let (mut world, _) = restarted();
+    world.pass(10, &[]);
+    assert_eq!(world.core.final_step(), Step(1), "late is better than never");
+    let late = come_back(&mut world, 1000);
+    holds(&mut world, late, 1, vec![]);
+    world.pass(3, &[late]);
+    assert_eq!((world.core.state().as_str(), world.core.final_step()), ("waiting for rank 1", Step(1)));
+
+    let (mut world, _) = restarted();
+    world.pass(10, &[]);
+    let newcomers = [world.join(None).unwrap(), world.join(None).unwrap()];
+    newcomers.iter().for_each(|&worker| world.ready(worker));
+    world.pass(3, &newcomers);
+    assert_eq!((world.core.generation(), world.core.final_step()), (Generation(2), Step(0)));
+    assert_eq!((world.core.ledger().totals().committed, world.core.leases.held().len()), (0, 0));
+}
+
+#[test]
+fn weights_of_an_older_line_never_become_the_truth() {
+    let (mut world, _) = restarted();
+    let first = come_back(&mut world, 1000);
+    holds(&mut world, first, 1, vec![]);
+    let zombie = come_back(&mut world, 1001);
+    let stopped = Stopped { applied: Step(9), trained_in: Generation(7), ..Stopped::empty_handed(Generation(0)) };
+    world.say(zombie, FromWorker::Stopped(stopped)).unwrap();
+    assert_eq!(world.core.final_step(), Step(1));
+}
+
+#[test]
+fn stop_while_workers_are_awaited_ends_the_job_with_what_they_hold() {
+    let (mut world, _) = restarted();
+    world.event(Event::Stop { reason: "enough".into() }).unwrap();
+    for incarnation in [1000, 1001] {
+        let worker = come_back(&mut world, incarnation);
+        let stopped = Stopped { applied: Step(1), trained_in: Generation(1), ..Stopped::empty_handed(Generation(1)) };
+        world.say(worker, FromWorker::Stopped(stopped)).unwrap();
+    }
+    assert_eq!(world.core.state(), "storing the last checkpoint");
+}
