@@ -60,7 +60,7 @@ fn shards_that_only_workers_would_see_are_judged_when_they_cannot_be_read() {
     let mut coordinator = cluster.coordinator(1, &[]);
     let mut worker = coordinator.worker_of_rank(0);
     coordinator.expect_exit(1);
-    coordinator.assert_said("none of the 4 shards is visible from this machine");
+    coordinator.assert_said("4 shards, none of them visible from this machine");
     let reason = coordinator.lines_with("coordinator: ").pop().unwrap();
     assert!(reason.contains("cannot be read") && reason.contains("nowhere/0000"), "{reason}");
     assert!(reason.contains("data.max_bad_fraction"), "{reason}");

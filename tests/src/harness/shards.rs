@@ -16,26 +16,34 @@ pub struct RawSample {
     pub json: Vec<u8>,
 }
 
-/// The first `count` samples of the demo's first shard.
+/// The first `count` samples of the demo's shards.
 ///
 /// # Panics
-/// If the shard cannot be read or has fewer.
+/// If a shard cannot be read or they have fewer.
 #[must_use]
 pub fn demo_samples(count: usize) -> Vec<RawSample> {
-    let file = File::open(workspace().join("tests/demo/shards/00000.tar")).expect("the demo's first shard");
-    let mut archive = tar::Archive::new(file);
-    let mut entries = archive.entries().expect("a tar").map(|entry| {
-        let mut entry = entry.expect("a member");
-        let name = entry.path().expect("a name").display().to_string();
-        let mut bytes = Vec::new();
-        entry.read_to_end(&mut bytes).expect("a whole member");
-        (name, bytes)
-    });
-    let sample = |_| {
-        let ((name, jpg), (_, json)) = entries.next().zip(entries.next()).expect("enough samples");
-        RawSample { key: name.trim_end_matches(".jpg").to_owned(), jpg, json }
-    };
-    (0..count).map(sample).collect()
+    let mut samples = Vec::with_capacity(count);
+    for shard in 0.. {
+        if samples.len() >= count {
+            break;
+        }
+        let path = workspace().join(format!("tests/demo/shards/{shard:05}.tar"));
+        let file =
+            File::open(&path).unwrap_or_else(|error| panic!("{} samples are more than there are: {}: {error}", count, path.display()));
+        let mut archive = tar::Archive::new(file);
+        let mut members = archive.entries().expect("a tar").map(|entry| {
+            let mut entry = entry.expect("a member");
+            let name = entry.path().expect("a name").display().to_string();
+            let mut bytes = Vec::new();
+            entry.read_to_end(&mut bytes).expect("a whole member");
+            (name, bytes)
+        });
+        while let Some(((name, jpg), (_, json))) = members.next().zip(members.next()) {
+            samples.push(RawSample { key: name.trim_end_matches(".jpg").to_owned(), jpg, json });
+        }
+    }
+    samples.truncate(count);
+    samples
 }
 
 /// A tar of these samples.
