@@ -1,6 +1,6 @@
 # `make demo` shows everything at once; `make help` lists the rest.
 SHELL := bash
-.PHONY: help setup build demo test bench fuzz lint fmt clean
+.PHONY: help setup build demo test test-all bench fuzz lint fmt clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -23,6 +23,10 @@ test: export OMP_NUM_THREADS = 1
 test: build ## all tests that need no GPU, no root and no other host
 	cargo test --workspace
 	cargo test --workspace --test stories -- --ignored --exact demo::trained_adapter_draws_what_chinese_prompts_name --nocapture
+
+test-all: export OMP_NUM_THREADS = 1
+test-all: test ## all tests, also those that want the machine for themselves
+	cargo test --workspace --test stories -- --ignored --exact restart::each_epoch_holds_each_sample_once_through_all_that_can_happen --nocapture
 
 BENCH_CORES := 2
 BENCH_ROUNDS := 3
