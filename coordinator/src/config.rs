@@ -88,6 +88,9 @@ pub struct RunArgs {
     /// Number of workers, one a GPU
     #[arg(long, required = true, default_value_t = 0, hide_default_value = true)]
     pub world_size: u32,
+    /// Workers that are enough to train: the world grows and shrinks between this and --world-size [default: --world-size]
+    #[arg(long)]
+    pub min_world_size: Option<u32>,
     /// Job file
     #[arg(long, default_value = "job.toml")]
     pub job: PathBuf,
@@ -109,7 +112,7 @@ pub struct RunArgs {
     /// How long to wait for missing workers
     #[arg(long, default_value = "10m", value_parser = humantime::parse_duration)]
     pub join_timeout: Duration,
-    /// With --local: how often dead workers are started again
+    /// With --local: how often dead workers are started again; one restart is given back for every 100 steps
     #[arg(long, default_value_t = 3)]
     pub max_restarts: u32,
     /// Write one line for each trained sample: step, epoch, shard, index
@@ -129,6 +132,9 @@ impl RunArgs {
         if !(1..=MAX_WORLD_SIZE).contains(&self.world_size) {
             return Err(format!("--world-size {} must be within 1..={MAX_WORLD_SIZE}", self.world_size));
         }
+        if let Some(min) = self.min_world_size.filter(|min| !(1..=self.world_size).contains(min)) {
+            return Err(format!("--min-world-size {min} must be within 1..={} (--world-size)", self.world_size));
+        }
         if self.heartbeat_timeout < Duration::from_millis(100) {
             return Err(format!("--heartbeat-timeout {} must be at least 100ms", humantime::format_duration(self.heartbeat_timeout)));
         }
@@ -146,6 +152,12 @@ impl RunArgs {
             ));
         }
         Ok(())
+    }
+
+    /// Workers that are enough to train.
+    #[must_use]
+    pub fn min_world_size(&self) -> u32 {
+        self.min_world_size.unwrap_or(self.world_size)
     }
 
     /// Where to listen.
@@ -177,6 +189,8 @@ mod tests {
         for (arguments, words) in [
             (&["--world-size", "0"][..], "within 1..=65536"),
             (&[], "--world-size"),
+            (&["--world-size", "2", "--min-world-size", "3"], "--min-world-size 3 must be within 1..=2 (--world-size)"),
+            (&["--world-size", "2", "--min-world-size", "0"], "within 1..=2"),
             (&["--world-size", "2", "--heartbeat-timeout", "10ms"], "at least 100ms"),
             (&["--world-size", "2", "--join-timeout", "1s"], "at least --heartbeat-timeout"),
             (&["--world-size", "2", "--listen", "0.0.0.0:7733"], "--insecure"),

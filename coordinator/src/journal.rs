@@ -281,6 +281,9 @@ mod tests {
     fn state() -> State {
         let config = Config {
             world_size: 1,
+            min_world_size: 1,
+            global_batch: 16,
+            scale_batch: false,
             heartbeat_timeout: Duration::from_secs(3),
             join_timeout: Duration::from_secs(60),
             job_id: "job".into(),

@@ -284,6 +284,9 @@ impl Observer {
                 let from = if *from_checkpoint { " (from its checkpoint)" } else { "" };
                 tracing::info!("{generation}: {num_members} workers train from step {base_step}{from}");
             }
+            Notice::TakenUp { generation, num_members, step } => {
+                tracing::info!("{generation}: {num_members} workers have trained on meanwhile, to step {step} at least, and go on");
+            }
             Notice::Lost { worker, cause } => {
                 tracing::error!("{worker} lost at step {} in phase {}: {cause}", worker.step, worker.phase.as_str());
             }

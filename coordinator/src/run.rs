@@ -29,6 +29,8 @@ use crate::store::{Store, hex, sha256};
 
 /// Commands that may wait for the driver.
 const COMMAND_CAPACITY: usize = 4096;
+/// A worker that was without a coordinator for long says every step of that time in one message: some kilobytes a step.
+const MAX_MESSAGE_BYTES: usize = 1 << 30;
 /// How long connections may take to end after the job.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -136,6 +138,7 @@ pub async fn run(args: RunArgs, bar: Bar) -> anyhow::Result<Exit> {
     };
     let config = Config {
         world_size: args.world_size,
+        min_world_size: args.min_world_size(),
         heartbeat_timeout: args.heartbeat_timeout,
         join_timeout: args.join_timeout,
         job_id,
@@ -144,6 +147,8 @@ pub async fn run(args: RunArgs, bar: Bar) -> anyhow::Result<Exit> {
         shards,
         epochs: job.train.epochs,
         last_step: job.last_step().map(Step),
+        global_batch: job.train.global_batch,
+        scale_batch: job.train.scale_batch,
         checkpoint_every: job.checkpoint.every,
         max_bad_fraction: job.data.max_bad_fraction,
         max_skipped_steps: job.train.max_skipped_steps,
@@ -178,7 +183,7 @@ pub async fn run(args: RunArgs, bar: Bar) -> anyhow::Result<Exit> {
         .tcp_nodelay(true)
         .http2_keepalive_interval(Some(args.heartbeat_timeout))
         .http2_keepalive_timeout(Some(args.heartbeat_timeout))
-        .add_service(v1::membership_server::MembershipServer::new(service.clone()))
+        .add_service(v1::membership_server::MembershipServer::new(service.clone()).max_decoding_message_size(MAX_MESSAGE_BYTES))
         .add_service(v1::checkpoints_server::CheckpointsServer::new(service.clone()))
         .add_service(v1::pictures_server::PicturesServer::new(service.clone()).max_decoding_message_size(MAX_PNG_BYTES + 1024))
         .add_service(v1::control_server::ControlServer::new(service))
@@ -294,7 +299,11 @@ async fn conclude(outcome: Outcome, code: u8, summary: Option<Summary>, store: &
 
 fn announce(args: &RunArgs, job: &Job, listening: SocketAddr, num_shards: usize) {
     let address = format!("http://{listening}");
-    tracing::info!("job {}: {} workers, {num_shards} shards, listening on {address}", job.name, args.world_size);
+    let workers = match args.min_world_size() {
+        min if min < args.world_size => format!("{min} to {} workers", args.world_size),
+        _ => format!("{} workers", args.world_size),
+    };
+    tracing::info!("job {}: {workers}, {num_shards} shards, listening on {address}", job.name);
     if args.insecure {
         tracing::warn!("--insecure: anyone who reaches {address} can join, stop or replace this job");
     }

@@ -59,7 +59,7 @@ impl From<CoreError> for Status {
         let message = error.to_string();
         match error {
             CoreError::NoSuchRank { .. } => Self::invalid_argument(message),
-            CoreError::RankTaken { .. } | CoreError::WorldFull { .. } => Self::already_exists(message),
+            CoreError::RankTaken { .. } | CoreError::NoRankLeft => Self::already_exists(message),
             CoreError::Version { .. } | CoreError::ModelsDiffer { .. } | CoreError::Ending(_) | CoreError::Unexpected { .. } => {
                 Self::failed_precondition(message)
             }

@@ -4,7 +4,7 @@ use std::fmt;
 
 use crate::ids::{Bitmap, Epoch, Generation, Incarnation, LeaseId, MemberIndex, Rank, SampleName, ShardId, Step, WorkerId};
 use crate::message::{
-    Assignment, FromWorker, Heartbeat, Hello, Lease, Phase, ShardReport, SkipReason, SkippedSample, StepLosses, StepRecord, StepReport,
+    Assignment, Continuing, FromWorker, Heartbeat, Hello, Lease, Phase, ShardReport, SkipReason, SkippedSample, StepLosses, StepRecord, StepReport,
     StepTimings, StopCause, StopReason, Stopped, ToWorker, ValidationLosses,
 };
 use crate::v1;
@@ -199,6 +199,12 @@ impl From<FromWorker> for v1::FromWorker {
                 reason: stopped.reason,
                 validation: stopped.validation.map(Into::into),
                 trained_in: stopped.trained_in.0,
+                lost_member: stopped.lost_member.map(|member| member.0),
+            }),
+            FromWorker::Continuing(continuing) => Message::Continuing(v1::Continuing {
+                generation: continuing.generation.0,
+                applied_step: continuing.applied.0,
+                records: continuing.records.into_iter().map(Into::into).collect(),
             }),
             FromWorker::LeaseRequest { generation, num_leases } => {
                 Message::LeaseRequest(v1::LeaseRequest { generation: generation.0, num_leases })
@@ -308,6 +314,12 @@ impl TryFrom<v1::FromWorker> for FromWorker {
                 reason: stopped.reason,
                 validation: stopped.validation.map(TryInto::try_into).transpose()?,
                 trained_in: Generation(stopped.trained_in),
+                lost_member: stopped.lost_member.map(MemberIndex),
+            }),
+            Message::Continuing(continuing) => Self::Continuing(Continuing {
+                generation: Generation(continuing.generation),
+                applied: Step(continuing.applied_step),
+                records: continuing.records.into_iter().map(TryInto::try_into).collect::<Result<_, _>>()?,
             }),
             Message::LeaseRequest(request) => {
                 Self::LeaseRequest { generation: Generation(request.generation), num_leases: request.num_leases }
@@ -342,6 +354,7 @@ impl From<ToWorker> for v1::ToWorker {
                 heartbeat_interval_ms,
                 heartbeat_timeout_ms,
                 join_timeout_ms,
+                continues,
             } => Message::Welcome(v1::Welcome {
                 worker_id: worker.0,
                 rank: rank.0,
@@ -351,6 +364,7 @@ impl From<ToWorker> for v1::ToWorker {
                 heartbeat_interval_ms,
                 heartbeat_timeout_ms,
                 join_timeout_ms,
+                continues: continues.0,
             }),
             ToWorker::HeartbeatReply { generation, running, waiting_for } => {
                 Message::HeartbeatReply(v1::HeartbeatReply { generation: generation.0, running, waiting_for })
@@ -369,6 +383,7 @@ impl From<ToWorker> for v1::ToWorker {
                 broadcast_state: assignment.broadcast_state,
                 checkpoint_step: assignment.checkpoint_step.map(|step| step.0),
                 held_leases: assignment.held_leases.into_iter().map(|lease| lease.0).collect(),
+                global_batch: assignment.global_batch,
             }),
             ToWorker::Abort { generation, reason } => Message::Abort(v1::Abort { generation: generation.0, reason }),
             ToWorker::PlanChange { generation, reason } => Message::PlanChange(v1::PlanChange { generation: generation.0, reason }),
@@ -417,6 +432,7 @@ impl TryFrom<v1::ToWorker> for ToWorker {
                 heartbeat_interval_ms: welcome.heartbeat_interval_ms.max(1),
                 heartbeat_timeout_ms: welcome.heartbeat_timeout_ms.max(1),
                 join_timeout_ms: welcome.join_timeout_ms,
+                continues: Generation(welcome.continues),
             },
             Message::HeartbeatReply(reply) => {
                 Self::HeartbeatReply { generation: Generation(reply.generation), running: reply.running, waiting_for: reply.waiting_for }
@@ -430,6 +446,9 @@ impl TryFrom<v1::ToWorker> for ToWorker {
                 if wire.member_index >= num_members || wire.source_index >= num_members {
                     return Err(WireError { field: "assignment.member_index", problem: "is not below num_members".into() });
                 }
+                if wire.global_batch < num_members {
+                    return Err(WireError { field: "assignment.global_batch", problem: "is less than a sample for each member".into() });
+                }
                 Self::Assignment(Assignment {
                     generation: Generation(wire.generation),
                     member_index: MemberIndex(wire.member_index),
@@ -441,6 +460,7 @@ impl TryFrom<v1::ToWorker> for ToWorker {
                     broadcast_state: wire.broadcast_state,
                     checkpoint_step: wire.checkpoint_step.map(Step),
                     held_leases: wire.held_leases.into_iter().map(LeaseId).collect(),
+                    global_batch: wire.global_batch,
                 })
             }
             Message::Abort(abort) => Self::Abort { generation: Generation(abort.generation), reason: abort.reason },
@@ -514,7 +534,9 @@ mod tests {
                 reason: String::new(),
                 validation: Some(validation(9)),
                 trained_in: Generation(2),
+                lost_member: Some(MemberIndex(1)),
             }),
+            FromWorker::Continuing(Continuing { generation: Generation(2), applied: Step(9), records: vec![record(9)] }),
             FromWorker::Heartbeat(Heartbeat { step: Step(9), phase: Phase::Validating, generation: Generation(2) }),
             FromWorker::Heartbeat(Heartbeat { step: Step(9), phase: Phase::Sampling, generation: Generation(2) }),
             FromWorker::ShardReport(ShardReport {

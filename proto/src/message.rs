@@ -203,6 +203,8 @@ pub struct Stopped {
     pub validation: Option<ValidationLosses>,
     /// The generation that trained `applied`; [`Generation::NONE`] when it comes from a checkpoint or from nothing.
     pub trained_in: Generation,
+    /// The neighbour whose connection broke first, or who did not answer, if that ended it. It may itself have lost another.
+    pub lost_member: Option<MemberIndex>,
 }
 
 impl Stopped {
@@ -217,8 +219,20 @@ impl Stopped {
             reason: String::new(),
             validation: None,
             trained_in: Generation::NONE,
+            lost_member: None,
         }
     }
+}
+
+/// A member has trained on in its generation while the coordinator was away, and goes on.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Continuing {
+    /// The generation.
+    pub generation: Generation,
+    /// Its last applied step.
+    pub applied: Step,
+    /// Steps of this generation not known to be durable, oldest first.
+    pub records: Vec<StepRecord>,
 }
 
 /// Why a sample is not trained on.
@@ -289,6 +303,8 @@ pub enum FromWorker {
     StepReport(StepReport),
     /// Out of the collective.
     Stopped(Stopped),
+    /// Still in it, and said so to a coordinator that was started again.
+    Continuing(Continuing),
     /// Wants shards.
     LeaseRequest {
         /// The generation it asks in.
@@ -352,6 +368,8 @@ pub struct Assignment {
     pub checkpoint_step: Option<Step>,
     /// Leases the worker keeps.
     pub held_leases: Vec<LeaseId>,
+    /// Samples in a step, over all members.
+    pub global_batch: u32,
 }
 
 /// How a job ends for a worker.
@@ -388,6 +406,8 @@ pub enum ToWorker {
         heartbeat_timeout_ms: u32,
         /// How long the coordinator waits for missing workers, and a worker for a coordinator that is away.
         join_timeout_ms: u32,
+        /// The generation that a member may stay in; [`Generation::NONE`]: it leaves any that it is in.
+        continues: Generation,
     },
     /// Answer to each heartbeat.
     HeartbeatReply {

@@ -186,20 +186,25 @@ fn world_that_cannot_form_says_who_is_missing_and_refuses_who_does_not_fit() {
 }
 
 #[test]
-fn worker_beyond_the_world_is_refused() {
-    let mut cluster = Cluster::new();
-    cluster.job.set_steps(100_000);
-    let mut coordinator = cluster.coordinator(1, &[]);
-    let mut worker = coordinator.worker("worker", &[]);
+fn worker_beyond_the_world_waits_as_a_spare_and_stands_in_for_a_dead_one() {
+    let cluster = twelve_steps();
+    let mut coordinator = cluster.coordinator(2, &[]);
+    let [mut survivor, mut victim] = two_workers(&coordinator);
     coordinator.wait_for_step(1);
-    let mut surplus = coordinator.worker("surplus worker", &[]);
-    surplus.expect_exit(2);
-    surplus.assert_said("worker: all 1 ranks are taken (--world-size 1): rank 0 (pid ");
-    // The job takes no notice.
-    coordinator.signal(Signal::INT);
-    coordinator.expect_exit(130);
-    worker.expect_exit(0);
-    assert!(coordinator.lines_with("is broken up").is_empty());
+    let mut spare = coordinator.worker("spare", &[]);
+    spare.wait_for("joined as a spare, rank 2: stands in when one of the 2 workers is lost");
+    coordinator.wait_for("rank 2 (pid ");
+    coordinator.wait_for(" is ready");
+    coordinator.wait_for_times(" is ready", 3);
+    assert!(coordinator.lines_with("meet after this step").is_empty(), "a full world takes no notice");
+    coordinator.allow_error(" lost at step ");
+    victim.signal(Signal::KILL);
+    victim.wait();
+    coordinator.expect_exit(0);
+    survivor.expect_exit(0);
+    spare.expect_exit(0);
+    coordinator.assert_said("g000002: 2 workers train from step ");
+    assert_whole(&cluster);
 }
 
 #[test]

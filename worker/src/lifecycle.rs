@@ -4,13 +4,15 @@
 //! Joining -> Loading -> Waiting <-> Training -> Left
 //! ```
 //!
-//! A lost stream breaks nothing: the worker trains on with the leases it has, until its peers leave it or the coordinator is back. Then it leaves its
-//! generation by itself and says what it holds and what it has read: to a coordinator that was started again all of it is news.
+//! A lost stream breaks nothing: the worker trains on with the leases it has, until its peers leave it or the coordinator is back. To a coordinator
+//! that was started again all that it has read and trained meanwhile is news: it says so, and stays in its generation if it may.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
-use peapod_proto::ids::{Generation, LeaseId, Rank, Step, WorkerId};
-use peapod_proto::message::{Assignment, FromWorker, Lease, ShardReport, SkippedSample, StepReport, StopReason, Stopped, ToWorker};
+use peapod_proto::ids::{Generation, LeaseId, MemberIndex, Rank, Step, WorkerId};
+use peapod_proto::message::{
+    Assignment, Continuing, FromWorker, Lease, ShardReport, SkippedSample, StepRecord, StepReport, StopReason, Stopped, ToWorker,
+};
 
 /// What happens to a worker.
 #[derive(Debug)]
@@ -55,9 +57,9 @@ pub enum TrainerEvent {
         /// Opaque bytes.
         bytes: Vec<u8>,
     },
-    /// A step is applied.
+    /// A step is applied. Its record is there on every member.
     Step(StepReport),
-    /// It has left the collective.
+    /// It has left the collective. The records are the lifecycle's to add.
     Stopped(Stopped),
     /// It cannot go on.
     Failed {
@@ -113,13 +115,8 @@ pub enum Action {
         /// No more will come in this generation.
         none_left: bool,
     },
-    /// Let the trainer forget the names of steps.
-    Durable {
-        /// The generation.
-        generation: Generation,
-        /// The last such step.
-        step: Step,
-    },
+    /// Have the data threads ask for shards again, if they lack any.
+    AskForLeases,
     /// Connect again.
     Reconnect,
     /// Say it to the user.
@@ -165,6 +162,12 @@ pub struct Lifecycle {
     joined: bool,
     /// Welcomed in the middle of a generation, which is left before anything else is said.
     returning: bool,
+    /// Its place in the generation it is in, or was last.
+    member_index: MemberIndex,
+    /// The last step applied in it, or its base.
+    applied: Step,
+    /// Steps of it that are not known to be on disk.
+    records: VecDeque<StepRecord>,
     /// What it said last that it holds.
     stopped: Stopped,
     /// What it has read of the shards that it holds, without the words.
@@ -191,6 +194,9 @@ impl Lifecycle {
             loading: false,
             joined: false,
             returning: false,
+            member_index: MemberIndex(0),
+            applied: Step(0),
+            records: VecDeque::new(),
             stopped: Stopped::empty_handed(Generation::NONE),
             read: BTreeMap::new(),
             leaving: None,
@@ -230,13 +236,16 @@ impl Lifecycle {
 
     fn said(&mut self, message: ToWorker) -> Vec<Action> {
         match message {
-            ToWorker::Welcome { worker, rank, world_size, job_id, job_toml, .. } => {
-                self.welcome(worker, rank, world_size, job_id, job_toml)
+            ToWorker::Welcome { worker, rank, world_size, job_id, job_toml, continues, .. } => {
+                self.welcome((worker, rank), world_size, job_id, job_toml, continues)
             }
             ToWorker::HeartbeatReply { generation, running, waiting_for } => self.heartbeat_reply(generation, running, waiting_for),
             ToWorker::MakeBootstrap { generation, num_members } => vec![Action::MakeBootstrap { generation, num_members }],
             ToWorker::Assignment(assignment) => {
                 self.state = State::Training(assignment.generation);
+                self.member_index = assignment.member_index;
+                self.applied = assignment.base_step;
+                self.records.clear();
                 let held: BTreeSet<LeaseId> = assignment.held_leases.iter().copied().collect();
                 self.read.retain(|lease, _| held.contains(lease));
                 self.waiting_for.clear();
@@ -249,7 +258,12 @@ impl Lifecycle {
                 let current = self.state == State::Training(generation);
                 vec![Action::Grant { leases, none_left: none_left && current }]
             }
-            ToWorker::Durable { generation, step } => vec![Action::Durable { generation, step }],
+            ToWorker::Durable { generation, step } => {
+                if self.state == State::Training(generation) {
+                    self.records.retain(|record| record.step > step);
+                }
+                Vec::new()
+            }
             ToWorker::TakeSnapshot { generation } => vec![Action::Snapshot { generation }],
             ToWorker::Stop { reason, message } => {
                 self.state = State::Left;
@@ -264,7 +278,14 @@ impl Lifecycle {
         }
     }
 
-    fn welcome(&mut self, worker: WorkerId, rank: Rank, world_size: u32, job_id: String, job_toml: String) -> Vec<Action> {
+    fn welcome(
+        &mut self,
+        identity: (WorkerId, Rank),
+        world_size: u32,
+        job_id: String,
+        job_toml: String,
+        continues: Generation,
+    ) -> Vec<Action> {
         if self.job_id.as_ref().is_some_and(|known| *known != job_id) {
             self.state = State::Left;
             let message =
@@ -272,14 +293,29 @@ impl Lifecycle {
             return vec![Action::Exit { code: TRY_AGAIN, message: message.into() }];
         }
         let again = self.identity.is_some();
-        self.identity = Some((worker, rank));
+        self.identity = Some(identity);
         self.job_id = Some(job_id);
         self.joined = true;
-        let mut actions = vec![Action::Log { text: format!("joined as rank {rank} of {world_size}") }];
+        let rank = identity.1;
+        let text = if rank.0 < world_size {
+            format!("joined as rank {rank} of {world_size}")
+        } else {
+            format!("joined as a spare, rank {rank}: stands in when one of the {world_size} workers is lost")
+        };
+        let mut actions = vec![Action::Log { text }];
         if again {
             actions.extend(self.read.values().cloned().map(|report| Action::Send(FromWorker::ShardReport(report))));
         }
+        let ready = self.loaded.clone().map(|(model_digest, num_parameters)| FromWorker::Ready { model_digest, num_parameters });
         if let State::Training(generation) = self.state {
+            if generation == continues
+                && let Some(ready) = ready
+            {
+                let records = self.records.iter().cloned().collect();
+                let continuing = Continuing { generation, applied: self.applied, records };
+                actions.extend([Action::Send(ready), Action::Send(FromWorker::Continuing(continuing)), Action::AskForLeases]);
+                return actions;
+            }
             self.returning = true;
             actions.push(Action::Abort { generation, reason: "the coordinator is back".into() });
             return actions;
@@ -287,10 +323,10 @@ impl Lifecycle {
         if again {
             actions.push(Action::Send(FromWorker::Stopped(self.stopped.clone())));
         }
-        match (&self.loaded, self.loading) {
-            (Some((model_digest, num_parameters)), _) => {
+        match (ready, self.loading) {
+            (Some(ready), _) => {
                 self.state = State::Waiting;
-                actions.push(Action::Send(FromWorker::Ready { model_digest: model_digest.clone(), num_parameters: *num_parameters }));
+                actions.push(Action::Send(ready));
             }
             (None, true) => self.state = State::Loading,
             (None, false) => {
@@ -364,10 +400,19 @@ impl Lifecycle {
                 vec![Action::Send(FromWorker::Ready { model_digest, num_parameters })]
             }
             TrainerEvent::Bootstrap { generation, bytes } => vec![Action::Send(FromWorker::Bootstrap { generation, bytes })],
-            // While the coordinator is away, and until it has heard what this worker holds, the names of steps are kept for that.
-            TrainerEvent::Step(_) if !self.joined || self.returning => Vec::new(),
-            TrainerEvent::Step(report) => vec![Action::Send(FromWorker::StepReport(report))],
+            TrainerEvent::Step(mut report) => {
+                self.applied = report.step;
+                self.records.extend(report.record.clone());
+                // While the coordinator is away, and until it has heard what this worker holds, the names of steps are kept for that.
+                if !self.joined || self.returning {
+                    return Vec::new();
+                }
+                // They are the same on every member: one tells them.
+                report.record = report.record.filter(|_| self.member_index == MemberIndex(0));
+                vec![Action::Send(FromWorker::StepReport(report))]
+            }
             TrainerEvent::Stopped(stopped) => {
+                let stopped = Stopped { records: self.records.iter().cloned().collect(), ..stopped };
                 self.stopped = stopped.clone();
                 if self.state == State::Training(stopped.generation) {
                     self.state = if self.joined { State::Waiting } else { State::Joining };
@@ -411,6 +456,10 @@ mod tests {
     use peapod_proto::message::StopCause;
 
     fn welcome(job: &str) -> Input {
+        welcome_to(job, Generation::NONE)
+    }
+
+    fn welcome_to(job: &str, continues: Generation) -> Input {
         Input::Said(ToWorker::Welcome {
             worker: WorkerId(1),
             rank: Rank(0),
@@ -420,6 +469,7 @@ mod tests {
             heartbeat_interval_ms: 500,
             heartbeat_timeout_ms: 3000,
             join_timeout_ms: 600_000,
+            continues,
         })
     }
 
@@ -443,6 +493,7 @@ mod tests {
             broadcast_state: true,
             checkpoint_step: None,
             held_leases: vec![],
+            global_batch: 16,
         }
     }
 
@@ -475,13 +526,79 @@ mod tests {
         ShardReport { lease: LeaseId(lease), skipped: skipped.iter().map(skip).collect(), num_samples, truncated: String::new() }
     }
 
+    fn record(step: u64) -> StepRecord {
+        StepRecord {
+            step: Step(step),
+            generation: Generation(3),
+            names: vec![],
+            native: 0,
+            skipped: false,
+            losses: Default::default(),
+            validation: None,
+        }
+    }
+
+    fn step(step: u64) -> Input {
+        Input::Trainer(TrainerEvent::Step(step_report(step)))
+    }
+
+    fn step_report(step: u64) -> StepReport {
+        let timings = Default::default();
+        StepReport { generation: Generation(3), step: Step(step), record: Some(record(step)), timings, snapshot: None }
+    }
+
+    #[test]
+    fn first_member_tells_the_samples_of_a_step_and_every_member_keeps_them_until_they_are_on_disk() {
+        let mut first = training(3);
+        assert_eq!(first.handle(step(1)), [Action::Send(FromWorker::StepReport(step_report(1)))]);
+        let mut other = Lifecycle::new();
+        other.handle(welcome("a"));
+        other.handle(loaded());
+        other.handle(Input::Said(ToWorker::Assignment(Assignment { member_index: MemberIndex(1), ..assignment(3) })));
+        let wordless = StepReport { record: None, ..step_report(1) };
+        assert_eq!(other.handle(step(1)), [Action::Send(FromWorker::StepReport(wordless))]);
+        other.handle(step(2));
+        let durable = |generation| Input::Said(ToWorker::Durable { generation: Generation(generation), step: Step(1) });
+        other.handle(durable(2));
+        other.handle(durable(3));
+        let said = other.handle(Input::Trainer(TrainerEvent::Stopped(stopped(3, 2))));
+        assert_eq!(said, [Action::Send(FromWorker::Stopped(Stopped { records: vec![record(2)], ..stopped(3, 2) }))]);
+        // Those of an older generation are no longer anybody's concern.
+        other.handle(Input::Said(ToWorker::Assignment(assignment(4))));
+        let said = other.handle(Input::Trainer(TrainerEvent::Stopped(stopped(4, 2))));
+        assert_eq!(said, [Action::Send(FromWorker::Stopped(stopped(4, 2)))]);
+    }
+
+    #[test]
+    fn worker_stays_in_its_generation_when_a_coordinator_that_was_started_again_takes_it_up() {
+        let mut life = training(3);
+        life.handle(step(1));
+        life.handle(Input::StreamLost { cause: "reset".into() });
+        assert!(life.handle(step(2)).is_empty());
+        let actions = life.handle(welcome_to("a", Generation(3)));
+        let continuing = Continuing { generation: Generation(3), applied: Step(2), records: vec![record(1), record(2)] };
+        let said = [ready(), Action::Send(FromWorker::Continuing(continuing)), Action::AskForLeases];
+        assert_eq!(actions[1..], said);
+        assert_eq!(life.handle(step(3)), [Action::Send(FromWorker::StepReport(step_report(3)))]);
+        assert_eq!(life.handle(Input::NeedLeases { num: 1 }).len(), 1);
+    }
+
+    #[test]
+    fn spare_is_told_that_it_is_one() {
+        let mut life = Lifecycle::new();
+        let Input::Said(ToWorker::Welcome { worker, world_size, job_id, job_toml, continues, .. }) = welcome("a") else { unreachable!() };
+        let actions = life.welcome((worker, Rank(2)), world_size, job_id, job_toml, continues);
+        let text = "joined as a spare, rank 2: stands in when one of the 2 workers is lost".into();
+        assert_eq!(actions[0], Action::Log { text });
+    }
+
     #[test]
     fn worker_trains_on_without_its_coordinator_and_says_what_it_holds_when_that_is_back() {
         let mut life = training(3);
         let actions = life.handle(Input::StreamLost { cause: "reset".into() });
         assert!(matches!(&actions[..], [Action::Log { .. }, Action::Reconnect]));
         assert!(life.handle(Input::NeedLeases { num: 1 }).is_empty(), "nobody to ask");
-        // Back, and no model is loaded again; it leaves its generation before it says what it holds.
+        // Back, and no model is loaded again. This coordinator has gone on without it: it leaves its generation before it says what it holds.
         let actions = life.handle(welcome("a"));
         assert!(matches!(actions.last(), Some(Action::Abort { generation: Generation(3), .. })), "{actions:?}");
         let actions = life.handle(Input::Trainer(TrainerEvent::Stopped(stopped(3, 8))));
@@ -564,6 +681,7 @@ mod tests {
             reason: String::new(),
             validation: None,
             trained_in: Generation(2),
+            lost_member: None,
         })));
         assert!(life.handle(reply(3, true)).is_empty(), "outside of a generation there is nothing to abort");
     }

@@ -243,7 +243,11 @@ impl Supervisor {
                     loader.grant(leases.collect(), none_left);
                 }
             }
-            Action::Durable { generation, step } => self.control.set_durable(generation, step),
+            Action::AskForLeases => {
+                if let Some(loader) = self.control.loader() {
+                    loader.ask_again();
+                }
+            }
             // The loop sees that there is no stream.
             Action::Reconnect => {}
             Action::Log { text } => tracing::info!("{text}"),

@@ -5,7 +5,7 @@ use peapod_proto::message::{Lease, ShardReport, SkipReason, ToWorker};
 
 use super::leases::{self, Grant};
 use super::ledger::{LedgerError, Totals};
-use super::{Core, Effect, Fact, Notice};
+use super::{Core, Effect, Fact, JobPhase, Notice};
 
 /// Broken samples that are shown; the rest are only counted.
 const BAD_SHOWN: u64 = 10;
@@ -21,6 +21,10 @@ impl Core {
     }
 
     pub(super) fn answer_lease_requests(&mut self, out: &mut Vec<Effect>) {
+        if matches!(self.phase, JobPhase::Returning { .. }) {
+            // Somebody who is not back yet may hold what would be given out.
+            return;
+        }
         // One member's first lease can be what another waits for: go round until nobody gets an answer.
         loop {
             let mut answered = None;

@@ -6,13 +6,15 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use peapod_proto::ids::{Epoch, Generation, Incarnation, LeaseId, Rank, SampleName, ShardId, Step, WorkerId};
-use peapod_proto::message::{Stopped, ValidationLosses};
+use peapod_proto::ids::{Epoch, Generation, Incarnation, LeaseId, MemberIndex, Rank, SampleName, ShardId, Step, WorkerId};
+use peapod_proto::message::{Continuing, StepReport, StopCause, Stopped, ToWorker, ValidationLosses};
 use serde::{Deserialize, Serialize};
 
 use super::leases::HeldLease;
 use super::ledger::{Ledger, LedgerError, Skip};
-use super::{Config, Core, CoreError, Effect, Fact, JobPhase, Leases, Notice, Outcome, Progress, Resume, Timestamp, Truth};
+use super::{
+    Config, Core, CoreError, Effect, Fact, JobPhase, Leases, Notice, Outcome, Progress, Resume, Returned, Timestamp, Truth, worker_mut,
+};
 
 /// Workers look for their coordinator several times in this time.
 const SHORTEST_RETURN: Duration = Duration::from_secs(2);
@@ -225,7 +227,7 @@ impl Core {
         let phase = match state.outcome {
             Some(outcome) => JobPhase::Done(outcome),
             None if state.members.is_empty() => fresh.phase.clone(),
-            None => JobPhase::Returning { deadline: fresh.return_timeout(), stopped: BTreeMap::new() },
+            None => JobPhase::Returning { deadline: fresh.return_timeout(), said: BTreeMap::new() },
         };
         let from_checkpoint = state.members.is_empty();
         let mut core = Self {
@@ -288,25 +290,81 @@ impl Core {
         self.last_members.iter().filter(|member| self.workers.contains_key(&member.worker)).count()
     }
 
-    /// A member is back.
-    pub(super) fn has_returned(&mut self, now: Timestamp, out: &mut Vec<Effect>) {
+    /// A member is back; what it holds is what it says next.
+    pub(super) fn has_returned(&mut self, now: Timestamp) {
         let returned = self.num_returned();
-        if returned == self.last_members.len() {
-            return self.end_wait(now, out);
+        let (timeout, reply_timeout) = (self.return_timeout(), self.reply_timeout());
+        let num_members = self.last_members.len();
+        if let JobPhase::Returning { deadline, .. } = &mut self.phase {
+            if returned == num_members {
+                *deadline = (*deadline).max(now + reply_timeout);
+            } else if returned == 1 {
+                // Where one comes late, the others do: they were cut off together.
+                *deadline = (*deadline).max(now + timeout);
+            }
         }
-        let timeout = self.return_timeout();
-        if let JobPhase::Returning { deadline, .. } = &mut self.phase
-            && returned == 1
-        {
-            // Where one comes late, the others do: they were cut off together.
-            *deadline = (*deadline).max(now + timeout);
+    }
+
+    /// A member has trained on without a coordinator.
+    pub(super) fn continuing(
+        &mut self,
+        now: Timestamp,
+        id: WorkerId,
+        continuing: Continuing,
+        out: &mut Vec<Effect>,
+    ) -> Result<(), CoreError> {
+        self.fence(continuing.generation)?;
+        let is_member = self.last_members.iter().any(|member| member.worker == id);
+        let JobPhase::Returning { said, .. } = &mut self.phase else {
+            // The wait for the others was over before it spoke: they leave their generation, and so must it.
+            let message = ToWorker::Abort { generation: self.generation, reason: "it is over".into() };
+            out.push(Effect::Send { worker: id, message });
+            return Ok(());
+        };
+        if !is_member {
+            return Err(CoreError::Unexpected { what: "continuing", worker: id, why: "it is not a member".into() });
+        }
+        worker_mut(&mut self.workers, id, |worker| worker.step = continuing.applied);
+        said.insert(id, Returned::Continuing(continuing));
+        self.end_wait_if_all_spoke(now, out);
+        Ok(())
+    }
+
+    /// One more step of a member that goes on, while others are waited for.
+    pub(super) fn trained_on(&mut self, id: WorkerId, report: StepReport) {
+        let JobPhase::Returning { said, .. } = &mut self.phase else { return };
+        let Some(Returned::Continuing(continuing)) = said.get_mut(&id) else { return };
+        if report.step == continuing.applied.next() {
+            continuing.applied = report.step;
+            continuing.records.extend(report.record);
+        }
+    }
+
+    /// Nobody is waited for any more who could say something else than what is known.
+    ///
+    /// Who is away may live, so the others wait for it; unless their own collective broke at its place: then it is gone, or as good as.
+    pub(super) fn end_wait_if_all_spoke(&mut self, now: Timestamp, out: &mut Vec<Effect>) {
+        let JobPhase::Returning { said, .. } = &self.phase else { return };
+        let lost: BTreeSet<MemberIndex> = said
+            .values()
+            .filter_map(|said| match said {
+                Returned::Stopped(stopped) if stopped.generation == self.generation => stopped.lost_member,
+                _ => None,
+            })
+            .collect();
+        let is_silent = |(index, member): (usize, &Member)| {
+            let is_gone = !self.workers.contains_key(&member.worker) && lost.contains(&MemberIndex(index as u32));
+            !said.contains_key(&member.worker) && !is_gone
+        };
+        if !said.is_empty() && !self.last_members.iter().enumerate().any(is_silent) {
+            self.end_wait(now, out);
         }
     }
 
     /// The wait for members is over for those who are not back, unless nobody is and nobody could train without them.
     pub(super) fn wait_ended(&mut self, now: Timestamp, out: &mut Vec<Effect>) {
         let ready = self.workers.values().filter(|worker| worker.is_ready()).count();
-        if self.num_returned() > 0 || ready >= self.config.world_size as usize || self.stop_requested.is_some() {
+        if self.num_returned() > 0 || ready >= self.config.min_world_size as usize || self.stop_requested.is_some() {
             return self.end_wait(now, out);
         }
         let left = self.config.join_timeout.saturating_sub(now);
@@ -317,18 +375,63 @@ impl Core {
         if let JobPhase::Returning { deadline, .. } = &mut self.phase {
             *deadline = now + self.config.heartbeat_timeout.min(left);
         }
-        out.push(Effect::Notice(Notice::Waiting { text: self.waiting_for(), left }));
+        out.push(Effect::Notice(Notice::Waiting { text: self.describe_missing(), left }));
     }
 
-    /// Those who are back say what they hold, as after any end of a generation.
+    /// Where all members train on, the job goes on with them; else those who are back say what they hold, as after any end of a generation.
     fn end_wait(&mut self, now: Timestamp, out: &mut Vec<Effect>) {
-        let JobPhase::Returning { stopped, .. } = &mut self.phase else { return };
-        let mut stopped = std::mem::take(stopped);
-        stopped.retain(|id, _| self.workers.contains_key(id));
-        let members: Vec<WorkerId> =
-            self.last_members.iter().map(|member| member.worker).filter(|id| self.workers.contains_key(id)).collect();
-        self.phase = JobPhase::Stopping { members, stopped, deadline: now + self.reply_timeout(), aborted: true };
+        let JobPhase::Returning { said, .. } = &mut self.phase else { return };
+        let mut said = std::mem::take(said);
+        said.retain(|id, _| self.workers.contains_key(id));
+        let members: Vec<WorkerId> = self.last_members.iter().map(|member| member.worker).collect();
+        let continuing = |id: &WorkerId| matches!(said.get(id), Some(Returned::Continuing(_)));
+        if !members.is_empty() && members.iter().all(continuing) {
+            return self.take_up(now, members, said, out);
+        }
+        let members: Vec<WorkerId> = members.into_iter().filter(|id| self.workers.contains_key(id)).collect();
+        let is_whole = members.len() == self.last_members.len();
+        let is_orderly = |said: &Returned| match said {
+            Returned::Stopped(Stopped { generation, cause, reason, .. }) => {
+                *generation == self.generation && *cause != StopCause::Aborted && reason.is_empty()
+            }
+            Returned::Continuing(_) => true,
+        };
+        // Some have come to the generation's end in order and the others are on their way to it; or it is broken.
+        let aborted = !(is_whole && said.len() == members.len() && said.values().all(is_orderly));
+        if aborted {
+            for &worker in members.iter().filter(|id| !matches!(said.get(id), Some(Returned::Stopped(_)))) {
+                let message = ToWorker::Abort { generation: self.generation, reason: "not all members came back".into() };
+                out.push(Effect::Send { worker, message });
+            }
+        }
+        let stopped = said.iter().filter_map(|(&id, said)| match said {
+            Returned::Stopped(stopped) => Some((id, stopped.clone())),
+            Returned::Continuing(_) => None,
+        });
+        let (stopped, deadline) = (stopped.collect(), now + self.reply_timeout());
+        self.phase = JobPhase::Stopping { members, stopped, deadline, aborted };
         self.settle_if_all_stopped(now, out);
+    }
+
+    /// The last generation is the current one still: what its members did meanwhile is news, and nothing else has happened.
+    fn take_up(&mut self, now: Timestamp, members: Vec<WorkerId>, said: BTreeMap<WorkerId, Returned>, out: &mut Vec<Effect>) {
+        for (index, id) in members.iter().enumerate() {
+            if let Some(Returned::Continuing(continuing)) = said.get(id) {
+                self.progress.catch_up(MemberIndex(index as u32), continuing.applied, continuing.records.clone());
+            }
+        }
+        let stop = self.stop_requested.clone();
+        self.begin(now, members, out);
+        self.advance(now, out);
+        for worker in self.workers.values_mut() {
+            worker.tell_durable = true;
+        }
+        let (generation, num_members) = (self.generation, self.last_members.len() as u32);
+        out.push(Effect::Notice(Notice::TakenUp { generation, num_members, step: self.progress.final_step() }));
+        self.answer_lease_requests(out);
+        if let Some(reason) = stop {
+            self.plan(&reason, out);
+        }
     }
 
     /// What a worker holds, as far as it is on the line of weights that goes on: of the last generation, or its start.

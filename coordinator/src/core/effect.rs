@@ -183,6 +183,15 @@ pub enum Notice {
         /// Whether that step comes from a checkpoint.
         from_checkpoint: bool,
     },
+    /// The coordinator was away, and the members of its last generation have trained on.
+    TakenUp {
+        /// The generation.
+        generation: Generation,
+        /// Its size.
+        num_members: u32,
+        /// The last final step.
+        step: Step,
+    },
     /// A worker is gone.
     Lost {
         /// Who.

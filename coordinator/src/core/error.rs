@@ -35,14 +35,9 @@ pub enum CoreError {
         /// Who has it.
         holder: String,
     },
-    /// No rank is free.
-    #[error("all {world_size} ranks are taken (--world-size {world_size}): {}", holders.join(", "))]
-    WorldFull {
-        /// Size of the world.
-        world_size: u32,
-        /// Who has them.
-        holders: Vec<String>,
-    },
+    /// No rank is free, not even for a spare.
+    #[error("no rank is left for another worker")]
+    NoRankLeft,
     /// Free ranks are kept for workers that may come back.
     #[error("the coordinator was started again and waits for {0} workers to come back; their ranks are theirs until then")]
     NotYet(usize),

@@ -14,10 +14,12 @@ mod durable;
 mod effect;
 mod error;
 mod event;
+mod formation;
 pub mod leases;
 pub mod ledger;
 mod membership;
 mod progress;
+mod settlement;
 #[cfg(test)]
 mod tests;
 
@@ -26,7 +28,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use peapod_proto::ids::{Generation, MemberIndex, ShardId, Step, WorkerId};
-use peapod_proto::message::{FromWorker, Stopped, ToWorker, ValidationLosses};
+use peapod_proto::message::{Continuing, FromWorker, Stopped, ToWorker, ValidationLosses};
 
 use checkpoint::Checkpoint;
 use durable::Member;
@@ -51,8 +53,10 @@ pub struct StreamId(pub u64);
 /// What does not change while the coordinator runs.
 #[derive(Debug, Clone)]
 pub struct Config {
-    /// Members a generation needs.
+    /// Members of a whole world.
     pub world_size: u32,
+    /// Members that are enough for a generation; the world size, unless it is elastic.
+    pub min_world_size: u32,
     /// Silence after which a worker is dead.
     pub heartbeat_timeout: Duration,
     /// How long a job waits for missing ranks before it ends.
@@ -69,6 +73,10 @@ pub struct Config {
     pub epochs: Option<u32>,
     /// Last step, if the job is given in steps.
     pub last_step: Option<Step>,
+    /// Samples in a step of a whole world.
+    pub global_batch: u32,
+    /// Whether a smaller world has smaller steps.
+    pub scale_batch: bool,
     /// Time between checkpoints.
     pub checkpoint_every: Duration,
     /// Share of broken samples that ends the job.
@@ -104,7 +112,7 @@ enum JobPhase {
     /// Waiting until enough workers are ready.
     Gathering { since: Timestamp },
     /// The coordinator was away: members of the last generation are waited for.
-    Returning { deadline: Timestamp, stopped: BTreeMap<WorkerId, Stopped> },
+    Returning { deadline: Timestamp, said: BTreeMap<WorkerId, Returned> },
     /// Member index 0 makes the bootstrap.
     Forming { deadline: Timestamp, members: Vec<WorkerId> },
     /// Training.
@@ -115,6 +123,15 @@ enum JobPhase {
     Finishing { outcome: Outcome, attempts: u32 },
     /// Over.
     Done(Outcome),
+}
+
+/// What a member says that comes back to a coordinator which was started again.
+#[derive(Debug, Clone)]
+enum Returned {
+    /// Its generation is over for it.
+    Stopped(Stopped),
+    /// It trains on.
+    Continuing(Continuing),
 }
 
 /// How often the waiting notice is repeated.
@@ -143,6 +160,10 @@ pub struct Core {
     first_failure: Option<String>,
     stop_requested: Option<String>,
     next_announcement: Timestamp,
+    /// When the last worker joined or became ready.
+    last_arrival: Timestamp,
+    /// Who is missing, in words.
+    waiting_for: String,
     bad_shown: u64,
     /// Shards of which nothing at all could be read.
     unreadable: BTreeSet<ShardId>,
@@ -175,6 +196,8 @@ impl Core {
             first_failure: None,
             stop_requested: None,
             next_announcement: ANNOUNCE_EVERY,
+            last_arrival: Duration::ZERO,
+            waiting_for: String::new(),
             bad_shown: 0,
             unreadable: BTreeSet::new(),
             skipped_in_a_row: 0,
@@ -191,6 +214,7 @@ impl Core {
         if matches!(self.phase, JobPhase::Done(_)) && !matches!(event, Event::Hello { .. }) {
             return Ok(out);
         }
+        let changes_who_is_missing = !matches!(&event, Event::Message { message: FromWorker::Heartbeat(_) | FromWorker::StepReport(_), .. });
         match event {
             Event::Hello { stream, hello } => self.hello(now, stream, hello, &mut out)?,
             Event::Message { worker, stream, message } => self.message(now, worker, stream, message, &mut out)?,
@@ -212,6 +236,9 @@ impl Core {
                 self.leaving(now, worker.ok_or(CoreError::NobodyHasRank(rank))?, "drained on request", &mut out);
             }
         }
+        if changes_who_is_missing && matches!(self.phase, JobPhase::Gathering { .. } | JobPhase::Returning { .. }) {
+            self.waiting_for = self.describe_missing();
+        }
         Ok(out)
     }
 
@@ -220,7 +247,10 @@ impl Core {
     pub fn next_deadline(&self) -> Option<Timestamp> {
         let silence = self.workers.values().map(|worker| worker.last_seen + self.config.heartbeat_timeout).min();
         let job = match &self.phase {
-            JobPhase::Gathering { since } => Some(self.next_announcement.min(*since + self.config.join_timeout)),
+            JobPhase::Gathering { since } => {
+                let at = self.next_announcement.min(*since + self.config.join_timeout);
+                Some(self.starts_at().map_or(at, |starts| at.min(starts)))
+            }
             JobPhase::Running { .. } => (!self.checkpoint.asked).then_some(self.checkpoint.next_due),
             JobPhase::Forming { deadline, .. } | JobPhase::Stopping { deadline, .. } | JobPhase::Returning { deadline, .. } => {
                 Some(*deadline)
@@ -253,7 +283,7 @@ impl Core {
                     message: ToWorker::HeartbeatReply {
                         generation: self.generation,
                         running: matches!(self.phase, JobPhase::Running { .. } | JobPhase::Stopping { aborted: false, .. }),
-                        waiting_for: self.waiting_for(),
+                        waiting_for: self.waiting_for().to_owned(),
                     },
                 });
                 if durable {
@@ -262,6 +292,10 @@ impl Core {
                 }
             }
             FromWorker::Bootstrap { generation, bytes } => self.bootstrap(now, id, generation, bytes, out)?,
+            FromWorker::StepReport(report) if matches!(self.phase, JobPhase::Returning { .. }) => {
+                self.fence(report.generation)?;
+                self.trained_on(id, report);
+            }
             FromWorker::StepReport(report) => {
                 self.fence(report.generation)?;
                 let index = self.member_index(id, "step report")?;
@@ -270,9 +304,10 @@ impl Core {
                 self.advance(now, out);
             }
             FromWorker::Stopped(stopped) => self.member_stopped(now, id, stopped, out)?,
+            FromWorker::Continuing(continuing) => self.continuing(now, id, continuing, out)?,
             FromWorker::LeaseRequest { generation, num_leases } => {
                 self.fence(generation)?;
-                let index = self.member_index(id, "lease request")?;
+                let index = self.lease_index(id)?;
                 self.grant_leases(id, index, num_leases, out);
             }
             FromWorker::ShardReport(report) => self.shard_report(id, report, out),
@@ -308,6 +343,17 @@ impl Core {
         }
     }
 
+    /// The samples that a step of `num_members` has.
+    fn global_batch(&self, num_members: u32) -> u32 {
+        let Config { global_batch, scale_batch, world_size, .. } = self.config;
+        if !scale_batch {
+            return global_batch;
+        }
+        let scaled = u64::from(global_batch) * u64::from(num_members) / u64::from(world_size);
+        // No larger than it was, and checked to be no less than the world size.
+        (scaled as u32).max(num_members)
+    }
+
     fn member_index(&self, id: WorkerId, what: &'static str) -> Result<MemberIndex, CoreError> {
         let index = self.members().iter().position(|&member| member == id);
         index.map(|index| MemberIndex(index as u32)).ok_or_else(|| CoreError::Unexpected {
@@ -315,6 +361,15 @@ impl Core {
             worker: id,
             why: "it is not a member".into(),
         })
+    }
+
+    /// The member that asks for a lease; of a generation that may be taken up too.
+    fn lease_index(&self, id: WorkerId) -> Result<MemberIndex, CoreError> {
+        let awaited = matches!(self.phase, JobPhase::Returning { .. }).then_some(&self.last_members);
+        match awaited.and_then(|members| members.iter().position(|member| member.worker == id)) {
+            Some(index) => Ok(MemberIndex(index as u32)),
+            None => self.member_index(id, "lease request"),
+        }
     }
 
     fn tick(&mut self, now: Timestamp, out: &mut Vec<Effect>) {
@@ -328,8 +383,12 @@ impl Core {
         match &self.phase {
             JobPhase::Gathering { since } => {
                 let (since, left) = (*since, (*since + self.config.join_timeout).saturating_sub(now));
+                self.try_form(now, out);
+                if !matches!(self.phase, JobPhase::Gathering { .. }) {
+                    return;
+                }
                 if left.is_zero() {
-                    let waited = format!("{} for {:.0} s (--join-timeout)", self.waiting_for(), (now - since).as_secs_f64());
+                    let waited = format!("{} for {:.0} s (--join-timeout)", self.describe_missing(), (now - since).as_secs_f64());
                     let reason = match &self.first_failure {
                         Some(first) => format!("{first}; then {waited}"),
                         None => waited,
@@ -337,7 +396,7 @@ impl Core {
                     self.fail(reason, out);
                 } else if self.next_announcement <= now {
                     self.next_announcement = now + ANNOUNCE_EVERY;
-                    out.push(Effect::Notice(Notice::Waiting { text: self.waiting_for(), left }));
+                    out.push(Effect::Notice(Notice::Waiting { text: self.describe_missing(), left }));
                 }
             }
             JobPhase::Running { members, .. } if self.checkpoint.next_due <= now && !self.checkpoint.asked => {
@@ -424,7 +483,7 @@ impl Core {
     #[must_use]
     pub fn state(&self) -> String {
         match &self.phase {
-            JobPhase::Gathering { .. } => self.waiting_for(),
+            JobPhase::Gathering { .. } => self.describe_missing(),
             JobPhase::Returning { .. } => "waiting for the workers to come back".into(),
             JobPhase::Forming { .. } => "forming".into(),
             JobPhase::Running { planned: false, .. } => "training".into(),

@@ -50,6 +50,21 @@ impl Progress {
         Self { num_members, reported: vec![base; num_members as usize], ..Self::new(base) }
     }
 
+    /// What a member has done while nobody listened: as if it had reported each step, and had been the one to tell its samples.
+    pub fn catch_up(&mut self, member: MemberIndex, applied: Step, records: Vec<StepRecord>) {
+        let Some(reported) = self.reported.get_mut(member.0 as usize) else { return };
+        let before = std::mem::replace(reported, applied.max(*reported));
+        self.highest = self.highest.max(applied);
+        for record in records.into_iter().filter(|record| record.step > self.final_step && record.step <= applied) {
+            self.pending.entry(record.step).or_default().record.get_or_insert(record);
+        }
+        for step in before.0 + 1..=applied.0 {
+            if Step(step) > self.final_step {
+                self.pending.entry(Step(step)).or_default().num_reports += 1;
+            }
+        }
+    }
+
     pub fn final_step(&self) -> Step {
         self.final_step
     }
@@ -67,7 +82,7 @@ impl Progress {
         }
         let pending = self.pending.entry(report.step).or_default();
         pending.num_reports += 1;
-        if member == MemberIndex(0) {
+        if report.record.is_some() {
             pending.record = report.record;
         }
         let (slowest, said) = (&mut pending.timings, report.timings);

@@ -278,6 +278,9 @@ pub struct TrainSection {
     pub epochs: Option<u32>,
     /// Samples in one update, over all workers.
     pub global_batch: u32,
+    /// Where fewer workers than the world size train, makes the global batch smaller in proportion instead of each worker's share larger. The
+    /// learning rate stays as it is.
+    pub scale_batch: bool,
     /// Samples a worker computes at once; its share of the global batch is done in as many parts as needed.
     pub micro_batch: u32,
     /// Peak learning rate.
@@ -314,6 +317,7 @@ impl Default for TrainSection {
             steps: None,
             epochs: None,
             global_batch: 240,
+            scale_batch: false,
             micro_batch: 10,
             learning_rate: 1e-5,
             final_learning_rate: 5e-8,

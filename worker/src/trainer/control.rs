@@ -14,7 +14,6 @@ pub struct Control {
     breaking: Mutex<Breaking>,
     change_asked: AtomicU64,
     snapshot_asked: AtomicU64,
-    durable: AtomicU64,
     phase: AtomicU8,
     step: AtomicU64,
     generation: AtomicU64,
@@ -67,7 +66,6 @@ impl Control {
         let early = breaking.aborted.clone().filter(|(aborted, _)| *aborted >= generation);
         drop(breaking);
         self.generation.store(generation.0, Ordering::Release);
-        self.durable.store(0, Ordering::Release);
         if let Some((_, reason)) = early {
             handle.abort(reason);
         }
@@ -115,18 +113,6 @@ impl Control {
     /// Takes the request for a copy, if there is one for `generation`.
     pub fn take_snapshot_request(&self, generation: Generation) -> bool {
         self.snapshot_asked.compare_exchange(generation.0, 0, Ordering::AcqRel, Ordering::Acquire).is_ok()
-    }
-
-    /// Steps up to `step` of `generation` are on disk.
-    pub fn set_durable(&self, generation: Generation, step: Step) {
-        if self.generation.load(Ordering::Acquire) == generation.0 {
-            self.durable.fetch_max(step.0, Ordering::AcqRel);
-        }
-    }
-
-    /// The last step of the current generation that is on disk.
-    pub fn durable(&self) -> Step {
-        Step(self.durable.load(Ordering::Acquire))
     }
 
     /// What heartbeats say.

@@ -8,7 +8,6 @@ mod rounds;
 mod state;
 mod step;
 
-use std::collections::VecDeque;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -105,10 +104,26 @@ pub struct Context {
 enum Ended {
     /// In order; with a reason if the exchange after the last step failed, which changes no weights.
     Orderly(StopCause, String),
-    /// The collective failed or was aborted.
-    Broken(String),
+    /// The collective failed or was aborted; by the loss of a neighbour, if that is known.
+    Broken { reason: String, lost: Option<MemberIndex> },
     /// This worker cannot go on.
     Failed { phase: &'static str, message: String },
+}
+
+impl Ended {
+    fn broken(reason: String) -> Self {
+        Self::Broken { reason, lost: None }
+    }
+
+    /// What an error of the collective means, and which neighbour is behind it as far as this member can see.
+    fn by(error: peapod_collective::Error) -> Self {
+        let lost = match &error {
+            peapod_collective::Error::PeerLost { member_index, .. } => Some(MemberIndex(*member_index)),
+            peapod_collective::Error::Timeout { waiting_for, .. } => waiting_for.first().map(|&index| MemberIndex(index)),
+            _ => None,
+        };
+        Self::Broken { reason: with_sources(&error), lost }
+    }
 }
 
 /// Loads the job's models, then serves `commands` until the channel closes. The body of the trainer's thread.
@@ -147,8 +162,6 @@ struct Trainer {
     state: Option<TrainState>,
     /// The share of a step whose all-reduce did not finish here: consumed if the source holds that step, else to be given again.
     in_flight: Option<(Step, Share)>,
-    /// Steps of the current generation that are not known to be on disk.
-    records: VecDeque<StepRecord>,
     /// Losses of the last step's weights that no record carries, as no step follows.
     last_validation: Option<ValidationLosses>,
     /// Its other end is closed once the newest pictures are sent or given up.
@@ -182,7 +195,6 @@ impl Trainer {
             adapter_config,
             state: None,
             in_flight: None,
-            records: VecDeque::new(),
             last_validation: None,
             pending: None,
             listener: None,
@@ -230,7 +242,6 @@ impl Trainer {
         let generation = assignment.generation;
         let abort = self.context.control.begin(generation);
         self.context.control.enter(Phase::Connecting);
-        self.records.clear();
         self.last_validation = None;
         self.settle_data(assignment);
         let ended = match self.enter(assignment, &abort) {
@@ -239,18 +250,16 @@ impl Trainer {
         };
         self.context.control.end();
         self.context.control.enter(Phase::Waiting);
-        let (cause, reason) = match ended {
-            Ended::Orderly(cause, reason) => (cause, reason),
-            Ended::Broken(reason) => (StopCause::Aborted, reason),
+        let (cause, reason, lost_member) = match ended {
+            Ended::Orderly(cause, reason) => (cause, reason, None),
+            Ended::Broken { reason, lost } => (StopCause::Aborted, reason, lost),
             Ended::Failed { phase, message } => return self.event(TrainerEvent::Failed { phase, message, permanent: false }),
         };
-        let durable = self.context.control.durable();
-        self.records.retain(|record| record.step > durable);
         let applied = self.state.as_ref().map_or(Step(0), |state| state.step);
-        let records = self.records.iter().cloned().collect();
         let validation = self.last_validation.take();
         let trained_in = self.state.as_ref().map_or(Generation::NONE, |state| state.generation);
-        self.event(TrainerEvent::Stopped(Stopped { generation, applied, cause, records, reason, validation, trained_in }));
+        let records = Vec::new();
+        self.event(TrainerEvent::Stopped(Stopped { generation, applied, cause, records, reason, validation, trained_in, lost_member }));
     }
 
     /// Puts the data threads where the new generation starts.
@@ -266,13 +275,13 @@ impl Trainer {
     /// Builds the communicator and comes to hold the base step.
     fn enter(&mut self, assignment: &Assignment, abort: &AbortHandle) -> Result<Box<dyn Collective>, Ended> {
         let deadline = Instant::now() + COLLECTIVE_TIMEOUT;
-        let broken = |error: peapod_collective::Error| Ended::Broken(with_sources(&error));
+        let broken = Ended::by;
         let mut collective: Box<dyn Collective> = if assignment.num_members == 1 {
             Box::new(SoloCollective::new(abort.clone()))
         } else {
             let listener = match self.listener.take().filter(|(generation, _)| *generation == assignment.generation) {
                 Some((_, listener)) => listener,
-                None => self.open_listener().map_err(Ended::Broken)?,
+                None => self.open_listener().map_err(Ended::broken)?,
             };
             let membership = Membership {
                 generation: assignment.generation.0,
@@ -348,7 +357,7 @@ impl Trainer {
             Some(state) => vec![0; state.num_bytes()],
             None => return Err(failed("no state to send or receive".into())),
         };
-        collective.broadcast(&mut bytes, assignment.source_index.0, deadline).map_err(|error| Ended::Broken(with_sources(&error)))?;
+        collective.broadcast(&mut bytes, assignment.source_index.0, deadline).map_err(Ended::by)?;
         if let Some(state) = &mut scratch {
             state.restore(&bytes).map_err(|error| failed(error.to_string()))?;
             state.generation = assignment.base_generation;
@@ -359,7 +368,7 @@ impl Trainer {
 
     /// Steps until the generation ends.
     fn steps(&mut self, assignment: &Assignment, abort: &AbortHandle, mut collective: Box<dyn Collective>) -> Ended {
-        let layout = TailLayout::new(assignment.num_members, self.context.job.train.global_batch);
+        let layout = TailLayout::new(assignment.num_members, assignment.global_batch);
         let place = Place { assignment, abort, layout };
         let num_parameters = self.state.as_ref().map_or(0, |state| state.adapter.num_parameters());
         let mut gradient = Tensor::zeros([num_parameters as i64], (Kind::Float, self.context.device));
@@ -383,7 +392,7 @@ impl Trainer {
     ) -> Result<Option<StopCause>, Ended> {
         let Place { assignment, layout, .. } = place;
         let generation = assignment.generation;
-        let owed = share_of(self.context.job.train.global_batch, assignment.member_index, assignment.num_members) as usize;
+        let owed = share_of(assignment.global_batch, assignment.member_index, assignment.num_members) as usize;
         let before = self.state.as_ref().map_or(Step(0), |state| state.step);
 
         // 0. What is due of the weights as they are. The data threads read on meanwhile.
@@ -395,7 +404,7 @@ impl Trainer {
         // 1. Samples.
         self.context.control.enter(Phase::Data);
         let share = self.loader.next_share(owed).map_err(|error| match error {
-            peapod_data::Error::Cancelled => Ended::Broken("aborted while waiting for samples".into()),
+            peapod_data::Error::Cancelled => Ended::broken("aborted while waiting for samples".into()),
             error => Ended::Failed { phase: "data", message: error.to_string() },
         })?;
         let data = clock.elapsed();
@@ -421,10 +430,9 @@ impl Trainer {
 
         // 3. The sum over all members.
         self.context.control.enter(Phase::Collective);
-        let broken = |reason: String| Ended::Broken(reason);
-        collective.all_reduce_sum(wire, round.deadline()).map_err(|error| broken(with_sources(&error)))?;
+        collective.all_reduce_sum(wire, round.deadline()).map_err(Ended::by)?;
         let (values, tail) = wire.split_at(num_parameters);
-        let outcome = layout.read(tail, step).map_err(|error| broken(error.to_string()))?;
+        let outcome = layout.read(tail, step).map_err(|error| Ended::broken(error.to_string()))?;
         self.in_flight = None;
         let reduced = clock.elapsed();
         let validation = means(before, &outcome.validation);
@@ -469,7 +477,7 @@ impl Trainer {
         let Place { assignment, abort, .. } = place;
         let state = self.state.as_ref().ok_or_else(no_state)?;
         let go_on = || abort.reason().is_none();
-        let broken_off = || Ended::Broken(abort.reason().unwrap_or("aborted").to_owned());
+        let broken_off = || Ended::broken(abort.reason().unwrap_or("aborted").to_owned());
         let average = state.average().map_err(|error| Ended::Failed { phase: "validating", message: error.to_string() })?;
         let (models, adapter) = (&self.models, average.as_ref().unwrap_or(&state.adapter));
         if due.validation {
@@ -533,7 +541,7 @@ impl Trainer {
                 self.last_validation = means(step, &totals).or(self.last_validation.take());
                 String::new()
             }
-            Err(Ended::Broken(reason)) => reason,
+            Err(Ended::Broken { reason, .. }) => reason,
             Err(Ended::Failed { phase, message }) => format!("{phase}: {message}"),
             Err(Ended::Orderly(..)) => String::new(),
         }
@@ -550,13 +558,12 @@ impl Trainer {
         round: &Round,
     ) -> Result<ValidationTotals, Ended> {
         self.context.control.enter(Phase::Collective);
-        let broken = |reason: String| Ended::Broken(reason);
         let tail_start = wire.len() - place.layout.len();
         wire.fill(0.0);
         let contribution = Contribution { validation: round.validation, ..Contribution::default() };
         place.layout.write(&mut wire[tail_start..], number, place.assignment.member_index, &contribution);
-        collective.all_reduce_sum(wire, round.deadline()).map_err(|error| broken(with_sources(&error)))?;
-        let outcome = place.layout.read(&wire[tail_start..], number).map_err(|error| broken(error.to_string()))?;
+        collective.all_reduce_sum(wire, round.deadline()).map_err(Ended::by)?;
+        let outcome = place.layout.read(&wire[tail_start..], number).map_err(|error| Ended::broken(error.to_string()))?;
         Ok(outcome.validation)
     }
 
@@ -571,10 +578,7 @@ impl Trainer {
             digest = self.state.as_ref().map(TrainState::digest);
         }
         let is_first = member == MemberIndex(0);
-        let durable = self.context.control.durable();
-        self.records.retain(|record| record.step > durable);
-        self.records.push_back(record.clone());
-        let report = StepReport { generation, step, record: is_first.then_some(record), timings, snapshot: digest };
+        let report = StepReport { generation, step, record: Some(record), timings, snapshot: digest };
         self.event(TrainerEvent::Step(report));
         if is_first && digest.is_some() {
             self.snapshot(generation).map_err(|error| Ended::Failed { phase: "snapshot", message: error.to_string() })?;

@@ -263,6 +263,7 @@ mod tests {
             broadcast_state: false,
             checkpoint_step: None,
             held_leases: vec![],
+            global_batch: 16,
         }
     }
 

@@ -153,6 +153,11 @@ impl Rig {
         self.tell(id, FromWorker::Stopped(stopped));
     }
 
+    fn go_on(&mut self, holder: usize) {
+        let Holder { id, applied, generation, records, .. } = self.holders[holder].clone();
+        self.tell(id, FromWorker::Continuing(Continuing { generation, applied, records }));
+    }
+
     fn lease(&mut self, holder: usize) {
         let (generation, id) = (self.world.core.generation(), self.holders[holder].id);
         self.tell(id, FromWorker::LeaseRequest { generation, num_leases: 1 });
@@ -172,7 +177,9 @@ impl Rig {
     }
 
     /// The coordinator dies with what is not on disk, and another one goes on. `back` of the workers find it.
-    fn restart(&mut self, lossy: bool, back: usize) {
+    ///
+    /// Of those who are in its generation, `continues` says who trains on.
+    fn restart(&mut self, lossy: bool, back: usize, continues: impl Fn(usize) -> bool) {
         let state = if lossy { self.on_disk.clone() } else { self.state.clone() };
         let config = self.world.core.config.clone();
         // Whom the core had given up, for not opening a collective say, is gone: somebody else may have its rank.
@@ -201,8 +208,22 @@ impl Rig {
             any_holds_it |= was_member && holds_it(&holder);
             self.holders.push(Holder { id, ..holder });
             self.follow();
-            self.stop(self.holders.len() - 1);
+            let place = self.holders.len() - 1;
             self.tell(id, FromWorker::Ready { model_digest: vec![7], num_parameters: 10 });
+            let generation = self.world.core.generation();
+            if was_member && awaits && self.holders[place].generation == generation && continues(place) {
+                self.go_on(place);
+            } else {
+                self.stop(place);
+            }
+        }
+        // Who was told to leave, leaves.
+        for place in 0..self.holders.len() {
+            let generation = self.world.core.generation();
+            let is_told = |message: &ToWorker| matches!(message, ToWorker::Abort { generation: over, .. } if *over == generation);
+            if self.world.sent(self.holders[place].id).iter().any(is_told) {
+                self.stop(place);
+            }
         }
         let alive: Vec<WorkerId> = self.holders.iter().map(|holder| holder.id).collect();
         // Long enough for who stays away to be missed; not so long that a member asked to open the collective is given up.
@@ -232,7 +253,7 @@ fn run(steps: &[(u8, u8)]) {
                 }
                 (0..rig.holders.len()).for_each(|place| rig.stop(place));
             }
-            10 => rig.restart(which % 2 == 0, if which % 5 == 0 { 1 } else { 9 }),
+            10 => rig.restart(which % 2 == 0, if which % 5 == 0 { 1 } else { 9 }, |place| which % 7 < 4 || which as usize % 7 == 4 + place),
             11 => {
                 let alive: Vec<WorkerId> = rig.holders.iter().map(|holder| holder.id).collect();
                 rig.world.pass(1, &alive);

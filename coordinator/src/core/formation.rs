@@ -1,0 +1,207 @@
+//! Who trains next, and how they come together.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use peapod_proto::ids::{Generation, MemberIndex, Rank, WorkerId};
+use peapod_proto::message::{Assignment, ToWorker};
+
+use super::durable::Member;
+use super::leases::Granted;
+use super::membership::WorkerState;
+use super::{ANNOUNCE_EVERY, Config, Core, CoreError, Effect, Fact, JobPhase, Notice, Progress, Timestamp};
+
+/// An elastic world that starts waits this many heartbeat timeouts for more workers after the last one.
+const QUIET_HEARTBEAT_TIMEOUTS: u32 = 10;
+
+impl Core {
+    /// Who would train now: those that are ready, up to the world size, by rank. Who trained last goes first, for it has a rank to keep, its
+    /// models warm and perhaps the newest weights; a spare stands in for who is missing.
+    fn candidates(&self) -> Vec<WorkerId> {
+        let mut ready: Vec<(bool, Rank, WorkerId)> = self
+            .workers
+            .iter()
+            .filter(|(_, worker)| worker.is_ready())
+            .map(|(&id, worker)| (!self.last_members.iter().any(|member| member.worker == id), worker.rank, id))
+            .collect();
+        ready.sort_unstable();
+        ready.truncate(self.config.world_size as usize);
+        ready.sort_unstable_by_key(|&(_, rank, _)| rank);
+        ready.into_iter().map(|(_, _, id)| id).collect()
+    }
+
+    /// Since when an elastic world that nobody has trained in yet waits for more workers: since the last one came or finished loading. A
+    /// world that has been torn goes on with whom it has.
+    fn quiet_since(&self) -> Option<Timestamp> {
+        let starts = self.truth.holders.is_empty();
+        (starts && self.config.min_world_size < self.config.world_size).then_some(self.last_arrival)
+    }
+
+    /// When fewer workers than the world size start, if nobody comes: none while that cannot be.
+    pub(super) fn starts_at(&self) -> Option<Timestamp> {
+        let is_loading = self.workers.values().any(|worker| worker.state == WorkerState::Loading);
+        let since = self.quiet_since().filter(|_| !is_loading)?;
+        let ready = self.workers.values().filter(|worker| worker.is_ready()).count();
+        (ready >= self.config.min_world_size as usize).then(|| since + QUIET_HEARTBEAT_TIMEOUTS * self.config.heartbeat_timeout)
+    }
+
+    /// Starts the next generation if enough are there.
+    pub(super) fn try_form(&mut self, now: Timestamp, out: &mut Vec<Effect>) {
+        let JobPhase::Gathering { since } = self.phase else { return };
+        let members = self.candidates();
+        let is_whole = members.len() >= self.config.world_size as usize;
+        let is_patient = now < since + self.config.join_timeout;
+        let waits = is_patient && self.quiet_since().is_some() && self.starts_at().is_none_or(|at| now < at);
+        if members.len() < self.config.min_world_size as usize || (waits && !is_whole) {
+            return;
+        }
+        self.generation = self.generation.next();
+        let message = ToWorker::MakeBootstrap { generation: self.generation, num_members: members.len() as u32 };
+        let member = |id: &WorkerId| {
+            let worker = self.workers.get(id)?;
+            Some(Member { worker: *id, incarnation: worker.incarnation, rank: worker.rank })
+        };
+        self.last_members = members.iter().filter_map(member).collect();
+        let journalled = self.last_members.clone();
+        out.push(Effect::Persist(Fact::Generation { generation: self.generation, members: journalled, base_step: self.truth.step }));
+        out.push(Effect::Send { worker: members[0], message });
+        self.phase = JobPhase::Forming { deadline: now + self.reply_timeout(), members };
+    }
+
+    /// Lets those in who have become ready while a smaller world trains: by a planned change, so that nothing is dropped.
+    pub(super) fn admit(&mut self, out: &mut Vec<Effect>) {
+        let JobPhase::Running { members, planned: false } = &self.phase else { return };
+        let places = (self.config.world_size as usize).saturating_sub(members.len());
+        let newcomers = self.workers.iter().filter(|(id, worker)| worker.is_ready() && !members.contains(id)).take(places);
+        let names: Vec<Rank> = newcomers.map(|(_, worker)| worker.rank).collect();
+        if !names.is_empty() {
+            let verb = if names.len() == 1 { "joins" } else { "join" };
+            self.plan(&format!("{} {verb}", ranks(&names)), out);
+        }
+    }
+
+    pub(super) fn bootstrap(
+        &mut self,
+        now: Timestamp,
+        id: WorkerId,
+        generation: Generation,
+        bytes: Vec<u8>,
+        out: &mut Vec<Effect>,
+    ) -> Result<(), CoreError> {
+        self.fence(generation)?;
+        let JobPhase::Forming { members, .. } = &self.phase else {
+            return Err(CoreError::Unexpected { what: "bootstrap", worker: id, why: format!("the job is {}", self.state()) });
+        };
+        if members[0] != id {
+            return Err(CoreError::Unexpected { what: "bootstrap", worker: id, why: "it is not member 0".into() });
+        }
+        let members = members.clone();
+        let holders = &self.truth.holders;
+        let source = members.iter().position(|member| holders.contains(member));
+        let broadcast_state = source.is_none() || members.iter().any(|member| !holders.contains(member));
+        let checkpoint_step = source.is_none().then(|| self.checkpoint_step()).flatten();
+        for (index, &member) in members.iter().enumerate() {
+            let assignment = Assignment {
+                generation,
+                member_index: MemberIndex(index as u32),
+                num_members: members.len() as u32,
+                bootstrap: bytes.clone(),
+                base_step: self.truth.step,
+                base_generation: self.truth.generation,
+                source_index: MemberIndex(source.unwrap_or(0) as u32),
+                broadcast_state,
+                checkpoint_step,
+                held_leases: self.leases.held_by(member),
+                global_batch: self.global_batch(members.len() as u32),
+            };
+            out.push(Effect::Send { worker: member, message: ToWorker::Assignment(assignment) });
+        }
+        out.push(Effect::Notice(Notice::Formed {
+            generation,
+            num_members: members.len() as u32,
+            base_step: self.truth.step,
+            from_checkpoint: checkpoint_step.is_some(),
+        }));
+        self.lease_requests.clear();
+        self.progress = Progress::start(self.truth.step, members.len() as u32);
+        self.begin(now, members, out);
+        Ok(())
+    }
+
+    /// The members of the current generation train from here on.
+    pub(super) fn begin(&mut self, now: Timestamp, members: Vec<WorkerId>, out: &mut Vec<Effect>) {
+        if std::mem::take(&mut self.grant_again) {
+            // Who has them already takes no notice.
+            for &member in &members {
+                let leases = self.leases.held().into_iter().filter(|held| held.holder == member);
+                let leases = leases.map(|held| self.lease(Granted { id: held.id, epoch: held.epoch, shard: held.shard })).collect();
+                let message = ToWorker::LeaseGrant { generation: self.generation, leases, none_left: false };
+                out.push(Effect::Send { worker: member, message });
+            }
+        }
+        self.leases.deal_among(members.len() as u32);
+        self.checkpoint.asked = false;
+        self.checkpoint.next_due = self.checkpoint.next_due.max(now);
+        self.phase = JobPhase::Running { members, planned: false };
+        self.admit(out);
+    }
+
+    pub(super) fn gather(&mut self, now: Timestamp, out: &mut Vec<Effect>) {
+        self.phase = JobPhase::Gathering { since: now };
+        self.next_announcement = now + ANNOUNCE_EVERY;
+        if self.candidates().len() < self.config.min_world_size as usize {
+            out.push(Effect::Notice(Notice::Waiting { text: self.describe_missing(), left: self.config.join_timeout }));
+        }
+    }
+
+    /// How long a worker that lives may take to answer: its trainer may be in the middle of something.
+    pub(super) fn reply_timeout(&self) -> Duration {
+        self.config.heartbeat_timeout.max(Duration::from_secs(10))
+    }
+
+    /// Who is missing, in words; nothing while the job trains.
+    pub(super) fn waiting_for(&self) -> &str {
+        match &self.phase {
+            JobPhase::Gathering { .. } | JobPhase::Returning { .. } => &self.waiting_for,
+            _ => "",
+        }
+    }
+
+    /// Finds the words of [`Core::waiting_for`]: once an event, as every heartbeat asks for them.
+    pub(super) fn describe_missing(&self) -> String {
+        let Config { world_size, min_world_size, .. } = self.config;
+        let present: BTreeMap<Rank, bool> =
+            self.workers.values().map(|worker| (worker.rank, worker.state == WorkerState::Loading)).collect();
+        let loading: Vec<Rank> = present.iter().filter(|(_, loading)| **loading).map(|(&rank, _)| rank).collect();
+        let mut parts = Vec::new();
+        let num_ready = present.len() - loading.len();
+        if min_world_size < world_size {
+            if num_ready >= min_world_size as usize {
+                parts.push(format!("{num_ready} of {world_size} workers are ready, {min_world_size} are enough: waiting a little for more"));
+            } else {
+                parts.push(format!("waiting for workers: {num_ready} of at least {min_world_size} are ready"));
+            }
+        } else if present.len() < world_size as usize {
+            // Spares stand in for as many of the missing ranks as there are of them.
+            let missing: Vec<Rank> = (0..world_size).map(Rank).filter(|rank| !present.contains_key(rank)).collect();
+            parts.push(format!("waiting for {}", ranks(&missing)));
+        }
+        if !loading.is_empty() {
+            parts.push(format!("{} loading models", ranks(&loading)));
+        }
+        parts.join(", ")
+    }
+}
+
+/// "rank 3", "ranks 0, 2-5".
+fn ranks(ranks: &[Rank]) -> String {
+    let mut spans: Vec<(u32, u32)> = Vec::new();
+    for &Rank(rank) in ranks {
+        match spans.last_mut() {
+            Some((_, end)) if *end + 1 == rank => *end = rank,
+            _ => spans.push((rank, rank)),
+        }
+    }
+    let text: Vec<String> = spans.iter().map(|&(from, to)| if from == to { from.to_string() } else { format!("{from}-{to}") }).collect();
+    format!("rank{} {}", if ranks.len() == 1 { "" } else { "s" }, text.join(", "))
+}

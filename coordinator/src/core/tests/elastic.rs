@@ -1,0 +1,319 @@
+//! Worlds that grow and shrink, spares that stand in, and members that train on while the coordinator is away.
+
+use super::*;
+
+fn elastic(min: u32, world_size: u32) -> Config {
+    Config { min_world_size: min, ..config(world_size) }
+}
+
+/// `size` ready workers in the first generation of an elastic world.
+fn running(min: u32, world_size: u32, size: u32) -> (World, Vec<WorkerId>) {
+    let mut world = World::new(elastic(min, world_size));
+    let workers: Vec<WorkerId> = (0..size).map(|_| world.join(None).unwrap()).collect();
+    workers.iter().for_each(|&worker| world.ready(worker));
+    if size < world_size {
+        world.pass(30, &workers);
+    }
+    world.bootstrap(workers[0]);
+    assert_eq!(world.core.state(), "training");
+    (world, workers)
+}
+
+fn num_members(world: &World) -> Option<u32> {
+    let formed = |effect: &Effect| match effect {
+        Effect::Notice(Notice::Formed { num_members, .. }) => Some(*num_members),
+        _ => None,
+    };
+    world.said.iter().rev().find_map(formed)
+}
+
+fn met(world: &mut World, workers: &[WorkerId], step: u64) {
+    workers.iter().for_each(|&worker| world.stopped(worker, step, StopCause::Planned, vec![]));
+}
+
+#[test]
+fn elastic_world_starts_small_once_nobody_has_come_for_ten_heartbeat_timeouts() {
+    let mut world = World::new(elastic(2, 4));
+    let mut workers: Vec<WorkerId> = (0..2).map(|_| world.join(None).unwrap()).collect();
+    world.ready(workers[0]);
+    world.pass(10, &workers);
+    assert_eq!(world.core.state(), "waiting for workers: 1 of at least 2 are ready, rank 1 loading models");
+    world.ready(workers[1]);
+    world.pass(20, &workers);
+    assert_eq!(world.core.state(), "2 of 4 workers are ready, 2 are enough: waiting a little for more");
+    // One more is on its way: it is waited for however long it loads.
+    workers.push(world.join(None).unwrap());
+    world.ready(workers[2]);
+    world.pass(28, &workers);
+    assert_eq!(world.core.generation(), Generation::NONE);
+    assert!(world.core.next_deadline().unwrap() <= world.now + Duration::from_secs(2), "looked at again");
+    world.pass(2, &workers);
+    assert_eq!(world.core.generation(), Generation(1));
+    world.bootstrap(workers[0]);
+    assert_eq!(num_members(&world), Some(3));
+}
+
+#[test]
+fn worker_that_loads_for_ever_holds_up_an_elastic_world_no_longer_than_the_join_timeout() {
+    let mut world = World::new(elastic(1, 2));
+    let workers = [world.join(None).unwrap(), world.join(None).unwrap()];
+    world.ready(workers[0]);
+    world.pass(59, &workers);
+    assert_eq!(world.core.generation(), Generation::NONE);
+    world.pass(1, &workers);
+    assert_eq!(world.core.state(), "forming");
+}
+
+#[test]
+fn whole_world_does_not_wait() {
+    let mut world = World::new(elastic(1, 2));
+    let workers: Vec<WorkerId> = (0..2).map(|_| world.join(None).unwrap()).collect();
+    workers.iter().for_each(|&worker| world.ready(worker));
+    assert_eq!(world.core.generation(), Generation(1));
+}
+
+#[test]
+fn survivors_of_an_elastic_world_go_on_at_once_and_with_the_same_batch() {
+    let (mut world, workers) = running(2, 4, 3);
+    world.die(workers[0]);
+    for &worker in &workers[1..] {
+        world.stopped(worker, 0, StopCause::Aborted, vec![]);
+    }
+    // Nothing was trained, so that this is a start again; but nobody has come for long.
+    world.bootstrap(workers[1]);
+    let (shard, now) = (world.lease(workers[1], 1).0[0].shard, world.now);
+    let record = world.record(1, &names(0, shard, 0..3));
+    world.die(workers[2]);
+    world.stopped(workers[1], 1, StopCause::Aborted, vec![record]);
+    assert_eq!((world.now, world.core.state().as_str()), (now, "waiting for workers: 1 of at least 2 are ready"));
+    let newcomer = world.join(None).unwrap();
+    world.ready(newcomer);
+    assert_eq!((world.core.generation(), world.core.final_step()), (Generation(3), Step(1)));
+    let first = if world.core.workers[&newcomer].rank.0 == 0 { newcomer } else { workers[1] };
+    world.bootstrap(first);
+    let assignment = world.assignment(workers[1]);
+    assert_eq!((assignment.num_members, assignment.global_batch, assignment.broadcast_state), (2, 16, true));
+}
+
+#[test]
+fn batch_of_a_smaller_world_is_smaller_where_the_job_says_so() {
+    let core = |scale_batch| Core::new(Config { scale_batch, ..elastic(1, 8) }, None);
+    assert_eq!([8, 4, 3, 1].map(|members| core(true).global_batch(members)), [16, 8, 6, 2]);
+    assert_eq!(core(false).global_batch(3), 16);
+    // Each member has a sample.
+    let tight = Core::new(Config { scale_batch: true, global_batch: 8, ..elastic(1, 8) }, None);
+    assert_eq!([8, 7, 1].map(|members| tight.global_batch(members)), [8, 7, 1]);
+}
+
+#[test]
+fn newcomer_is_let_in_by_a_meeting_once_its_models_are_loaded() {
+    let (mut world, workers) = running(1, 3, 2);
+    let newcomer = world.join(None).unwrap();
+    assert_eq!(world.core.workers[&newcomer].rank, Rank(2));
+    assert_eq!(world.core.state(), "training", "loading disturbs nobody");
+    world.ready(newcomer);
+    assert_eq!(world.core.state(), "training, to meet after this step");
+    let reason = world.said.iter().find_map(|effect| match effect {
+        Effect::Notice(Notice::Planned { reason }) => Some(reason.clone()),
+        _ => None,
+    });
+    assert_eq!(reason.as_deref(), Some("rank 2 joins"));
+    assert!(!world.said.iter().any(|effect| matches!(effect, Effect::Send { message: ToWorker::Abort { .. }, .. })));
+    let shard = world.lease(workers[0], 1).0[0].shard;
+    let record = world.record(1, &names(0, shard, 0..2));
+    for &worker in &workers {
+        world.stopped(worker, 1, StopCause::Planned, vec![record.clone()]);
+    }
+    world.bootstrap(workers[0]);
+    let assignment = world.assignment(newcomer);
+    assert_eq!((assignment.num_members, assignment.base_step, assignment.broadcast_state), (3, Step(1), true));
+}
+
+#[test]
+fn newcomers_that_became_ready_while_a_generation_formed_are_let_in_next() {
+    let mut world = World::new(elastic(1, 2));
+    let first = world.join(None).unwrap();
+    world.ready(first);
+    world.pass(30, &[first]);
+    assert_eq!(world.core.state(), "forming");
+    let second = world.join(None).unwrap();
+    world.ready(second);
+    world.bootstrap(first);
+    assert_eq!(world.core.state(), "training, to meet after this step");
+    met(&mut world, &[first], 0);
+    assert_eq!(world.core.generation(), Generation(2));
+}
+
+#[test]
+fn spare_waits_warm_and_stands_in_at_once() {
+    let (mut world, workers) = World::running(2);
+    let spare = world.join(None).unwrap();
+    world.ready(spare);
+    assert_eq!(world.core.workers[&spare].rank, Rank(2));
+    assert_eq!(world.core.state(), "training", "a full world needs nobody");
+    let shard = world.lease(workers[0], 1).0[0].shard;
+    world.report(workers[0], 1, Some(&names(0, shard, 0..3)));
+    world.die(workers[1]);
+    let record = world.record(1, &names(0, shard, 0..3));
+    world.stopped(workers[0], 1, StopCause::Aborted, vec![record]);
+    assert_eq!(world.core.generation(), Generation(2));
+    world.bootstrap(workers[0]);
+    assert_eq!(world.assignment(spare).member_index, MemberIndex(1));
+    // The dead one's replacement is the spare now, and the spare's next stream has its own rank again.
+    let replacement = world.join(None).unwrap();
+    world.ready(replacement);
+    assert_eq!((world.core.workers[&replacement].rank, world.core.state().as_str()), (Rank(1), "training"));
+    let incarnation = world.core.workers[&spare].incarnation.0;
+    let again = world.hello(Some(2), incarnation, 1).unwrap();
+    assert_eq!(world.core.workers[&again].rank, Rank(2));
+}
+
+#[test]
+fn spare_that_leaves_or_dies_is_not_noticed_by_those_who_train() {
+    let (mut world, workers) = World::running(2);
+    let spares = [world.join(None).unwrap(), world.join(None).unwrap()];
+    world.ready(spares[0]);
+    world.report(workers[0], 1, Some(&[]));
+    world.report(workers[1], 1, None);
+    world.say(spares[0], FromWorker::Leaving { reason: "SIGTERM".into() }).unwrap();
+    assert!(matches!(world.sent(spares[0]).last(), Some(ToWorker::Stop { reason: StopReason::Drained, .. })));
+    world.die(spares[1]);
+    assert_eq!((world.core.state().as_str(), world.core.final_step()), ("training", Step(1)));
+    assert!(world.core.first_failure().is_none());
+}
+
+#[test]
+fn drained_worker_of_an_elastic_world_is_not_waited_for() {
+    let (mut world, workers) = running(1, 2, 2);
+    world.event(Event::Drain { rank: Rank(1) }).unwrap();
+    let shard = world.lease(workers[0], 1).0[0].shard;
+    let record = world.record(1, &names(0, shard, 0..2));
+    for &worker in &workers {
+        world.stopped(worker, 1, StopCause::Planned, vec![record.clone()]);
+    }
+    assert_eq!((world.core.generation(), world.core.state().as_str()), (Generation(2), "forming"));
+    world.bootstrap(workers[0]);
+    assert_eq!(num_members(&world), Some(1));
+}
+
+/// Two workers that have trained step 1; the coordinator is started again, and its workers find it.
+fn restarted(min: u32) -> (World, Vec<WorkerId>, ShardId) {
+    let (mut world, workers) = World::running(2);
+    let shard = world.lease(workers[0], 1).0[0].shard;
+    world.report(workers[0], 1, Some(&names(0, shard, 0..3)));
+    world.report(workers[1], 1, None);
+    let state = world.core.durable();
+    world.core = Core::restore(elastic(min, 2), None, state);
+    world.said.clear();
+    (world, workers, shard)
+}
+
+fn back(world: &mut World, incarnation: u64) -> WorkerId {
+    let worker = world.hello(None, incarnation, 1).unwrap();
+    let welcome = world.sent(worker).pop();
+    assert!(matches!(welcome, Some(ToWorker::Welcome { continues: Generation(1), .. })), "{welcome:?}");
+    world.ready(worker);
+    worker
+}
+
+fn goes_on(world: &mut World, worker: WorkerId, step: u64, records: Vec<StepRecord>) {
+    let continuing = Continuing { generation: Generation(1), applied: Step(step), records };
+    world.say(worker, FromWorker::Continuing(continuing)).unwrap();
+}
+
+#[test]
+fn members_that_all_train_on_are_taken_up_in_their_generation() {
+    let (mut world, _, shard) = restarted(2);
+    let first = back(&mut world, 1000);
+    let [second_step, third_step, fourth_step] = [2, 3, 4].map(|step| {
+        let from = step as u32 + 1;
+        world.record(step, &names(0, shard, from..from + 1))
+    });
+    goes_on(&mut world, first, 2, vec![second_step.clone()]);
+    // It trains and asks on while the other is awaited; nothing is given out before.
+    world.report(first, 3, Some(&third_step.names));
+    world.say(first, FromWorker::LeaseRequest { generation: Generation(1), num_leases: 1 }).unwrap();
+    assert!(!world.said.iter().any(|effect| matches!(effect, Effect::Persist(Fact::Leases { .. }))));
+    assert_eq!(world.core.final_step(), Step(1));
+    let second = back(&mut world, 1001);
+    goes_on(&mut world, second, 4, vec![second_step, third_step, fourth_step]);
+    assert_eq!((world.core.state().as_str(), world.core.generation()), ("training", Generation(1)));
+    // Step 3 is final, as one member has gone beyond it; step 4 is not.
+    assert_eq!((world.core.final_step(), world.core.ledger().totals().committed), (Step(3), 5));
+    assert!(!world.said.iter().any(|effect| matches!(effect, Effect::Send { message: ToWorker::Abort { .. }, .. })));
+    assert!(world.said.iter().any(|effect| matches!(effect, Effect::Notice(Notice::TakenUp { num_members: 2, .. }))));
+    // What it held is sent again, in case it never arrived; and then what it asked for.
+    let grants = |message: &ToWorker| match message {
+        ToWorker::LeaseGrant { leases, .. } => Some(leases.iter().map(|lease| lease.id).collect::<Vec<_>>()),
+        _ => None,
+    };
+    assert_eq!(world.sent(first).iter().filter_map(grants).collect::<Vec<_>>(), [vec![LeaseId(1)], vec![LeaseId(2)]]);
+    world.report(first, 4, Some(&names(0, shard, 5..6)));
+    assert_eq!((world.core.final_step(), world.core.ledger().totals().committed), (Step(4), 6));
+}
+
+#[test]
+fn member_that_dies_after_the_return_is_a_death_as_any_other() {
+    let (mut world, workers, shard) = restarted(1);
+    for (incarnation, worker) in [(1000, workers[0]), (1001, workers[1])] {
+        assert_eq!(back(&mut world, incarnation), worker);
+        goes_on(&mut world, worker, 1, vec![]);
+    }
+    world.die(workers[1]);
+    let record = world.record(2, &names(0, shard, 3..4));
+    world.stopped(workers[0], 2, StopCause::Aborted, vec![record]);
+    assert_eq!((world.core.generation(), world.core.final_step()), (Generation(2), Step(2)));
+}
+
+#[test]
+fn generation_that_one_member_has_left_is_left_by_all() {
+    let (mut world, workers, _) = restarted(2);
+    back(&mut world, 1000);
+    goes_on(&mut world, workers[0], 1, vec![]);
+    back(&mut world, 1001);
+    world.stopped(workers[1], 1, StopCause::Aborted, vec![]);
+    let told = world.sent(workers[0]);
+    assert!(told.iter().any(|message| matches!(message, ToWorker::Abort { generation: Generation(1), .. })), "{told:?}");
+    world.stopped(workers[0], 1, StopCause::Aborted, vec![]);
+    assert_eq!((world.core.generation(), world.core.state().as_str()), (Generation(2), "forming"));
+}
+
+#[test]
+fn end_of_a_job_that_one_member_has_come_to_is_waited_for() {
+    let (mut world, workers, shard) = restarted(2);
+    let last = world.record(2, &names(0, shard, 3..4));
+    back(&mut world, 1000);
+    world.stopped(workers[0], 2, StopCause::StepsDone, vec![last.clone()]);
+    back(&mut world, 1001);
+    goes_on(&mut world, workers[1], 1, vec![]);
+    assert!(!world.said.iter().any(|effect| matches!(effect, Effect::Send { message: ToWorker::Abort { .. }, .. })));
+    world.stopped(workers[1], 2, StopCause::StepsDone, vec![last]);
+    assert_eq!((world.core.final_step(), world.core.state().as_str()), (Step(2), "storing the last checkpoint"));
+}
+
+#[test]
+fn member_that_died_while_the_coordinator_was_away_is_not_waited_for_when_its_neighbour_saw_it() {
+    let (mut world, workers, _) = restarted(1);
+    let survivor = back(&mut world, 1000);
+    let stopped = Stopped {
+        applied: Step(1),
+        trained_in: Generation(1),
+        lost_member: Some(MemberIndex(1)),
+        ..Stopped::empty_handed(Generation(1))
+    };
+    world.say(survivor, FromWorker::Stopped(stopped)).unwrap();
+    assert_eq!((survivor, world.core.generation(), world.core.state().as_str()), (workers[0], Generation(2), "forming"));
+}
+
+#[test]
+fn member_that_is_not_seen_dead_is_waited_for_and_those_back_leave_when_it_does_not_come() {
+    let (mut world, workers, _) = restarted(1);
+    back(&mut world, 1000);
+    goes_on(&mut world, workers[0], 1, vec![]);
+    world.pass(2, &workers[..1]);
+    assert_eq!(world.core.state(), "waiting for the workers to come back");
+    world.pass(1, &workers[..1]);
+    assert!(matches!(world.sent(workers[0]).last(), Some(ToWorker::Abort { generation: Generation(1), .. } | ToWorker::HeartbeatReply { running: false, .. })));
+    world.stopped(workers[0], 1, StopCause::Aborted, vec![]);
+    assert_eq!(world.core.generation(), Generation(2));
+}
