@@ -4,8 +4,8 @@ use std::fmt;
 
 use crate::ids::{Bitmap, Epoch, Generation, Incarnation, LeaseId, MemberIndex, Rank, SampleName, ShardId, Step, WorkerId};
 use crate::message::{
-    Assignment, Continuing, FromWorker, Heartbeat, Hello, Lease, Phase, ShardReport, SkipReason, SkippedSample, StepLosses, StepRecord, StepReport,
-    StepTimings, StopCause, StopReason, Stopped, ToWorker, ValidationLosses,
+    Assignment, Continuing, FromWorker, Heartbeat, Hello, Lease, Phase, ShardReport, SkipReason, SkippedSample, StepLosses, StepRecord,
+    StepReport, StepTimings, StopCause, StopReason, Stopped, ToWorker, ValidationLosses,
 };
 use crate::v1;
 

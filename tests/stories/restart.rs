@@ -25,7 +25,7 @@ fn assert_steps_follow_each_other(cluster: &Cluster) {
 }
 
 #[test]
-fn killed_coordinator_is_started_again_and_training_goes_on_from_the_same_step() {
+fn killed_coordinator_is_started_again_and_finds_its_workers_training() {
     let cluster = forty_steps();
     let mut coordinator = cluster.coordinator(2, &[]);
     let mut workers = [0, 1].map(|rank| coordinator.worker_of_rank(rank));
@@ -40,10 +40,12 @@ fn killed_coordinator_is_started_again_and_training_goes_on_from_the_same_step()
 
     let mut coordinator = cluster.coordinator(2, &["--listen", &address]);
     coordinator.wait_for("going on with the run of ");
-    let line = coordinator.wait_for(" workers train from step ");
-    let from: u64 = line.rsplit(' ').next().unwrap().parse().unwrap();
-    assert!(from >= before, "from step {from}, yet {before} was final");
+    let line = coordinator.wait_for("g000001: 2 workers have trained on meanwhile, to step ");
+    let (_, step) = line.split_once("to step ").unwrap();
+    let step: u64 = step.split(' ').next().unwrap().parse().unwrap();
+    assert!(step >= before, "at step {step}, yet {before} was final");
     coordinator.expect_exit(0);
+    assert!(coordinator.lines_with("train from step").is_empty(), "nothing was formed anew");
     for worker in &mut workers {
         worker.expect_exit(0);
         let joined = worker.lines_with("joined as rank ");

@@ -177,7 +177,8 @@ impl Core {
         let num_ready = present.len() - loading.len();
         if min_world_size < world_size {
             if num_ready >= min_world_size as usize {
-                parts.push(format!("{num_ready} of {world_size} workers are ready, {min_world_size} are enough: waiting a little for more"));
+                parts
+                    .push(format!("{num_ready} of {world_size} workers are ready, {min_world_size} are enough: waiting a little for more"));
             } else {
                 parts.push(format!("waiting for workers: {num_ready} of at least {min_world_size} are ready"));
             }

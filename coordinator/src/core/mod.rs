@@ -214,7 +214,8 @@ impl Core {
         if matches!(self.phase, JobPhase::Done(_)) && !matches!(event, Event::Hello { .. }) {
             return Ok(out);
         }
-        let changes_who_is_missing = !matches!(&event, Event::Message { message: FromWorker::Heartbeat(_) | FromWorker::StepReport(_), .. });
+        let changes_who_is_missing =
+            !matches!(&event, Event::Message { message: FromWorker::Heartbeat(_) | FromWorker::StepReport(_), .. });
         match event {
             Event::Hello { stream, hello } => self.hello(now, stream, hello, &mut out)?,
             Event::Message { worker, stream, message } => self.message(now, worker, stream, message, &mut out)?,
@@ -282,7 +283,10 @@ impl Core {
                     worker: id,
                     message: ToWorker::HeartbeatReply {
                         generation: self.generation,
-                        running: matches!(self.phase, JobPhase::Running { .. } | JobPhase::Stopping { aborted: false, .. }),
+                        running: matches!(
+                            self.phase,
+                            JobPhase::Running { .. } | JobPhase::Stopping { aborted: false, .. } | JobPhase::Returning { .. }
+                        ),
                         waiting_for: self.waiting_for().to_owned(),
                     },
                 });

@@ -234,6 +234,9 @@ fn members_that_all_train_on_are_taken_up_in_their_generation() {
     world.report(first, 3, Some(&third_step.names));
     world.say(first, FromWorker::LeaseRequest { generation: Generation(1), num_leases: 1 }).unwrap();
     assert!(!world.said.iter().any(|effect| matches!(effect, Effect::Persist(Fact::Leases { .. }))));
+    // Nor does it take the wait for the end of its generation.
+    world.pass(1, &[first]);
+    assert!(matches!(world.sent(first).last(), Some(ToWorker::HeartbeatReply { generation: Generation(1), running: true, .. })));
     assert_eq!(world.core.final_step(), Step(1));
     let second = back(&mut world, 1001);
     goes_on(&mut world, second, 4, vec![second_step, third_step, fourth_step]);
@@ -295,12 +298,8 @@ fn end_of_a_job_that_one_member_has_come_to_is_waited_for() {
 fn member_that_died_while_the_coordinator_was_away_is_not_waited_for_when_its_neighbour_saw_it() {
     let (mut world, workers, _) = restarted(1);
     let survivor = back(&mut world, 1000);
-    let stopped = Stopped {
-        applied: Step(1),
-        trained_in: Generation(1),
-        lost_member: Some(MemberIndex(1)),
-        ..Stopped::empty_handed(Generation(1))
-    };
+    let stopped =
+        Stopped { applied: Step(1), trained_in: Generation(1), lost_member: Some(MemberIndex(1)), ..Stopped::empty_handed(Generation(1)) };
     world.say(survivor, FromWorker::Stopped(stopped)).unwrap();
     assert_eq!((survivor, world.core.generation(), world.core.state().as_str()), (workers[0], Generation(2), "forming"));
 }
@@ -313,7 +312,10 @@ fn member_that_is_not_seen_dead_is_waited_for_and_those_back_leave_when_it_does_
     world.pass(2, &workers[..1]);
     assert_eq!(world.core.state(), "waiting for the workers to come back");
     world.pass(1, &workers[..1]);
-    assert!(matches!(world.sent(workers[0]).last(), Some(ToWorker::Abort { generation: Generation(1), .. } | ToWorker::HeartbeatReply { running: false, .. })));
+    assert!(matches!(
+        world.sent(workers[0]).last(),
+        Some(ToWorker::Abort { generation: Generation(1), .. } | ToWorker::HeartbeatReply { running: false, .. })
+    ));
     world.stopped(workers[0], 1, StopCause::Aborted, vec![]);
     assert_eq!(world.core.generation(), Generation(2));
 }
