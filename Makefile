@@ -15,7 +15,7 @@ demo: build ## train the demo adapter with two workers on this machine, then dra
 	rm -rf demo-out
 	target/debug/coordinator --world-size 2 --local --job tests/demo/job.toml --state-dir demo-out/state
 	target/debug/sample --model tests/demo/model --adapter demo-out/state/checkpoints \
-	  --compare --prompts tests/demo/prompts.tsv --steps 20 --guidance 5 --seed 7 --title "Peapod demo" --out demo-out/demo.png
+	  --compare --prompts tests/demo/prompts.tsv --scheduler dpm++ --steps 20 --guidance 5 --seed 7 --title "Peapod demo" --out demo-out/demo.png
 	@echo "picture     demo-out/demo.png"
 
 # Pools of several threads would spin against each other: the tests run side by side.
