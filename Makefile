@@ -31,10 +31,12 @@ test-all: test ## all tests, also those that want the machine for themselves
 BENCH_CORES := 2
 BENCH_ROUNDS := 3
 
-bench: .bench/.installed ## time the loader against its Python peer on an otherwise idle machine: BENCH_CORES (2), BENCH_ROUNDS (3)
+bench: .bench/.installed ## time the loader and `sample` against their Python peers on an otherwise idle machine: BENCH_CORES (2), BENCH_ROUNDS (3)
 	cargo build --release -p peapod-data --example loader_throughput
+	cargo build --release -p peapod-worker --bin sample
 	.bench/venv/bin/python tests/peers/bench_loader.py target/release/examples/loader_throughput .bench/shards \
 	  --cores $(BENCH_CORES) --rounds $(BENCH_ROUNDS)
+	.bench/venv/bin/python tests/peers/bench_draw.py target/release/sample tests/demo/model --threads $(BENCH_CORES) --rounds $(BENCH_ROUNDS)
 
 # The peer's packages (6 GB with the libraries torch brings along), once.
 .bench/.installed: tests/peers/requirements.txt

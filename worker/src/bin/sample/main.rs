@@ -14,6 +14,7 @@ use peapod_model::sample::SampleOptions;
 use peapod_worker::draw::{Painter, Road, write_latents};
 use peapod_worker::grid::{Grid, Row};
 use peapod_worker::picture::Picture;
+use peapod_worker::score::similarity;
 use tch::Tensor;
 
 use self::args::Args;
@@ -64,6 +65,11 @@ fn run(plan: &Plan) -> anyhow::Result<()> {
                 rows.push(Row { captions: std::iter::once(prompt).chain(english).cloned().collect(), pictures });
                 Ok(())
             })?;
+            if let [Road::English, students @ ..] = &plan.roads[..] {
+                for (column, _) in students.iter().enumerate() {
+                    println!("{}\tsimilarity to the teacher's pictures {:.4}", plan.titles[column + 1], mean_similarity(&rows, column + 1));
+                }
+            }
             let subtitle = format!("{} · seed {seed}", plan.settings);
             let sheet = Grid { title: title.clone(), subtitle, columns: plan.titles.clone(), rows }.compose(typeface)?;
             let lines: Vec<&Road> = match &plan.roads[..] {
@@ -79,6 +85,13 @@ fn run(plan: &Plan) -> anyhow::Result<()> {
     };
     reporter.finish(plan.asked.len() * plan.roads.len(), took);
     Ok(())
+}
+
+/// The mean structural similarity between the pictures of a column and those of the first.
+fn mean_similarity(rows: &[Row], column: usize) -> f64 {
+    let alike = rows.iter().filter_map(|row| similarity(row.pictures.first()?, row.pictures.get(column)?));
+    let (sum, count) = alike.fold((0.0, 0), |(sum, count), alike| (sum + alike, count + 1));
+    sum / f64::from(count.max(1))
 }
 
 fn write(picture: &Picture, path: &Path, texts: &[(&str, &str)]) -> anyhow::Result<()> {
