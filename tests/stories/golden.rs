@@ -46,6 +46,7 @@ const KINDS: &[(&str, Run)] = &[
     ("pictures", sample::pictures),
     ("draw", sample::draw),
     ("vae_tiled", sample::vae_tiled),
+    ("clip_score", sample::clip_score),
     ("weights", weights::file),
     ("single_file", weights::single_file),
 ];

@@ -17,10 +17,13 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from PIL import Image
 from safetensors.torch import save_file
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from .common import case, deep, normal, randomised, save_as_half, seeded, wide
 from .pipelines import scaled_linear, small_vae
+from .vocabularies import ENGLISH, write_clip_tokenizer
 
 SCHEDULERS = {
     "dpm++": DPMSolverMultistepScheduler,
@@ -372,3 +375,24 @@ def vae_tiled(folder):
     with torch.no_grad():
         decoded = vae.decode(latents).sample
     return {"latents": latents}, {"decoded": decoded}, {"model": "model", "tile": 8}
+
+
+@case("clip_score", run="clip_score", tolerance=2e-3, why="pixels are resized in integers on one side, in floats that are rounded on the other")
+def clip_score(folder):
+    """A random CLIP judges pictures that are wider than what it sees: its image processor, both embeddings, and a hundred times their cosine."""
+    clip = folder / "clip"
+    clip.mkdir()
+    vocabulary = write_clip_tokenizer(clip, "<|endoftext|>", 20)
+    sizes = {"hidden_size": wide(8), "intermediate_size": wide(16), "num_hidden_layers": deep(2), "num_attention_heads": 2}
+    text = {**sizes, "vocab_size": vocabulary, "max_position_embeddings": 20, "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1, "projection_dim": wide(6)}
+    config = CLIPConfig(text_config=text, vision_config={**sizes, "image_size": 32, "patch_size": 8}, projection_dim=wide(6))
+    model = save_as_half(randomised(CLIPModel(config), 6600), clip)
+    pictures = (torch.rand(2, 40, 56, 3, generator=seeded(6601)) * 255).round().to(torch.uint8)
+    processor = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    pixels = processor([Image.fromarray(picture.numpy()) for picture in pictures], return_tensors="pt").pixel_values
+    tokens = CLIPTokenizer.from_pretrained(clip)(ENGLISH[:2], padding="max_length", max_length=20, truncation=True, return_tensors="pt").input_ids
+    with torch.no_grad():
+        output = model(input_ids=tokens, pixel_values=pixels)
+    images, texts = output.image_embeds, output.text_embeds
+    scores = (100 * (images * texts).sum(-1)).clamp(min=0)
+    return {"pictures": pictures}, {"images": images, "texts": texts, "scores": scores}, {"clip": "clip", "prompts": ENGLISH[:2]}

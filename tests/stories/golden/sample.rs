@@ -9,7 +9,7 @@ use peapod_model::sample::{
 };
 use peapod_model::schedule::{Scheduler, TimestepSpacing};
 use peapod_model::source::ModelSource;
-use peapod_model::text::{Conditioning, StudentEncoder, StudentOptions};
+use peapod_model::text::{ClipScorer, Conditioning, StudentEncoder, StudentOptions};
 use peapod_model::vae::{Decoding, Vae};
 use serde::Deserialize;
 use tch::{Device, Kind, Tensor};
@@ -142,4 +142,13 @@ pub fn vae_tiled(case: &Case) -> Result<Tensors> {
     let vae = Vae::load(&case.path("model")?, Kind::Float, Device::Cpu)?;
     let latents = case.input("latents")?;
     Ok([("decoded".to_owned(), vae.decode_by(&latents, Decoding::Tiled(case.setting("tile")?))?)].into())
+}
+
+/// What a CLIP makes of pictures and texts, and how well they fit.
+pub fn clip_score(case: &Case) -> Result<Tensors> {
+    let scorer = ClipScorer::load(&case.path("clip")?, Kind::Float, Device::Cpu)?;
+    let images = scorer.images(&case.input("pictures")?)?;
+    let texts = scorer.texts(&case.setting::<Vec<String>>("prompts")?)?;
+    let scores = ClipScorer::scores(&images, &texts)?;
+    Ok([("images".to_owned(), images), ("texts".to_owned(), texts), ("scores".to_owned(), scores)].into())
 }

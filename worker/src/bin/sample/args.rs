@@ -143,6 +143,10 @@ pub struct Args {
     #[arg(long, requires = "adapters", help_heading = "Output")]
     pub compare: bool,
 
+    /// A CLIP (folder with both halves, as transformers saves it): --compare also says how well pictures show what the English says
+    #[arg(long, value_name = "DIR", requires = "compare", help_heading = "Output")]
+    pub clip: Option<PathBuf>,
+
     /// One sheet of all pictures instead of numbered files
     #[arg(long, visible_alias = "image-grid", help_heading = "Output")]
     pub grid: bool,

@@ -1,6 +1,7 @@
 //! `sample`: draws pictures from prompts, with an adapter in its language or with the model's own encoders in English.
 
 mod args;
+mod compare;
 mod plan;
 mod report;
 
@@ -14,7 +15,6 @@ use peapod_model::sample::SampleOptions;
 use peapod_worker::draw::{Painter, Road, write_latents};
 use peapod_worker::grid::{Grid, Row};
 use peapod_worker::picture::Picture;
-use peapod_worker::score::similarity;
 use tch::Tensor;
 
 use self::args::Args;
@@ -65,10 +65,8 @@ fn run(plan: &Plan) -> anyhow::Result<()> {
                 rows.push(Row { captions: std::iter::once(prompt).chain(english).cloned().collect(), pictures });
                 Ok(())
             })?;
-            if let [Road::English, students @ ..] = &plan.roads[..] {
-                for (column, _) in students.iter().enumerate() {
-                    println!("{}\tsimilarity to the teacher's pictures {:.4}", plan.titles[column + 1], mean_similarity(&rows, column + 1));
-                }
+            if plan.roads.len() > 1 {
+                compare::print(plan, &rows)?;
             }
             let subtitle = format!("{} · seed {seed}", plan.settings);
             let sheet = Grid { title: title.clone(), subtitle, columns: plan.titles.clone(), rows }.compose(typeface)?;
@@ -85,13 +83,6 @@ fn run(plan: &Plan) -> anyhow::Result<()> {
     };
     reporter.finish(plan.asked.len() * plan.roads.len(), took);
     Ok(())
-}
-
-/// The mean structural similarity between the pictures of a column and those of the first.
-fn mean_similarity(rows: &[Row], column: usize) -> f64 {
-    let alike = rows.iter().filter_map(|row| similarity(row.pictures.first()?, row.pictures.get(column)?));
-    let (sum, count) = alike.fold((0.0, 0), |(sum, count), alike| (sum + alike, count + 1));
-    sum / f64::from(count.max(1))
 }
 
 fn write(picture: &Picture, path: &Path, texts: &[(&str, &str)]) -> anyhow::Result<()> {

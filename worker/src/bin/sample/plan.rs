@@ -51,6 +51,8 @@ pub struct Plan {
     pub titles: Vec<String>,
     pub target: Target,
     pub latents_out: Option<PathBuf>,
+    /// The CLIP that judges a comparison.
+    pub clip: Option<PathBuf>,
     pub settings: String,
 }
 
@@ -144,7 +146,7 @@ pub fn plan(args: Args) -> anyhow::Result<Plan> {
     } else {
         Target::Files(numbered(&args.out, asked.len()))
     };
-    Ok(Plan { setup, options, inputs, noise, asked, roads, titles, target, latents_out: args.latents_out, settings })
+    Ok(Plan { setup, options, inputs, noise, asked, roads, titles, target, latents_out: args.latents_out, clip: args.clip, settings })
 }
 
 /// Reads the pictures that are given as input.
