@@ -150,7 +150,7 @@ class Drawer:
     def __init__(self, folder, kind, unet, seed, schedules, control=False, loras=False):
         self.folder, self.kind, self.seed, self.schedules = folder, kind, seed, schedules
         self.unet = save_as_half(randomised(unet, seed), folder / "unet")
-        self.vae = save_as_half(small_vae(seed + 1, 0.13025 if kind == "sdxl" else 0.18215), folder / "vae")
+        self.vae = save_as_half(small_vae(seed + 1, 0.13025 if kind == "sdxl" else 0.18215, widths=(4, 4, 4)), folder / "vae")
         for name, config in schedules.items():
             write_schedule(folder, name, "EulerDiscreteScheduler" if kind == "sdxl" else "PNDMScheduler", config)
         self.control = None
@@ -368,7 +368,7 @@ def draw_sd15_inpainting(folder):
 @case("vae_tiled", run="vae_tiled", tolerance=1e-4)
 def vae_tiled(folder):
     """A picture decoded in tiles that overlap, whose last row and column are cut short."""
-    vae: AutoencoderKL = save_as_half(small_vae(6500, 0.13025), folder / "model")
+    vae: AutoencoderKL = save_as_half(small_vae(6500, 0.13025, widths=(4, 4, 4)), folder / "model")
     vae.enable_tiling()
     vae.tile_latent_min_size, vae.tile_sample_min_size = 8, 32
     latents = normal(6501, 1, 4, 10, 13)

@@ -14,7 +14,7 @@ use crate::{Error, Result};
 
 /// Mean and deviation of the channels of the pictures CLIP was trained on.
 const MEAN: [f32; 3] = [0.481_454_66, 0.457_827_5, 0.408_210_73];
-const DEVIATION: [f32; 3] = [0.268_629_54, 0.261_302_58, 0.275_777_11];
+const DEVIATION: [f32; 3] = [0.268_629_54, 0.261_302_6, 0.275_777_1];
 
 /// The part of a CLIP's `config.json` that concerns pictures; the defaults are those of transformers.
 #[derive(Debug, Deserialize)]
