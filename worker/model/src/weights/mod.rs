@@ -4,6 +4,7 @@
 //! drawn at random first, each tensor is copied once, and the set knows what was asked for in vain and what was never asked for, so
 //! that one error tells all the differences between a file and a configuration.
 
+mod addition;
 mod entry;
 mod hub;
 mod safetensors_file;
@@ -21,6 +22,7 @@ use memmap2::Mmap;
 use serde::Deserialize;
 use tch::{Device, Kind, Tensor};
 
+pub(crate) use self::addition::{Addition, Additions};
 use self::entry::{Entries, Entry};
 pub use self::hub::locate;
 pub use self::single_file::{Marks, SingleFile};
@@ -64,28 +66,6 @@ pub struct Survey {
     pub num_parameters: i64,
     /// Bytes of each kind on disk, most bytes first.
     pub kinds: Vec<(Kind, u64)>,
-}
-
-/// Products of two thin matrices, by the key of what they are added to.
-pub(crate) type Additions = BTreeMap<String, Vec<Addition>>;
-
-/// `scale * up @ down`, which is added to a weight.
-#[derive(Clone)]
-pub(crate) struct Addition {
-    /// `[rank, ..]`; what follows the rank has as many elements as a row of the weight.
-    pub down: Stored,
-    /// `[rows of the weight, rank, ..]`, where what follows the rank is 1.
-    pub up: Stored,
-    /// What the product is multiplied by.
-    pub scale: f64,
-}
-
-impl Addition {
-    /// Computes the product, `f32`, in the shape of the weight.
-    fn compute(&self, shape: &[i64]) -> Tensor {
-        let flat = |stored: &Stored| stored.entry.copy(&stored.map, Kind::Float, Device::Cpu).flatten(1, -1);
-        (flat(&self.up).matmul(&flat(&self.down)) * self.scale).reshape(shape)
-    }
 }
 
 /// A tensor and the file it lies in.
