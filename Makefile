@@ -15,7 +15,7 @@ demo: build ## train the demo adapter with two workers on this machine, then dra
 	rm -rf demo-out
 	target/debug/coordinator --world-size 2 --local --job tests/demo/job.toml --state-dir demo-out/state
 	target/debug/sample --model tests/demo/model --adapter demo-out/state/checkpoints \
-	  --compare --prompts tests/demo/prompts.tsv --steps 20 --guidance 5 --seed 7 --title "Peapod demo" --out demo-out/demo.png
+	  --compare --prompts tests/demo/prompts.tsv --scheduler dpm++ --steps 20 --guidance 5 --seed 7 --title "Peapod demo" --out demo-out/demo.png
 	@echo "picture     demo-out/demo.png"
 
 # Pools of several threads would spin against each other: the tests run side by side.
@@ -31,10 +31,12 @@ test-all: test ## all tests, also those that want the machine for themselves
 BENCH_CORES := 2
 BENCH_ROUNDS := 3
 
-bench: .bench/.installed ## time the loader against its Python peer on an otherwise idle machine: BENCH_CORES (2), BENCH_ROUNDS (3)
+bench: .bench/.installed ## time the loader and `sample` against their Python peers on an otherwise idle machine: BENCH_CORES (2), BENCH_ROUNDS (3)
 	cargo build --release -p peapod-data --example loader_throughput
+	cargo build --release -p peapod-worker --bin sample
 	.bench/venv/bin/python tests/peers/bench_loader.py target/release/examples/loader_throughput .bench/shards \
 	  --cores $(BENCH_CORES) --rounds $(BENCH_ROUNDS)
+	.bench/venv/bin/python tests/peers/bench_draw.py target/release/sample tests/demo/model --threads $(BENCH_CORES) --rounds $(BENCH_ROUNDS)
 
 # The peer's packages (6 GB with the libraries torch brings along), once.
 .bench/.installed: tests/peers/requirements.txt

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from generator import common
 
-SUBJECTS = ["unet", "controlnet", "vae", "distill", "train", "text", "students", "adapter", "schedules", "sampling", "weights"]
+SUBJECTS = ["unet", "controlnet", "vae", "distill", "train", "text", "students", "adapter", "schedules", "sampling", "drawing", "weights"]
 
 
 def main():

@@ -44,6 +44,9 @@ const KINDS: &[(&str, Run)] = &[
     ("noise_schedule", schedule::noise),
     ("solver", sample::solver),
     ("pictures", sample::pictures),
+    ("draw", sample::draw),
+    ("vae_tiled", sample::vae_tiled),
+    ("clip_score", sample::clip_score),
     ("weights", weights::file),
     ("single_file", weights::single_file),
 ];

@@ -7,6 +7,7 @@ mod bad_data;
 mod bad_input;
 mod classifier;
 mod demo;
+mod drawing;
 mod golden;
 mod membership;
 mod method;

@@ -2,7 +2,7 @@
 //!
 //! [`lifecycle`] holds the rules of a worker's life, [`trainer`] the thread that owns the tensors, [`client`] the calls to the
 //! coordinator; [`supervisor`] joins them. [`check`] looks at a job's models without loading them, [`shards`] into its data. [`draw`],
-//! [`grid`] and [`picture`] serve the program `sample`.
+//! [`grid`], [`picture`] and [`score`] serve the program `sample`.
 
 pub mod args;
 pub mod check;
@@ -11,6 +11,7 @@ pub mod draw;
 pub mod grid;
 pub mod lifecycle;
 pub mod picture;
+pub mod score;
 pub mod setup;
 pub mod shards;
 pub mod supervisor;

@@ -59,12 +59,12 @@ def demo_models():
 PALE, PALE_GREY = (208, 224), 215.5
 
 
-def small_vae(seed, scaling_factor, pale=False):
+def small_vae(seed, scaling_factor, pale=False, widths=(4, 8, 8)):
     """A random autoencoder; `pale`: it looks at each pixel's difference from a grey, so that roundings of pixels and weights come through."""
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=wide(4, 8, 8),
+        block_out_channels=wide(*widths),
         layers_per_block=deep(1),
         norm_num_groups=2,
         sample_size=64,

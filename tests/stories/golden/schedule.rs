@@ -26,7 +26,7 @@ pub fn noise(case: &Case) -> Result<Tensors> {
     let config = SchedulerConfig::load(&case.folder)?;
     let schedule = NoiseSchedule::new(&config.noise);
     let visited = |count: usize| {
-        let timesteps = dpm::timesteps(&schedule, &config.solver, count).into_iter().map(|timestep| timestep as i64);
+        let timesteps = dpm::timesteps(&schedule, &config.solver.dpm(), count).into_iter().map(|timestep| timestep as i64);
         (format!("timesteps.{count}"), Tensor::from_slice(&timesteps.collect::<Vec<i64>>()))
     };
     let timesteps = case.setting::<Vec<usize>>("num_steps")?.into_iter().map(visited);

@@ -36,6 +36,14 @@ pub enum Error {
         /// Keys the model has no place for.
         extra: Vec<String>,
     },
+    /// A LoRA file holds what this model has no place for.
+    #[error("{}: {} keys fit nothing in this model:\n{}", path.display(), unknown.len(), list_problems(&[], &[], unknown))]
+    Lora {
+        /// The file.
+        path: PathBuf,
+        /// The keys, with shapes where those do not fit.
+        unknown: Vec<String>,
+    },
     /// A configuration asks for something that this program does not compute.
     #[error("{what} is not supported: {hint}")]
     Unsupported {

@@ -1,5 +1,5 @@
 //! The models of PEA distillation and what is computed with them: SDXL's UNet, VAE, ControlNet and text encoders, the student text
-//! encoder, the adapter, the training losses, schedules and samplers.
+//! encoder, the adapter, LoRA, the training losses, schedules and samplers.
 //!
 //! Knows tensors, not ranks: nothing here opens a socket or reads a clock.
 
@@ -10,6 +10,7 @@ pub mod distill;
 mod error;
 #[doc(hidden)]
 pub mod fuzzing;
+pub mod lora;
 pub mod nn;
 pub mod optim;
 pub mod sample;

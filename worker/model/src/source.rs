@@ -3,19 +3,22 @@
 
 mod published;
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use serde_json::{Map, Value};
 use tch::{Device, Kind};
 
 use self::published::Published;
 use crate::config::read_config;
+use crate::lora::{self, Lora};
 use crate::sample::SchedulerConfig;
 use crate::text::{ClipTextEncoder, EnglishEncoders, Sd15TextEncoder, SdxlTextEncoders, TextTokenizer};
 use crate::unet::{UNet, UNetConfig};
 use crate::vae::{Vae, VaeConfig};
-use crate::weights::{SingleFile, Survey, Weights, locate};
+use crate::weights::{Additions, SingleFile, Survey, Weights, locate};
 use crate::{Error, Result};
 
 /// The networks of a model.
@@ -90,6 +93,8 @@ pub struct ModelSource {
     scheduler: SchedulerConfig,
     sample_size: i64,
     shapes_only: bool,
+    /// What LoRA files add, by the name of the part.
+    additions: BTreeMap<&'static str, Arc<Additions>>,
 }
 
 enum Origin {
@@ -153,6 +158,7 @@ impl ModelSource {
             origin,
             sample_size,
             shapes_only: false,
+            additions: BTreeMap::new(),
         })
     }
 
@@ -161,6 +167,18 @@ impl ModelSource {
     #[must_use]
     pub fn shapes_only(self) -> Self {
         Self { shapes_only: true, ..self }
+    }
+
+    /// Merges LoRA files into all networks built from here.
+    ///
+    /// Errors: [`Error::Lora`] with all keys that fit nothing in this model, and those of opening its weights.
+    pub fn with_loras(mut self, loras: &[Lora]) -> Result<Self> {
+        let additions = lora::additions(loras, |part| {
+            let is_there = self.architecture().parts().contains(&part);
+            if is_there { self.weights(part).map(Some) } else { Ok(None) }
+        })?;
+        self.additions = additions.into_iter().map(|(part, additions)| (part, Arc::new(additions))).collect();
+        Ok(self)
     }
 
     /// The file or folder that was found.
@@ -314,6 +332,10 @@ impl ModelSource {
                 let missing = || Error::Invalid { path: self.path.clone(), reason: format!("holds no {part}") };
                 weights.ok_or_else(missing)?.anew()
             }
+        };
+        let weights = match self.additions.get(part.name()) {
+            Some(additions) => weights.with_additions(Arc::clone(additions)),
+            None => weights,
         };
         Ok(if self.shapes_only { weights.shapes_only() } else { weights })
     }

@@ -15,7 +15,7 @@ use std::sync::mpsc::Sender;
 use peapod_data::{LoaderConfig, ValidationSet};
 use peapod_model::adapter::Adapter;
 use peapod_model::distill::{Distiller, LossSums};
-use peapod_model::sample::{DpmSolver, SampleOptions};
+use peapod_model::sample::SampleOptions;
 use peapod_proto::PROGRAM_VERSION;
 use peapod_proto::ids::{Generation, MemberIndex, Step};
 use peapod_proto::job::{Job, PicturesSection};
@@ -194,7 +194,7 @@ impl Pictures {
             ));
         }
         let options = SampleOptions { width, height, num_steps: steps as usize, guidance, seed, batch_size: 1, ..SampleOptions::default() };
-        DpmSolver::new(models.sampler().scheduler, options.num_steps).map_err(|error| format!("pictures.steps: {error}"))?;
+        models.sampler().scheduler.plan(options.solver, options.num_steps).map_err(|error| format!("pictures.steps: {error}"))?;
         Ok(Self { job: job.name.clone(), prompts, options, every: every_steps })
     }
 

@@ -11,7 +11,7 @@ use tch::{Device, Kind, Tensor};
 pub use self::config::ControlNetConfig;
 use crate::nn::Conv2d;
 use crate::unet::{Added, Condition, Pass, Trunk};
-use crate::weights::{Scope, Weights};
+use crate::weights::{Scope, Weights, locate};
 use crate::{Error, Result};
 
 /// A frozen ControlNet.
@@ -41,6 +41,26 @@ impl ControlNet {
         let config = ControlNetConfig::read(&folder.join("config.json"))?;
         let weights = Weights::open(folder)?;
         let network = Self::new(&weights.root(kind, device), config)?;
+        weights.finish(&[])?;
+        Ok(network)
+    }
+
+    /// As [`ControlNet::load`]; `path` may also be the name of a model on the hub (see [`locate`]).
+    ///
+    /// Errors: those of [`ControlNet::load`].
+    pub fn open(path: &Path, kind: Kind, device: Device) -> Result<Self> {
+        Self::load(&locate(path)?, kind, device)
+    }
+
+    /// Compares a ControlNet's configuration and files as [`ControlNet::open`] does, without reading a tensor: its weights are zeros without
+    /// memory.
+    ///
+    /// Errors: those of [`ControlNet::open`].
+    pub fn check(path: &Path) -> Result<Self> {
+        let folder = locate(path)?;
+        let config = ControlNetConfig::read(&folder.join("config.json"))?;
+        let weights = Weights::open(&folder)?.shapes_only();
+        let network = Self::new(&weights.root(Kind::Float, Device::Cpu), config)?;
         weights.finish(&[])?;
         Ok(network)
     }

@@ -5,9 +5,11 @@ use std::path::Path;
 use serde::Deserialize;
 use serde_json::Value;
 
-use crate::Result;
 use crate::config::{Supported, parse_config, read_config};
-use crate::schedule::{BetaSchedule, DpmConfig, FinalSigma, NoiseConfig, Prediction, TimestepSpacing};
+use crate::schedule::{
+    BetaSchedule, FinalSigma, ImpossiblePlan, NoiseConfig, NoiseSchedule, Plan, Prediction, Scheduler, SolverConfig, TimestepSpacing,
+};
+use crate::{Error, Result};
 
 /// Settings that change the solver in ways not computed here, with the values that leave it as it is.
 const SUPPORTED: &[Supported] = &[
@@ -15,26 +17,50 @@ const SUPPORTED: &[Supported] = &[
     ("prediction_type", r#"["epsilon", "v_prediction"]"#),
     ("timestep_spacing", r#"["linspace", "leading", "trailing"]"#),
     ("final_sigmas_type", r#"["zero", "sigma_min"]"#),
+    ("interpolation_type", r#"["linear"]"#),
+    ("sigma_max", "[null]"),
+    ("sigma_min", "[null]"),
+    ("timestep_type", r#"["discrete"]"#),
     ("thresholding", "[false, null]"),
     ("use_beta_sigmas", "[false, null]"),
     ("use_exponential_sigmas", "[false, null]"),
     ("use_flow_sigmas", "[false, null]"),
-    ("use_karras_sigmas", "[false, null]"),
     ("use_lu_lambdas", "[false, null]"),
 ];
 
 /// The noise schedule a model was trained with, and how it asks to be sampled.
 ///
-/// The file may have been written for any scheduler of diffusers; the algorithm used here is always DPM-Solver++ 2M.
+/// The file may have been written for any scheduler of diffusers; what it says serves all that are computed here.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SchedulerConfig {
     /// The noise schedule.
     pub noise: NoiseConfig,
-    /// The solver's choices.
-    pub solver: DpmConfig,
+    /// The solver's choices, with the scheduler that the file was written for, or DPM-Solver++ 2M for one that is not computed here.
+    pub solver: SolverConfig,
+    /// Whether the file asks for data predictions to be clipped, which only some schedulers do.
+    clips: bool,
 }
 
-/// The file itself; absent keys have the defaults of diffusers' DPM-Solver.
+/// What is asked of a solver instead of what the model's configuration says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct SolverChoice {
+    /// The scheduler; `None` takes the one that the configuration was written for.
+    pub scheduler: Option<Scheduler>,
+    /// How timesteps are spread.
+    pub spacing: Option<TimestepSpacing>,
+    /// Whether noise levels are those of Karras et al.
+    pub karras: Option<bool>,
+}
+
+impl SolverChoice {
+    /// A scheduler, and else what the configuration says.
+    pub const fn of(scheduler: Scheduler) -> Self {
+        Self { scheduler: Some(scheduler), spacing: None, karras: None }
+    }
+}
+
+/// The file itself; absent keys have the defaults of diffusers. (It would also clip data predictions where `clip_sample` is absent: latents are
+/// meant to go beyond 1, and all published configurations say so.)
 #[derive(Debug, Deserialize)]
 #[serde(default)]
 struct File {
@@ -44,10 +70,17 @@ struct File {
     beta_schedule: String,
     trained_betas: Option<Vec<f64>>,
     prediction_type: String,
-    timestep_spacing: String,
+    timestep_spacing: Option<String>,
     steps_offset: usize,
-    final_sigmas_type: String,
+    final_sigmas_type: Option<String>,
     rescale_betas_zero_snr: Option<bool>,
+    #[serde(rename = "_class_name")]
+    class: String,
+    use_karras_sigmas: Option<bool>,
+    set_alpha_to_one: bool,
+    clip_sample: Option<bool>,
+    original_inference_steps: usize,
+    timestep_scaling: f64,
 }
 
 impl Default for File {
@@ -59,12 +92,16 @@ impl Default for File {
             beta_schedule: "linear".into(),
             trained_betas: None,
             prediction_type: "epsilon".into(),
-            timestep_spacing: "linspace".into(),
+            timestep_spacing: None,
             steps_offset: 0,
-            // Published configurations are older than this key. Where it is absent the last step lands at the noise of timestep 0,
-            // as it did in the diffusers that PEA was published with; diffusers since 0.27 would end at zero.
-            final_sigmas_type: "sigma_min".into(),
+            final_sigmas_type: None,
             rescale_betas_zero_snr: None,
+            class: String::new(),
+            use_karras_sigmas: None,
+            set_alpha_to_one: true,
+            clip_sample: None,
+            original_inference_steps: 50,
+            timestep_scaling: 10.0,
         }
     }
 }
@@ -73,7 +110,7 @@ impl SchedulerConfig {
     /// Reads `scheduler/scheduler_config.json` of a model folder.
     ///
     /// Errors: [`crate::Error::Io`], [`crate::Error::Invalid`] for damaged JSON or betas outside (0, 1), [`crate::Error::Unsupported`]
-    /// naming a setting whose value is not computed here (Karras sigmas, say).
+    /// naming a setting whose value is not computed here.
     pub fn load(model_dir: &Path) -> Result<Self> {
         let path = model_dir.join("scheduler").join("scheduler_config.json");
         let settings = read_config(&path, &[])?;
@@ -89,7 +126,7 @@ impl SchedulerConfig {
         };
         if !betas_are_sane {
             let reason = "betas must be above 0 and below 1, and there must be at least one".into();
-            return Err(crate::Error::Invalid { path: path.into(), reason });
+            return Err(Error::Invalid { path: path.into(), reason });
         }
         let zero_terminal_snr = file.rescale_betas_zero_snr.unwrap_or(false);
         if zero_terminal_snr && file.prediction_type == "epsilon" {
@@ -97,7 +134,7 @@ impl SchedulerConfig {
                 "{}: noise cannot be predicted where there is nothing else; such models have prediction_type \"v_prediction\"",
                 path.display()
             );
-            return Err(crate::Error::Unsupported { what: "rescale_betas_zero_snr = true with prediction_type \"epsilon\"".into(), hint });
+            return Err(Error::Unsupported { what: "rescale_betas_zero_snr = true with prediction_type \"epsilon\"".into(), hint });
         }
         // `parse_config` has let through the values matched here only.
         let beta_schedule = match (file.trained_betas, file.beta_schedule.as_str()) {
@@ -106,11 +143,7 @@ impl SchedulerConfig {
             (None, "squaredcos_cap_v2") => BetaSchedule::SquaredCosine,
             (None, _) => BetaSchedule::Linear,
         };
-        let spacing = match file.timestep_spacing.as_str() {
-            "leading" => TimestepSpacing::Leading,
-            "trailing" => TimestepSpacing::Trailing,
-            _ => TimestepSpacing::Linspace,
-        };
+        let final_sigma = |name: &str| if name == "zero" { FinalSigma::Zero } else { FinalSigma::SigmaMin };
         Ok(Self {
             noise: NoiseConfig {
                 num_train_timesteps: file.num_train_timesteps,
@@ -119,12 +152,51 @@ impl SchedulerConfig {
                 beta_schedule,
                 zero_terminal_snr,
             },
-            solver: DpmConfig {
-                spacing,
+            solver: SolverConfig {
+                scheduler: Scheduler::of_class(&file.class).unwrap_or(Scheduler::DpmSolver),
+                spacing: file.timestep_spacing.as_deref().and_then(TimestepSpacing::named),
                 steps_offset: file.steps_offset,
-                final_sigma: if file.final_sigmas_type == "zero" { FinalSigma::Zero } else { FinalSigma::SigmaMin },
+                final_sigma: file.final_sigmas_type.as_deref().map(final_sigma),
                 prediction: if file.prediction_type == "v_prediction" { Prediction::Velocity } else { Prediction::Epsilon },
+                karras: file.use_karras_sigmas.unwrap_or(false),
+                ends_clean: file.set_alpha_to_one,
+                lcm_steps: file.original_inference_steps,
+                lcm_timestep_scaling: file.timestep_scaling,
             },
+            clips: file.clip_sample.unwrap_or(false),
+        })
+    }
+
+    /// The solver's choices with what is asked instead.
+    pub fn solver_with(&self, choice: SolverChoice) -> SolverConfig {
+        let SolverChoice { scheduler, spacing, karras } = choice;
+        let own = self.solver;
+        SolverConfig {
+            scheduler: scheduler.unwrap_or(own.scheduler),
+            spacing: spacing.or(own.spacing),
+            karras: karras.unwrap_or(own.karras),
+            ..own
+        }
+    }
+
+    /// Plans `num_steps` steps.
+    ///
+    /// Errors: [`Error::Unsupported`] for a number of steps that the scheduler cannot make, for Karras' noise levels with a scheduler that
+    /// has none, or for DDIM and LCM where the configuration asks for clipping.
+    pub fn plan(&self, choice: SolverChoice, num_steps: usize) -> Result<Plan> {
+        let config = self.solver_with(choice);
+        let scheduler = config.scheduler;
+        let unsupported = |what: String, hint: String| Err(Error::Unsupported { what, hint });
+        if choice.karras == Some(true) && !matches!(scheduler, Scheduler::DpmSolver | Scheduler::Euler) {
+            let hint = format!("{} and {} can have them", Scheduler::DpmSolver.name(), Scheduler::Euler.name());
+            return unsupported(format!("{scheduler} with Karras' noise levels"), hint);
+        }
+        if self.clips && matches!(scheduler, Scheduler::Ddim | Scheduler::Lcm) {
+            return unsupported(format!("clip_sample = true with {scheduler}"), format!("{} does not clip", Scheduler::DpmSolver.name()));
+        }
+        Plan::new(&NoiseSchedule::new(&self.noise), &config, num_steps).or_else(|ImpossiblePlan { most }| {
+            let what = format!("sampling in {num_steps} steps with {scheduler}");
+            unsupported(what, format!("between 1 and {most} are possible with this model"))
         })
     }
 }
@@ -132,7 +204,6 @@ impl SchedulerConfig {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::Error;
 
     fn load(json: &str) -> Result<SchedulerConfig> {
         let dir = tempfile::tempdir().unwrap();
@@ -151,20 +222,41 @@ mod tests {
         )
         .unwrap();
         assert_eq!(config.noise, NoiseConfig::default());
-        let solver = DpmConfig {
-            spacing: TimestepSpacing::Leading,
+        let wanted = SolverConfig {
+            scheduler: Scheduler::Euler,
+            spacing: Some(TimestepSpacing::Leading),
             steps_offset: 1,
-            final_sigma: FinalSigma::SigmaMin,
+            final_sigma: None,
             prediction: Prediction::Epsilon,
+            karras: false,
+            ends_clean: false,
+            lcm_steps: 50,
+            lcm_timestep_scaling: 10.0,
         };
-        assert_eq!(config.solver, solver);
+        assert_eq!(config.solver, wanted);
+        assert_eq!(config.solver.dpm().final_sigma, FinalSigma::SigmaMin);
     }
 
     #[test]
     fn absent_keys_have_the_defaults_of_diffusers() {
         let config = load("{}").unwrap();
         assert_eq!((config.noise.beta_schedule, config.noise.beta_end), (BetaSchedule::Linear, 0.02));
-        assert_eq!((config.solver.spacing, config.solver.steps_offset), (TimestepSpacing::Linspace, 0));
+        assert_eq!((config.solver.spacing(), config.solver.steps_offset), (TimestepSpacing::Linspace, 0));
+        assert_eq!((config.solver.scheduler, config.solver.ends_clean), (Scheduler::DpmSolver, true));
+    }
+
+    #[test]
+    fn what_is_asked_replaces_what_the_model_says() {
+        let config = load(r#"{"_class_name": "DDIMScheduler", "clip_sample": true}"#).unwrap();
+        assert_eq!(config.solver.spacing(), TimestepSpacing::Leading);
+        assert!(config.plan(SolverChoice::default(), 10).unwrap_err().to_string().contains("clip_sample = true with DDIM"));
+        let choice = SolverChoice { spacing: Some(TimestepSpacing::Trailing), karras: Some(true), ..SolverChoice::of(Scheduler::Euler) };
+        let solver = config.solver_with(choice);
+        assert_eq!((solver.scheduler, solver.spacing(), solver.karras), (Scheduler::Euler, TimestepSpacing::Trailing, true));
+        assert!(config.plan(choice, 10).is_ok());
+        let ancestral = SolverChoice { scheduler: Some(Scheduler::EulerAncestral), ..choice };
+        assert!(config.plan(ancestral, 10).unwrap_err().to_string().contains("Karras"));
+        assert!(config.plan(choice, 1000).unwrap_err().to_string().contains("between 1 and 999"));
     }
 
     #[test]
@@ -177,8 +269,8 @@ mod tests {
 
     #[test]
     fn what_is_not_computed_is_named() {
-        let error = load(r#"{"use_karras_sigmas": true}"#).unwrap_err();
-        assert!(matches!(error, Error::Unsupported { .. }) && error.to_string().contains("use_karras_sigmas = true"), "{error}");
+        let error = load(r#"{"use_lu_lambdas": true}"#).unwrap_err();
+        assert!(matches!(error, Error::Unsupported { .. }) && error.to_string().contains("use_lu_lambdas = true"), "{error}");
         for json in
             ["", "7", r#"{"beta_end": 1.5}"#, r#"{"trained_betas": []}"#, r#"{"num_train_timesteps": 0}"#, r#"{"steps_offset": -1}"#]
         {

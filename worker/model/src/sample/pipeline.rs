@@ -1,4 +1,4 @@
-//! Text to image with classifier-free guidance.
+//! From prompts to pictures, batch by batch.
 
 use std::convert::Infallible;
 use std::ops::ControlFlow;
@@ -6,13 +6,14 @@ use std::ops::ControlFlow;
 use tch::{Device, Kind, Tensor, no_grad_guard};
 
 use super::config::SchedulerConfig;
-use super::latents::initial_latents;
+use super::denoise::Texts;
+use super::latents::Noise;
+use super::options::{Progress, SampleOptions};
 use super::prompter::Prompter;
-use super::solver::DpmSolver;
+use super::task::Task;
 use crate::source::ModelSource;
-use crate::text::Conditioning;
-use crate::unet::{Added, ForwardOptions, UNet};
-use crate::vae::Vae;
+use crate::unet::UNet;
+use crate::vae::{Decoding, Vae};
 use crate::{Error, Result};
 
 /// How a [`Pipeline`] is loaded.
@@ -24,55 +25,6 @@ pub struct PipelineOptions {
     pub unet_kind: Kind,
     /// The kind the VAE computes in; SDXL's overflows in f16.
     pub vae_kind: Kind,
-}
-
-/// What to draw, and how.
-#[derive(Debug, Clone, PartialEq)]
-pub struct SampleOptions {
-    /// Height of the pictures in pixels.
-    pub height: i64,
-    /// Width of the pictures in pixels.
-    pub width: i64,
-    /// Number of solver steps.
-    pub num_steps: usize,
-    /// How far to go beyond the unconditional prediction, in the direction of the prompt; 1 or less draws without guidance.
-    pub guidance: f64,
-    /// Share of the rescaled prediction whose contrast is that of the conditional one (arXiv:2305.08891, section 3.4); 0 leaves it out.
-    pub guidance_rescale: f64,
-    /// What the pictures should not show.
-    pub negative: String,
-    /// Seed of the pictures.
-    pub seed: u64,
-    /// Number of the first picture under this seed: picture 5 is the same whether drawn alone or sixth of ten.
-    pub first_image: u64,
-    /// Number of pictures drawn at a time.
-    pub batch_size: usize,
-}
-
-impl Default for SampleOptions {
-    /// SDXL's customary values: 1024 x 1024, 30 steps, guidance 7.5.
-    fn default() -> Self {
-        Self {
-            height: 1024,
-            width: 1024,
-            num_steps: 30,
-            guidance: 7.5,
-            guidance_rescale: 0.0,
-            negative: String::new(),
-            seed: 0,
-            first_image: 0,
-            batch_size: 1,
-        }
-    }
-}
-
-/// How far a call has come; given after each solver step.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Progress {
-    /// Number of UNet steps done, over all batches.
-    pub steps_done: usize,
-    /// Number of UNet steps of the whole call.
-    pub num_steps: usize,
 }
 
 /// A model loaded for drawing.
@@ -127,14 +79,7 @@ impl Sampler<'_> {
         options: &SampleOptions,
         mut on_step: impl FnMut(Progress),
     ) -> Result<Tensor> {
-        let drawn = self.try_draw(prompter, prompts, options, |progress| {
-            on_step(progress);
-            ControlFlow::<Infallible>::Continue(())
-        })?;
-        match drawn {
-            ControlFlow::Continue(pictures) => Ok(pictures),
-            ControlFlow::Break(never) => match never {},
-        }
+        Ok(self.draw_task(prompter, prompts, options, &Task::default(), &mut on_step)?.pictures)
     }
 
     /// Draws as [`Sampler::draw`] does, unless `on_step` breaks off.
@@ -145,117 +90,95 @@ impl Sampler<'_> {
         prompter: Prompter<'_>,
         prompts: &[S],
         options: &SampleOptions,
-        mut on_step: impl FnMut(Progress) -> ControlFlow<B>,
+        on_step: impl FnMut(Progress) -> ControlFlow<B>,
     ) -> Result<ControlFlow<B, Tensor>> {
+        let drawn = self.try_draw_task(prompter, prompts, options, &Task::default(), on_step)?;
+        Ok(drawn.map_continue(|drawn| drawn.pictures))
+    }
+
+    /// Draws as [`Sampler::draw`] does, from a picture, a mask, a control image or given noise.
+    ///
+    /// Errors: those of [`Sampler::try_draw_task`].
+    pub fn draw_task<S: AsRef<str>>(
+        &self,
+        prompter: Prompter<'_>,
+        prompts: &[S],
+        options: &SampleOptions,
+        task: &Task<'_>,
+        on_step: &mut dyn FnMut(Progress),
+    ) -> Result<Drawn> {
+        let drawn = self.try_draw_task(prompter, prompts, options, task, |progress| {
+            on_step(progress);
+            ControlFlow::<Infallible>::Continue(())
+        })?;
+        match drawn {
+            ControlFlow::Continue(drawn) => Ok(drawn),
+            ControlFlow::Break(never) => match never {},
+        }
+    }
+
+    /// As [`Sampler::try_draw`], from a picture, a mask, a control image or given noise.
+    ///
+    /// Errors: those of [`Sampler::draw`]; [`Error::Shape`] and [`Error::Unsupported`] for a task that does not fit model or options.
+    pub fn try_draw_task<S: AsRef<str>, B>(
+        &self,
+        prompter: Prompter<'_>,
+        prompts: &[S],
+        options: &SampleOptions,
+        task: &Task<'_>,
+        mut on_step: impl FnMut(Progress) -> ControlFlow<B>,
+    ) -> Result<ControlFlow<B, Drawn>> {
         let _guard = no_grad_guard();
         let batch_size = options.batch_size.max(1);
-        let num_steps = prompts.len().div_ceil(batch_size) * options.num_steps;
+        let steps_each = options.num_steps - task.image.as_ref().map_or(0, |image| options.first_step(image.strength));
+        let num_steps = prompts.len().div_ceil(batch_size) * steps_each;
         let mut steps_done = 0;
         // One negative prompt serves all pictures.
         let negative = if options.guidance > 1.0 { Some(prompter.encode(&[options.negative.as_str()])?) } else { None };
-        let mut pictures = Vec::new();
+        let shape = self.latent_shape(options)?;
+        let (mut pictures, mut initials, mut finals) = (Vec::new(), Vec::new(), Vec::new());
         for (index, prompts) in prompts.chunks(batch_size).enumerate() {
-            let positive = prompter.encode(prompts)?;
+            let texts = Texts { positive: &prompter.encode(prompts)?, negative: negative.as_ref() };
             let first_image = options.first_image.wrapping_add((index * batch_size) as u64);
-            let latents = initial_latents(options.seed, first_image, prompts.len(), self.latent_shape(options)?, self.device)?;
-            let latents = self.try_denoise(&latents, &positive, negative.as_ref(), options, || {
+            let mut noise = Noise::new(options.seed, first_image, prompts.len(), shape, self.device);
+            // The first draw is made even where it is not used: what follows is then the same.
+            let drawn = noise.draw()?;
+            let initial = match &task.noise {
+                Some(given) => rows(given, first_image, prompts.len() as i64, shape)?.f_to_device(self.device)?,
+                None => drawn,
+            };
+            let latents = self.try_denoise(&initial, texts, options, task, &mut || noise.draw(), &mut || {
                 steps_done += 1;
                 on_step(Progress { steps_done, num_steps })
             })?;
             match latents {
-                ControlFlow::Continue(latents) => pictures.push(self.decode(&latents)?),
+                ControlFlow::Continue(latents) => {
+                    pictures.push(self.decode_by(&latents, options.decoding)?);
+                    initials.push(initial);
+                    finals.push(latents);
+                }
                 ControlFlow::Break(reason) => return Ok(ControlFlow::Break(reason)),
             }
         }
         if pictures.is_empty() {
             return Err(Error::Shape { what: "Sampler::draw", detail: "no prompts".into() });
         }
-        Ok(ControlFlow::Continue(Tensor::f_cat(&pictures, 0)?))
+        let [initial, latents] = [initials, finals].map(|batches| Tensor::f_cat(&batches, 0));
+        Ok(ControlFlow::Continue(Drawn { pictures: Tensor::f_cat(&pictures, 0)?, initial: initial?, latents: latents? }))
     }
 
-    /// Runs the solver from pure noise to clean latents, in `f32`.
-    ///
-    /// Shapes: `latents` `[B, C, h, w]`; `positive` of batch B, `negative` of batch 1, or none to draw without guidance.
-    /// Errors: those of [`Sampler::draw`].
-    pub fn denoise(
-        &self,
-        latents: &Tensor,
-        positive: &Conditioning,
-        negative: Option<&Conditioning>,
-        options: &SampleOptions,
-        mut on_step: impl FnMut(),
-    ) -> Result<Tensor> {
-        let clean = self.try_denoise(latents, positive, negative, options, || {
-            on_step();
-            ControlFlow::<Infallible>::Continue(())
-        })?;
-        match clean {
-            ControlFlow::Continue(latents) => Ok(latents),
-            ControlFlow::Break(never) => match never {},
-        }
-    }
-
-    fn try_denoise<B>(
-        &self,
-        latents: &Tensor,
-        positive: &Conditioning,
-        negative: Option<&Conditioning>,
-        options: &SampleOptions,
-        mut on_step: impl FnMut() -> ControlFlow<B>,
-    ) -> Result<ControlFlow<B, Tensor>> {
-        let _guard = no_grad_guard();
-        let &SampleOptions { guidance, guidance_rescale, .. } = options;
-        let mut solver = DpmSolver::new(self.scheduler, options.num_steps)?;
-        let num_images = latents.size().first().copied().unwrap_or(0);
-        // Unconditional rows come first, then the conditional ones.
-        let copies = if negative.is_some() { 2 } else { 1 };
-        let joined = |part: fn(&Conditioning) -> Option<&Tensor>| -> Result<Option<Tensor>> {
-            let Some(positive) = part(positive) else { return Ok(None) };
-            let Some(negative) = negative.and_then(part) else { return Ok(Some(positive.shallow_clone())) };
-            let mut size = negative.size();
-            size[0] = num_images;
-            Ok(Some(Tensor::f_cat(&[negative.f_expand(size, false)?, positive.shallow_clone()], 0)?))
-        };
-        let sequence = joined(|conditioning| Some(&conditioning.sequence))?.unwrap_or_else(|| positive.sequence.shallow_clone());
-        let added = self.added(joined(|conditioning| conditioning.pooled.as_ref())?, copies * num_images, options)?;
-
-        let mask = joined(|conditioning| conditioning.mask.as_ref())?;
-        let options = ForwardOptions { mask: mask.as_ref(), control: None };
-
-        let mut latents = latents.f_to_kind(Kind::Float)?;
-        while let Some(timestep) = solver.timestep() {
-            let timesteps = Tensor::f_full([copies * num_images], timestep, (Kind::Int64, self.device))?;
-            let input = latents.f_repeat([copies, 1, 1, 1])?;
-            let output = self.unet.forward_with(&input, &timesteps, &sequence, added.as_ref(), &options)?;
-            let predicted = output.sample.f_to_kind(Kind::Float)?;
-            let predicted = if negative.is_some() { guide(&predicted, guidance, guidance_rescale)? } else { predicted };
-            latents = solver.step(&latents, &predicted)?;
-            if let ControlFlow::Break(reason) = on_step() {
-                return Ok(ControlFlow::Break(reason));
-            }
-        }
-        Ok(ControlFlow::Continue(latents))
-    }
-
-    /// Turns clean latents into pictures. Shapes: `[B, C, h, w]`, to `u8` `[B, H, W, 3]` on the host.
+    /// Turns clean latents into pictures, all at once. Shapes: `[B, C, h, w]`, to `u8` `[B, H, W, 3]` on the host.
     pub fn decode(&self, latents: &Tensor) -> Result<Tensor> {
+        self.decode_by(latents, Decoding::Whole)
+    }
+
+    /// As [`Sampler::decode`], with as much memory as `decoding` takes.
+    pub fn decode_by(&self, latents: &Tensor, decoding: Decoding) -> Result<Tensor> {
         let _guard = no_grad_guard();
-        let decoded = self.vae.decode(&latents.f_div_scalar(self.vae.scaling_factor())?)?.f_to_kind(Kind::Float)?;
+        let decoded = self.vae.decode_by(&latents.f_div_scalar(self.vae.scaling_factor())?, decoding)?.f_to_kind(Kind::Float)?;
         let unit = decoded.f_mul_scalar(0.5)?.f_add_scalar(0.5)?.f_clamp(0.0, 1.0)?;
         let bytes = unit.f_mul_scalar(255.0)?.f_round()?.f_to_kind(Kind::Uint8)?;
         Ok(bytes.f_permute([0, 2, 3, 1])?.f_contiguous()?.f_to_device(Device::Cpu)?)
-    }
-
-    /// Pooled text and sizes, for a UNet that takes them: nothing was cropped, and the pictures' size is what was asked for.
-    fn added(&self, pooled: Option<Tensor>, rows: i64, options: &SampleOptions) -> Result<Option<Added>> {
-        let Some(width) = self.unet.pooled_width() else { return Ok(None) };
-        let Some(pooled) = pooled else {
-            let detail = format!("the UNet takes pooled text of width {width}, the conditioning has none (an SD1.5 adapter?)");
-            return Err(Error::Shape { what: "conditioning", detail });
-        };
-        let (height, width) = (options.height as f32, options.width as f32);
-        let time_ids = Tensor::f_from_slice(&[height, width, 0.0, 0.0, height, width])?.f_to_device(self.device)?;
-        Ok(Some(Added { pooled, time_ids: time_ids.f_expand([rows, 6], false)? }))
     }
 
     fn latent_shape(&self, options: &SampleOptions) -> Result<[i64; 3]> {
@@ -268,22 +191,26 @@ impl Sampler<'_> {
     }
 }
 
-/// Joins the unconditional and the conditional half of a prediction: `u + s (c - u)`, then brought part of the way back to the
-/// standard deviation of `c`.
-///
-/// Shapes: `[2 B, C, h, w]` to `[B, C, h, w]`.
-fn guide(predicted: &Tensor, scale: f64, rescale: f64) -> Result<Tensor> {
-    let halves = predicted.f_chunk(2, 0)?;
-    let [unconditional, conditional] = halves.as_slice() else {
-        return Err(Error::Shape { what: "guidance", detail: format!("a batch of {:?} has no two halves", predicted.size()) });
-    };
-    let guided = unconditional.f_add(&conditional.f_sub(unconditional)?.f_mul_scalar(scale)?)?;
-    if rescale <= 0.0 {
-        return Ok(guided);
+/// What [`Sampler::try_draw_task`] gives.
+#[derive(Debug)]
+pub struct Drawn {
+    /// `u8` `[B, height, width, 3]`, on the host.
+    pub pictures: Tensor,
+    /// The noise they began with, standard normal, `f32` `[B, C, h, w]`.
+    pub initial: Tensor,
+    /// The clean latents they were decoded from, scaled, `f32` `[B, C, h, w]`.
+    pub latents: Tensor,
+}
+
+/// The given noise of the pictures numbered `first` and following.
+fn rows(given: &Tensor, first: u64, count: i64, shape: [i64; 3]) -> Result<Tensor> {
+    let size = given.size();
+    let first = i64::try_from(first).unwrap_or(i64::MAX);
+    if size.len() != 4 || size[1..] != shape || first.saturating_add(count) > size[0] {
+        let detail = format!("{size:?}, wanted {count} of {shape:?} from number {first} on");
+        return Err(Error::Shape { what: "given latents", detail });
     }
-    let deviation = |x: &Tensor| x.f_std_dim(&[1i64, 2, 3][..], true, true);
-    let rescaled = guided.f_mul(&deviation(conditional)?.f_div(&deviation(&guided)?)?)?;
-    Ok(guided.f_lerp(&rescaled, rescale)?)
+    Ok(given.f_narrow(0, first, count)?.f_to_kind(Kind::Float)?)
 }
 
 #[cfg(test)]
@@ -372,15 +299,5 @@ mod tests {
         assert!(draw(&adapter(32, Some(80)), &small(), one).to_string().contains("64 wide, the adapter was made for 32"));
         assert!(draw(&adapter(64, None), &small(), one).to_string().contains("pooled text of width 48"));
         assert!(matches!(draw(&adapter(64, Some(72)), &small(), one), Error::Shape { .. }));
-    }
-
-    #[test]
-    fn rescaled_guidance_has_the_contrast_of_the_conditional_prediction() {
-        let predicted = initial_latents(1, 0, 4, [4, 8, 8], Device::Cpu).unwrap();
-        let conditional = predicted.narrow(0, 2, 2);
-        let deviation = |x: &Tensor| x.std_dim(&[1i64, 2, 3][..], true, false);
-        let guided = guide(&predicted, 7.5, 1.0).unwrap();
-        assert!((deviation(&guided) - deviation(&conditional)).abs().max().double_value(&[]) < 1e-5);
-        assert!(guide(&predicted, 1.0, 0.0).unwrap().allclose(&conditional, 1e-5, 1e-6, false));
     }
 }

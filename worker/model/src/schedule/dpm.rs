@@ -1,6 +1,8 @@
 //! The timesteps and coefficients of DPM-Solver++ (2M): a second-order multistep solver in the data prediction.
 
 use super::noise::{NoiseSchedule, linspace};
+use super::sigmas::{karras, timestep_of};
+use super::solver::SolverStep;
 
 /// How the visited timesteps are spread over those of training.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -11,6 +13,18 @@ pub enum TimestepSpacing {
     Leading,
     /// Whole multiples of a real stride, from the top.
     Trailing,
+}
+
+impl TimestepSpacing {
+    /// The spacing of a name, as configurations and command lines write it.
+    pub fn named(name: &str) -> Option<Self> {
+        Some(match name {
+            "linspace" => Self::Linspace,
+            "leading" => Self::Leading,
+            "trailing" => Self::Trailing,
+            _ => return None,
+        })
+    }
 }
 
 /// Where the last step lands.
@@ -31,7 +45,17 @@ pub enum Prediction {
     Velocity,
 }
 
-/// The choices that shape a solver.
+impl Prediction {
+    /// Shares of sample and network output in the data, where a sample is `signal * data + noise * eps` and the two squares sum to 1.
+    pub(super) fn data_of_preserved(self, signal: f64, noise: f64) -> [f64; 2] {
+        match self {
+            Self::Epsilon => [1.0 / signal, -noise / signal],
+            Self::Velocity => [signal, -noise],
+        }
+    }
+}
+
+/// The choices that shape DPM-Solver++.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DpmConfig {
     /// Which timesteps are visited.
@@ -42,29 +66,6 @@ pub struct DpmConfig {
     pub final_sigma: FinalSigma,
     /// What the network predicts.
     pub prediction: Prediction,
-}
-
-/// One step of the solver, as coefficients of an update that is linear in sample, network output and data predictions.
-///
-/// ```text
-/// data   = data_from_sample * sample + data_from_output * output
-/// target = data + correction * (data - previous data)        the first step has no previous data: correction is 0
-/// sample = sample_scale * sample + target_scale * target
-/// ```
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct DpmStep {
-    /// The timestep given to the network.
-    pub timestep: i64,
-    /// Share of the sample in the data prediction.
-    pub data_from_sample: f64,
-    /// Share of the network output in the data prediction.
-    pub data_from_output: f64,
-    /// `1 / (2 r)`: how far the data prediction is extrapolated along its last change; 0 for a first-order step.
-    pub correction: f64,
-    /// Share of the sample in the next sample.
-    pub sample_scale: f64,
-    /// Share of the target in the next sample.
-    pub target_scale: f64,
 }
 
 /// Below this many steps the last one is of first order even if it does not land at zero noise.
@@ -100,9 +101,15 @@ pub fn timesteps(schedule: &NoiseSchedule, config: &DpmConfig, num_steps: usize)
 /// target extrapolates the data prediction by `1 / (2 r)`, `r = (lambda - lambda_previous) / h`.
 ///
 /// Source: DPM-Solver++, Lu et al. 2022 (arXiv:2211.01095), algorithm 2.
-pub fn plan(schedule: &NoiseSchedule, config: &DpmConfig, num_steps: usize) -> Vec<DpmStep> {
-    let timesteps = timesteps(schedule, config, num_steps);
-    let mut sigmas: Vec<f64> = timesteps.iter().map(|&timestep| schedule.sigma(timestep)).collect();
+pub fn plan(schedule: &NoiseSchedule, config: &DpmConfig, use_karras: bool, num_steps: usize) -> Vec<SolverStep> {
+    let (timesteps, mut sigmas): (Vec<f64>, Vec<f64>) = if use_karras {
+        // Between the ends of the whole schedule, whatever the spacing; the network is asked at the nearest whole timestep.
+        let sigmas = karras(schedule.sigma(0), schedule.sigma(schedule.len().saturating_sub(1)), num_steps);
+        (sigmas.iter().map(|&sigma| timestep_of(schedule, sigma).round_ties_even()).collect(), sigmas)
+    } else {
+        let timesteps = timesteps(schedule, config, num_steps);
+        (timesteps.iter().map(|&timestep| timestep as f64).collect(), timesteps.iter().map(|&timestep| schedule.sigma(timestep)).collect())
+    };
     sigmas.push(match config.final_sigma {
         FinalSigma::Zero => 0.0,
         FinalSigma::SigmaMin => schedule.sigma(0),
@@ -113,30 +120,30 @@ pub fn plan(schedule: &NoiseSchedule, config: &DpmConfig, num_steps: usize) -> V
         .map(|index| {
             let (sigma, next) = (sigmas[index], sigmas[index + 1]);
             let (alpha, alpha_next) = (signal(sigma), signal(next));
-            let (data_from_sample, data_from_output) = match config.prediction {
-                Prediction::Epsilon => (1.0 / alpha, -sigma),
-                Prediction::Velocity => (alpha, -sigma * alpha),
-            };
+            let [data_from_sample, data_from_output] = config.prediction.data_of_preserved(alpha, sigma * alpha);
             let first_order = index == 0 || (index + 1 == num_steps && first_order_end);
             // Two neighbouring timesteps that round to the same one span no distance: nothing to extrapolate along.
             let correction = match (first_order, index.checked_sub(1).map(|previous| sigmas[previous])) {
                 (false, Some(previous)) if previous != sigma => 0.5 * (sigma / next).ln() / (previous / sigma).ln(),
                 _ => 0.0,
             };
-            DpmStep {
-                timestep: timesteps[index] as i64,
+            SolverStep {
+                timestep: timesteps[index],
+                noised: [alpha, sigma * alpha],
+                input_scale: 1.0,
                 data_from_sample,
                 data_from_output,
                 correction,
                 sample_scale: (next * alpha_next) / (sigma * alpha),
                 target_scale: alpha_next * (1.0 - next / sigma),
+                noise_scale: 0.0,
             }
         })
         .collect()
 }
 
 /// The scale of the data at a noise-to-signal ratio.
-fn signal(sigma: f64) -> f64 {
+pub(super) fn signal(sigma: f64) -> f64 {
     (1.0 + sigma * sigma).sqrt().recip()
 }
 
@@ -184,7 +191,7 @@ mod tests {
                 let config = DpmConfig { final_sigma: FinalSigma::Zero, prediction, ..config(TimestepSpacing::Leading) };
                 let (clean, schedule) = (0.7, stable_diffusion());
                 let (mut sample, mut previous) = (-1.3, 0.0);
-                for step in plan(&schedule, &config, num_steps) {
+                for step in plan(&schedule, &config, false, num_steps) {
                     let sigma = schedule.sigma(step.timestep as usize);
                     let alpha = signal(sigma);
                     let noise = (sample - alpha * clean) / (sigma * alpha);
@@ -206,7 +213,7 @@ mod tests {
     fn the_first_step_and_short_or_noiseless_ends_are_of_first_order() {
         let orders = |final_sigma, num_steps| -> Vec<bool> {
             let config = DpmConfig { final_sigma, ..config(TimestepSpacing::Leading) };
-            plan(&stable_diffusion(), &config, num_steps).iter().map(|step| step.correction != 0.0).collect()
+            plan(&stable_diffusion(), &config, false, num_steps).iter().map(|step| step.correction != 0.0).collect()
         };
         assert_eq!(orders(FinalSigma::SigmaMin, 3), [false, true, false]);
         let long = orders(FinalSigma::SigmaMin, 15);
@@ -218,7 +225,7 @@ mod tests {
     #[test]
     fn more_steps_than_timesteps_stay_finite() {
         for spacing in [TimestepSpacing::Leading, TimestepSpacing::Linspace, TimestepSpacing::Trailing] {
-            for step in plan(&stable_diffusion(), &config(spacing), 1500) {
+            for step in plan(&stable_diffusion(), &config(spacing), false, 1500) {
                 assert!(step.sample_scale.is_finite() && step.target_scale.is_finite() && step.correction.is_finite());
             }
         }

@@ -82,11 +82,17 @@ impl NoiseSchedule {
         self.alphas_cumprod.is_empty()
     }
 
+    /// Returns `alpha_bar` at `timestep`; timesteps past the end count as the last one, an empty schedule is all signal.
+    pub fn alpha_bar(&self, timestep: usize) -> f64 {
+        let index = timestep.min(self.len().saturating_sub(1));
+        self.alphas_cumprod.get(index).copied().unwrap_or(1.0)
+    }
+
     /// Returns the noise-to-signal ratio `sqrt((1 - alpha_bar) / alpha_bar)` at `timestep`; timesteps past the end count as
     /// the last one, an empty schedule has no noise.
     pub fn sigma(&self, timestep: usize) -> f64 {
-        let index = timestep.min(self.len().saturating_sub(1));
-        self.alphas_cumprod.get(index).map_or(0.0, |alpha_bar| ((1.0 - alpha_bar) / alpha_bar).sqrt())
+        let alpha_bar = self.alpha_bar(timestep);
+        ((1.0 - alpha_bar) / alpha_bar).sqrt()
     }
 }
 

@@ -59,7 +59,7 @@ fn eos_token_id() -> i64 {
 /// The activation of the feed-forward layers.
 #[derive(Debug, Clone, Copy, Default, Deserialize)]
 #[serde(rename_all = "snake_case")]
-enum Activation {
+pub(super) enum Activation {
     /// `x * sigmoid(1.702 x)`: OpenAI's models.
     #[default]
     QuickGelu,
@@ -89,7 +89,8 @@ pub struct ClipTextStates {
     pub pooled: Tensor,
 }
 
-struct Layer {
+/// A transformer layer, normalised before each of its two parts: of the text half and of the image half.
+pub(super) struct Layer {
     layer_norm1: LayerNorm,
     query: Linear,
     key: Linear,
@@ -139,7 +140,9 @@ impl ClipTextEncoder {
             device: model.device(),
             token_embedding: Embedding::new(&embeddings / "token_embedding", config.vocab_size, width),
             position_embedding: (&embeddings / "position_embedding").tensor("weight", &[config.max_position_embeddings, width]),
-            layers: (0..config.num_hidden_layers).map(|index| Layer::new(model / "encoder" / "layers" / index, &config)).collect(),
+            layers: (0..config.num_hidden_layers)
+                .map(|index| Layer::new(model / "encoder" / "layers" / index, width, config.intermediate_size, config.layer_norm_eps))
+                .collect(),
             final_layer_norm: LayerNorm::new(model / "final_layer_norm", width, config.layer_norm_eps),
             projection: projection.map(|scope| Linear::new(scope, width, config.projection_dim, false)),
             config,
@@ -217,22 +220,13 @@ impl ClipTextEncoder {
     }
 
     fn run(&self, layer: &Layer, states: &Tensor) -> Tensor {
-        let normed = layer.layer_norm1.forward(states);
-        let (query, key, value) = (layer.query.forward(&normed), layer.key.forward(&normed), layer.value.forward(&normed));
-        let attended = layer.out.forward(&attention(&query, &key, &value, self.config.num_attention_heads, None, true));
-        let states = states + attended;
-        let inner = layer.fc1.forward(&layer.layer_norm2.forward(&states));
-        let inner = match self.config.hidden_act {
-            Activation::QuickGelu => &inner * (&inner * 1.702).sigmoid(),
-            Activation::Gelu => inner.gelu("none"),
-        };
-        states + layer.fc2.forward(&inner)
+        layer.forward(states, self.config.num_attention_heads, self.config.hidden_act, true)
     }
 }
 
 impl Layer {
-    fn new(scope: Scope<'_>, config: &ClipTextConfig) -> Self {
-        let (width, inner, eps) = (config.hidden_size, config.intermediate_size, config.layer_norm_eps);
+    /// Takes the tensors below `scope`: states of `width`, a feed-forward layer of `inner`.
+    pub(super) fn new(scope: Scope<'_>, width: i64, inner: i64, eps: f64) -> Self {
         let attention = &scope / "self_attn";
         let projection = |name: &str| Linear::new(&attention / name, width, width, true);
         Self {
@@ -245,6 +239,19 @@ impl Layer {
             fc1: Linear::new(&scope / "mlp" / "fc1", width, inner, true),
             fc2: Linear::new(&scope / "mlp" / "fc2", inner, width, true),
         }
+    }
+
+    /// Shapes: `[B, L, width]`, kept; `causal` hides later positions.
+    pub(super) fn forward(&self, states: &Tensor, heads: i64, activation: Activation, causal: bool) -> Tensor {
+        let normed = self.layer_norm1.forward(states);
+        let (query, key, value) = (self.query.forward(&normed), self.key.forward(&normed), self.value.forward(&normed));
+        let states = states + self.out.forward(&attention(&query, &key, &value, heads, None, causal));
+        let inner = self.fc1.forward(&self.layer_norm2.forward(&states));
+        let inner = match activation {
+            Activation::QuickGelu => &inner * (&inner * 1.702).sigmoid(),
+            Activation::Gelu => inner.gelu("none"),
+        };
+        &states + self.fc2.forward(&inner)
     }
 }
 

@@ -4,6 +4,7 @@ mod alt_clip;
 mod bert;
 mod clean;
 mod clip;
+mod clip_score;
 mod config;
 mod dropout;
 mod english;
@@ -16,6 +17,7 @@ mod tower;
 
 pub use bert::BertEncoder;
 pub use clip::{ClipTextEncoder, ClipTextStates};
+pub use clip_score::ClipScorer;
 pub use english::{Conditioning, EnglishEncoders, Sd15TextEncoder};
 pub use sdxl::{SdxlTextEncoders, TextStates};
 pub use student::{StudentEncoder, StudentOptions};

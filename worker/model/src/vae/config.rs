@@ -30,6 +30,8 @@ pub struct VaeConfig {
     pub norm_num_groups: i64,
     /// Factor from latents to what the diffusion model sees.
     pub scaling_factor: f64,
+    /// Whether the network overflows in f16 and must run in f32 where the others are halves.
+    pub force_upcast: bool,
     /// Whether the innermost blocks have attention.
     pub mid_block_add_attention: bool,
     /// Whether a 1x1 convolution follows the encoder.
@@ -68,6 +70,7 @@ impl Default for VaeConfig {
             layers_per_block: 1,
             norm_num_groups: 32,
             scaling_factor: 0.18215,
+            force_upcast: true,
             mid_block_add_attention: true,
             use_quant_conv: true,
             use_post_quant_conv: true,

@@ -2,6 +2,7 @@
 
 mod blocks;
 mod config;
+mod tiling;
 
 use std::path::Path;
 
@@ -9,6 +10,7 @@ use tch::{Device, Kind, Tensor};
 
 use self::blocks::{Decoder, Encoder};
 pub use self::config::{DownBlockType, UpBlockType, VaeConfig};
+pub use self::tiling::Decoding;
 use crate::nn::Conv2d;
 use crate::weights::{Scope, Weights};
 use crate::{Error, Result};

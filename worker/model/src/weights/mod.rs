@@ -4,6 +4,7 @@
 //! drawn at random first, each tensor is copied once, and the set knows what was asked for in vain and what was never asked for, so
 //! that one error tells all the differences between a file and a configuration.
 
+mod addition;
 mod entry;
 mod hub;
 mod safetensors_file;
@@ -21,6 +22,7 @@ use memmap2::Mmap;
 use serde::Deserialize;
 use tch::{Device, Kind, Tensor};
 
+pub(crate) use self::addition::{Addition, Additions};
 use self::entry::{Entries, Entry};
 pub use self::hub::locate;
 pub use self::single_file::{Marks, SingleFile};
@@ -52,6 +54,8 @@ pub struct Weights {
     entries: BTreeMap<String, Stored>,
     /// Whether tensors are only checked, not copied.
     shapes_only: bool,
+    /// What is added to tensors as they are copied, by their keys.
+    additions: Arc<Additions>,
     ledger: RefCell<Ledger>,
 }
 
@@ -66,9 +70,16 @@ pub struct Survey {
 
 /// A tensor and the file it lies in.
 #[derive(Clone)]
-struct Stored {
+pub(crate) struct Stored {
     map: Arc<Mmap>,
     entry: Entry,
+}
+
+impl Stored {
+    /// The tensor's shape.
+    pub(crate) fn shape(&self) -> &[i64] {
+        self.entry.shape()
+    }
 }
 
 /// What was asked of a weight set so far.
@@ -110,7 +121,7 @@ impl Weights {
     /// The empty set. Every tensor asked of it counts as missing and is a zero that occupies no memory: what a model built on it asks
     /// for can be counted ([`Weights::num_requested`]) without allocating the model.
     pub(crate) fn none() -> Self {
-        Self { path: PathBuf::new(), entries: BTreeMap::new(), shapes_only: false, ledger: RefCell::default() }
+        Self { path: PathBuf::new(), entries: BTreeMap::new(), shapes_only: false, additions: Arc::default(), ledger: RefCell::default() }
     }
 
     /// Makes the set check names, shapes and kinds without reading a tensor: each one asked of it is a zero that occupies no memory.
@@ -123,8 +134,19 @@ impl Weights {
 
     /// The same tensors with a new account, for another model built from them.
     pub(crate) fn anew(&self) -> Self {
-        let Self { path, entries, shapes_only, ledger: _ } = self;
-        Self { path: path.clone(), entries: entries.clone(), shapes_only: *shapes_only, ledger: RefCell::default() }
+        let Self { path, entries, shapes_only, additions, ledger: _ } = self;
+        let (path, entries, additions) = (path.clone(), entries.clone(), Arc::clone(additions));
+        Self { path, entries, shapes_only: *shapes_only, additions, ledger: RefCell::default() }
+    }
+
+    /// Adds to tensors as they are copied. The caller has compared the shapes.
+    pub(crate) fn with_additions(self, additions: Arc<Additions>) -> Self {
+        Self { additions, ..self }
+    }
+
+    /// The tensor `key` in its file. Asking does not count as use.
+    pub(crate) fn stored_entry(&self, key: &str) -> Option<Stored> {
+        self.entries.get(key).cloned()
     }
 
     /// How many elements were asked for so far, and in which kinds they lie on disk.
@@ -155,6 +177,13 @@ impl Weights {
     /// The scope of all keys. Tensors taken from it are converted to `kind` and copied to `device`.
     pub fn root(&self, kind: Kind, device: Device) -> Scope<'_> {
         Scope { weights: self, prefix: String::new(), kind, rounded: kind, device }
+    }
+
+    /// A text of the metadata of a safetensors file; `None` without it, or in another kind of file.
+    pub(crate) fn metadata(&self, name: &str) -> Option<String> {
+        let stored = self.entries.values().next()?;
+        let (_, header) = safetensors::SafeTensors::read_metadata(&stored.map).ok()?;
+        header.metadata().as_ref()?.get(name).cloned()
     }
 
     /// All keys, sorted.
@@ -235,8 +264,17 @@ impl Weights {
         };
         let fits = problem.is_none();
         ledger.misshapen.extend(problem);
+        let additions = self.additions.get(&key);
         ledger.used.insert(key);
-        if fits && !self.shapes_only { entry.copy(map, kind, device) } else { placeholder() }
+        match additions {
+            _ if !fits || self.shapes_only => placeholder(),
+            None => entry.copy(map, kind, device),
+            // In f32, whatever the file holds: a small addition would be lost in a half.
+            Some(additions) => {
+                let weight = entry.copy(map, Kind::Float, Device::Cpu);
+                additions.iter().fold(weight, |sum, addition| sum + addition.compute(shape)).to_kind(kind).to_device(device)
+            }
+        }
     }
 }
 

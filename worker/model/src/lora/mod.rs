@@ -1,0 +1,169 @@
+//! LoRA files: low-rank additions to the weights of a model, in the layouts they are exchanged in.
+//!
+//! They are merged as the weights are read: what runs afterwards is an ordinary model, as fast as without. Several add up.
+//! Source: Hu et al. 2021 (arXiv:2106.09685); the layouts are those of diffusers, PEFT and kohya's scripts.
+
+mod keys;
+mod names;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+
+use self::keys::{Half, Key, Spelling};
+use self::names::Names;
+use crate::source::Part;
+use crate::weights::{Addition, Additions, Stored, Weights, locate};
+use crate::{Error, Result};
+
+/// Where PEFT says in a file's metadata what its factors are to be multiplied by.
+const PEFT_METADATA: &str = "lora_adapter_metadata";
+
+/// An opened LoRA file.
+pub struct Lora {
+    path: PathBuf,
+    scale: f64,
+    modules: Vec<Module>,
+    /// Keys of no known layout.
+    unknown: Vec<String>,
+}
+
+/// What is added to one weight.
+struct Module {
+    part: Part,
+    name: String,
+    spelling: Spelling,
+    /// A key of it, for errors.
+    key: String,
+    down: Option<Stored>,
+    up: Option<Stored>,
+    /// What the product is multiplied by, beside the scale asked for; `None`: by 1.
+    alpha: Option<f64>,
+}
+
+impl Lora {
+    /// Opens a file (`.safetensors`, or what `torch.save` wrote) whose effect is multiplied by `scale`.
+    ///
+    /// Errors: those of [`Weights::open`]; [`Error::Unsupported`] for variants whose product is scaled in another way.
+    pub fn open(path: &Path, scale: f64) -> Result<Self> {
+        let path = locate(path)?;
+        let weights = Weights::open(&path)?;
+        let peft = PeftScales::read(&path, &weights)?;
+        let mut modules: BTreeMap<(&'static str, String), Module> = BTreeMap::new();
+        let mut unknown = Vec::new();
+        for key in weights.keys() {
+            let (Some(Key { part, name, spelling, half }), Some(stored)) = (Key::parse(key), weights.stored_entry(key)) else {
+                unknown.push(key.to_owned());
+                continue;
+            };
+            let fresh = || Module { part, name: name.clone(), spelling, key: key.into(), down: None, up: None, alpha: None };
+            let module = modules.entry((part.name(), name.clone())).or_insert_with(fresh);
+            match half {
+                Half::Down => module.down = Some(stored),
+                Half::Up => module.up = Some(stored),
+                Half::Alpha => module.alpha = weights.stored(key).filter(|alpha| alpha.numel() == 1).map(|alpha| alpha.double_value(&[])),
+            }
+        }
+        let mut modules: Vec<Module> = modules.into_values().collect();
+        for module in &mut modules {
+            module.alpha = module.alpha.or_else(|| peft.alpha(module.part, &module.name));
+        }
+        Ok(Self { path, scale, modules, unknown })
+    }
+
+    /// The file.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Whether it has something for a part of the model.
+    pub(crate) fn concerns(&self, part: Part) -> bool {
+        self.modules.iter().any(|module| module.part == part)
+    }
+}
+
+/// Finds what several files add to each weight. `open` opens the weights of a part, or says that the model has no such part.
+///
+/// Errors: one [`Error::Lora`] for the first file with keys of no known layout, of no weight of this model or of other shapes, all listed;
+/// those of `open`.
+pub(crate) fn additions(loras: &[Lora], open: impl Fn(Part) -> Result<Option<Weights>>) -> Result<BTreeMap<&'static str, Additions>> {
+    let mut additions: BTreeMap<&'static str, Additions> = BTreeMap::new();
+    let mut unknown: Vec<Vec<String>> = loras.iter().map(|lora| lora.unknown.clone()).collect();
+    for part in [Part::Unet, Part::TextEncoder, Part::TextEncoder2] {
+        if !loras.iter().any(|lora| lora.concerns(part)) {
+            continue;
+        }
+        let weights = open(part)?;
+        let names = weights.as_ref().map(|weights| Names::of(part, weights.keys()));
+        for (lora, unknown) in loras.iter().zip(&mut unknown) {
+            for module in lora.modules.iter().filter(|module| module.part == part) {
+                let found = match (&weights, &names) {
+                    (Some(weights), Some(names)) => module.fit(weights, names, lora.scale),
+                    _ => Err(format!("{} (the model has no {part})", module.key)),
+                };
+                match found {
+                    Ok((key, addition)) => additions.entry(part.name()).or_default().entry(key).or_default().push(addition),
+                    Err(problem) => unknown.push(problem),
+                }
+            }
+        }
+    }
+    match loras.iter().zip(unknown).find(|(_, unknown)| !unknown.is_empty()) {
+        Some((lora, unknown)) => Err(Error::Lora { path: lora.path.clone(), unknown }),
+        None => Ok(additions),
+    }
+}
+
+impl Module {
+    /// The weight it belongs to and what is added, or what is wrong with it.
+    fn fit(&self, weights: &Weights, names: &Names, scale: f64) -> Result<(String, Addition), String> {
+        let Self { key, name, spelling, down, up, alpha, .. } = self;
+        let module = names.find(name, *spelling).ok_or_else(|| key.clone())?;
+        let weight = format!("{module}.weight");
+        let (Some(down), Some(up)) = (down, up) else { return Err(format!("{key} (without its other half)")) };
+        let (shape, down_shape, up_shape) = (weights.shape(&weight).unwrap_or_default(), down.shape(), up.shape());
+        let elements = |shape: &[i64]| shape.iter().product::<i64>();
+        let fits = match (shape, down_shape, up_shape) {
+            ([rows, row @ ..], [rank, down @ ..], [outputs, up_rank, up @ ..]) => {
+                rank == up_rank && rows == outputs && elements(down) == elements(row) && elements(up) == 1
+            }
+            _ => false,
+        };
+        if !fits {
+            return Err(format!("{key} ({down_shape:?} and {up_shape:?} for {weight} of {shape:?})"));
+        }
+        let rank = down_shape.first().copied().unwrap_or(1).max(1) as f64;
+        let scale = scale * alpha.map_or(1.0, |alpha| alpha / rank);
+        Ok((weight, Addition { down: down.clone(), up: up.clone(), scale }))
+    }
+}
+
+/// What PEFT's metadata say of alphas.
+struct PeftScales(serde_json::Map<String, Value>);
+
+impl PeftScales {
+    fn read(path: &Path, weights: &Weights) -> Result<Self> {
+        let settings = weights.metadata(PEFT_METADATA).and_then(|text| serde_json::from_str::<Value>(&text).ok());
+        let Some(Value::Object(settings)) = settings else { return Ok(Self(serde_json::Map::new())) };
+        for (name, value) in &settings {
+            if (name.ends_with("use_dora") || name.ends_with("use_rslora")) && value == &Value::Bool(true) {
+                let hint = format!("{}: plain LoRA can be merged", path.display());
+                return Err(Error::Unsupported { what: format!("{name} = true"), hint });
+            }
+        }
+        Ok(Self(settings))
+    }
+
+    /// The alpha of a module: its own, or that of all.
+    fn alpha(&self, part: Part, module: &str) -> Option<f64> {
+        let setting = |name: &str| self.0.get(&format!("{part}.{name}")).or_else(|| self.0.get(name));
+        let own = setting("alpha_pattern").and_then(Value::as_object).and_then(|pattern| {
+            pattern.iter().find(|(name, _)| module == name.as_str() || module.ends_with(&format!(".{name}"))).map(|(_, alpha)| alpha)
+        });
+        own.or_else(|| setting("lora_alpha"))?.as_f64()
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,137 @@
+//! `sample`: draws pictures from prompts, with an adapter in its language or with the model's own encoders in English.
+
+mod args;
+mod compare;
+mod plan;
+mod report;
+
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use clap::Parser;
+use peapod_model::sample::SampleOptions;
+use peapod_worker::draw::{Painter, Road, write_latents};
+use peapod_worker::grid::{Grid, Row};
+use peapod_worker::picture::Picture;
+use tch::Tensor;
+
+use self::args::Args;
+use self::plan::{Asked, Plan, Target, plan};
+use self::report::Reporter;
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    // Before the first tensor: libtorch sizes its pools once.
+    let threads = args.threads.map_or_else(|| std::thread::available_parallelism().map_or(1, |n| n.get() as i32), i32::from);
+    tch::set_num_threads(threads);
+    tch::set_num_interop_threads(1);
+    let plan = match plan(args) {
+        Ok(plan) => plan,
+        Err(error) => {
+            eprintln!("sample: {error:#}");
+            return ExitCode::from(2);
+        }
+    };
+    match run(&plan) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("sample: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Loads the models, draws, and writes the files.
+fn run(plan: &Plan) -> anyhow::Result<()> {
+    let started = Instant::now();
+    let reporter = Reporter::new(plan.num_steps());
+    let painter = Painter::load(&plan.setup).context("cannot load the models")?;
+    reporter.say(format!("models loaded in {:.1} s", started.elapsed().as_secs_f64()));
+    let seed = plan.options.seed.to_string();
+    let took = match &plan.target {
+        Target::Files(paths) => draw(plan, &painter, &reporter, |index, pictures| {
+            let settings = format!("{} · picture {index}", plan.settings);
+            let prompt = plan.asked[index].text(plan.roads[0]);
+            write(&pictures[0], &paths[index], &[("prompt", prompt), ("seed", &seed), ("settings", &settings)])?;
+            reporter.say(format!("wrote {}", paths[index].display()));
+            Ok(())
+        })?,
+        Target::Sheet { path, title, typeface } => {
+            let mut rows = Vec::new();
+            let took = draw(plan, &painter, &reporter, |index, pictures| {
+                let Asked { prompt, english } = &plan.asked[index];
+                rows.push(Row { captions: std::iter::once(prompt).chain(english).cloned().collect(), pictures });
+                Ok(())
+            })?;
+            if plan.roads.len() > 1 {
+                compare::print(plan, &rows)?;
+            }
+            let subtitle = format!("{} · seed {seed}", plan.settings);
+            let sheet = Grid { title: title.clone(), subtitle, columns: plan.titles.clone(), rows }.compose(typeface)?;
+            let lines: Vec<&Road> = match &plan.roads[..] {
+                [english, adapter, ..] => vec![adapter, english],
+                roads => roads.iter().collect(),
+            };
+            let line = |asked: &Asked| lines.iter().map(|&&road| asked.text(road)).collect::<Vec<_>>().join("\t");
+            let prompts = plan.asked.iter().map(line).collect::<Vec<_>>().join("\n");
+            write(&sheet, path, &[("prompt", &prompts), ("seed", &seed), ("settings", &plan.settings)])?;
+            reporter.say(format!("wrote {}", path.display()));
+            took
+        }
+    };
+    reporter.finish(plan.asked.len() * plan.roads.len(), took);
+    Ok(())
+}
+
+fn write(picture: &Picture, path: &Path, texts: &[(&str, &str)]) -> anyhow::Result<()> {
+    let texts: Vec<_> = texts.iter().copied().chain([("Software", concat!("peapod sample ", env!("CARGO_PKG_VERSION")))]).collect();
+    Ok(picture.write_png(path, &texts)?)
+}
+
+/// Draws all prompts, batch by batch, and hands over each prompt's pictures, one a road, as soon as they are there. Returns how long the
+/// models were at work.
+fn draw(
+    plan: &Plan,
+    painter: &Painter,
+    reporter: &Reporter,
+    mut deliver: impl FnMut(usize, Vec<Picture>) -> anyhow::Result<()>,
+) -> anyhow::Result<Duration> {
+    let started = Instant::now();
+    let batch_size = plan.options.batch_size;
+    let task =
+        painter.task(&plan.inputs, &plan.options, plan.noise.as_ref().map(Tensor::shallow_clone)).context("cannot prepare the pictures")?;
+    let mut took = started.elapsed();
+    let (mut initial, mut clean) = (Vec::new(), Vec::new());
+    for (batch, asked) in plan.asked.chunks(batch_size).enumerate() {
+        let first = batch * batch_size;
+        let mut columns = Vec::new();
+        for &road in &plan.roads {
+            let prompts: Vec<_> = asked.iter().map(|asked| asked.text(road)).collect();
+            let mut options = SampleOptions { first_image: first as u64, ..plan.options.clone() };
+            if road == Road::English && plan.roads.len() > 1 {
+                // What is left out is said in the adapter's language.
+                options.negative.clear();
+            }
+            let started = Instant::now();
+            let drawing = painter.draw(road, &prompts, &options, &task, &mut |_| reporter.step());
+            let drawing = drawing.with_context(|| format!("cannot draw {:?}", prompts[0]))?;
+            took += started.elapsed();
+            if Some(&road) == plan.roads.last() {
+                initial.push(drawing.initial);
+                clean.push(drawing.latents);
+            }
+            columns.push(drawing.pictures.into_iter());
+        }
+        for index in first..first + asked.len() {
+            deliver(index, columns.iter_mut().filter_map(Iterator::next).collect())?;
+        }
+        reporter.drew(first + asked.len(), plan.asked.len());
+    }
+    if let Some(path) = &plan.latents_out {
+        write_latents(path, &initial, &clean)?;
+        reporter.say(format!("wrote {}", path.display()));
+    }
+    Ok(took)
+}
