@@ -31,7 +31,8 @@ test-all: test ## all tests, also those that want the machine for themselves
 BENCH_CORES := 2
 BENCH_ROUNDS := 3
 
-bench: .bench/.installed ## time the loader against its Python peer on an otherwise idle machine: BENCH_CORES (2), BENCH_ROUNDS (3)
+bench: .bench/.installed ## time the coordinator with 400,000 shards, and the loader against its Python peer, on an otherwise idle machine: BENCH_CORES (2), BENCH_ROUNDS (3)
+	cargo run --release -p peapod-coordinator --example shards_at_scale
 	cargo build --release -p peapod-data --example loader_throughput
 	.bench/venv/bin/python tests/peers/bench_loader.py target/release/examples/loader_throughput .bench/shards \
 	  --cores $(BENCH_CORES) --rounds $(BENCH_ROUNDS)

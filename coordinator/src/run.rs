@@ -56,7 +56,7 @@ pub async fn run(args: RunArgs, bar: Bar) -> anyhow::Result<Exit> {
     if let Err(problem) = args.validate() {
         return Ok(Exit::Refused(problem));
     }
-    let LoadedJob { job, toml, shards, visible } = match check::load(&args.job) {
+    let LoadedJob { job, toml, shards, sources, visible } = match check::load(&args.job) {
         Ok(loaded) => loaded,
         Err(problem) => return Ok(Exit::Refused(problem)),
     };
@@ -142,6 +142,7 @@ pub async fn run(args: RunArgs, bar: Bar) -> anyhow::Result<Exit> {
         job_toml: toml,
         seed: job.seed,
         shards,
+        sources,
         epochs: job.train.epochs,
         last_step: job.last_step().map(Step),
         checkpoint_every: job.checkpoint.every,

@@ -8,6 +8,7 @@ mod bad_input;
 mod classifier;
 mod demo;
 mod golden;
+mod leases;
 mod membership;
 mod method;
 mod models;

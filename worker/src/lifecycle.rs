@@ -30,6 +30,15 @@ pub enum Input {
     NeedLeases {
         /// How many.
         num: u32,
+        /// Nothing is left to train.
+        is_idle: bool,
+    },
+    /// The data threads leave the rest of a lease to others.
+    GaveBack {
+        /// The lease.
+        lease: LeaseId,
+        /// The first index they leave.
+        from: u32,
     },
     /// The user wants the worker to go.
     Signal {
@@ -112,6 +121,13 @@ pub enum Action {
         leases: Vec<Lease>,
         /// No more will come in this generation.
         none_left: bool,
+        /// But the rest of what another reads, for the asking, once nothing is left to train.
+        ask_when_idle: bool,
+    },
+    /// Have the data threads leave the rest of leases to others.
+    GiveBack {
+        /// The leases.
+        leases: Vec<LeaseId>,
     },
     /// Let the trainer forget the names of steps.
     Durable {
@@ -169,6 +185,8 @@ pub struct Lifecycle {
     stopped: Stopped,
     /// What it has read of the shards that it holds, without the words.
     read: BTreeMap<LeaseId, ShardReport>,
+    /// From where on it has left the rest of a lease to others.
+    gave_back: BTreeMap<LeaseId, u32>,
     leaving: Option<&'static str>,
     waiting_for: String,
 }
@@ -193,6 +211,7 @@ impl Lifecycle {
             returning: false,
             stopped: Stopped::empty_handed(Generation::NONE),
             read: BTreeMap::new(),
+            gave_back: BTreeMap::new(),
             leaving: None,
             waiting_for: String::new(),
         }
@@ -217,9 +236,13 @@ impl Lifecycle {
                 self.remember(&report);
                 vec![Action::Send(FromWorker::ShardReport(report))]
             }
-            Input::NeedLeases { num } => match self.state {
+            Input::GaveBack { lease, from } => {
+                self.gave_back.insert(lease, from);
+                vec![Action::Send(FromWorker::GaveBack { lease, from })]
+            }
+            Input::NeedLeases { num, is_idle } => match self.state {
                 State::Training(generation) if self.joined && !self.returning => {
-                    vec![Action::Send(FromWorker::LeaseRequest { generation, num_leases: num })]
+                    vec![Action::Send(FromWorker::LeaseRequest { generation, num_leases: num, is_idle })]
                 }
                 // Nobody to ask: the data threads are told to ask again when the next generation begins.
                 _ => Vec::new(),
@@ -239,15 +262,17 @@ impl Lifecycle {
                 self.state = State::Training(assignment.generation);
                 let held: BTreeSet<LeaseId> = assignment.held_leases.iter().copied().collect();
                 self.read.retain(|lease, _| held.contains(lease));
+                self.gave_back.retain(|lease, _| held.contains(lease));
                 self.waiting_for.clear();
                 vec![Action::Train(assignment)]
             }
             ToWorker::Abort { generation, reason } => vec![Action::Abort { generation, reason }],
             ToWorker::PlanChange { generation, .. } => vec![Action::PlanChange { generation }],
-            ToWorker::LeaseGrant { generation, leases, none_left } => {
+            ToWorker::GiveBack { leases } => vec![Action::GiveBack { leases }],
+            ToWorker::LeaseGrant { generation, leases, none_left, ask_when_idle } => {
                 // A grant of a generation that is over still holds: the next assignment lists it. Its `none_left` does not.
                 let current = self.state == State::Training(generation);
-                vec![Action::Grant { leases, none_left: none_left && current }]
+                vec![Action::Grant { leases, none_left: none_left && current, ask_when_idle }]
             }
             ToWorker::Durable { generation, step } => vec![Action::Durable { generation, step }],
             ToWorker::TakeSnapshot { generation } => vec![Action::Snapshot { generation }],
@@ -278,6 +303,8 @@ impl Lifecycle {
         let mut actions = vec![Action::Log { text: format!("joined as rank {rank} of {world_size}") }];
         if again {
             actions.extend(self.read.values().cloned().map(|report| Action::Send(FromWorker::ShardReport(report))));
+            let gave_back = self.gave_back.iter().map(|(&lease, &from)| Action::Send(FromWorker::GaveBack { lease, from }));
+            actions.extend(gave_back);
         }
         if let State::Training(generation) = self.state {
             self.returning = true;
@@ -480,7 +507,7 @@ mod tests {
         let mut life = training(3);
         let actions = life.handle(Input::StreamLost { cause: "reset".into() });
         assert!(matches!(&actions[..], [Action::Log { .. }, Action::Reconnect]));
-        assert!(life.handle(Input::NeedLeases { num: 1 }).is_empty(), "nobody to ask");
+        assert!(life.handle(Input::NeedLeases { num: 1, is_idle: false }).is_empty(), "nobody to ask");
         // Back, and no model is loaded again; it leaves its generation before it says what it holds.
         let actions = life.handle(welcome("a"));
         assert!(matches!(actions.last(), Some(Action::Abort { generation: Generation(3), .. })), "{actions:?}");
@@ -571,19 +598,21 @@ mod tests {
     #[test]
     fn grant_of_an_older_generation_keeps_its_leases_but_not_its_end() {
         let mut life = training(2);
-        let grant = |generation| Input::Said(ToWorker::LeaseGrant { generation: Generation(generation), leases: vec![], none_left: true });
-        assert_eq!(life.handle(grant(2)), [Action::Grant { leases: vec![], none_left: true }]);
-        assert_eq!(life.handle(grant(1)), [Action::Grant { leases: vec![], none_left: false }]);
+        let grant = |generation| {
+            Input::Said(ToWorker::LeaseGrant { generation: Generation(generation), leases: vec![], none_left: true, ask_when_idle: false })
+        };
+        assert_eq!(life.handle(grant(2)), [Action::Grant { leases: vec![], none_left: true, ask_when_idle: false }]);
+        assert_eq!(life.handle(grant(1)), [Action::Grant { leases: vec![], none_left: false, ask_when_idle: false }]);
     }
 
     #[test]
     fn leases_are_asked_for_in_a_generation_only() {
         let mut life = training(2);
         assert_eq!(
-            life.handle(Input::NeedLeases { num: 2 }),
-            [Action::Send(FromWorker::LeaseRequest { generation: Generation(2), num_leases: 2 })]
+            life.handle(Input::NeedLeases { num: 2, is_idle: false }),
+            [Action::Send(FromWorker::LeaseRequest { generation: Generation(2), num_leases: 2, is_idle: false })]
         );
-        assert!(Lifecycle::new().handle(Input::NeedLeases { num: 2 }).is_empty());
+        assert!(Lifecycle::new().handle(Input::NeedLeases { num: 2, is_idle: false }).is_empty());
     }
 
     #[test]

@@ -10,7 +10,7 @@ use peapod_proto::ids::{Epoch, Generation, Incarnation, LeaseId, Rank, SampleNam
 use peapod_proto::message::{Stopped, ValidationLosses};
 use serde::{Deserialize, Serialize};
 
-use super::leases::HeldLease;
+use super::leases::{HeldLease, Part};
 use super::ledger::{Ledger, LedgerError, Skip};
 use super::{Config, Core, CoreError, Effect, Fact, JobPhase, Leases, Notice, Outcome, Progress, Resume, Timestamp, Truth};
 
@@ -34,6 +34,7 @@ struct Reader {
     holder: WorkerId,
     epoch: Epoch,
     shard: ShardId,
+    part: Part,
     read: bool,
 }
 
@@ -125,17 +126,25 @@ impl State {
             }
             Fact::Leases { holder, leases } => {
                 for granted in leases {
-                    let (epoch, shard, lease) = (granted.epoch, granted.shard, granted.id);
-                    let is_read = self.readers.values().any(|reader| (reader.epoch, reader.shard) == (epoch, shard));
+                    let (epoch, shard, lease, part) = (granted.epoch, granted.shard, granted.id, granted.part);
+                    let is_read =
+                        self.readers.values().any(|reader| (reader.epoch, reader.shard) == (epoch, shard) && reader.part.overlaps(part));
                     if is_read || lease < self.next_lease || self.ledger.is_done(epoch, shard) {
                         return Err(ReplayError::Leased { epoch, shard, holder, lease });
                     }
-                    self.readers.insert(lease, Reader { holder, epoch, shard, read: false });
+                    self.readers.insert(lease, Reader { holder, epoch, shard, part, read: false });
                     self.next_lease = LeaseId(lease.0 + 1);
                 }
             }
             Fact::Replaced(worker) => self.members.retain(|member| member.worker != worker),
             Fact::Released(holders) => self.readers.retain(|_, reader| !holders.contains(&reader.holder)),
+            Fact::GaveBack { lease, from } => {
+                let Some(reader) = self.readers.get_mut(&lease) else { return Ok(()) };
+                (reader.read, reader.part) = (true, reader.part.split(from).0);
+                if reader.part.is_empty() {
+                    self.readers.remove(&lease);
+                }
+            }
             Fact::Shard(report) => {
                 // Said for a lease that was held.
                 let Some(reader) = self.readers.get_mut(&report.lease) else { return Ok(()) };
@@ -194,8 +203,8 @@ impl Core {
     #[must_use]
     pub fn durable(&self) -> State {
         let reader = |held: HeldLease| {
-            let HeldLease { id, holder, epoch, shard, read } = held;
-            (id, Reader { holder, epoch, shard, read })
+            let HeldLease { id, holder, epoch, shard, part, read } = held;
+            (id, Reader { holder, epoch, shard, part, read })
         };
         State {
             next_worker: self.next_worker,
@@ -241,10 +250,10 @@ impl Core {
             core.leases.restore([], state.next_lease);
             return core;
         }
-        core.leases = Leases::new(core.config.seed, core.config.shards.len() as u32, core.config.epochs, state.ledger.first_open_epoch());
+        core.leases = Leases::new(core.config.seed, &core.config.sources, core.config.epochs, &state.ledger);
         let held = state.readers.into_iter().map(|(id, reader)| {
-            let Reader { holder, epoch, shard, read } = reader;
-            HeldLease { id, holder, epoch, shard, read }
+            let Reader { holder, epoch, shard, part, read } = reader;
+            HeldLease { id, holder, epoch, shard, part, read }
         });
         core.leases.restore(held, state.next_lease);
         core.truth = Truth { step: state.truth.0, generation: state.truth.1, holders: BTreeSet::new() };

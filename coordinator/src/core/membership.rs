@@ -8,7 +8,6 @@ use peapod_proto::message::{Assignment, Hello, Phase, StopCause, StopReason, Sto
 use peapod_proto::{PROGRAM_VERSION, PROTOCOL_VERSION};
 
 use super::durable::Member;
-use super::leases::Granted;
 use super::ledger::{Ledger, Rules};
 use super::{ANNOUNCE_EVERY, Core, CoreError, Effect, Fact, JobPhase, Notice, Outcome, Progress, StreamId, Timestamp, Truth, worker_mut};
 
@@ -290,8 +289,9 @@ impl Core {
             // Who has them already takes no notice.
             for &member in &members {
                 let leases = self.leases.held().into_iter().filter(|held| held.holder == member);
-                let leases = leases.map(|held| self.lease(Granted { id: held.id, epoch: held.epoch, shard: held.shard })).collect();
-                out.push(Effect::Send { worker: member, message: ToWorker::LeaseGrant { generation, leases, none_left: false } });
+                let leases = leases.map(|held| self.lease(held.granted())).collect();
+                let message = ToWorker::LeaseGrant { generation, leases, none_left: false, ask_when_idle: false };
+                out.push(Effect::Send { worker: member, message });
             }
         }
         self.lease_requests.clear();
@@ -389,7 +389,10 @@ impl Core {
         let text = format!("{} leaves: {reason}", worker.name());
         worker.leaving = Some(reason.to_owned());
         match &self.phase {
-            JobPhase::Running { members, .. } if members.contains(&id) => self.plan(&text, out),
+            JobPhase::Running { members, .. } if members.contains(&id) => {
+                self.plan(&text, out);
+                self.take_back_leases(id, out);
+            }
             JobPhase::Forming { members, .. } if members.contains(&id) => {
                 self.let_go(now, id, out);
                 self.gather(now, out);
@@ -509,7 +512,9 @@ impl Core {
         // Whoever holds the source's step may know more about it: that it was the last one, or its losses on the validation samples.
         let equals = || stopped.values().filter(|other| other.applied == said.applied).chain([&said]);
         let is_over = |cause| equals().any(|other| other.cause == cause);
-        let (steps_done, data_done) = (is_over(StopCause::StepsDone), is_over(StopCause::DataDone));
+        // A member that leaves is given nothing more: what is left because of that is for the next generation.
+        let is_kept_back = self.leases.any_left() && self.workers.values().any(|worker| worker.leaving.is_some());
+        let (steps_done, data_done) = (is_over(StopCause::StepsDone), is_over(StopCause::DataDone) && !is_kept_back);
         if let Some(losses) = equals().find_map(|other| other.validation) {
             self.validated(losses, out);
         }
@@ -548,12 +553,15 @@ impl Core {
 
     /// Why the data cannot be done although no worker has any left: a promise of the ledger is broken.
     fn unaccounted(&self) -> Option<String> {
-        let epoch = self.ledger.first_open_epoch();
-        let open = self.ledger.num_shards() - self.ledger.num_done(epoch);
-        self.config
-            .epochs
-            .filter(|&epochs| epoch.0 < epochs)
-            .map(|_| format!("no worker has a sample left, yet {open} shards of epoch {epoch} are not accounted for in the ledger"))
+        let epochs = self.config.epochs?;
+        let source = (0..self.ledger.num_sources()).find(|&source| self.ledger.open_epoch_of(source).0 < epochs)?;
+        let epoch = self.ledger.open_epoch_of(source);
+        let open = self.ledger.shards_of(source).len() as u32 - self.ledger.num_done_of(source, epoch);
+        let of = match self.config.sources.get(source) {
+            Some(source) if !source.name.is_empty() => format!(" of source {}", source.name),
+            _ => String::new(),
+        };
+        Some(format!("no worker has a sample left, yet {open} shards{of} of epoch {epoch} are not accounted for in the ledger"))
     }
 
     /// How long a worker that lives may take to answer: its trainer may be in the middle of something.
@@ -581,8 +589,9 @@ impl Core {
             out.push(Effect::Send { worker, message: ToWorker::Stop { reason, message: message.clone() } });
             out.push(Effect::Detach { worker });
         }
-        if *self.ledger.rules() != Rules::default() {
-            out.push(Effect::Notice(Notice::Skipped(self.ledger.rules().clone())));
+        let rules = self.ledger.rules();
+        if rules != Rules::default() {
+            out.push(Effect::Notice(Notice::Skipped(rules)));
         }
         self.phase = JobPhase::Done(outcome.clone());
         out.push(Effect::Finish(outcome));
@@ -610,8 +619,8 @@ impl Core {
                 out.push(Effect::Notice(Notice::RolledBack { from, to }));
             }
             out.push(Effect::Void { generation: self.generation, after: to });
-            self.ledger =
-                self.checkpoint.last.as_ref().map_or_else(|| Ledger::new(self.config.shards.len() as u32), |last| (*last.ledger).clone());
+            let fresh = || Ledger::of_sources(self.config.sources.iter().map(|source| source.num_shards));
+            self.ledger = self.checkpoint.last.as_ref().map_or_else(fresh, |last| (*last.ledger).clone());
             self.leases.restart(&self.ledger);
             self.checkpoint.frozen.clear();
             self.checkpoint.senders.clear();

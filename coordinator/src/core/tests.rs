@@ -12,6 +12,7 @@ use super::*;
 mod checkpoints;
 mod data;
 mod ending;
+mod exactly_once;
 mod membership;
 mod replay;
 mod steps;
@@ -26,6 +27,7 @@ fn config(world_size: u32) -> Config {
         job_toml: String::new(),
         seed: 1,
         shards: (0..4).map(|shard| format!("{shard}.tar")).collect(),
+        sources: Arc::new([Source::unnamed(4)]),
         epochs: None,
         last_step: Some(Step(100)),
         checkpoint_every: Duration::from_secs(300),
@@ -182,7 +184,7 @@ impl World {
 
     fn lease(&mut self, worker: WorkerId, num: u32) -> (Vec<Lease>, bool) {
         let generation = self.core.generation();
-        self.say(worker, FromWorker::LeaseRequest { generation, num_leases: num }).unwrap();
+        self.say(worker, FromWorker::LeaseRequest { generation, num_leases: num, is_idle: false }).unwrap();
         match self.sent(worker).pop() {
             Some(ToWorker::LeaseGrant { leases, none_left, .. }) => (leases, none_left),
             other => panic!("expected a grant, got {other:?}"),

@@ -75,7 +75,7 @@ fn work_of_an_older_generation_is_void() {
     let error = world.say(workers[0], FromWorker::StepReport(stale)).unwrap_err();
     assert!(matches!(error, CoreError::StaleGeneration { .. }));
     assert!(matches!(
-        world.say(workers[0], FromWorker::LeaseRequest { generation: Generation(1), num_leases: 1 }),
+        world.say(workers[0], FromWorker::LeaseRequest { generation: Generation(1), num_leases: 1, is_idle: false }),
         Err(CoreError::StaleGeneration { .. })
     ));
 }
