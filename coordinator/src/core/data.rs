@@ -167,6 +167,10 @@ impl Core {
         if !leases.is_empty() {
             out.push(Effect::Send { worker: id, message: ToWorker::GiveBack { leases } });
         }
+        if let Ok(index) = self.member_index(id, "leaving") {
+            self.leases.set_leaving(index);
+            self.answer_lease_requests(out);
+        }
     }
 
     /// A holder reads no more of its lease and leaves what lies from `from` on to others.

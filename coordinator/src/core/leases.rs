@@ -151,6 +151,8 @@ pub struct Leases {
     base: Position,
     /// For each member, how many rounds from `base` it was dealt.
     rounds: Vec<u64>,
+    /// Members that take nothing more: their first is for whoever has time.
+    leaving: BTreeSet<usize>,
 }
 
 #[derive(Debug, Clone, Default)]
@@ -174,6 +176,7 @@ impl Leases {
             by_holder: BTreeMap::new(),
             returned: BTreeMap::new(),
             rounds: Vec::new(),
+            leaving: BTreeSet::new(),
         }
     }
 
@@ -192,6 +195,7 @@ impl Leases {
             self.base = frontier;
         }
         self.rounds = vec![0; num_members as usize];
+        self.leaving.clear();
         // Whoever was to get the rest of a shard asks anew.
         for held in self.held.values_mut() {
             held.asked = false;
@@ -206,6 +210,7 @@ impl Leases {
         self.returned.clear();
         self.base = start(&self.order, ledger);
         self.rounds = vec![0; self.rounds.len()];
+        self.leaving.clear();
     }
 
     /// The id that the next lease will have.
@@ -453,17 +458,23 @@ impl Leases {
         Some(position)
     }
 
-    /// The lowest position left in the deal of a member that has its first.
+    /// Notes that a member takes nothing more of its deal.
+    pub fn set_leaving(&mut self, member: MemberIndex) {
+        self.leaving.insert(member.0 as usize);
+    }
+
+    /// The lowest position left in the deal of a member that has its first, or leaves.
     fn take_over(&mut self) -> Option<Position> {
-        let others = (0..self.rounds.len()).filter(|&member| self.rounds[member] > 0);
+        let others = (0..self.rounds.len()).filter(|&member| self.rounds[member] > 0 || self.leaving.contains(&member));
         let (_, member) = others.filter_map(|member| Some((self.next_of(member)?, member))).min()?;
         self.deal(member)
     }
 
-    /// Whether something is still to be given out.
+    /// Whether something is still to be given out, or may be, as long as nothing is dealt.
     #[must_use]
     pub fn any_left(&self) -> bool {
-        !self.returned.is_empty() || (0..self.rounds.len()).any(|member| self.next_of(member).is_some())
+        let undealt = self.rounds.is_empty() && self.base < self.order.end();
+        undealt || !self.returned.is_empty() || (0..self.rounds.len()).any(|member| self.next_of(member).is_some())
     }
 }
 

@@ -396,6 +396,8 @@ impl Core {
             JobPhase::Forming { members, .. } if members.contains(&id) => {
                 self.let_go(now, id, out);
                 self.gather(now, out);
+                self.release_leases_of_the_gone(out);
+                self.forget_truth_without_holders(out);
             }
             JobPhase::Stopping { members, .. } if members.contains(&id) => {}
             JobPhase::Returning { .. } => {
@@ -512,9 +514,7 @@ impl Core {
         // Whoever holds the source's step may know more about it: that it was the last one, or its losses on the validation samples.
         let equals = || stopped.values().filter(|other| other.applied == said.applied).chain([&said]);
         let is_over = |cause| equals().any(|other| other.cause == cause);
-        // A member that leaves is given nothing more: what is left because of that is for the next generation.
-        let is_kept_back = self.leases.any_left() && self.workers.values().any(|worker| worker.leaving.is_some());
-        let (steps_done, data_done) = (is_over(StopCause::StepsDone), is_over(StopCause::DataDone) && !is_kept_back);
+        let (steps_done, is_dry) = (is_over(StopCause::StepsDone), is_over(StopCause::DataDone));
         if let Some(losses) = equals().find_map(|other| other.validation) {
             self.validated(losses, out);
         }
@@ -530,6 +530,9 @@ impl Core {
         out.push(Effect::Persist(Fact::Settled { step: said.applied, generation }));
         self.release_leases_of_the_gone(out);
 
+        // A member that leaves is given nothing more: what is left because of that is for the next generation. It may say so to a coordinator that was
+        // started again and knows nothing of its leaving.
+        let data_done = is_dry && !(self.leases.any_left() && self.unaccounted().is_some());
         let done = steps_done || data_done || self.config.last_step.is_some_and(|last| said.applied >= last);
         if data_done && let Some(reason) = self.unaccounted() {
             self.note_failure(reason.clone());

@@ -186,3 +186,23 @@ fn shards_are_shown_a_page_at_a_time_with_what_became_of_them() {
     assert_eq!((source.num_shards, source.num_leased, source.num_done, source.totals.committed), (4, 1, 0, 2));
     assert_eq!((source.rules.bad["no_jpg"], source.rules.filtered["too_small"]), (1, 1));
 }
+
+#[test]
+fn what_is_dealt_to_a_leaving_member_that_never_asked_holds_nobody_up() {
+    let mut two = config(2);
+    (two.shards, two.sources) = (Arc::new(["0.tar".into(), "1.tar".into()]), Arc::new([Source::unnamed(2)]));
+    (two.epochs, two.last_step) = (Some(1), None);
+    let mut world = World::new(two);
+    let (a, b) = (world.join(None).unwrap(), world.join(None).unwrap());
+    world.ready(a);
+    world.ready(b);
+    world.bootstrap(a);
+    let (own, _) = world.lease(a, 1);
+    let report = ShardReport { lease: own[0].id, skipped: vec![], num_samples: Some(0), truncated: String::new() };
+    world.say(a, FromWorker::ShardReport(report)).unwrap();
+    ask(&mut world, a, false);
+    assert_eq!(last_grant(&world, a).0, own, "the other may want its first");
+    world.event(Event::Drain { rank: Rank(1) }).unwrap();
+    assert_eq!(last_grant(&world, a).0.len(), 1);
+    assert_ne!(last_grant(&world, a).0, own);
+}

@@ -512,7 +512,7 @@ impl Sim {
                     self.deliver(id);
                 }
                 // Some read fast, others slowly.
-                let pace = 1 + (id.0 * 5) % 9;
+                let pace = 2 + (id.0 * 5) % 9;
                 let num = self.below(pace);
                 self.read(id, num);
                 self.ask(id);
@@ -539,7 +539,7 @@ impl Sim {
     }
 
     fn verify(&self) {
-        assert_eq!(self.outcome, Some(Outcome::Finished));
+        assert_eq!(self.outcome, Some(Outcome::Finished), "still held: {:?}", self.core.leases.held());
         let mut seen: HashMap<SampleName, u32> = HashMap::new();
         self.weights.iter().flatten().for_each(|&name| *seen.entry(name).or_default() += 1);
         let twice: Vec<_> = seen.iter().filter(|&(_, &times)| times != 1).collect();

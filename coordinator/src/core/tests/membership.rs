@@ -147,6 +147,17 @@ fn process_that_comes_back_on_a_new_stream_is_a_newcomer() {
 }
 
 #[test]
+fn leases_of_a_worker_that_leaves_while_a_generation_forms_go_to_others() {
+    let (mut world, workers) = World::running(2);
+    world.lease(workers[1], 1);
+    let cause = StopCause::Aborted;
+    workers.iter().for_each(|&worker| world.stopped_with(worker, 0, cause, vec![], "a collective failed", None));
+    assert_eq!(world.core.state(), "forming");
+    world.event(Event::Drain { rank: Rank(1) }).unwrap();
+    assert!(world.core.leases.holders().is_empty());
+}
+
+#[test]
 fn drained_worker_leaves_after_the_step_and_the_others_wait() {
     let (mut world, workers) = World::running(2);
     world.event(Event::Drain { rank: Rank(1) }).unwrap();
