@@ -179,7 +179,9 @@ impl Job {
         for effect in self.core.step(Duration::ZERO, event)? {
             match effect {
                 Effect::Persist(fact) => self.journal.append(&fact)?,
-                Effect::Send { worker, message: ToWorker::LeaseGrant { leases, .. } } => self.granted.entry(worker).or_default().extend(leases),
+                Effect::Send { worker, message: ToWorker::LeaseGrant { leases, .. } } => {
+                    self.granted.entry(worker).or_default().extend(leases)
+                }
                 _ => {}
             }
         }

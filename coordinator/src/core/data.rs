@@ -260,9 +260,7 @@ impl Core {
         let (bad, seen) = (totals.bad, totals.seen().max(BAD_BASE));
         if bad as f64 > limit * seen as f64 {
             let rules = self.ledger.rules();
-            let most = rules
-                .most_often_bad()
-                .map_or_else(String::new, |(rule, count)| format!(", most often {rule} ({count})"));
+            let most = rules.most_often_bad().map_or_else(String::new, |(rule, count)| format!(", most often {rule} ({count})"));
             let reason =
                 format!("{bad} of the first {seen} samples are broken{most}, more than data.max_bad_fraction = {limit}; the last in {url}");
             self.note_failure(reason.clone());

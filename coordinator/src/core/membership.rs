@@ -409,8 +409,11 @@ impl Core {
             JobPhase::Finishing { .. } => {}
             _ => {
                 self.let_go(now, id, out);
-                self.release_leases_of_the_gone(out);
-                self.forget_truth_without_holders(out);
+                // Where members train or regroup, what they hold is theirs to say.
+                if matches!(self.phase, JobPhase::Gathering { .. }) {
+                    self.release_leases_of_the_gone(out);
+                    self.forget_truth_without_holders(out);
+                }
             }
         }
     }

@@ -12,7 +12,8 @@ use std::collections::{HashMap, HashSet, VecDeque};
 
 use peapod_proto::ids::{Epoch, Incarnation, LeaseId, Rank, SampleName};
 use peapod_proto::message::{
-    Assignment, Heartbeat, Hello, Lease, Phase, ShardReport, SkipReason, SkippedSample, StepLosses, StepRecord, StepReport, StepTimings, StopCause,
+    Assignment, Heartbeat, Hello, Lease, Phase, ShardReport, SkipReason, SkippedSample, StepLosses, StepRecord, StepReport, StepTimings,
+    StopCause,
 };
 use peapod_proto::{PROGRAM_VERSION, PROTOCOL_VERSION};
 use proptest::prelude::*;

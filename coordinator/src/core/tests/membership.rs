@@ -158,6 +158,20 @@ fn leases_of_a_worker_that_leaves_while_a_generation_forms_go_to_others() {
 }
 
 #[test]
+fn newcomer_that_leaves_while_the_others_regroup_takes_nothing_along() {
+    let (mut world, workers) = World::running(2);
+    let (leases, _) = world.lease(workers[0], 1);
+    world.report(workers[0], 1, Some(&names(0, leases[0].shard, 0..2)));
+    world.report(workers[1], 1, None);
+    world.die(workers[1]);
+    world.join(None).unwrap();
+    world.event(Event::Drain { rank: Rank(1) }).unwrap();
+    assert_eq!((world.core.final_step(), world.core.ledger().totals().committed), (Step(1), 2));
+    world.stopped(workers[0], 1, StopCause::Aborted, vec![]);
+    assert_eq!((world.core.final_step(), world.outcome()), (Step(1), None));
+}
+
+#[test]
 fn drained_worker_leaves_after_the_step_and_the_others_wait() {
     let (mut world, workers) = World::running(2);
     world.event(Event::Drain { rank: Rank(1) }).unwrap();
