@@ -559,6 +559,18 @@ mod tests {
     }
 
     #[test]
+    fn what_was_given_back_is_said_again_to_a_coordinator_that_comes_back() {
+        let mut life = training(1);
+        life.handle(Input::StreamLost { cause: "reset".into() });
+        life.handle(Input::GaveBack { lease: LeaseId(4), from: 7 });
+        let gave_back = Action::Send(FromWorker::GaveBack { lease: LeaseId(4), from: 7 });
+        assert!(life.handle(welcome("a")).contains(&gave_back), "or the rest would be waited for in vain");
+        life.handle(Input::Said(ToWorker::Assignment(Assignment { held_leases: vec![LeaseId(5)], ..assignment(2) })));
+        life.handle(Input::StreamLost { cause: "reset".into() });
+        assert!(!life.handle(welcome("a")).contains(&gave_back));
+    }
+
+    #[test]
     fn models_that_finish_loading_while_the_stream_is_down_are_announced_on_the_next() {
         let mut life = Lifecycle::new();
         life.handle(welcome("a"));

@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use peapod_proto::ids::{Epoch, Generation, Incarnation, LeaseId, Rank, SampleName, ShardId, Step, WorkerId};
-use peapod_proto::message::{Stopped, ValidationLosses};
+use peapod_proto::message::{StopCause, Stopped, ValidationLosses};
 use serde::{Deserialize, Serialize};
 
 use super::leases::{HeldLease, Part};
@@ -344,7 +344,9 @@ impl Core {
     pub(super) fn on_the_line(&self, stopped: Stopped) -> Stopped {
         let is_base = (stopped.applied, stopped.trained_in) == (self.truth.step, self.truth.generation);
         if stopped.trained_in == self.generation || is_base {
-            Stopped { generation: self.generation, ..stopped }
+            // That an older generation had no data left says nothing of what was given out in this one.
+            let cause = if stopped.generation == self.generation { stopped.cause } else { StopCause::Aborted };
+            Stopped { generation: self.generation, cause, ..stopped }
         } else {
             Stopped { reason: stopped.reason, ..Stopped::empty_handed(self.generation) }
         }

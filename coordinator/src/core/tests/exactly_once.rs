@@ -153,7 +153,7 @@ impl Sim {
     /// Whether something goes wrong now.
     fn trouble(&mut self, thousandths: u64) -> bool {
         // Who dies with the only copy of the last step ends the job, which is another test's story.
-        let can_be = self.troubles_left > 0 && !matches!(self.core.phase, JobPhase::Finishing { .. });
+        let can_be = self.outcome.is_none() && self.troubles_left > 0 && !matches!(self.core.phase, JobPhase::Finishing { .. });
         let now = can_be && self.chance(thousandths);
         self.troubles_left -= u32::from(now);
         now
