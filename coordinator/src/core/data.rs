@@ -102,6 +102,14 @@ impl Core {
             self.nothing_for(id, out);
             return;
         }
+        if self.grant_again.remove(&id) && !self.leases.held_by(id).is_empty() {
+            // Who has them takes no notice and asks again. As one answer to one request: an answer too many would be taken for that to a later one.
+            let leases = self.leases.held().into_iter().filter(|lease| lease.holder == id);
+            let leases = leases.map(|lease| self.lease(lease.granted())).collect();
+            let message = ToWorker::LeaseGrant { generation: self.generation, leases, none_left: false, ask_when_idle: false };
+            out.push(Effect::Send { worker: id, message });
+            return;
+        }
         self.lease_requests.insert(id, request);
         self.answer_lease_requests(out);
     }

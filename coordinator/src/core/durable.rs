@@ -262,7 +262,7 @@ impl Core {
         core.validation = state.validation;
         core.unreadable = state.unreadable;
         core.skipped_in_a_row = state.skipped_in_a_row;
-        core.grant_again = true;
+        core.grant_again = core.last_members.iter().map(|member| member.worker).collect();
         core
     }
 

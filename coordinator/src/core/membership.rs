@@ -285,15 +285,6 @@ impl Core {
             base_step: self.truth.step,
             from_checkpoint: checkpoint_step.is_some(),
         }));
-        if std::mem::take(&mut self.grant_again) {
-            // Who has them already takes no notice.
-            for &member in &members {
-                let leases = self.leases.held().into_iter().filter(|held| held.holder == member);
-                let leases = leases.map(|held| self.lease(held.granted())).collect();
-                let message = ToWorker::LeaseGrant { generation, leases, none_left: false, ask_when_idle: false };
-                out.push(Effect::Send { worker: member, message });
-            }
-        }
         self.lease_requests.clear();
         self.leases.deal_among(members.len() as u32);
         self.progress = Progress::start(self.truth.step, members.len() as u32);
@@ -533,9 +524,10 @@ impl Core {
         out.push(Effect::Persist(Fact::Settled { step: said.applied, generation }));
         self.release_leases_of_the_gone(out);
 
-        // A member that leaves is given nothing more: what is left because of that is for the next generation. It may say so to a coordinator that was
-        // started again and knows nothing of its leaving.
-        let data_done = is_dry && !(self.leases.any_left() && self.unaccounted().is_some());
+        // A member that leaves is given nothing more: what is left because of that is for the next generation. A coordinator that was started again may
+        // know less than its members have done: whoever has not asked it yet reads once more what it is believed to hold.
+        let is_left = self.leases.any_left() || self.grant_again.iter().any(|member| self.workers.contains_key(member));
+        let data_done = is_dry && !(is_left && self.unaccounted().is_some());
         let done = steps_done || data_done || self.config.last_step.is_some_and(|last| said.applied >= last);
         if data_done && let Some(reason) = self.unaccounted() {
             self.note_failure(reason.clone());

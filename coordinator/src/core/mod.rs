@@ -134,8 +134,8 @@ pub struct Core {
     generation: Generation,
     /// Members of the last generation, while any of them may hold what it came to.
     last_members: Vec<Member>,
-    /// Leases given out before a restart may not have arrived.
-    grant_again: bool,
+    /// Whom leases given out before a restart may not have reached: its first request is answered with all that it holds.
+    grant_again: BTreeSet<WorkerId>,
     phase: JobPhase,
     truth: Truth,
     ledger: Ledger,
@@ -169,7 +169,7 @@ impl Core {
             workers: BTreeMap::new(),
             generation: resume.as_ref().map_or(Generation::NONE, |resume| resume.generation),
             last_members: Vec::new(),
-            grant_again: false,
+            grant_again: BTreeSet::new(),
             phase: JobPhase::Gathering { since: Duration::ZERO },
             truth: Truth { step, generation: Generation::NONE, holders: BTreeSet::new() },
             ledger,

@@ -269,6 +269,7 @@ impl Sim {
                 model.reading.retain(|reading| assignment.held_leases.contains(&reading.lease.id));
                 (model.is_asked, model.none_left, model.ask_when_idle, model.plan) = (false, false, false, false);
                 model.said.retain(|(lease, _)| assignment.held_leases.contains(lease));
+                model.known.retain(|lease| assignment.held_leases.contains(lease));
                 (model.applied, model.trained_in) = (assignment.base_step, assignment.base_generation);
                 model.records.clear();
                 self.weights.truncate(assignment.base_step.0 as usize);
@@ -289,6 +290,9 @@ impl Sim {
             ToWorker::GiveBack { leases } => {
                 let mut left = Vec::new();
                 for lease in leases {
+                    if !model.known.contains(&lease) {
+                        left.push((lease, 0));
+                    }
                     let Some(place) = model.reading.iter().position(|reading| reading.lease.id == lease) else { continue };
                     // A lease is read in the order it came: only the first is begun.
                     let from = if place == 0 { model.reading[0].next } else { 0 };

@@ -178,6 +178,10 @@ impl State {
 
     /// Leaves the rest of a lease to others; the first index it leaves, unless the lease is read to its end.
     pub fn give_back(&mut self, lease: LeaseId) -> Option<u32> {
+        if !self.held.contains(&lease) {
+            // It never came: a coordinator that was started again believes that it did.
+            return Some(0);
+        }
         if let Some(place) = self.waiting.iter().position(|waiting| waiting.lease == lease) {
             self.waiting.remove(place);
             self.held.remove(&lease);

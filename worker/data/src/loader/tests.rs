@@ -603,6 +603,13 @@ fn rest_that_is_given_back_begins_where_what_is_handed_out_ends() {
 }
 
 #[test]
+fn lease_that_never_came_is_given_back_whole() {
+    let rig = Rig::start(config(4, 1));
+    rig.handle.give_back(&[LeaseId(7)]);
+    assert_eq!(given_back(&rig), (LeaseId(7), 0));
+}
+
+#[test]
 fn loader_that_runs_dry_asks_once_more_before_it_cuts_a_share_short() {
     let folder = tempfile::tempdir().unwrap();
     let mut rig = Rig::start(config(4, 1));
