@@ -72,6 +72,8 @@ struct Model {
     attempt: u32,
     /// Leases it has heard of.
     known: HashSet<LeaseId>,
+    /// Those that it gave back before it heard of them.
+    refused: HashSet<LeaseId>,
     /// What it said that it has read or given back, lease by lease, for a coordinator that has not heard of it.
     said: Vec<(LeaseId, FromWorker)>,
     /// What it said last that it holds.
@@ -189,6 +191,7 @@ impl Sim {
                         incarnation: stream.0,
                         attempt: 0,
                         known: HashSet::new(),
+                        refused: HashSet::new(),
                         said: Vec::new(),
                         stopped: Stopped::empty_handed(Generation::NONE),
                         trained_in: Generation::NONE,
@@ -280,7 +283,8 @@ impl Sim {
             ToWorker::PlanChange { .. } => model.plan = true,
             ToWorker::LeaseGrant { leases, none_left, ask_when_idle, generation } => {
                 let is_current = model.assignment.as_ref().is_some_and(|assignment| assignment.generation == generation);
-                let new: Vec<Lease> = leases.into_iter().filter(|lease| model.known.insert(lease.id)).collect();
+                let new: Vec<Lease> =
+                    leases.into_iter().filter(|lease| !model.refused.contains(&lease.id) && model.known.insert(lease.id)).collect();
                 self.given.entry(id).or_default().extend(new.iter().map(|lease| (lease.epoch, lease.shard)));
                 model.reading.extend(new.into_iter().map(|lease| Reading { lease, next: 0 }));
                 model.is_asked = false;
@@ -291,6 +295,7 @@ impl Sim {
                 let mut left = Vec::new();
                 for lease in leases {
                     if !model.known.contains(&lease) {
+                        model.refused.insert(lease);
                         left.push((lease, 0));
                     }
                     let Some(place) = model.reading.iter().position(|reading| reading.lease.id == lease) else { continue };

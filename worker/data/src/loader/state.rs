@@ -96,6 +96,8 @@ pub struct State {
     reading: Option<Reading>,
     /// Every lease granted and not taken away, read or not.
     held: HashSet<LeaseId>,
+    /// Leases given back before they came.
+    refused: HashSet<LeaseId>,
     outlook: Outlook,
     is_asked: bool,
     /// A share that is waited for cannot be filled.
@@ -128,6 +130,7 @@ impl State {
             waiting: VecDeque::new(),
             reading: None,
             held: HashSet::new(),
+            refused: HashSet::new(),
             outlook: Outlook::More,
             is_asked: false,
             is_starving: false,
@@ -148,7 +151,7 @@ impl State {
 
     pub fn grant(&mut self, leases: Vec<LeasedShard>, outlook: Outlook) {
         for lease in leases {
-            if self.held.insert(lease.lease) {
+            if !self.refused.contains(&lease.lease) && self.held.insert(lease.lease) {
                 self.waiting.push_back(lease);
             }
         }
@@ -179,7 +182,8 @@ impl State {
     /// Leaves the rest of a lease to others; the first index it leaves, unless the lease is read to its end.
     pub fn give_back(&mut self, lease: LeaseId) -> Option<u32> {
         if !self.held.contains(&lease) {
-            // It never came: a coordinator that was started again believes that it did.
+            // It never came, or is on its way: a coordinator that was started again believes that it did.
+            self.refused.insert(lease);
             return Some(0);
         }
         if let Some(place) = self.waiting.iter().position(|waiting| waiting.lease == lease) {

@@ -603,10 +603,14 @@ fn rest_that_is_given_back_begins_where_what_is_handed_out_ends() {
 }
 
 #[test]
-fn lease_that_never_came_is_given_back_whole() {
-    let rig = Rig::start(config(4, 1));
-    rig.handle.give_back(&[LeaseId(7)]);
-    assert_eq!(given_back(&rig), (LeaseId(7), 0));
+fn lease_that_has_not_come_yet_is_given_back_whole_and_not_read_when_it_comes() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut rig = Rig::start(config(4, 1));
+    rig.handle.give_back(&[LeaseId(100)]);
+    assert_eq!(given_back(&rig), (LeaseId(100), 0));
+    let late = lease(0, 0, &write_shard(folder.path(), 0, &[Kind::Good; 3]));
+    rig.handle.grant(vec![late], true);
+    assert!(rig.drain(2).is_empty());
 }
 
 #[test]
