@@ -411,6 +411,7 @@ impl Core {
 
     fn let_go(&mut self, now: Timestamp, id: WorkerId, out: &mut Vec<Effect>) {
         let Some(worker) = self.workers.remove(&id) else { return };
+        self.lease_requests.remove(&id);
         let message = ToWorker::Stop { reason: StopReason::Drained, message: worker.leaving.clone().unwrap_or_default() };
         out.push(Effect::Send { worker: id, message });
         out.push(Effect::Detach { worker: id });

@@ -206,3 +206,15 @@ fn what_is_dealt_to_a_leaving_member_that_never_asked_holds_nobody_up() {
     assert_eq!(last_grant(&world, a).0.len(), 1);
     assert_ne!(last_grant(&world, a).0, own);
 }
+
+#[test]
+fn one_that_has_left_is_given_nothing_though_it_had_asked() {
+    let (mut world, a, b, lease) = one_shard();
+    // It waits for the rest of what the other reads, and is drained after the generation has broken up.
+    ask(&mut world, b, true);
+    world.stopped(a, 0, StopCause::Aborted, vec![]);
+    world.stopped(b, 0, StopCause::Aborted, vec![]);
+    world.event(Event::Drain { rank: Rank(1) }).unwrap();
+    world.say(a, FromWorker::GaveBack { lease: lease.id, from: 3 }).unwrap();
+    assert_eq!(world.core.leases.holders(), BTreeSet::from([a]));
+}
