@@ -31,7 +31,8 @@ test-all: test ## all tests, also those that want the machine for themselves
 BENCH_CORES := 2
 BENCH_ROUNDS := 3
 
-bench: .bench/.installed ## time the loader and `sample` against their Python peers on an otherwise idle machine: BENCH_CORES (2), BENCH_ROUNDS (3)
+bench: .bench/.installed ## time the coordinator with 400,000 shards, and the loader and `sample` against their Python peers, on an otherwise idle machine: BENCH_CORES (2), BENCH_ROUNDS (3)
+	cargo run --release -p peapod-coordinator --example shards_at_scale
 	cargo build --release -p peapod-data --example loader_throughput
 	cargo build --release -p peapod-worker --bin sample
 	.bench/venv/bin/python tests/peers/bench_loader.py target/release/examples/loader_throughput .bench/shards \

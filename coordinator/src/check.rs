@@ -6,7 +6,10 @@ use std::process::Command;
 use std::sync::Arc;
 
 use peapod_data::{Seen, SourceOptions, Sources};
+use peapod_proto::ids::SampleName;
 use peapod_proto::job::Job;
+
+use crate::core::order::Source;
 
 /// A job that can be started.
 #[derive(Debug, Clone)]
@@ -15,8 +18,10 @@ pub struct LoadedJob {
     pub job: Job,
     /// Its text, as workers receive it.
     pub toml: String,
-    /// Addresses of all shards.
+    /// Addresses of all shards, source by source.
     pub shards: Arc<[String]>,
+    /// The sources they are of.
+    pub sources: Arc<[Source]>,
     /// Which of them this machine sees.
     pub visible: Visibility,
 }
@@ -57,9 +62,30 @@ pub fn load(path: &Path) -> Result<LoadedJob, String> {
         let lines = error.problems.iter().map(|problem| format!("{}: {problem}", path.display()));
         lines.collect::<Vec<_>>().join("\n")
     })?;
-    let shards = peapod_data::expand_shards(&job.data.shards).map_err(|error| format!("{}: data.shards: {error}", path.display()))?;
+    let (shards, sources) = expand(&job).map_err(|error| format!("{}: {error}", path.display()))?;
     let visible = look(&shards);
-    Ok(LoadedJob { job, toml, shards: shards.into(), visible })
+    Ok(LoadedJob { job, toml, shards: shards.into(), sources: sources.into(), visible })
+}
+
+/// The shards of all sources, and how many each of these has.
+fn expand(job: &Job) -> Result<(Vec<String>, Vec<Source>), String> {
+    if job.data.sources.is_empty() {
+        let shards = peapod_data::expand_shards(&job.data.shards).map_err(|error| format!("data.shards: {error}"))?;
+        let sources = vec![Source::unnamed(shards.len() as u32)];
+        return Ok((shards, sources));
+    }
+    let (mut shards, mut sources) = (Vec::new(), Vec::new());
+    for source in &job.data.sources {
+        let found = peapod_data::expand_shards(&source.shards).map_err(|error| format!("data.sources: {:?}: {error}", source.name))?;
+        sources.push(Source { name: source.name.clone(), num_shards: found.len() as u32, weight: source.weight });
+        shards.extend(found);
+    }
+    let limit = SampleName::LIMIT as usize;
+    if shards.len() > limit {
+        Err(format!("data.sources: {} shards, at most {limit} can be named", shards.len()))
+    } else {
+        Ok((shards, sources))
+    }
 }
 
 fn look(shards: &[String]) -> Visibility {
@@ -135,7 +161,7 @@ impl Visibility {
 /// # Errors
 /// As [`load`], for shards that are missing, and with the worker's words for models that do not fit.
 pub fn report(path: &Path, worker: &Path) -> Result<String, String> {
-    let LoadedJob { job, shards, visible, .. } = load(path)?;
+    let LoadedJob { job, shards, sources, visible, .. } = load(path)?;
     visible.judge(false)?;
     let mut text = format!("{} is a valid job: {}\n", path.display(), job.name);
     let length = match (job.train.steps, job.train.epochs) {
@@ -145,6 +171,9 @@ pub fn report(path: &Path, worker: &Path) -> Result<String, String> {
     };
     let _ = writeln!(text, "  {length}, {} samples a step, in parts of {}", job.train.global_batch, job.train.micro_batch);
     let _ = writeln!(text, "  {}", visible.describe(shards.len()));
+    for Source { name, num_shards, weight } in sources.iter().filter(|source| !source.name.is_empty()) {
+        let _ = writeln!(text, "    {name}: {num_shards} shards, weight {weight}");
+    }
     match Shapes::check(path, worker) {
         Shapes::Fit(lines) => text.extend(lines.lines().map(|line| format!("  {line}\n"))),
         Shapes::Refused(problem) => return Err(format!("{}: {problem}", path.display())),

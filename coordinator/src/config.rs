@@ -54,6 +54,12 @@ pub enum Command {
         /// Which coordinator
         #[command(flatten)]
         target: Target,
+        /// Show each shard too: who reads it, what became of its samples
+        #[arg(long)]
+        shards: bool,
+        /// With --shards: of this source only
+        #[arg(long, value_name = "NAME", requires = "shards")]
+        source: Option<String>,
         /// Print JSON
         #[arg(long)]
         json: bool,

@@ -32,6 +32,102 @@ pub async fn status(address: &str, json: bool) -> Result<String> {
     Ok(if json { to_json(&reply) } else { to_table(&reply) })
 }
 
+/// Writes how far each shard is, of one source or of all: a line a shard, or with `json` an object a line.
+///
+/// # Errors
+/// If no coordinator answers, no source has that name, or `out` takes no more.
+pub async fn shards(address: &str, source: Option<&str>, json: bool, out: &mut impl std::io::Write) -> Result<()> {
+    let mut client = connect(address).await?;
+    let sources = client.status(v1::StatusRequest {}).await.map_err(said)?.into_inner().sources;
+    if let Some(name) = source
+        && !sources.iter().any(|source| source.name == name)
+    {
+        let names: Vec<&str> = sources.iter().map(|source| source.name.as_str()).collect();
+        anyhow::bail!("no source is named {name:?}; the job has: {}", names.join(", "));
+    }
+    for (index, of) in (0..).zip(&sources).filter(|(_, of)| source.is_none_or(|name| of.name == name)) {
+        let mut skip = Some(0);
+        // The epoch may end between two pages: the list is of the one it began with.
+        let mut epoch = None;
+        while let Some(from) = skip {
+            let request = v1::ShardsRequest { source: index, epoch, skip: from, limit: u32::MAX };
+            let page = client.shards(request).await.map_err(said)?.into_inner();
+            if from == 0 && !json {
+                writeln!(out, "{}", source_line(of))?;
+            }
+            for shard in &page.shards {
+                let line = if json { shard_json(&of.name, page.epoch, shard).to_string() } else { shard_line(shard) };
+                writeln!(out, "{line}")?;
+            }
+            (skip, epoch) = (page.next, Some(page.epoch));
+        }
+    }
+    Ok(())
+}
+
+fn source_line(source: &v1::SourceStatus) -> String {
+    let (shards, samples) = (source.shards.unwrap_or_default(), source.samples.unwrap_or_default());
+    let name = if source.name.is_empty() { String::new() } else { format!("{} (weight {}), ", source.name, source.weight) };
+    let pending = shards.total.saturating_sub(shards.done + shards.leased);
+    format!(
+        "{name}epoch {}: {pending} shards pending, {} leased, {} done; samples so far: {}",
+        shards.epoch,
+        shards.leased,
+        shards.done,
+        counts_line(samples)
+    ) + &rules_lines(source)
+}
+
+/// By which rules samples were skipped; a line each for the filtered and the bad ones.
+fn rules_lines(source: &v1::SourceStatus) -> String {
+    let mut text = String::new();
+    for (what, rules) in [("filtered", &source.filtered_by), ("bad", &source.bad_by)] {
+        if !rules.is_empty() {
+            let rules: Vec<String> = rules.iter().map(|rule| format!("{} {}", rule.samples, rule.rule)).collect();
+            let _ = write!(text, "\n    {what}: {}", rules.join(", "));
+        }
+    }
+    text
+}
+
+fn counts_line(samples: v1::SampleCounts) -> String {
+    let v1::SampleCounts { committed, filtered, bad, not_finite } = samples;
+    let mut text = format!("{committed} trained");
+    for (count, why) in [(filtered, "filtered"), (bad, "bad"), (not_finite, "not finite")] {
+        if count > 0 {
+            let _ = write!(text, ", {count} {why}");
+        }
+    }
+    text
+}
+
+fn progress(shard: &v1::ShardStatus) -> &'static str {
+    match shard.progress() {
+        v1::ShardProgress::Leased => "leased",
+        v1::ShardProgress::Done => "done",
+        v1::ShardProgress::Pending | v1::ShardProgress::Unspecified => "pending",
+    }
+}
+
+fn shard_line(shard: &v1::ShardStatus) -> String {
+    let ranks = match shard.ranks.as_slice() {
+        [] => String::new(),
+        ranks => format!(" to rank {}", ranks.iter().map(u32::to_string).collect::<Vec<_>>().join(" and ")),
+    };
+    let of = shard.num_samples.map(|num| format!(" of {num}")).unwrap_or_default();
+    let counts = counts_line(shard.samples.unwrap_or_default());
+    format!("{:>8}  {:24} {counts}{of}  {}", shard.shard, format!("{}{ranks}", progress(shard)), shard.url)
+}
+
+fn shard_json(source: &str, epoch: u32, shard: &v1::ShardStatus) -> serde_json::Value {
+    let v1::SampleCounts { committed, filtered, bad, not_finite } = shard.samples.unwrap_or_default();
+    serde_json::json!({
+        "source": source, "epoch": epoch, "shard": shard.shard, "url": shard.url, "state": progress(shard), "ranks": shard.ranks,
+        "num_samples": shard.num_samples, "committed": committed,
+        "skipped": { "filtered": filtered, "bad": bad, "not_finite": not_finite },
+    })
+}
+
 /// Ends the job with a checkpoint.
 ///
 /// # Errors
@@ -68,11 +164,25 @@ fn to_json(reply: &v1::StatusReply) -> String {
         "job": reply.job_name, "job_id": reply.job_id, "state": reply.state, "generation": reply.generation, "step": reply.final_step,
         "total_steps": reply.total_steps, "epoch": shards.epoch,
         "shards": { "total": shards.total, "leased": shards.leased, "done": shards.done },
+        "sources": reply.sources.iter().map(source_json).collect::<Vec<_>>(),
         "samples": { "committed": reply.samples_committed, "filtered": reply.samples_filtered, "bad": reply.samples_bad },
         "checkpoint_step": reply.checkpoint_step, "validation": validation, "first_failure": reply.first_failure,
         "workers": reply.workers.iter().map(worker).collect::<Vec<_>>(),
     });
     format!("{value:#}")
+}
+
+fn source_json(source: &v1::SourceStatus) -> serde_json::Value {
+    let v1::ShardCounts { epoch, total, leased, done } = source.shards.unwrap_or_default();
+    let v1::SampleCounts { committed, filtered, bad, not_finite } = source.samples.unwrap_or_default();
+    let by = |rules: &[v1::RuleCount]| {
+        rules.iter().map(|rule| (rule.rule.clone(), rule.samples.into())).collect::<serde_json::Map<String, serde_json::Value>>()
+    };
+    serde_json::json!({
+        "name": source.name, "weight": source.weight, "epoch": epoch, "shards": { "total": total, "leased": leased, "done": done },
+        "samples": { "committed": committed, "filtered": filtered, "bad": bad, "not_finite": not_finite },
+        "filtered_by": by(&source.filtered_by), "bad_by": by(&source.bad_by),
+    })
 }
 
 fn to_table(reply: &v1::StatusReply) -> String {
@@ -81,6 +191,11 @@ fn to_table(reply: &v1::StatusReply) -> String {
     let _ = writeln!(text, "{}: {}, step {}{of}", reply.job_name, reply.state, reply.final_step);
     let shards = reply.shards.unwrap_or_default();
     let _ = writeln!(text, "epoch {}: {} of {} shards done, {} being read", shards.epoch, shards.done, shards.total, shards.leased);
+    if reply.sources.len() > 1 {
+        for source in &reply.sources {
+            let _ = writeln!(text, "  {}", source_line(source));
+        }
+    }
     let (committed, filtered, bad) = (reply.samples_committed, reply.samples_filtered, reply.samples_bad);
     let _ = writeln!(text, "samples: {committed} trained, {filtered} filtered, {bad} bad");
     match reply.checkpoint_step {

@@ -4,12 +4,12 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use peapod_proto::ids::{Generation, Rank, Step, WorkerId};
+use peapod_proto::ids::{Epoch, Generation, Rank, Step, WorkerId};
 use peapod_proto::message::{Hello, StopReason, ToWorker, ValidationLosses};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::core::ledger::{Ledger, Totals};
-use crate::core::{Core, CoreError, Effect, Event, Outcome, StreamId, Timestamp, WorkerView};
+use crate::core::{Core, CoreError, Effect, Event, Outcome, ShardPage, SourceView, StreamId, Timestamp, WorkerView};
 use crate::journal::{Journal, JournalError};
 use crate::observe::Observer;
 
@@ -60,6 +60,19 @@ pub enum Command {
     },
     /// The coordinator goes, the job stays: workers keep what they hold and look for another one.
     GoAway,
+    /// How far the shards of a source are.
+    Shards {
+        /// Place of the source in the job.
+        source: usize,
+        /// Its epoch; its first open one if none.
+        epoch: Option<Epoch>,
+        /// Shards to pass over.
+        skip: u32,
+        /// Shards to give at most.
+        limit: u32,
+        /// The answer; none if there is no such source.
+        reply: oneshot::Sender<Option<ShardPage>>,
+    },
     /// Let a worker leave.
     Drain {
         /// Its rank.
@@ -97,6 +110,8 @@ pub struct Status {
     pub shards_leased: u32,
     /// Samples over all epochs.
     pub totals: Totals,
+    /// The same by source.
+    pub sources: Vec<SourceView>,
     /// Newest whole checkpoint.
     pub checkpoint_step: Option<Step>,
     /// Newest losses on the validation samples.
@@ -210,6 +225,10 @@ impl Driver {
             }
             Command::Status { reply } => {
                 let _ = reply.send(self.status());
+                None
+            }
+            Command::Shards { source, epoch, skip, limit, reply } => {
+                let _ = reply.send(self.core.shards(source, epoch, skip, limit));
                 None
             }
             Command::Drain { rank, reply } => {
@@ -353,6 +372,7 @@ impl Driver {
             shards_done: ledger.num_done(epoch),
             shards_leased: self.core.num_leased(),
             totals: ledger.totals(),
+            sources: self.core.sources(),
             checkpoint_step: self.core.checkpoint_step(),
             validation: self.core.validation(),
             first_failure: self.core.first_failure().map(str::to_owned),

@@ -16,7 +16,7 @@ pub const LATEST: Duration = Duration::from_millis(200);
 /// Facts after which a snapshot is taken though no checkpoint was.
 const SNAPSHOT_AFTER: u64 = 10_000;
 /// Layout that this program writes and reads.
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
 
 /// The run, as JSON: readable without this program.
 const RUN: TableDefinition<'_, &str, &str> = TableDefinition::new("run");
@@ -276,6 +276,7 @@ mod tests {
     use peapod_proto::ids::{Epoch, Generation, SampleName, ShardId, Step, WorkerId};
 
     use super::*;
+    use crate::core::order::Source;
     use crate::core::{Config, Core, Outcome};
 
     fn state() -> State {
@@ -290,6 +291,7 @@ mod tests {
             job_toml: String::new(),
             seed: 1,
             shards: Arc::new(["a.tar".into()]),
+            sources: Arc::new([Source::unnamed(1)]),
             epochs: Some(1),
             last_step: None,
             checkpoint_every: Duration::from_secs(60),

@@ -55,7 +55,10 @@ async fn command(cli: Cli, bar: Bar) -> anyhow::Result<Exit> {
             Ok(path) => println!("wrote {}", path.display()),
             Err(problem) => return Ok(Exit::Refused(problem)),
         },
-        Some(Command::Status { target, json }) => println!("{}", control::status(&target.coordinator, json).await?),
+        Some(Command::Status { target, shards: false, json, .. }) => println!("{}", control::status(&target.coordinator, json).await?),
+        Some(Command::Status { target, source, json, .. }) => {
+            control::shards(&target.coordinator, source.as_deref(), json, &mut std::io::stdout().lock()).await?;
+        }
         Some(Command::Stop { target }) => control::stop(&target.coordinator).await?,
         Some(Command::Drain { rank, target }) => control::drain(&target.coordinator, rank).await?,
     }

@@ -58,7 +58,7 @@ pub async fn run(args: RunArgs, bar: Bar) -> anyhow::Result<Exit> {
     if let Err(problem) = args.validate() {
         return Ok(Exit::Refused(problem));
     }
-    let LoadedJob { job, toml, shards, visible } = match check::load(&args.job) {
+    let LoadedJob { job, toml, shards, sources, visible } = match check::load(&args.job) {
         Ok(loaded) => loaded,
         Err(problem) => return Ok(Exit::Refused(problem)),
     };
@@ -145,6 +145,7 @@ pub async fn run(args: RunArgs, bar: Bar) -> anyhow::Result<Exit> {
         job_toml: toml,
         seed: job.seed,
         shards,
+        sources,
         epochs: job.train.epochs,
         last_step: job.last_step().map(Step),
         global_batch: job.train.global_batch,

@@ -1,10 +1,11 @@
 //! The gRPC services: decode, send a command, await its reply, encode.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 use futures::{Stream, StreamExt};
-use peapod_proto::ids::{Generation, Rank, Step, WorkerId};
+use peapod_proto::ids::{Epoch, Generation, Rank, Step, WorkerId};
 use peapod_proto::message::{FromWorker, ToWorker, ValidationLosses};
 use peapod_proto::v1;
 use sha2::Digest;
@@ -12,7 +13,8 @@ use tokio::sync::{mpsc, oneshot};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
-use crate::core::{CoreError, Event, StreamId};
+use crate::core::ledger::Totals;
+use crate::core::{CoreError, Event, ShardState, ShardView, SourceView, StreamId};
 use crate::driver::{Command, OUTBOUND_CAPACITY};
 use crate::gallery::{Gallery, GalleryError};
 use crate::store::{Manifest, Part, Store, StoreError, hex};
@@ -23,6 +25,8 @@ const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
 const MAX_PARTS: usize = 16;
 /// Size of one file of a checkpoint: far above any adapter, far below a disk.
 const MAX_PART_BYTES: u64 = 8 << 30;
+/// Shards in one page: with addresses of usual length a reply stays far below the 4 MiB that a client takes.
+const MAX_SHARDS_SHOWN: u32 = 1000;
 /// Bytes in one message of a download.
 const DOWNLOAD_CHUNK: usize = 1 << 20;
 
@@ -315,6 +319,41 @@ impl v1::pictures_server::Pictures for Service {
     }
 }
 
+fn sample_counts(totals: Totals) -> v1::SampleCounts {
+    let Totals { committed, filtered, bad, not_finite } = totals;
+    v1::SampleCounts { committed, filtered, bad, not_finite }
+}
+
+fn source_status(source: SourceView) -> v1::SourceStatus {
+    let SourceView { name, weight, epoch, num_shards, num_leased, num_done, totals, rules } = source;
+    let by = |counts: BTreeMap<String, u64>| counts.into_iter().map(|(rule, samples)| v1::RuleCount { rule, samples }).collect();
+    let shards = v1::ShardCounts { epoch: epoch.0, total: num_shards, leased: num_leased, done: num_done };
+    v1::SourceStatus {
+        name,
+        weight,
+        shards: Some(shards),
+        samples: Some(sample_counts(totals)),
+        filtered_by: by(rules.filtered),
+        bad_by: by(rules.bad),
+    }
+}
+
+fn shard_status(shard: ShardView) -> v1::ShardStatus {
+    let (progress, ranks) = match shard.state {
+        ShardState::Pending => (v1::ShardProgress::Pending, Vec::new()),
+        ShardState::Leased(holders) => (v1::ShardProgress::Leased, holders.into_iter().filter_map(|holder| Some(holder.rank?.0)).collect()),
+        ShardState::Done => (v1::ShardProgress::Done, Vec::new()),
+    };
+    v1::ShardStatus {
+        shard: shard.shard.0,
+        url: shard.url,
+        progress: progress.into(),
+        ranks,
+        num_samples: shard.counts.num_samples,
+        samples: Some(sample_counts(shard.counts.counts)),
+    }
+}
+
 #[tonic::async_trait]
 impl v1::control_server::Control for Service {
     async fn status(&self, _request: Request<v1::StatusRequest>) -> Result<Response<v1::StatusReply>, Status> {
@@ -358,7 +397,17 @@ impl v1::control_server::Control for Service {
             checkpoint_step: status.checkpoint_step.map(|step| step.0),
             first_failure: status.first_failure.unwrap_or_default(),
             validation: status.validation.map(validation),
+            sources: status.sources.into_iter().map(source_status).collect(),
         }))
+    }
+
+    async fn shards(&self, request: Request<v1::ShardsRequest>) -> Result<Response<v1::ShardsReply>, Status> {
+        let v1::ShardsRequest { source, epoch, skip, limit } = request.into_inner();
+        let (source, epoch, limit) = (source as usize, epoch.map(Epoch), limit.clamp(1, MAX_SHARDS_SHOWN));
+        let page = self.ask(|reply| Command::Shards { source, epoch, skip, limit, reply }).await?;
+        let page = page.ok_or_else(|| Status::not_found(format!("the job has no source {source}")))?;
+        let shards = page.shards.into_iter().map(shard_status).collect();
+        Ok(Response::new(v1::ShardsReply { epoch: page.epoch.0, shards, next: page.next }))
     }
 
     async fn stop(&self, request: Request<v1::StopRequest>) -> Result<Response<v1::StopReply>, Status> {

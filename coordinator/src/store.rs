@@ -97,7 +97,7 @@ impl From<ValidationLosses> for Validation {
 
 impl Manifest {
     /// Layout this program writes and reads.
-    pub const FORMAT: u32 = 1;
+    pub const FORMAT: u32 = 2;
 
     fn name(&self) -> String {
         name(self.step, self.generation)

@@ -206,9 +206,10 @@ impl From<FromWorker> for v1::FromWorker {
                 applied_step: continuing.applied.0,
                 records: continuing.records.into_iter().map(Into::into).collect(),
             }),
-            FromWorker::LeaseRequest { generation, num_leases } => {
-                Message::LeaseRequest(v1::LeaseRequest { generation: generation.0, num_leases })
+            FromWorker::LeaseRequest { generation, num_leases, is_idle } => {
+                Message::LeaseRequest(v1::LeaseRequest { generation: generation.0, num_leases, is_idle })
             }
+            FromWorker::GaveBack { lease, from } => Message::GaveBack(v1::GaveBack { lease_id: lease.0, from }),
             FromWorker::ShardReport(report) => Message::ShardReport(v1::ShardReport {
                 lease_id: report.lease.0,
                 skipped: report.skipped.into_iter().map(Into::into).collect(),
@@ -322,8 +323,12 @@ impl TryFrom<v1::FromWorker> for FromWorker {
                 records: continuing.records.into_iter().map(TryInto::try_into).collect::<Result<_, _>>()?,
             }),
             Message::LeaseRequest(request) => {
-                Self::LeaseRequest { generation: Generation(request.generation), num_leases: request.num_leases }
+                Self::LeaseRequest { generation: Generation(request.generation), num_leases: request.num_leases, is_idle: request.is_idle }
             }
+            Message::GaveBack(gave) if gave.from > SampleName::LIMIT => {
+                return Err(WireError { field: "gave_back.from", problem: format!("{} is more than 2^24", gave.from) });
+            }
+            Message::GaveBack(gave) => Self::GaveBack { lease: LeaseId(gave.lease_id), from: gave.from },
             Message::ShardReport(report) => {
                 if report.num_samples.is_some_and(|count| count >= SampleName::LIMIT) {
                     return Err(WireError { field: "shard_report.num_samples", problem: "2^24 or more samples in one shard".into() });
@@ -387,7 +392,10 @@ impl From<ToWorker> for v1::ToWorker {
             }),
             ToWorker::Abort { generation, reason } => Message::Abort(v1::Abort { generation: generation.0, reason }),
             ToWorker::PlanChange { generation, reason } => Message::PlanChange(v1::PlanChange { generation: generation.0, reason }),
-            ToWorker::LeaseGrant { generation, leases, none_left } => Message::LeaseGrant(v1::LeaseGrant {
+            ToWorker::GiveBack { leases } => {
+                Message::GiveBack(v1::GiveBack { lease_ids: leases.into_iter().map(|lease| lease.0).collect() })
+            }
+            ToWorker::LeaseGrant { generation, leases, none_left, ask_when_idle } => Message::LeaseGrant(v1::LeaseGrant {
                 generation: generation.0,
                 leases: leases
                     .into_iter()
@@ -397,9 +405,11 @@ impl From<ToWorker> for v1::ToWorker {
                         shard: lease.shard.0,
                         url: lease.url,
                         done: lease.done.as_bytes().to_vec(),
+                        end: lease.end,
                     })
                     .collect(),
                 none_left,
+                ask_when_idle,
             }),
             ToWorker::Durable { generation, step } => Message::Durable(v1::Durable { generation: generation.0, step: step.0 }),
             ToWorker::TakeSnapshot { generation } => Message::TakeSnapshot(v1::TakeSnapshot { generation: generation.0 }),
@@ -465,6 +475,7 @@ impl TryFrom<v1::ToWorker> for ToWorker {
             }
             Message::Abort(abort) => Self::Abort { generation: Generation(abort.generation), reason: abort.reason },
             Message::PlanChange(plan) => Self::PlanChange { generation: Generation(plan.generation), reason: plan.reason },
+            Message::GiveBack(give) => Self::GiveBack { leases: give.lease_ids.into_iter().map(LeaseId).collect() },
             Message::LeaseGrant(grant) => Self::LeaseGrant {
                 generation: Generation(grant.generation),
                 leases: grant
@@ -476,9 +487,11 @@ impl TryFrom<v1::ToWorker> for ToWorker {
                         shard: ShardId(lease.shard),
                         url: lease.url,
                         done: Bitmap::from_bytes(lease.done),
+                        end: lease.end,
                     })
                     .collect(),
                 none_left: grant.none_left,
+                ask_when_idle: grant.ask_when_idle,
             },
             Message::Durable(durable) => Self::Durable { generation: Generation(durable.generation), step: Step(durable.step) },
             Message::TakeSnapshot(take) => Self::TakeSnapshot { generation: Generation(take.generation) },
@@ -539,6 +552,8 @@ mod tests {
             FromWorker::Continuing(Continuing { generation: Generation(2), applied: Step(9), records: vec![record(9)] }),
             FromWorker::Heartbeat(Heartbeat { step: Step(9), phase: Phase::Validating, generation: Generation(2) }),
             FromWorker::Heartbeat(Heartbeat { step: Step(9), phase: Phase::Sampling, generation: Generation(2) }),
+            FromWorker::LeaseRequest { generation: Generation(2), num_leases: 1, is_idle: true },
+            FromWorker::GaveBack { lease: LeaseId(4), from: 17 },
             FromWorker::ShardReport(ShardReport {
                 lease: LeaseId(4),
                 skipped: vec![SkippedSample { index: 3, reason: SkipReason::Bad, key: "k".into(), detail: "no jpg".into() }],

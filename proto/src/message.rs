@@ -311,9 +311,18 @@ pub enum FromWorker {
         generation: Generation,
         /// How many.
         num_leases: u32,
+        /// It has nothing left to train and would take over the rest of what another reads.
+        is_idle: bool,
     },
     /// Read a shard.
     ShardReport(ShardReport),
+    /// Reads no more of a lease: what lies in its shard from an index on is untouched and may be another's.
+    GaveBack {
+        /// The lease.
+        lease: LeaseId,
+        /// The first index it leaves.
+        from: u32,
+    },
     /// Cannot go on; the stream ends after it.
     Failure {
         /// What it was doing.
@@ -343,6 +352,8 @@ pub struct Lease {
     pub url: String,
     /// Samples to pass over.
     pub done: Bitmap,
+    /// The first sample that is another's again; none: it goes on to the end of the tar.
+    pub end: Option<u32>,
 }
 
 /// A worker's place in a new generation.
@@ -449,6 +460,13 @@ pub enum ToWorker {
         leases: Vec<Lease>,
         /// No more will come in this generation.
         none_left: bool,
+        /// With `none_left`: but the rest of what another reads, for the asking, once nothing is left to train.
+        ask_when_idle: bool,
+    },
+    /// Give back what is not begun of these leases.
+    GiveBack {
+        /// The leases.
+        leases: Vec<LeaseId>,
     },
     /// Steps whose names may be forgotten.
     Durable {

@@ -9,6 +9,7 @@ mod classifier;
 mod demo;
 mod drawing;
 mod golden;
+mod leases;
 mod membership;
 mod method;
 mod models;

@@ -32,6 +32,15 @@ pub enum Input {
     NeedLeases {
         /// How many.
         num: u32,
+        /// Nothing is left to train.
+        is_idle: bool,
+    },
+    /// The data threads leave the rest of a lease to others.
+    GaveBack {
+        /// The lease.
+        lease: LeaseId,
+        /// The first index they leave.
+        from: u32,
     },
     /// The user wants the worker to go.
     Signal {
@@ -114,6 +123,13 @@ pub enum Action {
         leases: Vec<Lease>,
         /// No more will come in this generation.
         none_left: bool,
+        /// But the rest of what another reads, for the asking, once nothing is left to train.
+        ask_when_idle: bool,
+    },
+    /// Have the data threads leave the rest of leases to others.
+    GiveBack {
+        /// The leases.
+        leases: Vec<LeaseId>,
     },
     /// Have the data threads ask for shards again, if they lack any.
     AskForLeases,
@@ -172,6 +188,8 @@ pub struct Lifecycle {
     stopped: Stopped,
     /// What it has read of the shards that it holds, without the words.
     read: BTreeMap<LeaseId, ShardReport>,
+    /// From where on it has left the rest of a lease to others.
+    gave_back: BTreeMap<LeaseId, u32>,
     leaving: Option<&'static str>,
     waiting_for: String,
 }
@@ -199,6 +217,7 @@ impl Lifecycle {
             records: VecDeque::new(),
             stopped: Stopped::empty_handed(Generation::NONE),
             read: BTreeMap::new(),
+            gave_back: BTreeMap::new(),
             leaving: None,
             waiting_for: String::new(),
         }
@@ -223,9 +242,13 @@ impl Lifecycle {
                 self.remember(&report);
                 vec![Action::Send(FromWorker::ShardReport(report))]
             }
-            Input::NeedLeases { num } => match self.state {
+            Input::GaveBack { lease, from } => {
+                self.gave_back.insert(lease, from);
+                vec![Action::Send(FromWorker::GaveBack { lease, from })]
+            }
+            Input::NeedLeases { num, is_idle } => match self.state {
                 State::Training(generation) if self.joined && !self.returning => {
-                    vec![Action::Send(FromWorker::LeaseRequest { generation, num_leases: num })]
+                    vec![Action::Send(FromWorker::LeaseRequest { generation, num_leases: num, is_idle })]
                 }
                 // Nobody to ask: the data threads are told to ask again when the next generation begins.
                 _ => Vec::new(),
@@ -248,15 +271,17 @@ impl Lifecycle {
                 self.records.clear();
                 let held: BTreeSet<LeaseId> = assignment.held_leases.iter().copied().collect();
                 self.read.retain(|lease, _| held.contains(lease));
+                self.gave_back.retain(|lease, _| held.contains(lease));
                 self.waiting_for.clear();
                 vec![Action::Train(assignment)]
             }
             ToWorker::Abort { generation, reason } => vec![Action::Abort { generation, reason }],
             ToWorker::PlanChange { generation, .. } => vec![Action::PlanChange { generation }],
-            ToWorker::LeaseGrant { generation, leases, none_left } => {
+            ToWorker::GiveBack { leases } => vec![Action::GiveBack { leases }],
+            ToWorker::LeaseGrant { generation, leases, none_left, ask_when_idle } => {
                 // A grant of a generation that is over still holds: the next assignment lists it. Its `none_left` does not.
                 let current = self.state == State::Training(generation);
-                vec![Action::Grant { leases, none_left: none_left && current }]
+                vec![Action::Grant { leases, none_left: none_left && current, ask_when_idle }]
             }
             ToWorker::Durable { generation, step } => {
                 if self.state == State::Training(generation) {
@@ -305,6 +330,8 @@ impl Lifecycle {
         let mut actions = vec![Action::Log { text }];
         if again {
             actions.extend(self.read.values().cloned().map(|report| Action::Send(FromWorker::ShardReport(report))));
+            let gave_back = self.gave_back.iter().map(|(&lease, &from)| Action::Send(FromWorker::GaveBack { lease, from }));
+            actions.extend(gave_back);
         }
         let ready = self.loaded.clone().map(|(model_digest, num_parameters)| FromWorker::Ready { model_digest, num_parameters });
         if let State::Training(generation) = self.state {
@@ -580,7 +607,7 @@ mod tests {
         let said = [ready(), Action::Send(FromWorker::Continuing(continuing)), Action::AskForLeases];
         assert_eq!(actions[1..], said);
         assert_eq!(life.handle(step(3)), [Action::Send(FromWorker::StepReport(step_report(3)))]);
-        assert_eq!(life.handle(Input::NeedLeases { num: 1 }).len(), 1);
+        assert_eq!(life.handle(Input::NeedLeases { num: 1, is_idle: false }).len(), 1);
     }
 
     #[test]
@@ -597,7 +624,7 @@ mod tests {
         let mut life = training(3);
         let actions = life.handle(Input::StreamLost { cause: "reset".into() });
         assert!(matches!(&actions[..], [Action::Log { .. }, Action::Reconnect]));
-        assert!(life.handle(Input::NeedLeases { num: 1 }).is_empty(), "nobody to ask");
+        assert!(life.handle(Input::NeedLeases { num: 1, is_idle: false }).is_empty(), "nobody to ask");
         // Back, and no model is loaded again. This coordinator has gone on without it: it leaves its generation before it says what it holds.
         let actions = life.handle(welcome("a"));
         assert!(matches!(actions.last(), Some(Action::Abort { generation: Generation(3), .. })), "{actions:?}");
@@ -649,6 +676,18 @@ mod tests {
     }
 
     #[test]
+    fn what_was_given_back_is_said_again_to_a_coordinator_that_comes_back() {
+        let mut life = training(1);
+        life.handle(Input::StreamLost { cause: "reset".into() });
+        life.handle(Input::GaveBack { lease: LeaseId(4), from: 7 });
+        let gave_back = Action::Send(FromWorker::GaveBack { lease: LeaseId(4), from: 7 });
+        assert!(life.handle(welcome("a")).contains(&gave_back), "or the rest would be waited for in vain");
+        life.handle(Input::Said(ToWorker::Assignment(Assignment { held_leases: vec![LeaseId(5)], ..assignment(2) })));
+        life.handle(Input::StreamLost { cause: "reset".into() });
+        assert!(!life.handle(welcome("a")).contains(&gave_back));
+    }
+
+    #[test]
     fn models_that_finish_loading_while_the_stream_is_down_are_announced_on_the_next() {
         let mut life = Lifecycle::new();
         life.handle(welcome("a"));
@@ -689,19 +728,21 @@ mod tests {
     #[test]
     fn grant_of_an_older_generation_keeps_its_leases_but_not_its_end() {
         let mut life = training(2);
-        let grant = |generation| Input::Said(ToWorker::LeaseGrant { generation: Generation(generation), leases: vec![], none_left: true });
-        assert_eq!(life.handle(grant(2)), [Action::Grant { leases: vec![], none_left: true }]);
-        assert_eq!(life.handle(grant(1)), [Action::Grant { leases: vec![], none_left: false }]);
+        let grant = |generation| {
+            Input::Said(ToWorker::LeaseGrant { generation: Generation(generation), leases: vec![], none_left: true, ask_when_idle: false })
+        };
+        assert_eq!(life.handle(grant(2)), [Action::Grant { leases: vec![], none_left: true, ask_when_idle: false }]);
+        assert_eq!(life.handle(grant(1)), [Action::Grant { leases: vec![], none_left: false, ask_when_idle: false }]);
     }
 
     #[test]
     fn leases_are_asked_for_in_a_generation_only() {
         let mut life = training(2);
         assert_eq!(
-            life.handle(Input::NeedLeases { num: 2 }),
-            [Action::Send(FromWorker::LeaseRequest { generation: Generation(2), num_leases: 2 })]
+            life.handle(Input::NeedLeases { num: 2, is_idle: false }),
+            [Action::Send(FromWorker::LeaseRequest { generation: Generation(2), num_leases: 2, is_idle: false })]
         );
-        assert!(Lifecycle::new().handle(Input::NeedLeases { num: 2 }).is_empty());
+        assert!(Lifecycle::new().handle(Input::NeedLeases { num: 2, is_idle: false }).is_empty());
     }
 
     #[test]

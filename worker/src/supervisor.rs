@@ -5,7 +5,7 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use peapod_data::LeasedShard;
+use peapod_data::{LeasedShard, Outlook};
 use peapod_proto::ids::{Incarnation, Step, WorkerId};
 use peapod_proto::job::Job;
 use peapod_proto::message::{FromWorker, Hello, ToWorker};
@@ -197,7 +197,8 @@ impl Supervisor {
         match output {
             Output::Event(event) => Some(Input::Trainer(event)),
             Output::Read(report) => Some(Input::Read(report)),
-            Output::NeedLeases { num } => Some(Input::NeedLeases { num }),
+            Output::NeedLeases { num, is_idle } => Some(Input::NeedLeases { num, is_idle }),
+            Output::GaveBack { lease, from } => Some(Input::GaveBack { lease, from }),
             Output::Snapshot(snapshot) => {
                 self.upload(*snapshot);
                 None
@@ -231,16 +232,27 @@ impl Supervisor {
                     self.command(Command::Snapshot { generation });
                 }
             }
-            Action::Grant { leases, none_left } => {
+            Action::Grant { leases, none_left, ask_when_idle } => {
                 let leases = leases.into_iter().map(|lease| LeasedShard {
                     lease: lease.id,
                     epoch: lease.epoch,
                     shard: lease.shard,
                     url: lease.url,
                     done: lease.done,
+                    end: lease.end,
                 });
+                let outlook = match (none_left, ask_when_idle) {
+                    (false, _) => Outlook::More,
+                    (true, true) => Outlook::WhenIdle,
+                    (true, false) => Outlook::Nothing,
+                };
                 if let Some(loader) = self.control.loader() {
-                    loader.grant(leases.collect(), none_left);
+                    loader.answer(leases.collect(), outlook);
+                }
+            }
+            Action::GiveBack { leases } => {
+                if let Some(loader) = self.control.loader() {
+                    loader.give_back(&leases);
                 }
             }
             Action::AskForLeases => {

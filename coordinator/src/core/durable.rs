@@ -10,7 +10,7 @@ use peapod_proto::ids::{Epoch, Generation, Incarnation, LeaseId, MemberIndex, Ra
 use peapod_proto::message::{Continuing, StepReport, StopCause, Stopped, ToWorker, ValidationLosses};
 use serde::{Deserialize, Serialize};
 
-use super::leases::HeldLease;
+use super::leases::{HeldLease, Part};
 use super::ledger::{Ledger, LedgerError, Skip};
 use super::{
     Config, Core, CoreError, Effect, Fact, JobPhase, Leases, Notice, Outcome, Progress, Resume, Returned, Timestamp, Truth, worker_mut,
@@ -36,6 +36,7 @@ struct Reader {
     holder: WorkerId,
     epoch: Epoch,
     shard: ShardId,
+    part: Part,
     read: bool,
 }
 
@@ -127,17 +128,25 @@ impl State {
             }
             Fact::Leases { holder, leases } => {
                 for granted in leases {
-                    let (epoch, shard, lease) = (granted.epoch, granted.shard, granted.id);
-                    let is_read = self.readers.values().any(|reader| (reader.epoch, reader.shard) == (epoch, shard));
+                    let (epoch, shard, lease, part) = (granted.epoch, granted.shard, granted.id, granted.part);
+                    let is_read =
+                        self.readers.values().any(|reader| (reader.epoch, reader.shard) == (epoch, shard) && reader.part.overlaps(part));
                     if is_read || lease < self.next_lease || self.ledger.is_done(epoch, shard) {
                         return Err(ReplayError::Leased { epoch, shard, holder, lease });
                     }
-                    self.readers.insert(lease, Reader { holder, epoch, shard, read: false });
+                    self.readers.insert(lease, Reader { holder, epoch, shard, part, read: false });
                     self.next_lease = LeaseId(lease.0 + 1);
                 }
             }
             Fact::Replaced(worker) => self.members.retain(|member| member.worker != worker),
             Fact::Released(holders) => self.readers.retain(|_, reader| !holders.contains(&reader.holder)),
+            Fact::GaveBack { lease, from } => {
+                let Some(reader) = self.readers.get_mut(&lease) else { return Ok(()) };
+                (reader.read, reader.part) = (true, reader.part.split(from).0);
+                if reader.part.is_empty() {
+                    self.readers.remove(&lease);
+                }
+            }
             Fact::Shard(report) => {
                 // Said for a lease that was held.
                 let Some(reader) = self.readers.get_mut(&report.lease) else { return Ok(()) };
@@ -196,8 +205,8 @@ impl Core {
     #[must_use]
     pub fn durable(&self) -> State {
         let reader = |held: HeldLease| {
-            let HeldLease { id, holder, epoch, shard, read } = held;
-            (id, Reader { holder, epoch, shard, read })
+            let HeldLease { id, holder, epoch, shard, part, read } = held;
+            (id, Reader { holder, epoch, shard, part, read })
         };
         State {
             next_worker: self.next_worker,
@@ -243,10 +252,10 @@ impl Core {
             core.leases.restore([], state.next_lease);
             return core;
         }
-        core.leases = Leases::new(core.config.seed, core.config.shards.len() as u32, core.config.epochs, state.ledger.first_open_epoch());
+        core.leases = Leases::new(core.config.seed, &core.config.sources, core.config.epochs, &state.ledger);
         let held = state.readers.into_iter().map(|(id, reader)| {
-            let Reader { holder, epoch, shard, read } = reader;
-            HeldLease { id, holder, epoch, shard, read }
+            let Reader { holder, epoch, shard, part, read } = reader;
+            HeldLease { id, holder, epoch, shard, part, read }
         });
         core.leases.restore(held, state.next_lease);
         core.truth = Truth { step: state.truth.0, generation: state.truth.1, holders: BTreeSet::new() };
@@ -255,7 +264,7 @@ impl Core {
         core.validation = state.validation;
         core.unreadable = state.unreadable;
         core.skipped_in_a_row = state.skipped_in_a_row;
-        core.grant_again = true;
+        core.grant_again = core.last_members.iter().map(|member| member.worker).collect();
         core
     }
 
@@ -438,7 +447,9 @@ impl Core {
     pub(super) fn on_the_line(&self, stopped: Stopped) -> Stopped {
         let is_base = (stopped.applied, stopped.trained_in) == (self.truth.step, self.truth.generation);
         if stopped.trained_in == self.generation || is_base {
-            Stopped { generation: self.generation, ..stopped }
+            // That an older generation had no data left says nothing of what was given out in this one.
+            let cause = if stopped.generation == self.generation { stopped.cause } else { StopCause::Aborted };
+            Stopped { generation: self.generation, cause, ..stopped }
         } else {
             Stopped { reason: stopped.reason, ..Stopped::empty_handed(self.generation) }
         }

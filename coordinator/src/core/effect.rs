@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-use peapod_proto::ids::{Generation, SampleName, Step, WorkerId};
+use peapod_proto::ids::{Generation, LeaseId, SampleName, Step, WorkerId};
 use peapod_proto::message::{ShardReport, StepRecord, StepTimings, ToWorker, ValidationLosses};
 use serde::{Deserialize, Serialize};
 
@@ -110,6 +110,13 @@ pub enum Fact {
     Replaced(WorkerId),
     /// Holders are gone; what they read is anybody's.
     Released(BTreeSet<WorkerId>),
+    /// A lease's holder will not train what lies in its shard from an index on.
+    GaveBack {
+        /// The lease.
+        lease: LeaseId,
+        /// The first index that somebody else may have.
+        from: u32,
+    },
     /// A shard was read to its end, or samples of it were skipped.
     Shard(ShardReport),
     /// A step became final.

@@ -7,7 +7,6 @@ use peapod_proto::ids::{Generation, MemberIndex, Rank, WorkerId};
 use peapod_proto::message::{Assignment, ToWorker};
 
 use super::durable::Member;
-use super::leases::Granted;
 use super::membership::WorkerState;
 use super::{ANNOUNCE_EVERY, Config, Core, CoreError, Effect, Fact, JobPhase, Notice, Progress, Timestamp};
 
@@ -130,15 +129,6 @@ impl Core {
 
     /// The members of the current generation train from here on.
     pub(super) fn begin(&mut self, now: Timestamp, members: Vec<WorkerId>, out: &mut Vec<Effect>) {
-        if std::mem::take(&mut self.grant_again) {
-            // Who has them already takes no notice.
-            for &member in &members {
-                let leases = self.leases.held().into_iter().filter(|held| held.holder == member);
-                let leases = leases.map(|held| self.lease(Granted { id: held.id, epoch: held.epoch, shard: held.shard })).collect();
-                let message = ToWorker::LeaseGrant { generation: self.generation, leases, none_left: false };
-                out.push(Effect::Send { worker: member, message });
-            }
-        }
         self.leases.deal_among(members.len() as u32);
         self.checkpoint.asked = false;
         self.checkpoint.next_due = self.checkpoint.next_due.max(now);

@@ -1,24 +1,77 @@
 //! Who may read which shard.
 //!
-//! Shards are dealt in the order of a permutation drawn from (seed, epoch), round by member index, so that an undisturbed
-//! world of fixed size always sees the same batches. Positions count on over the epochs: uneven rounds even out in the next.
+//! Shards are dealt in the order of [`Order`], round by member index, so that an undisturbed world of fixed size always sees the same batches.
+//! Positions count on over the epochs: uneven rounds even out in the next.
+//!
+//! A lease is on a whole shard, or on a part of it: an idle member is given the rest of a shard that another has begun. Its reader is asked
+//! first, and answers with the first index that it has not handed on; what lies below stays its own.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
-use peapod_proto::ids::{Epoch, LeaseId, MemberIndex, SampleName, ShardId, WorkerId};
+use peapod_proto::ids::{Epoch, LeaseId, MemberIndex, ShardId, WorkerId};
 use serde::{Deserialize, Serialize};
 
 use super::ledger::Ledger;
+use super::order::{Order, Position, Source};
 
-/// Place of a shard in the order of all epochs: `epoch * num_shards + place in the epoch`.
-type Position = u64;
+/// Indices of a shard, from one to before another.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Part {
+    /// The first.
+    pub from: u32,
+    /// The first that is not in it; [`Part::OPEN`] if it goes on to the shard's end.
+    pub to: u32,
+}
+
+impl Part {
+    /// Where a part ends that goes on to the shard's end, which nobody may know yet.
+    pub const OPEN: u32 = u32::MAX;
+    /// The whole shard.
+    pub const WHOLE: Self = Self { from: 0, to: Self::OPEN };
+
+    /// What is left of it for who reads no more than what lies below `from`, and what others may have.
+    #[must_use]
+    pub fn split(self, from: u32) -> (Self, Self) {
+        let at = from.clamp(self.from, self.to);
+        (Self { from: self.from, to: at }, Self { from: at, to: self.to })
+    }
+
+    /// Whether nothing is in it.
+    #[must_use]
+    pub fn is_empty(self) -> bool {
+        self.from >= self.to
+    }
+
+    /// Whether an index can be in both.
+    #[must_use]
+    pub fn overlaps(self, other: Self) -> bool {
+        self.from < other.to && other.from < self.to
+    }
+
+    /// Where it ends, if before the shard does.
+    #[must_use]
+    pub fn end(self) -> Option<u32> {
+        (self.to != Self::OPEN).then_some(self.to)
+    }
+}
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Held {
     holder: WorkerId,
     position: Position,
-    /// Its holder has reached the end of the tar.
+    part: Part,
+    /// Its holder will read no more of it.
     read: bool,
+    /// Its holder was asked to give back the rest.
+    asked: bool,
+    /// It is what another gave back; it is not passed on once more, or the last shard would go round among idle members for ever.
+    is_rest: bool,
+}
+
+impl Held {
+    fn can_be_asked(&self) -> bool {
+        !self.read && !self.asked && !self.is_rest
+    }
 }
 
 /// A lease as the core knows it; the shell adds the shard's address.
@@ -30,6 +83,8 @@ pub struct Granted {
     pub epoch: Epoch,
     /// The shard.
     pub shard: ShardId,
+    /// Which samples of it.
+    pub part: Part,
 }
 
 /// A lease as it is written down.
@@ -43,8 +98,19 @@ pub struct HeldLease {
     pub epoch: Epoch,
     /// The shard.
     pub shard: ShardId,
-    /// Its holder has reached the end of the tar.
+    /// Which samples of it.
+    pub part: Part,
+    /// Its holder will read no more of it.
     pub read: bool,
+}
+
+impl HeldLease {
+    /// As it was granted, less what was given back since.
+    #[must_use]
+    pub fn granted(self) -> Granted {
+        let Self { id, epoch, shard, part, .. } = self;
+        Granted { id, epoch, shard, part }
+    }
 }
 
 /// What a member that asks for leases gets.
@@ -56,47 +122,61 @@ pub enum Grant {
         leases: Vec<Granted>,
         /// Whether every shard of the job is given out.
         none_left: bool,
+        /// With it: whether the rest of what another reads is there for whoever is idle.
+        when_idle: bool,
     },
-    /// Nothing yet: what is left is dealt to others, and this member still reads its own.
+    /// Nothing yet: what is left is dealt to others, or one of them was asked to give back the rest of a shard.
     Later,
+    /// Nothing yet: first this lease's holder is to give back what it has not begun.
+    AskBack {
+        /// Whom to ask.
+        holder: WorkerId,
+        /// For what.
+        lease: LeaseId,
+    },
 }
 
 /// All leases of a job.
 #[derive(Debug, Clone)]
 pub struct Leases {
-    seed: u64,
-    num_shards: u32,
-    /// Positions at or past this one do not exist; none for a job that is given in steps.
-    end: Option<Position>,
+    order: Order,
     next_id: u64,
     held: BTreeMap<LeaseId, Held>,
-    by_shard: BTreeMap<(Epoch, ShardId), LeaseId>,
-    /// Positions given back, or jumped over when the membership changed: whoever asks first gets them.
-    returned: BTreeSet<Position>,
+    by_shard: BTreeSet<(Epoch, ShardId, LeaseId)>,
+    by_holder: BTreeMap<WorkerId, Holding>,
+    /// What was given back, or jumped over when the membership changed: whoever asks first gets it. To each first index of a part its end, and
+    /// whether it is a rest.
+    returned: BTreeMap<(Position, u32), (u32, bool)>,
     /// Positions below are held, done, or in `returned`, unless they are still ahead of their member below.
     base: Position,
     /// For each member, how many rounds from `base` it was dealt.
     rounds: Vec<u64>,
-    /// Orders of the epochs in use.
-    orders: BTreeMap<Epoch, Vec<ShardId>>,
+    /// Members that take nothing more: their first is for whoever has time.
+    leaving: BTreeSet<usize>,
+}
+
+#[derive(Debug, Clone, Default)]
+struct Holding {
+    /// In the order of granting, which is that of reading.
+    leases: VecDeque<LeaseId>,
+    num_unread: usize,
 }
 
 impl Leases {
-    /// Leases over `num_shards` shards for `epochs` passes (without end if none), starting in epoch `first`.
+    /// Leases over the shards of `sources` for `epochs` passes over each (without end if none), from where `ledger` has the first that is open.
     #[must_use]
-    pub fn new(seed: u64, num_shards: u32, epochs: Option<u32>, first: Epoch) -> Self {
-        let end = epochs.map(|epochs| u64::from(epochs) * u64::from(num_shards));
+    pub fn new(seed: u64, sources: &[Source], epochs: Option<u32>, ledger: &Ledger) -> Self {
+        let order = Order::new(seed, sources, epochs);
         Self {
-            seed,
-            num_shards,
-            end: Some(end.unwrap_or(u64::MAX).min(u64::from(SampleName::LIMIT) * u64::from(num_shards))),
+            base: start(&order, ledger),
+            order,
             next_id: 1,
             held: BTreeMap::new(),
-            by_shard: BTreeMap::new(),
-            returned: BTreeSet::new(),
-            base: u64::from(first.0) * u64::from(num_shards),
+            by_shard: BTreeSet::new(),
+            by_holder: BTreeMap::new(),
+            returned: BTreeMap::new(),
             rounds: Vec::new(),
-            orders: BTreeMap::new(),
+            leaving: BTreeSet::new(),
         }
     }
 
@@ -107,22 +187,30 @@ impl Leases {
         let frontier =
             self.rounds.iter().enumerate().filter(|&(_, &rounds)| rounds > 0).map(|(index, &rounds)| next(index, rounds - 1) + 1).max();
         if let Some(frontier) = frontier {
-            for (index, &rounds) in self.rounds.iter().enumerate() {
-                let mut position = next(index, rounds);
-                while position < frontier {
-                    self.returned.insert(position);
-                    position += members;
-                }
+            let jumped =
+                self.rounds.iter().enumerate().flat_map(|(index, &rounds)| (next(index, rounds)..frontier).step_by(members as usize));
+            for position in jumped.collect::<Vec<_>>() {
+                self.give_up(position, Part::WHOLE, false);
             }
             self.base = frontier;
         }
         self.rounds = vec![0; num_members as usize];
+        self.leaving.clear();
+        // Whoever was to get the rest of a shard asks anew.
+        for held in self.held.values_mut() {
+            held.asked = false;
+        }
     }
 
     /// Forgets every lease and deal, and starts again at the first epoch the ledger has open.
     pub fn restart(&mut self, ledger: &Ledger) {
-        let fresh = Self::new(self.seed, self.num_shards, None, ledger.first_open_epoch());
-        *self = Self { end: self.end, next_id: self.next_id, rounds: vec![0; self.rounds.len()], ..fresh };
+        self.held.clear();
+        self.by_shard.clear();
+        self.by_holder.clear();
+        self.returned.clear();
+        self.base = start(&self.order, ledger);
+        self.rounds = vec![0; self.rounds.len()];
+        self.leaving.clear();
     }
 
     /// The id that the next lease will have.
@@ -134,128 +222,234 @@ impl Leases {
     /// Every lease, by epoch and shard.
     #[must_use]
     pub fn held(&self) -> Vec<HeldLease> {
-        let lease = |(&(epoch, shard), id): (&(Epoch, ShardId), &LeaseId)| {
-            let held = self.held.get(id)?;
-            Some(HeldLease { id: *id, holder: held.holder, epoch, shard, read: held.read })
+        let lease = |&(epoch, shard, id): &(Epoch, ShardId, LeaseId)| {
+            let held = self.held.get(&id)?;
+            Some(HeldLease { id, holder: held.holder, epoch, shard, part: held.part, read: held.read })
         };
         self.by_shard.iter().filter_map(lease).collect()
     }
 
     /// Takes over what was held before a restart; ids go on from `next_id`. Everything else is dealt from the first open epoch on, where what is
-    /// held or done is passed over.
+    /// held or done is passed over. Takes time in the number of shards for each lease.
     pub fn restore(&mut self, held: impl IntoIterator<Item = HeldLease>, next_id: LeaseId) {
         self.next_id = next_id.0;
-        let mut places: BTreeMap<Epoch, Vec<u32>> = BTreeMap::new();
-        for HeldLease { id, holder, epoch, shard, read } in held {
-            let places = places.entry(epoch).or_insert_with(|| {
-                let mut places = vec![0; self.num_shards as usize];
-                for (place, shard) in order(self.seed, epoch, self.num_shards).into_iter().enumerate() {
-                    places[shard.0 as usize] = place as u32;
-                }
-                places
-            });
-            let Some(&place) = places.get(shard.0 as usize) else { continue };
-            let position = u64::from(epoch.0) * u64::from(self.num_shards) + u64::from(place);
-            self.held.insert(id, Held { holder, position, read });
-            self.by_shard.insert((epoch, shard), id);
+        let mut held: Vec<HeldLease> = held.into_iter().collect();
+        held.sort_unstable_by_key(|lease| lease.id);
+        for lease in held {
+            let HeldLease { holder, part, read, .. } = lease;
+            let Some(position) = self.order.position_of(lease.epoch, lease.shard) else { continue };
+            self.hold(lease.granted(), Held { holder, position, part, read, asked: false, is_rest: false });
         }
     }
 
     /// Gives the member up to `num` shards that are not done: what was given back first, then its own deal.
     ///
     /// Once its own deal is exhausted, which happens in the last epoch only, and it has read all it holds, it takes over one shard
-    /// of another member's deal, never that member's first: reading ahead must not leave anybody without work.
-    pub fn grant(&mut self, holder: WorkerId, member: MemberIndex, num: u32, ledger: &Ledger) -> Grant {
+    /// of another member's deal, never that member's first: reading ahead must not leave anybody without work. If it `is_idle`, with nothing
+    /// left to train, it takes over the rest of a shard that another reads: the last lease of whoever has most to read.
+    pub fn grant(&mut self, holder: WorkerId, member: MemberIndex, num: u32, is_idle: bool, ledger: &Ledger) -> Grant {
         let mut leases = Vec::new();
         while leases.len() < num as usize {
-            let Some(position) = self.returned.pop_first().or_else(|| self.deal(member.0 as usize)) else { break };
-            leases.extend(self.lease(holder, position, ledger));
+            let returned = self.returned.pop_first().map(|((position, from), (to, is_rest))| (position, Part { from, to }, is_rest));
+            let next = returned.or_else(|| Some((self.deal(member.0 as usize)?, Part::WHOLE, false)));
+            let Some((position, part, is_rest)) = next else { break };
+            leases.extend(self.lease(holder, position, part, is_rest, ledger));
         }
-        let idle = self.held.values().all(|held| held.holder != holder || held.read);
-        while leases.is_empty() && idle {
+        let has_read = self.by_holder.get(&holder).is_none_or(|holding| holding.num_unread == 0);
+        while leases.is_empty() && has_read {
             let Some(position) = self.take_over() else { break };
-            leases.extend(self.lease(holder, position, ledger));
+            leases.extend(self.lease(holder, position, Part::WHOLE, false, ledger));
         }
         let left = self.any_left();
-        if leases.is_empty() && left { Grant::Later } else { Grant::Now { none_left: !left && leases.len() < num as usize, leases } }
+        if leases.is_empty() && left {
+            return Grant::Later;
+        }
+        if leases.is_empty() && is_idle {
+            if self.held.values().any(|held| held.asked && !held.read) {
+                return Grant::Later;
+            }
+            if let Some((holder, lease)) = self.rest_to_take(holder) {
+                return Grant::AskBack { holder, lease };
+            }
+        }
+        let none_left = !left && leases.len() < num as usize;
+        let when_idle = none_left && !is_idle && self.held.values().any(|held| held.holder != holder && held.can_be_asked());
+        Grant::Now { leases, none_left, when_idle }
     }
 
-    /// A lease on the shard at a position, unless it is done or being read.
-    fn lease(&mut self, holder: WorkerId, position: Position, ledger: &Ledger) -> Option<Granted> {
-        let (epoch, shard) = self.place(position);
-        if ledger.is_done(epoch, shard) || self.by_shard.contains_key(&(epoch, shard)) {
+    /// A lease on what of a part is neither done nor being read.
+    fn lease(&mut self, holder: WorkerId, position: Position, part: Part, is_rest: bool, ledger: &Ledger) -> Option<Granted> {
+        let (epoch, shard) = self.order.place(position);
+        if ledger.is_done(epoch, shard) {
             return None;
         }
-        let id = LeaseId(self.next_id);
+        let mut free = self.free_parts(epoch, shard, part).into_iter();
+        let first = free.next()?;
+        for other in free {
+            self.give_up(position, other, is_rest);
+        }
+        let granted = Granted { id: LeaseId(self.next_id), epoch, shard, part: first };
         self.next_id += 1;
-        self.held.insert(id, Held { holder, position, read: false });
-        self.by_shard.insert((epoch, shard), id);
-        Some(Granted { id, epoch, shard })
+        self.hold(granted, Held { holder, position, part: first, read: false, asked: false, is_rest });
+        Some(granted)
     }
 
-    /// Notes that a lease's holder has reached the end of the tar.
+    fn hold(&mut self, granted: Granted, held: Held) {
+        self.by_shard.insert((granted.epoch, granted.shard, granted.id));
+        let holding = self.by_holder.entry(held.holder).or_default();
+        holding.leases.push_back(granted.id);
+        holding.num_unread += usize::from(!held.read);
+        self.held.insert(granted.id, held);
+    }
+
+    /// What of `part` nobody holds.
+    fn free_parts(&self, epoch: Epoch, shard: ShardId, part: Part) -> Vec<Part> {
+        let mut held: Vec<Part> = self.leases_on(epoch, shard).filter_map(|id| Some(self.held.get(&id)?.part)).collect();
+        held.sort_unstable_by_key(|part| part.from);
+        let mut free = Vec::new();
+        let mut from = part.from;
+        for taken in held.into_iter().chain([Part { from: part.to, to: part.to }]) {
+            let to = taken.from.min(part.to);
+            if from < to {
+                free.push(Part { from, to });
+            }
+            from = from.max(taken.to);
+        }
+        free
+    }
+
+    fn leases_on(&self, epoch: Epoch, shard: ShardId) -> impl Iterator<Item = LeaseId> + '_ {
+        self.by_shard.range((epoch, shard, LeaseId(0))..=(epoch, shard, LeaseId(u64::MAX))).map(|&(_, _, id)| id)
+    }
+
+    /// Puts a part back among what anybody may have, together with what lies beside it.
+    fn give_up(&mut self, position: Position, mut part: Part, mut is_rest: bool) {
+        let of_shard = self.returned.range((position, 0)..=(position, Part::OPEN));
+        let beside = of_shard.filter(|&(&(_, from), &(to, _))| from <= part.to && part.from <= to).map(|(&key, _)| key);
+        for key in beside.collect::<Vec<_>>() {
+            if let Some((to, was_rest)) = self.returned.remove(&key) {
+                part = Part { from: part.from.min(key.1), to: part.to.max(to) };
+                is_rest |= was_rest;
+            }
+        }
+        self.returned.insert((position, part.from), (part.to, is_rest));
+    }
+
+    /// Whom an idle member asks for what: the last lease of whoever has most to read.
+    fn rest_to_take(&mut self, idle: WorkerId) -> Option<(WorkerId, LeaseId)> {
+        let mut holders: Vec<(&WorkerId, &Holding)> = self.by_holder.iter().filter(|&(&holder, _)| holder != idle).collect();
+        holders.sort_by_key(|(_, holding)| std::cmp::Reverse(holding.num_unread));
+        let can_be_asked = |id: &LeaseId| self.held.get(id).is_some_and(Held::can_be_asked);
+        let found =
+            holders.into_iter().find_map(|(&holder, holding)| Some((holder, *holding.leases.iter().rev().find(|id| can_be_asked(id))?)));
+        if let Some(held) = found.and_then(|(_, id)| self.held.get_mut(&id)) {
+            held.asked = true;
+        }
+        found
+    }
+
+    /// Notes that a lease's holder will read no more of it.
     pub fn set_read(&mut self, id: LeaseId) {
-        if let Some(held) = self.held.get_mut(&id) {
-            held.read = true;
+        let Some(held) = self.held.get_mut(&id) else { return };
+        if !std::mem::replace(&mut held.read, true)
+            && let Some(holding) = self.by_holder.get_mut(&held.holder)
+        {
+            holding.num_unread -= 1;
         }
     }
 
-    /// Ends the lease on a shard that is done.
+    /// Takes back what a lease's holder has not begun: everything from index `from` on. It keeps what lies below.
+    pub fn give_back(&mut self, id: LeaseId, from: u32) {
+        self.set_read(id);
+        let Some(held) = self.held.get_mut(&id) else { return };
+        let Held { position, part, asked, .. } = *held;
+        let (kept, rest) = part.split(from);
+        held.part = kept;
+        if kept.is_empty() {
+            self.end(id);
+        }
+        if !rest.is_empty() {
+            self.give_up(position, rest, asked);
+        }
+    }
+
+    /// Ends the leases on a shard that is done.
     pub fn finish(&mut self, epoch: Epoch, shard: ShardId) {
-        if let Some(id) = self.by_shard.remove(&(epoch, shard)) {
-            self.held.remove(&id);
+        for id in self.leases_on(epoch, shard).collect::<Vec<_>>() {
+            self.end(id);
         }
     }
 
     /// Takes back everything `holder` has. Its shards go to whoever asks next.
     pub fn release(&mut self, holder: WorkerId) {
-        let ids: Vec<LeaseId> = self.held.iter().filter(|(_, held)| held.holder == holder).map(|(&id, _)| id).collect();
-        for id in ids {
-            if let Some(held) = self.held.remove(&id) {
-                let place = self.place(held.position);
-                self.by_shard.remove(&place);
-                self.returned.insert(held.position);
+        for id in self.held_by(holder) {
+            if let Some(held) = self.end(id) {
+                self.give_up(held.position, held.part, false);
             }
         }
+    }
+
+    fn end(&mut self, id: LeaseId) -> Option<Held> {
+        let held = self.held.remove(&id)?;
+        let (epoch, shard) = self.order.place(held.position);
+        self.by_shard.remove(&(epoch, shard, id));
+        if let Some(holding) = self.by_holder.get_mut(&held.holder) {
+            // Ids ascend.
+            if let Ok(at) = holding.leases.binary_search(&id) {
+                holding.leases.remove(at);
+            }
+            holding.num_unread -= usize::from(!held.read);
+            if holding.leases.is_empty() {
+                self.by_holder.remove(&held.holder);
+            }
+        }
+        Some(held)
     }
 
     /// The shard of a lease that `holder` has.
     #[must_use]
     pub fn shard_of(&mut self, id: LeaseId, holder: WorkerId) -> Option<(Epoch, ShardId)> {
         let held = *self.held.get(&id)?;
-        (held.holder == holder).then(|| self.place(held.position))
+        (held.holder == holder).then(|| self.order.place(held.position))
     }
 
     /// Everybody who holds a lease.
     #[must_use]
     pub fn holders(&self) -> BTreeSet<WorkerId> {
-        self.held.values().map(|held| held.holder).collect()
+        self.by_holder.keys().copied().collect()
     }
 
     /// Leases that `holder` has.
     #[must_use]
     pub fn held_by(&self, holder: WorkerId) -> Vec<LeaseId> {
-        self.held.iter().filter(|(_, held)| held.holder == holder).map(|(&id, _)| id).collect()
+        self.by_holder.get(&holder).map(|holding| holding.leases.iter().copied().collect()).unwrap_or_default()
     }
 
-    /// Who reads a shard.
+    /// Leases of which `holder` still reads.
     #[must_use]
-    pub fn holder_of(&self, epoch: Epoch, shard: ShardId) -> Option<WorkerId> {
-        Some(self.held.get(self.by_shard.get(&(epoch, shard))?)?.holder)
+    pub fn unread_by(&self, holder: WorkerId) -> Vec<LeaseId> {
+        self.held_by(holder).into_iter().filter(|id| self.held.get(id).is_some_and(|held| !held.read)).collect()
     }
 
-    /// Number of shards of `epoch` that are leased now.
+    /// Who reads a shard: one worker, or several with a part each, in the order of granting.
     #[must_use]
-    pub fn num_leased(&self, epoch: Epoch) -> u32 {
-        let shards = (epoch, ShardId(0))..=(epoch, ShardId(u32::MAX));
-        self.by_shard.range(shards).count() as u32
+    pub fn holders_of(&self, epoch: Epoch, shard: ShardId) -> Vec<WorkerId> {
+        self.leases_on(epoch, shard).filter_map(|id| Some(self.held.get(&id)?.holder)).collect()
+    }
+
+    /// Number of shards of `epoch` among `shards` that are leased now.
+    #[must_use]
+    pub fn num_leased(&self, epoch: Epoch, shards: std::ops::Range<u32>) -> u32 {
+        let leases = self.by_shard.range((epoch, ShardId(shards.start), LeaseId(0))..(epoch, ShardId(shards.end), LeaseId(0)));
+        let mut last = None;
+        leases.filter(|&&(_, shard, _)| last.replace(shard) != Some(shard)).count() as u32
     }
 
     /// Next position in a member's deal.
     fn next_of(&self, member: usize) -> Option<Position> {
         let rounds = *self.rounds.get(member)?;
         let position = self.base + member as u64 + rounds * self.rounds.len() as u64;
-        self.end.is_none_or(|end| position < end).then_some(position)
+        (position < self.order.end()).then_some(position)
     }
 
     fn deal(&mut self, member: usize) -> Option<Position> {
@@ -264,188 +458,30 @@ impl Leases {
         Some(position)
     }
 
-    /// The lowest position left in the deal of a member that has its first.
+    /// Notes that a member takes nothing more of its deal.
+    pub fn set_leaving(&mut self, member: MemberIndex) {
+        self.leaving.insert(member.0 as usize);
+    }
+
+    /// The lowest position left in the deal of a member that has its first, or leaves.
     fn take_over(&mut self) -> Option<Position> {
-        let others = (0..self.rounds.len()).filter(|&member| self.rounds[member] > 0);
+        let others = (0..self.rounds.len()).filter(|&member| self.rounds[member] > 0 || self.leaving.contains(&member));
         let (_, member) = others.filter_map(|member| Some((self.next_of(member)?, member))).min()?;
         self.deal(member)
     }
 
-    fn any_left(&self) -> bool {
-        !self.returned.is_empty() || (0..self.rounds.len()).any(|member| self.next_of(member).is_some())
-    }
-
-    fn place(&mut self, position: Position) -> (Epoch, ShardId) {
-        let epoch = Epoch((position / u64::from(self.num_shards)) as u32);
-        let place = (position % u64::from(self.num_shards)) as usize;
-        if !self.orders.contains_key(&epoch) {
-            // Three epochs at once are the most that a run needs: one ending, one running, one read ahead.
-            while self.orders.len() >= 3 {
-                self.orders.pop_first();
-            }
-            self.orders.insert(epoch, order(self.seed, epoch, self.num_shards));
-        }
-        (epoch, self.orders[&epoch][place])
+    /// Whether something is still to be given out, or may be, as long as nothing is dealt.
+    #[must_use]
+    pub fn any_left(&self) -> bool {
+        let undealt = self.rounds.is_empty() && self.base < self.order.end();
+        undealt || !self.returned.is_empty() || (0..self.rounds.len()).any(|member| self.next_of(member).is_some())
     }
 }
 
-/// The shards of an epoch in the order they are dealt: a Fisher-Yates shuffle driven by SplitMix64 over (seed, epoch).
-///
-/// Fixed here rather than taken from a library: a resumed job must find the order it was started with.
-fn order(seed: u64, epoch: Epoch, num_shards: u32) -> Vec<ShardId> {
-    let mut state = seed ^ u64::from(epoch.0).wrapping_mul(0xd1b5_4a32_d192_ed03);
-    let mut next = move || {
-        state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = state;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    };
-    let mut shards: Vec<ShardId> = (0..num_shards).map(ShardId).collect();
-    for last in (1..shards.len()).rev() {
-        let pick = ((u128::from(next()) * (last as u128 + 1)) >> 64) as usize;
-        shards.swap(last, pick);
-    }
-    shards
+/// The first position of an epoch that is open.
+fn start(order: &Order, ledger: &Ledger) -> Position {
+    (0..ledger.num_sources()).map(|source| order.start_of(source, ledger.open_epoch_of(source))).min().unwrap_or_default()
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use peapod_proto::ids::Step;
-
-    fn take(leases: &mut Leases, member: u32, num: u32, ledger: &Ledger) -> Vec<Granted> {
-        match leases.grant(WorkerId(member.into()), MemberIndex(member), num, ledger) {
-            Grant::Now { leases, .. } => leases,
-            Grant::Later => Vec::new(),
-        }
-    }
-
-    fn drain(leases: &mut Leases, members: u32, ledger: &Ledger) -> Vec<Vec<(u32, u32)>> {
-        let mut taken = vec![Vec::new(); members as usize];
-        loop {
-            let mut any = false;
-            for member in 0..members {
-                for lease in take(leases, member, 1, ledger) {
-                    leases.set_read(lease.id);
-                    taken[member as usize].push((lease.epoch.0, lease.shard.0));
-                    any = true;
-                }
-            }
-            if !any {
-                return taken;
-            }
-        }
-    }
-
-    #[test]
-    fn each_epoch_is_a_permutation_and_epochs_differ() {
-        let mut first: Vec<_> = order(7, Epoch(0), 100);
-        assert_ne!(first, order(7, Epoch(1), 100));
-        assert_ne!(first, order(8, Epoch(0), 100));
-        first.sort();
-        assert_eq!(first, (0..100).map(ShardId).collect::<Vec<_>>());
-    }
-
-    #[test]
-    fn every_shard_of_every_epoch_is_granted_once() {
-        for members in 1..5 {
-            let ledger = Ledger::new(7);
-            let mut leases = Leases::new(1, 7, Some(3), Epoch(0));
-            leases.deal_among(members);
-            let mut all: Vec<_> = drain(&mut leases, members, &ledger).concat();
-            all.sort_unstable();
-            let expected: Vec<_> = (0..3).flat_map(|epoch| (0..7).map(move |shard| (epoch, shard))).collect();
-            assert_eq!(all, expected, "{members} members");
-        }
-    }
-
-    #[test]
-    fn deal_does_not_depend_on_who_asks_first() {
-        let ledger = Ledger::new(6);
-        let ask = |order: [u32; 4]| {
-            let mut leases = Leases::new(3, 6, None, Epoch(0));
-            leases.deal_among(2);
-            let mut got: Vec<_> = order.iter().map(|&m| (m, take(&mut leases, m, 1, &ledger)[0].shard)).collect();
-            got.sort();
-            got
-        };
-        assert_eq!(ask([0, 0, 1, 1]), ask([1, 1, 0, 0]));
-        assert_eq!(ask([0, 1, 0, 1]), ask([1, 0, 0, 1]));
-    }
-
-    #[test]
-    fn idle_member_takes_over_what_others_have_left_but_never_their_first() {
-        let ledger = Ledger::new(4);
-        let mut leases = Leases::new(1, 4, Some(1), Epoch(0));
-        leases.deal_among(2);
-        let own = take(&mut leases, 0, 3, &ledger);
-        assert_eq!(own.len(), 2, "its own deal, nothing of the other's");
-        assert_eq!(leases.grant(WorkerId(0), MemberIndex(0), 1, &ledger), Grant::Later, "it still reads");
-        own.iter().for_each(|lease| leases.set_read(lease.id));
-        assert_eq!(leases.grant(WorkerId(0), MemberIndex(0), 1, &ledger), Grant::Later, "the other has not had its first");
-        assert_eq!(take(&mut leases, 1, 1, &ledger).len(), 1);
-        let over = leases.grant(WorkerId(0), MemberIndex(0), 2, &ledger);
-        assert!(matches!(over, Grant::Now { leases, none_left: true } if leases.len() == 1));
-        assert_eq!(leases.grant(WorkerId(1), MemberIndex(1), 1, &ledger), Grant::Now { leases: vec![], none_left: true });
-    }
-
-    #[test]
-    fn a_dead_holders_shards_go_to_the_next_who_asks() {
-        let ledger = Ledger::new(4);
-        let mut leases = Leases::new(1, 4, Some(1), Epoch(0));
-        leases.deal_among(2);
-        let lost = take(&mut leases, 1, 2, &ledger);
-        leases.release(WorkerId(1));
-        assert_eq!(leases.shard_of(lost[0].id, WorkerId(1)), None);
-        leases.deal_among(1);
-        let all = take(&mut leases, 0, 10, &ledger);
-        assert_eq!(all.len(), 4);
-        assert!(all.iter().all(|lease| lost.iter().all(|old| old.id != lease.id)), "lease ids are never reused");
-    }
-
-    #[test]
-    fn change_of_size_loses_and_doubles_nothing() {
-        let ledger = Ledger::new(11);
-        let mut leases = Leases::new(5, 11, Some(2), Epoch(0));
-        let mut all = Vec::new();
-        leases.deal_among(3);
-        // Uneven progress: member 2 is far ahead when the world shrinks, then grows.
-        all.extend(take(&mut leases, 2, 3, &ledger));
-        all.extend(take(&mut leases, 0, 1, &ledger));
-        leases.deal_among(1);
-        all.extend(take(&mut leases, 0, 2, &ledger));
-        leases.deal_among(4);
-        for member in [3, 1, 0, 2, 1] {
-            all.extend(take(&mut leases, member, 5, &ledger));
-            all.iter().for_each(|lease| leases.set_read(lease.id));
-        }
-        let mut places: Vec<_> = all.iter().map(|lease| (lease.epoch, lease.shard)).collect();
-        places.sort();
-        places.dedup();
-        assert_eq!((places.len(), all.len()), (22, 22));
-    }
-
-    #[test]
-    fn shards_done_before_a_resume_are_not_granted() {
-        let mut ledger = Ledger::new(3);
-        ledger.set_size(Epoch(0), ShardId(1), 1).unwrap();
-        ledger.commit(SampleName { epoch: Epoch(0), shard: ShardId(1), index: 0 }, Step(1)).unwrap();
-        let mut leases = Leases::new(1, 3, Some(1), ledger.first_open_epoch());
-        leases.deal_among(2);
-        let mut shards: Vec<_> = drain(&mut leases, 2, &ledger).concat();
-        shards.sort_unstable();
-        assert_eq!(shards, [(0, 0), (0, 2)]);
-    }
-
-    #[test]
-    fn finished_lease_is_nobodys() {
-        let ledger = Ledger::new(2);
-        let mut leases = Leases::new(1, 2, Some(1), Epoch(0));
-        leases.deal_among(1);
-        let lease = take(&mut leases, 0, 1, &ledger)[0];
-        assert_eq!(leases.holder_of(lease.epoch, lease.shard), Some(WorkerId(0)));
-        leases.finish(lease.epoch, lease.shard);
-        assert_eq!((leases.holder_of(lease.epoch, lease.shard), leases.held_by(WorkerId(0)).len()), (None, 0));
-    }
-}
+mod tests;

@@ -79,6 +79,14 @@ impl Rules {
         *counts.entry(rule.to_owned()).or_default() += 1;
     }
 
+    fn add(&mut self, other: &Self) {
+        for (mine, theirs) in [(&mut self.filtered, &other.filtered), (&mut self.bad, &other.bad)] {
+            for (rule, count) in theirs {
+                *mine.entry(rule.clone()).or_default() += count;
+            }
+        }
+    }
+
     /// What most of the broken samples have, and how many that are.
     #[must_use]
     pub fn most_often_bad(&self) -> Option<(&str, u64)> {
@@ -87,86 +95,150 @@ impl Rules {
     }
 }
 
+impl Totals {
+    /// Trained or not, whatever became of them.
+    #[must_use]
+    pub fn seen(&self) -> u64 {
+        self.committed + self.filtered + self.bad + self.not_finite
+    }
+}
+
+impl std::ops::AddAssign for Totals {
+    fn add_assign(&mut self, other: Self) {
+        self.committed += other.committed;
+        self.filtered += other.filtered;
+        self.bad += other.bad;
+        self.not_finite += other.not_finite;
+    }
+}
+
+/// Samples of one shard that were skipped, by reason: filtered, bad, not finite.
+type Skips = [u32; 3];
+
 /// One shard in one epoch, until it is done.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 struct OpenShard {
     committed: Bitmap,
+    num_committed: u32,
     skipped: Bitmap,
+    skips: Skips,
     /// Known once a reader has reached the end of the tar.
     num_samples: Option<u32>,
 }
 
 impl OpenShard {
+    fn num_skipped(&self) -> u32 {
+        self.skips.iter().sum()
+    }
+
     fn is_done(&self) -> bool {
-        self.num_samples.is_some_and(|num| self.committed.count() + self.skipped.count() >= num)
+        self.num_samples.is_some_and(|num| self.num_committed + self.num_skipped() >= num)
     }
 }
 
+/// One epoch of a source. A shard that is done is a bit, and what of it was skipped.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 struct EpochLedger {
-    /// A bit a shard.
+    /// A bit a shard, counted from the source's first.
     done: Bitmap,
+    num_done: u32,
+    /// Of those that are done, where anything was.
+    #[serde(with = "pairs")]
+    skips: BTreeMap<ShardId, Skips>,
+    #[serde(with = "pairs")]
     open: BTreeMap<ShardId, OpenShard>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct SourceLedger {
+    first_shard: u32,
+    num_shards: u32,
+    /// Epochs before this one are complete.
+    first_open: Epoch,
+    epochs: BTreeMap<Epoch, EpochLedger>,
+    totals: Totals,
+    rules: Rules,
+}
+
+/// What is known of one shard in one epoch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct ShardCounts {
+    /// Whether every sample of it is accounted for.
+    pub done: bool,
+    /// Samples in it, once it has been read to its end in any epoch.
+    pub num_samples: Option<u32>,
+    /// What became of them. Of an epoch that is complete, only the trained are still known apart, as all that were not skipped.
+    pub counts: Totals,
 }
 
 /// The ledger of a job at one step. Serialised into each checkpoint.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Ledger {
     num_shards: u32,
-    /// Epochs before this one are complete.
-    first_open: Epoch,
-    epochs: BTreeMap<Epoch, EpochLedger>,
-    /// Sizes learnt so far.
-    sizes: BTreeMap<ShardId, u32>,
-    totals: Totals,
-    #[serde(default)]
-    rules: Rules,
+    sources: Vec<SourceLedger>,
+    sizes: Sizes,
 }
 
 impl Ledger {
-    /// An empty ledger for `num_shards` shards.
+    /// An empty ledger for one source of `num_shards` shards.
     #[must_use]
     pub fn new(num_shards: u32) -> Self {
-        Self {
-            num_shards,
-            first_open: Epoch(0),
-            epochs: BTreeMap::new(),
-            sizes: BTreeMap::new(),
-            totals: Totals::default(),
-            rules: Rules::default(),
-        }
+        Self::of_sources([num_shards])
+    }
+
+    /// An empty ledger for sources of so many shards, whose shards follow each other.
+    #[must_use]
+    pub fn of_sources(sources: impl IntoIterator<Item = u32>) -> Self {
+        let mut num_all = 0;
+        let source = |num_shards| {
+            let first_shard = num_all;
+            num_all += num_shards;
+            SourceLedger {
+                first_shard,
+                num_shards,
+                first_open: Epoch(0),
+                epochs: BTreeMap::new(),
+                totals: Totals::default(),
+                rules: Rules::default(),
+            }
+        };
+        let sources = sources.into_iter().map(source).collect();
+        Self { num_shards: num_all, sources, sizes: Sizes::default() }
     }
 
     /// Counts a sample as trained in `step`; says whether its shard is now done.
     pub fn commit(&mut self, name: SampleName, step: Step) -> Result<bool, LedgerError> {
-        self.check(name)?;
-        let Some(shard) = self.open_shard(name.epoch, name.shard) else { return Err(LedgerError::TrainedTwice { name, step }) };
+        let Some((source, shard)) = self.open_shard(name)? else { return Err(LedgerError::TrainedTwice { name, step }) };
         if shard.skipped.contains(name.index) {
             return Err(LedgerError::TrainedSkipped(name));
         }
         if !shard.committed.insert(name.index) {
             return Err(LedgerError::TrainedTwice { name, step });
         }
+        shard.num_committed += 1;
         let done = shard.is_done();
-        self.totals.committed += 1;
-        self.close_if(done, name);
+        self.sources[source].totals.committed += 1;
+        self.sources[source].close_if(done, name);
         Ok(done)
     }
 
     /// Counts a sample as skipped; says whether it was new. A sample that is skipped again stays as it is.
     pub fn skip(&mut self, name: SampleName, reason: Skip) -> Result<bool, LedgerError> {
-        self.check(name)?;
-        let Some(shard) = self.open_shard(name.epoch, name.shard) else { return Ok(false) };
+        let Some((source, shard)) = self.open_shard(name)? else { return Ok(false) };
         if shard.committed.contains(name.index) || !shard.skipped.insert(name.index) {
             return Ok(false);
         }
+        let totals = &mut self.sources[source].totals;
+        let (at, total) = match reason {
+            Skip::Data(SkipReason::Filtered) => (0, &mut totals.filtered),
+            Skip::Data(SkipReason::Bad) => (1, &mut totals.bad),
+            Skip::NotFinite => (2, &mut totals.not_finite),
+        };
+        *total += 1;
+        let Some((_, shard)) = self.open_shard(name)? else { return Ok(true) };
+        shard.skips[at] += 1;
         let done = shard.is_done();
-        match reason {
-            Skip::Data(SkipReason::Filtered) => self.totals.filtered += 1,
-            Skip::Data(SkipReason::Bad) => self.totals.bad += 1,
-            Skip::NotFinite => self.totals.not_finite += 1,
-        }
-        self.close_if(done, name);
+        self.sources[source].close_if(done, name);
         Ok(true)
     }
 
@@ -176,56 +248,120 @@ impl Ledger {
     /// As [`skip`](Self::skip).
     pub fn skip_data(&mut self, name: SampleName, sample: &SkippedSample) -> Result<bool, LedgerError> {
         let is_new = self.skip(name, Skip::Data(sample.reason))?;
-        if is_new {
-            self.rules.count(sample.reason, sample.rule());
+        if is_new && let Some(source) = self.source_with(name.shard) {
+            self.sources[source].rules.count(sample.reason, sample.rule());
         }
         Ok(is_new)
     }
 
-    /// Counts of skipped samples over all epochs, by rule.
+    /// Counts of skipped samples over all sources and epochs, by rule.
     #[must_use]
-    pub fn rules(&self) -> &Rules {
-        &self.rules
+    pub fn rules(&self) -> Rules {
+        let mut rules = Rules::default();
+        self.sources.iter().for_each(|source| rules.add(&source.rules));
+        rules
+    }
+
+    /// Counts of a source's skipped samples over all its epochs, by rule.
+    #[must_use]
+    pub fn rules_of(&self, source: usize) -> Rules {
+        self.sources.get(source).map_or_else(Rules::default, |source| source.rules.clone())
     }
 
     /// Learns a shard's size from a reader that reached its end; says whether the shard is now done.
     pub fn set_size(&mut self, epoch: Epoch, shard: ShardId, num_samples: u32) -> Result<bool, LedgerError> {
         let name = SampleName { epoch, shard, index: 0 };
-        self.check(name)?;
-        let before = *self.sizes.entry(shard).or_insert(num_samples);
+        self.source_of(name)?;
+        let before = self.sizes.learn(shard, num_samples);
         if before != num_samples {
             return Err(LedgerError::SizeChanged { shard, before, now: num_samples });
         }
-        let Some(open) = self.open_shard(epoch, shard) else { return Ok(true) };
+        let Some((source, open)) = self.open_shard(name)? else { return Ok(true) };
         open.num_samples = Some(num_samples);
         let done = open.is_done();
-        self.close_if(done, name);
+        self.sources[source].close_if(done, name);
         Ok(done)
     }
 
     /// Whether every sample of a shard is trained or skipped in `epoch`.
     #[must_use]
     pub fn is_done(&self, epoch: Epoch, shard: ShardId) -> bool {
-        epoch < self.first_open || self.epochs.get(&epoch).is_some_and(|ledger| ledger.done.contains(shard.0))
+        self.source_with(shard).is_some_and(|source| self.sources[source].is_done(epoch, shard))
     }
 
     /// Samples of a shard that the next reader passes over.
     #[must_use]
     pub fn done_samples(&self, epoch: Epoch, shard: ShardId) -> Bitmap {
-        let open = self.epochs.get(&epoch).and_then(|ledger| ledger.open.get(&shard));
-        open.map(|open| open.committed.union(&open.skipped)).unwrap_or_default()
+        self.open_part(epoch, shard).map(|open| open.committed.union(&open.skipped)).unwrap_or_default()
     }
 
-    /// First epoch in which a shard is not done.
+    /// What became of a shard's samples in an epoch.
+    #[must_use]
+    pub fn shard_counts(&self, epoch: Epoch, shard: ShardId) -> ShardCounts {
+        let num_samples = self.sizes.get(shard);
+        let totals = |committed: u32, [filtered, bad, not_finite]: Skips| Totals {
+            committed: committed.into(),
+            filtered: filtered.into(),
+            bad: bad.into(),
+            not_finite: not_finite.into(),
+        };
+        if let Some(open) = self.open_part(epoch, shard) {
+            return ShardCounts { done: false, num_samples, counts: totals(open.num_committed, open.skips) };
+        }
+        if !self.is_done(epoch, shard) {
+            return ShardCounts { done: false, num_samples, counts: Totals::default() };
+        }
+        let ledger = self.source_with(shard).and_then(|source| self.sources[source].epochs.get(&epoch));
+        let skips = ledger.and_then(|ledger| ledger.skips.get(&shard)).copied().unwrap_or_default();
+        let committed = num_samples.unwrap_or_default().saturating_sub(skips.iter().sum());
+        ShardCounts { done: true, num_samples, counts: totals(committed, skips) }
+    }
+
+    /// Number of sources.
+    #[must_use]
+    pub fn num_sources(&self) -> usize {
+        self.sources.len()
+    }
+
+    /// Number of shards of each source.
+    pub fn source_sizes(&self) -> impl Iterator<Item = u32> + '_ {
+        self.sources.iter().map(|source| source.num_shards)
+    }
+
+    /// The shards of a source.
+    #[must_use]
+    pub fn shards_of(&self, source: usize) -> std::ops::Range<u32> {
+        self.sources.get(source).map_or(0..0, |source| source.first_shard..source.first_shard + source.num_shards)
+    }
+
+    /// First epoch of a source in which a shard is not done.
+    #[must_use]
+    pub fn open_epoch_of(&self, source: usize) -> Epoch {
+        self.sources.get(source).map_or(Epoch(0), |source| source.first_open)
+    }
+
+    /// Number of a source's shards done in `epoch`.
+    #[must_use]
+    pub fn num_done_of(&self, source: usize, epoch: Epoch) -> u32 {
+        self.sources.get(source).map_or(0, |source| source.num_done(epoch))
+    }
+
+    /// Counts of a source over all its epochs.
+    #[must_use]
+    pub fn totals_of(&self, source: usize) -> Totals {
+        self.sources.get(source).map_or_else(Totals::default, |source| source.totals)
+    }
+
+    /// First epoch in which a shard of any source is not done.
     #[must_use]
     pub fn first_open_epoch(&self) -> Epoch {
-        self.first_open
+        self.sources.iter().map(|source| source.first_open).min().unwrap_or_default()
     }
 
     /// Number of shards done in `epoch`.
     #[must_use]
     pub fn num_done(&self, epoch: Epoch) -> u32 {
-        if epoch < self.first_open { self.num_shards } else { self.epochs.get(&epoch).map_or(0, |ledger| ledger.done.count()) }
+        self.sources.iter().map(|source| source.num_done(epoch)).sum()
     }
 
     /// Number of shards the ledger was made for.
@@ -234,22 +370,47 @@ impl Ledger {
         self.num_shards
     }
 
-    /// Counts over all epochs.
+    /// Counts over all sources and epochs.
     #[must_use]
     pub fn totals(&self) -> Totals {
-        self.totals
+        let mut totals = Totals::default();
+        self.sources.iter().for_each(|source| totals += source.totals);
+        totals
     }
 
-    fn check(&self, name: SampleName) -> Result<(), LedgerError> {
-        if name.shard.0 < self.num_shards { Ok(()) } else { Err(LedgerError::NoSuchShard { name, num_shards: self.num_shards }) }
-    }
-
-    /// The shard's entry, or nothing if it is done.
-    fn open_shard(&mut self, epoch: Epoch, shard: ShardId) -> Option<&mut OpenShard> {
-        if self.is_done(epoch, shard) {
+    fn source_with(&self, shard: ShardId) -> Option<usize> {
+        if shard.0 >= self.num_shards {
             return None;
         }
-        Some(self.epochs.entry(epoch).or_default().open.entry(shard).or_default())
+        self.sources.partition_point(|source| source.first_shard <= shard.0).checked_sub(1)
+    }
+
+    fn source_of(&self, name: SampleName) -> Result<usize, LedgerError> {
+        self.source_with(name.shard).ok_or(LedgerError::NoSuchShard { name, num_shards: self.num_shards })
+    }
+
+    fn open_part(&self, epoch: Epoch, shard: ShardId) -> Option<&OpenShard> {
+        self.sources[self.source_with(shard)?].epochs.get(&epoch)?.open.get(&shard)
+    }
+
+    /// The shard's entry with its source, or nothing if it is done.
+    fn open_shard(&mut self, name: SampleName) -> Result<Option<(usize, &mut OpenShard)>, LedgerError> {
+        let index = self.source_of(name)?;
+        let source = &mut self.sources[index];
+        if source.is_done(name.epoch, name.shard) {
+            return Ok(None);
+        }
+        Ok(Some((index, source.epochs.entry(name.epoch).or_default().open.entry(name.shard).or_default())))
+    }
+}
+
+impl SourceLedger {
+    fn is_done(&self, epoch: Epoch, shard: ShardId) -> bool {
+        epoch < self.first_open || self.epochs.get(&epoch).is_some_and(|ledger| ledger.done.contains(shard.0 - self.first_shard))
+    }
+
+    fn num_done(&self, epoch: Epoch) -> u32 {
+        if epoch < self.first_open { self.num_shards } else { self.epochs.get(&epoch).map_or(0, |ledger| ledger.num_done) }
     }
 
     fn close_if(&mut self, done: bool, name: SampleName) {
@@ -257,13 +418,81 @@ impl Ledger {
             return;
         }
         if let Some(epoch) = self.epochs.get_mut(&name.epoch) {
-            epoch.open.remove(&name.shard);
-            epoch.done.insert(name.shard.0);
+            let skips = epoch.open.remove(&name.shard).map(|open| open.skips).unwrap_or_default();
+            if skips != Skips::default() {
+                epoch.skips.insert(name.shard, skips);
+            }
+            epoch.num_done += u32::from(epoch.done.insert(name.shard.0 - self.first_shard));
         }
-        while self.epochs.get(&self.first_open).is_some_and(|epoch| epoch.done.count() == self.num_shards) {
+        while self.epochs.get(&self.first_open).is_some_and(|epoch| epoch.num_done == self.num_shards) {
             self.epochs.remove(&self.first_open);
             self.first_open = Epoch(self.first_open.0 + 1);
         }
+    }
+}
+
+/// Sizes of shards learnt so far; 0 stands for one that is not known, as it is one more than the size.
+///
+/// Serialises as runs of equal entries: shards are mostly cut to one size.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+struct Sizes(Vec<u32>);
+
+impl Sizes {
+    fn get(&self, shard: ShardId) -> Option<u32> {
+        self.0.get(shard.0 as usize)?.checked_sub(1)
+    }
+
+    /// Keeps a size where none is known; the one that is known from then on.
+    fn learn(&mut self, shard: ShardId, size: u32) -> u32 {
+        let at = shard.0 as usize;
+        if at >= self.0.len() {
+            self.0.resize(at + 1, 0);
+        }
+        if self.0[at] == 0 {
+            self.0[at] = size + 1;
+        }
+        self.0[at] - 1
+    }
+}
+
+impl Serialize for Sizes {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        // Collected first: the journal's format wants the number of runs before them.
+        let runs: Vec<(u32, u32)> = self.0.chunk_by(|a, b| a == b).map(|run| (run.len() as u32, run[0])).collect();
+        runs.serialize(serializer)
+    }
+}
+
+impl<'de> Deserialize<'de> for Sizes {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let mut sizes = Vec::new();
+        for (len, entry) in Vec::<(u32, u32)>::deserialize(deserializer)? {
+            if sizes.len() + len as usize > SampleName::LIMIT as usize || entry > SampleName::LIMIT + 1 {
+                return Err(serde::de::Error::custom("sizes of more shards than a job can have, or of more samples than one"));
+            }
+            sizes.resize(sizes.len() + len as usize, entry);
+        }
+        Ok(Self(sizes))
+    }
+}
+
+/// Maps as lists of pairs: half the text of an object with quoted keys.
+mod pairs {
+    use std::collections::BTreeMap;
+
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    pub fn serialize<K: Serialize, V: Serialize, S: Serializer>(map: &BTreeMap<K, V>, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_seq(map)
+    }
+
+    pub fn deserialize<'de, K, V, D>(deserializer: D) -> Result<BTreeMap<K, V>, D::Error>
+    where
+        K: Deserialize<'de> + Ord,
+        V: Deserialize<'de>,
+        D: Deserializer<'de>,
+    {
+        Ok(Vec::<(K, V)>::deserialize(deserializer)?.into_iter().collect())
     }
 }
 
@@ -277,92 +506,4 @@ pub enum Skip {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn name(epoch: u32, shard: u32, index: u32) -> SampleName {
-        SampleName { epoch: Epoch(epoch), shard: ShardId(shard), index }
-    }
-
-    #[test]
-    fn rules_are_counted_by_name_and_odd_names_together() {
-        let mut next = 0..;
-        let mut skip = |reason, rule: &str, ledger: &mut Ledger| {
-            let index = next.next().unwrap();
-            let name = SampleName { epoch: Epoch(0), shard: ShardId(0), index };
-            let sample = SkippedSample { index, reason, key: String::new(), detail: format!("{rule}: words") };
-            assert!(ledger.skip_data(name, &sample).unwrap());
-            assert!(!ledger.skip_data(name, &sample).unwrap(), "a second reader's word is no news");
-        };
-        let mut ledger = Ledger::new(1);
-        for rule in ["no_jpg", "bad_json", "bad_json", "Bad JSON", "", &"x".repeat(33)] {
-            skip(SkipReason::Bad, rule, &mut ledger);
-        }
-        skip(SkipReason::Filtered, "too_small", &mut ledger);
-        assert_eq!(ledger.rules().filtered, BTreeMap::from([("too_small".into(), 1)]));
-        assert_eq!(ledger.rules().most_often_bad(), Some(("other", 3)));
-        assert_eq!(ledger.rules().bad["bad_json"], 2);
-        for number in 0..200_u8 {
-            let name: String = [number / 26, number % 26].map(|digit| char::from(b'a' + digit)).iter().collect();
-            skip(SkipReason::Bad, &name, &mut ledger);
-        }
-        assert!(ledger.rules().bad.len() <= Rules::MAX_NAMES + 1);
-        assert_eq!(ledger.rules().bad.values().sum::<u64>(), 206);
-    }
-
-    #[test]
-    fn shard_is_done_when_every_sample_is_trained_or_skipped() {
-        let mut ledger = Ledger::new(2);
-        assert_eq!(ledger.commit(name(0, 0, 0), Step(1)), Ok(false));
-        assert_eq!(ledger.skip(name(0, 0, 2), Skip::Data(SkipReason::Bad)), Ok(true));
-        assert_eq!(ledger.set_size(Epoch(0), ShardId(0), 3), Ok(false));
-        assert!(!ledger.is_done(Epoch(0), ShardId(0)));
-        assert_eq!(ledger.commit(name(0, 0, 1), Step(2)), Ok(true));
-        assert!(ledger.is_done(Epoch(0), ShardId(0)) && !ledger.is_done(Epoch(1), ShardId(0)));
-        assert_eq!(ledger.totals(), Totals { committed: 2, bad: 1, ..Totals::default() });
-    }
-
-    #[test]
-    fn epoch_closes_with_its_last_shard_and_an_empty_shard_counts() {
-        let mut ledger = Ledger::new(2);
-        assert_eq!(ledger.set_size(Epoch(0), ShardId(1), 0), Ok(true));
-        ledger.set_size(Epoch(0), ShardId(0), 1).unwrap();
-        assert_eq!(ledger.first_open_epoch(), Epoch(0));
-        ledger.commit(name(0, 0, 0), Step(1)).unwrap();
-        assert_eq!((ledger.first_open_epoch(), ledger.num_done(Epoch(0))), (Epoch(1), 2));
-    }
-
-    #[test]
-    fn refusals_name_what_happened() {
-        let mut ledger = Ledger::new(1);
-        ledger.commit(name(0, 0, 0), Step(1)).unwrap();
-        assert!(matches!(ledger.commit(name(0, 0, 0), Step(2)), Err(LedgerError::TrainedTwice { .. })));
-        ledger.skip(name(0, 0, 1), Skip::NotFinite).unwrap();
-        assert!(matches!(ledger.commit(name(0, 0, 1), Step(2)), Err(LedgerError::TrainedSkipped(_))));
-        assert!(matches!(ledger.commit(name(0, 7, 1), Step(2)), Err(LedgerError::NoSuchShard { .. })));
-        ledger.set_size(Epoch(0), ShardId(0), 5).unwrap();
-        assert!(matches!(ledger.set_size(Epoch(1), ShardId(0), 6), Err(LedgerError::SizeChanged { .. })));
-        // A sample of a shard that is done was trained before.
-        let mut done = Ledger::new(1);
-        done.set_size(Epoch(0), ShardId(0), 1).unwrap();
-        done.commit(name(0, 0, 0), Step(1)).unwrap();
-        assert!(matches!(done.commit(name(0, 0, 0), Step(2)), Err(LedgerError::TrainedTwice { .. })));
-    }
-
-    #[test]
-    fn next_reader_passes_over_what_is_done() {
-        let mut ledger = Ledger::new(1);
-        ledger.commit(name(3, 0, 4), Step(1)).unwrap();
-        ledger.skip(name(3, 0, 1), Skip::Data(SkipReason::Filtered)).unwrap();
-        assert_eq!(ledger.done_samples(Epoch(3), ShardId(0)).iter().collect::<Vec<_>>(), [1, 4]);
-    }
-
-    #[test]
-    fn ledger_survives_its_checkpoint() {
-        let mut ledger = Ledger::new(3);
-        ledger.commit(name(0, 2, 9), Step(1)).unwrap();
-        ledger.set_size(Epoch(0), ShardId(1), 0).unwrap();
-        let text = serde_json::to_string(&ledger).unwrap();
-        assert_eq!(serde_json::from_str::<Ledger>(&text).unwrap(), ledger);
-    }
-}
+mod tests;

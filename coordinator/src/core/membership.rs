@@ -273,10 +273,15 @@ impl Core {
         let text = format!("{} leaves: {reason}", worker.name());
         worker.leaving = Some(reason.to_owned());
         match &self.phase {
-            JobPhase::Running { members, .. } if members.contains(&id) => self.plan(&text, out),
+            JobPhase::Running { members, .. } if members.contains(&id) => {
+                self.plan(&text, out);
+                self.take_back_leases(id, out);
+            }
             JobPhase::Forming { members, .. } if members.contains(&id) => {
                 self.let_go(now, id, out);
                 self.gather(now, out);
+                self.release_leases_of_the_gone(out);
+                self.forget_truth_without_holders(out);
             }
             JobPhase::Stopping { members, .. } if members.contains(&id) => {}
             JobPhase::Returning { .. } => {
@@ -291,13 +296,14 @@ impl Core {
                 self.release_leases_of_the_gone(out);
                 self.forget_truth_without_holders(out);
             }
-            // A spare, or a newcomer: those who train do not notice.
+            // A spare, or a newcomer: where members train or regroup, what they hold is theirs to say.
             _ => self.let_go(now, id, out),
         }
     }
 
     pub(super) fn let_go(&mut self, now: Timestamp, id: WorkerId, out: &mut Vec<Effect>) {
         let Some(worker) = self.workers.remove(&id) else { return };
+        self.lease_requests.remove(&id);
         let message = ToWorker::Stop { reason: StopReason::Drained, message: worker.leaving.clone().unwrap_or_default() };
         out.push(Effect::Send { worker: id, message });
         out.push(Effect::Detach { worker: id });

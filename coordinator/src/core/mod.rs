@@ -18,6 +18,7 @@ mod formation;
 pub mod leases;
 pub mod ledger;
 mod membership;
+pub mod order;
 mod progress;
 mod settlement;
 #[cfg(test)]
@@ -31,6 +32,8 @@ use peapod_proto::ids::{Generation, MemberIndex, ShardId, Step, WorkerId};
 use peapod_proto::message::{Continuing, FromWorker, Stopped, ToWorker, ValidationLosses};
 
 use checkpoint::Checkpoint;
+use data::LeaseRequest;
+pub use data::{LeaseHolder, ShardPage, ShardState, ShardView, SourceView};
 use durable::Member;
 pub use durable::{ReplayError, State};
 pub use effect::{Effect, Fact, Notice, Outcome};
@@ -41,6 +44,7 @@ use ledger::Ledger;
 pub use ledger::Rules;
 use membership::Worker;
 pub use membership::WorkerView;
+use order::Source;
 use progress::Progress;
 
 /// Time since the coordinator started.
@@ -67,8 +71,10 @@ pub struct Config {
     pub job_toml: String,
     /// Seed of the shard order.
     pub seed: u64,
-    /// Addresses of the shards.
+    /// Addresses of the shards, source by source.
     pub shards: Arc<[String]>,
+    /// The sources these are of.
+    pub sources: Arc<[Source]>,
     /// Passes over the data, if the job is given in them.
     pub epochs: Option<u32>,
     /// Last step, if the job is given in steps.
@@ -145,14 +151,14 @@ pub struct Core {
     generation: Generation,
     /// Members of the last generation, while any of them may hold what it came to.
     last_members: Vec<Member>,
-    /// Leases given out before a restart may not have arrived.
-    grant_again: bool,
+    /// Whom leases given out before a restart may not have reached: its first request is answered with all that it holds.
+    grant_again: BTreeSet<WorkerId>,
     phase: JobPhase,
     truth: Truth,
     ledger: Ledger,
     leases: Leases,
     /// Members that wait for leases.
-    lease_requests: BTreeMap<WorkerId, (MemberIndex, u32)>,
+    lease_requests: BTreeMap<WorkerId, LeaseRequest>,
     progress: Progress,
     checkpoint: Checkpoint,
     /// The newest one on this line of weights.
@@ -174,17 +180,17 @@ impl Core {
     /// A job that starts fresh, or from a checkpoint.
     #[must_use]
     pub fn new(config: Config, resume: Option<Resume>) -> Self {
-        let num_shards = config.shards.len() as u32;
-        let ledger = resume.as_ref().map_or_else(|| Ledger::new(num_shards), |resume| (*resume.ledger).clone());
+        let fresh = || Ledger::of_sources(config.sources.iter().map(|source| source.num_shards));
+        let ledger = resume.as_ref().map_or_else(fresh, |resume| (*resume.ledger).clone());
         let step = resume.as_ref().map_or(Step(0), |resume| resume.step);
-        let leases = Leases::new(config.seed, num_shards, config.epochs, ledger.first_open_epoch());
+        let leases = Leases::new(config.seed, &config.sources, config.epochs, &ledger);
         let next_due = config.checkpoint_every;
         Self {
             next_worker: 1,
             workers: BTreeMap::new(),
             generation: resume.as_ref().map_or(Generation::NONE, |resume| resume.generation),
             last_members: Vec::new(),
-            grant_again: false,
+            grant_again: BTreeSet::new(),
             phase: JobPhase::Gathering { since: Duration::ZERO },
             truth: Truth { step, generation: Generation::NONE, holders: BTreeSet::new() },
             ledger,
@@ -309,11 +315,12 @@ impl Core {
             }
             FromWorker::Stopped(stopped) => self.member_stopped(now, id, stopped, out)?,
             FromWorker::Continuing(continuing) => self.continuing(now, id, continuing, out)?,
-            FromWorker::LeaseRequest { generation, num_leases } => {
+            FromWorker::LeaseRequest { generation, num_leases, is_idle } => {
                 self.fence(generation)?;
                 let index = self.lease_index(id)?;
-                self.grant_leases(id, index, num_leases, out);
+                self.grant_leases(id, LeaseRequest::new(index, num_leases, is_idle), out);
             }
+            FromWorker::GaveBack { lease, from } => self.gave_back(id, lease, from, out),
             FromWorker::ShardReport(report) => self.shard_report(id, report, out),
             FromWorker::Failure { phase, message, permanent } => {
                 let cause = format!("failed in phase {phase}: {message}");
@@ -471,7 +478,7 @@ impl Core {
     /// Number of shards of the ledger's first open epoch that are leased now.
     #[must_use]
     pub fn num_leased(&self) -> u32 {
-        self.leases.num_leased(self.ledger.first_open_epoch())
+        self.leases.num_leased(self.ledger.first_open_epoch(), 0..self.ledger.num_shards())
     }
 
     /// The workers, by rank.

@@ -139,7 +139,7 @@ impl Core {
         // Whoever holds the source's step may know more about it: that it was the last one, or its losses on the validation samples.
         let equals = || stopped.values().filter(|other| other.applied == said.applied).chain([&said]);
         let is_over = |cause| equals().any(|other| other.cause == cause);
-        let (steps_done, data_done) = (is_over(StopCause::StepsDone), is_over(StopCause::DataDone));
+        let (steps_done, is_dry) = (is_over(StopCause::StepsDone), is_over(StopCause::DataDone));
         if let Some(losses) = equals().find_map(|other| other.validation) {
             self.validated(losses, out);
         }
@@ -155,6 +155,10 @@ impl Core {
         out.push(Effect::Persist(Fact::Settled { step: said.applied, generation }));
         self.release_leases_of_the_gone(out);
 
+        // A member that leaves is given nothing more: what is left because of that is for the next generation. A coordinator that was started again may
+        // know less than its members have done: whoever has not asked it yet reads once more what it is believed to hold.
+        let is_left = self.leases.any_left() || self.grant_again.iter().any(|member| self.workers.contains_key(member));
+        let data_done = is_dry && !(is_left && self.unaccounted().is_some());
         let done = steps_done || data_done || self.config.last_step.is_some_and(|last| said.applied >= last);
         if data_done && let Some(reason) = self.unaccounted() {
             self.note_failure(reason.clone());
@@ -178,12 +182,15 @@ impl Core {
 
     /// Why the data cannot be done although no worker has any left: a promise of the ledger is broken.
     pub(super) fn unaccounted(&self) -> Option<String> {
-        let epoch = self.ledger.first_open_epoch();
-        let open = self.ledger.num_shards() - self.ledger.num_done(epoch);
-        self.config
-            .epochs
-            .filter(|&epochs| epoch.0 < epochs)
-            .map(|_| format!("no worker has a sample left, yet {open} shards of epoch {epoch} are not accounted for in the ledger"))
+        let epochs = self.config.epochs?;
+        let source = (0..self.ledger.num_sources()).find(|&source| self.ledger.open_epoch_of(source).0 < epochs)?;
+        let epoch = self.ledger.open_epoch_of(source);
+        let open = self.ledger.shards_of(source).len() as u32 - self.ledger.num_done_of(source, epoch);
+        let of = match self.config.sources.get(source) {
+            Some(source) if !source.name.is_empty() => format!(" of source {}", source.name),
+            _ => String::new(),
+        };
+        Some(format!("no worker has a sample left, yet {open} shards{of} of epoch {epoch} are not accounted for in the ledger"))
     }
 
     pub(super) fn release_leases_of_the_gone(&mut self, out: &mut Vec<Effect>) {
@@ -208,8 +215,8 @@ impl Core {
                 out.push(Effect::Notice(Notice::RolledBack { from, to }));
             }
             out.push(Effect::Void { generation: self.generation, after: to });
-            self.ledger =
-                self.checkpoint.last.as_ref().map_or_else(|| Ledger::new(self.config.shards.len() as u32), |last| (*last.ledger).clone());
+            let fresh = || Ledger::of_sources(self.config.sources.iter().map(|source| source.num_shards));
+            self.ledger = self.checkpoint.last.as_ref().map_or_else(fresh, |last| (*last.ledger).clone());
             self.leases.restart(&self.ledger);
             self.checkpoint.frozen.clear();
             self.checkpoint.senders.clear();
@@ -237,8 +244,9 @@ impl Core {
             out.push(Effect::Send { worker, message: ToWorker::Stop { reason, message: message.clone() } });
             out.push(Effect::Detach { worker });
         }
-        if *self.ledger.rules() != Rules::default() {
-            out.push(Effect::Notice(Notice::Skipped(self.ledger.rules().clone())));
+        let rules = self.ledger.rules();
+        if rules != Rules::default() {
+            out.push(Effect::Notice(Notice::Skipped(rules)));
         }
         self.phase = JobPhase::Done(outcome.clone());
         out.push(Effect::Finish(outcome));

@@ -12,8 +12,8 @@ pub use captions::{CaptionRules, CaptionsSection, Language, NativeBy, Ranges, Sc
 pub use error::JobError;
 pub use preset::Preset;
 pub use sections::{
-    AdapterSection, CheckpointSection, DataSection, Decay, Filter, LossSection, ModelSection, PicturesSection, Precision, StudentSection,
-    TimeIdsOrder, TrainSection, ValidationSection,
+    AdapterSection, CheckpointSection, DataSection, Decay, Filter, LossSection, ModelSection, PicturesSection, Precision, SourceSection,
+    StudentSection, TimeIdsOrder, TrainSection, ValidationSection,
 };
 
 use serde::{Deserialize, Serialize};
@@ -122,6 +122,10 @@ impl Job {
         compare("adapter.hidden", self.adapter.hidden.to_string(), other.adapter.hidden.to_string());
         compare("adapter.depth", self.adapter.depth.to_string(), other.adapter.depth.to_string());
         compare("data.shards", format!("{:?}", self.data.shards), format!("{:?}", other.data.shards));
+        // Weights may change: the ledger knows what is done in whichever order.
+        let sources =
+            |job: &Self| job.data.sources.iter().map(|source| format!("{} = {:?}", source.name, source.shards)).collect::<Vec<_>>();
+        compare("data.sources", sources(self).join(", "), sources(other).join(", "));
         differences
     }
 }
@@ -205,6 +209,24 @@ mod tests {
         assert_eq!(fixed, Job::parse(SMALL).unwrap());
         let error = Job::parse(&format!("preset = \"referense\"\n{SMALL}")).unwrap_err().to_string();
         assert!(error.contains("did you mean `reference`"), "{error}");
+    }
+
+    #[test]
+    fn sources_stand_in_place_of_shards() {
+        let sources =
+            "[[data.sources]]\nname = \"a\"\nshards = [\"a.tar\"]\nweight = 3\n[[data.sources]]\nname = \"b\"\nshards = [\"b.tar\"]";
+        let mixed = SMALL.replace("shards = [\"{00000..00005}.tar\"]", sources);
+        let job = Job::parse(&mixed).unwrap();
+        assert_eq!(job.data.sources.iter().map(|source| source.weight).collect::<Vec<_>>(), [3.0, 1.0]);
+        let other = Job::parse(&mixed.replace("weight = 3", "weight = 0.5")).unwrap();
+        assert!(job.identity_differences(&other).is_empty(), "the mixture may change");
+        assert_eq!(job.identity_differences(&Job::parse(&mixed.replace("b.tar", "c.tar")).unwrap()).len(), 1);
+        let problems = |text: &str| Job::parse(text).unwrap_err().problems.join("; ");
+        assert!(
+            problems(&SMALL.replace("[train]", &format!("{sources}\n[train]"))).contains("exactly one of data.shards or [[data.sources]]")
+        );
+        assert!(problems(&mixed.replace("\"b\"", "\"a\"")).contains("two are named \"a\""));
+        assert!(problems(&mixed.replace("weight = 3", "weight = 0")).contains("has weight 0"));
     }
 
     #[test]

@@ -102,8 +102,12 @@ pub enum Filter {
 #[serde(deny_unknown_fields)]
 pub struct DataSection {
     /// webdataset tars of jpg + json, plain, gzip or zstd: paths and addresses (http, https, s3, gs, az), with `{00000..00123}` ranges and
-    /// wildcards, several joined by `::`; `@FILE` for a file of them.
+    /// wildcards, several joined by `::`; `@FILE` for a file of them. Give this or `sources`.
+    #[serde(default)]
     pub shards: Vec<String>,
+    /// Several sets of such tars, mixed by weight. Give this or `shards`.
+    #[serde(default)]
+    pub sources: Vec<SourceSection>,
     /// Aspect buckets as [width, height].
     #[serde(default = "DataSection::default_buckets")]
     pub buckets: Vec<[u32; 2]>,
@@ -167,6 +171,41 @@ pub struct DataSection {
     pub fast_shrink: bool,
 }
 
+/// A set of shards in a mixture.
+///
+/// Shards are drawn from the sources in proportion to their weights, evenly spread. With `train.steps` each source starts over whenever it has
+/// been read, for as long as the job lasts; with `train.epochs` each is passed over that many times, and the weights say only how fast.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SourceSection {
+    /// What `coordinator status` calls it.
+    pub name: String,
+    /// As `data.shards`.
+    pub shards: Vec<String>,
+    /// Shards drawn from it for one of a source of weight 1. Shards are counted, not samples: for weights of samples, cut shards to one size.
+    #[serde(default = "SourceSection::default_weight")]
+    pub weight: f64,
+}
+
+impl SourceSection {
+    fn default_weight() -> f64 {
+        1.0
+    }
+
+    fn validate(&self, problems: &mut Vec<String>) {
+        let name = &self.name;
+        if name.is_empty() {
+            problems.push("data.sources: a source has an empty name".into());
+        }
+        if self.shards.is_empty() {
+            problems.push(format!("data.sources: {name:?} has no shards: name at least one tar"));
+        }
+        if !(1e-3..=1e3).contains(&self.weight) {
+            problems.push(format!("data.sources: {name:?} has weight {}; it must be within 0.001..=1000", self.weight));
+        }
+    }
+}
+
 impl DataSection {
     fn default_buckets() -> Vec<[u32; 2]> {
         vec![[448, 896], [448, 832], [512, 768], [576, 704], [640, 640], [704, 576], [768, 512], [832, 448], [896, 448]]
@@ -209,8 +248,16 @@ impl DataSection {
     }
 
     pub(super) fn validate(&self, problems: &mut Vec<String>) {
-        if self.shards.is_empty() {
-            problems.push("data.shards is empty: name at least one tar, such as \"/data/{00000..00099}.tar\"".into());
+        match (self.shards.is_empty(), self.sources.is_empty()) {
+            (true, true) => problems.push("data.shards is empty: name at least one tar, such as \"/data/{00000..00099}.tar\"".into()),
+            (false, false) => problems.push("give exactly one of data.shards or [[data.sources]]".into()),
+            _ => {}
+        }
+        for (index, source) in self.sources.iter().enumerate() {
+            source.validate(problems);
+            if self.sources[..index].iter().any(|other| other.name == source.name) {
+                problems.push(format!("data.sources: two are named {:?}", source.name));
+            }
         }
         if self.buckets.is_empty() {
             problems.push("data.buckets is empty: leave the key out for the nine of the method".into());

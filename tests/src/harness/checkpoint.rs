@@ -106,8 +106,8 @@ impl Checkpoint {
     /// If the ledger has no such number.
     #[must_use]
     pub fn ledger_total(&self, kind: &str) -> u64 {
-        let ledger: serde_json::Value = serde_json::from_slice(&self.read("ledger.json")).expect("a ledger");
-        ledger["totals"][kind].as_u64().unwrap_or_else(|| panic!("totals.{kind} in {ledger}"))
+        let of = |source: &serde_json::Value| source["totals"][kind].as_u64().unwrap_or_else(|| panic!("totals.{kind} in {source}"));
+        self.ledger_sources().iter().map(of).sum()
     }
 
     /// Number of samples that the ledger counts as passed over by each rule: `filtered` or `bad`.
@@ -116,8 +116,18 @@ impl Checkpoint {
     /// If the ledger has no such counts.
     #[must_use]
     pub fn skipped_by_rule(&self, kind: &str) -> BTreeMap<String, u64> {
+        let mut rules: BTreeMap<String, u64> = BTreeMap::new();
+        for source in self.ledger_sources() {
+            let counts: BTreeMap<String, u64> =
+                serde_json::from_value(source["rules"][kind].clone()).unwrap_or_else(|error| panic!("rules.{kind} in {source}: {error}"));
+            counts.into_iter().for_each(|(rule, count)| *rules.entry(rule).or_default() += count);
+        }
+        rules
+    }
+
+    fn ledger_sources(&self) -> Vec<serde_json::Value> {
         let ledger: serde_json::Value = serde_json::from_slice(&self.read("ledger.json")).expect("a ledger");
-        serde_json::from_value(ledger["rules"][kind].clone()).unwrap_or_else(|error| panic!("rules.{kind} in {ledger}: {error}"))
+        ledger["sources"].as_array().cloned().unwrap_or_else(|| panic!("sources in {ledger}"))
     }
 
     fn read(&self, part: &str) -> Vec<u8> {

@@ -37,6 +37,20 @@ impl JobFile {
         self.set("train.steps", i64::from(steps))
     }
 
+    /// Makes the job draw from several sources instead of `data.shards`: name, shards, weight.
+    pub fn set_sources(&mut self, sources: &[(&str, String, f64)]) -> &mut Self {
+        let source = |(name, shards, weight): &(&str, String, f64)| {
+            let mut table = Table::new();
+            table.insert("name".into(), (*name).into());
+            table.insert("shards".into(), vec![shards.clone()].into());
+            table.insert("weight".into(), (*weight).into());
+            Value::from(table)
+        };
+        let (data, shards) = self.locate("data.shards");
+        data.remove(&shards);
+        self.set("data.sources", sources.iter().map(source).collect::<Vec<Value>>())
+    }
+
     fn locate(&mut self, key: &str) -> (&mut Table, String) {
         let mut parts: Vec<&str> = key.split('.').collect();
         let field = parts.pop().unwrap_or_default().to_owned();

@@ -122,7 +122,7 @@ fn whole_loader(shards: Vec<String>, num_samples: usize, data: DataSection) -> R
     let supervisor = std::thread::spawn(move || {
         let mut next = 0_usize;
         for event in events {
-            let LoaderEvent::NeedLeases { num } = event else { continue };
+            let LoaderEvent::NeedLeases { num, .. } = event else { continue };
             let leases = (next..next + num as usize).map(|number| {
                 let (epoch, shard) = (number / shards.len(), number % shards.len());
                 let url = shards[shard].clone();
@@ -132,6 +132,7 @@ fn whole_loader(shards: Vec<String>, num_samples: usize, data: DataSection) -> R
                     shard: ShardId(shard as u32),
                     url,
                     done: Bitmap::default(),
+                    end: None,
                 }
             });
             handle.grant(leases.collect(), false);

@@ -22,7 +22,7 @@ pub mod validation;
 
 pub use draws::Draws;
 pub use error::{Error, Result, StoreError};
-pub use loader::{Batch, LeasedShard, Loader, LoaderConfig, LoaderEvent, LoaderHandle, Prepared, Share};
+pub use loader::{Batch, LeasedShard, Loader, LoaderConfig, LoaderEvent, LoaderHandle, Outlook, Prepared, Share};
 pub use sample::{Reason, Rule, Skip};
 pub use shard::ShardEnd;
 pub use source::{Seen, SourceOptions, Sources, expand_shards};

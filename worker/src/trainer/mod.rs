@@ -78,6 +78,15 @@ pub enum Output {
     NeedLeases {
         /// How many.
         num: u32,
+        /// Nothing is left to train.
+        is_idle: bool,
+    },
+    /// The data threads leave the rest of a lease to others.
+    GaveBack {
+        /// The lease.
+        lease: LeaseId,
+        /// The first index they leave.
+        from: u32,
     },
 }
 
@@ -682,7 +691,8 @@ fn record(step: Step, generation: Generation, outcome: &Outcome, grad_norm: f64,
 
 fn data_output(event: peapod_data::LoaderEvent) -> Output {
     match event {
-        peapod_data::LoaderEvent::NeedLeases { num } => Output::NeedLeases { num },
+        peapod_data::LoaderEvent::NeedLeases { num, is_idle } => Output::NeedLeases { num, is_idle },
+        peapod_data::LoaderEvent::GaveBack { lease, from } => Output::GaveBack { lease, from },
         peapod_data::LoaderEvent::Shard { lease, skipped, end } => Output::Read(shard_report(lease, skipped, end)),
     }
 }

@@ -121,7 +121,7 @@ impl Rig {
             let done = self.world.core.ledger().done_samples(held.epoch, held.shard);
             let name = |index| SampleName { epoch: held.epoch, shard: held.shard, index };
             let is_free = |index: &u32| !done.contains(*index) && !self.holders[members[0]].trained.contains(&name(*index));
-            (0..SAMPLES).find(is_free).map(name)
+            (held.part.from..held.part.to.min(SAMPLES)).find(is_free).map(name)
         });
         let Some(name) = name else { return };
         let record = StepRecord {
@@ -158,16 +158,36 @@ impl Rig {
         self.tell(id, FromWorker::Continuing(Continuing { generation, applied, records }));
     }
 
-    fn lease(&mut self, holder: usize) {
+    fn lease(&mut self, holder: usize, is_idle: bool) {
         let (generation, id) = (self.world.core.generation(), self.holders[holder].id);
-        self.tell(id, FromWorker::LeaseRequest { generation, num_leases: 1 });
+        self.tell(id, FromWorker::LeaseRequest { generation, num_leases: 1, is_idle });
+    }
+
+    /// The holder leaves to others what it has handed nothing on of, from `more` samples after the last that it has.
+    fn give_back(&mut self, holder: usize, more: u32) {
+        let id = self.holders[holder].id;
+        let Some(held) = self.world.core.leases.held().into_iter().find(|held| held.holder == id) else { return };
+        let of_it = |name: &&SampleName| (name.epoch, name.shard) == (held.epoch, held.shard) && name.index < held.part.to;
+        let trained = self.holders.iter().flat_map(|holder| &holder.trained).filter(of_it).map(|name| name.index + 1).max();
+        let from = trained.unwrap_or(0).max(held.part.from) + more;
+        self.tell(id, FromWorker::GaveBack { lease: held.id, from: from.min(held.part.to) });
     }
 
     fn read(&mut self, holder: usize) {
         let id = self.holders[holder].id;
         let Some(held) = self.world.core.leases.held().into_iter().find(|held| held.holder == id) else { return };
-        let report = ShardReport { lease: held.id, skipped: vec![], num_samples: Some(SAMPLES), truncated: String::new() };
-        self.tell(id, FromWorker::ShardReport(report));
+        self.tell(
+            id,
+            match held.part.end() {
+                Some(from) => FromWorker::GaveBack { lease: held.id, from },
+                None => FromWorker::ShardReport(ShardReport {
+                    lease: held.id,
+                    skipped: vec![],
+                    num_samples: Some(SAMPLES),
+                    truncated: String::new(),
+                }),
+            },
+        );
     }
 
     fn die(&mut self, holder: usize) {
@@ -240,10 +260,11 @@ fn run(steps: &[(u8, u8)]) {
     for &(what, which) in steps {
         let holder = usize::from(which) % rig.holders.len().max(1);
         let any = !rig.holders.is_empty();
-        match what % 12 {
+        match what % 14 {
             0 | 1 => rig.join(),
             2 | 3 => rig.bootstrap(),
-            4 if any => rig.lease(holder),
+            4 | 12 if any => rig.lease(holder, what % 14 == 12),
+            13 if any => rig.give_back(holder, u32::from(which) % 3),
             5 | 6 => rig.train(2),
             7 => rig.train(usize::from(which % 2)),
             8 if any => rig.read(holder),
@@ -311,7 +332,7 @@ fn facts_that_cannot_follow_are_refused() {
     let refused = |fact: Fact| state.clone().apply(fact).unwrap_err().to_string();
     assert_eq!(refused(Fact::Generation { generation: Generation(1), members: vec![], base_step: Step(0) }), "g000001 follows g000001");
     let held = world.core.leases.held()[0];
-    let again = leases::Granted { id: LeaseId(9), epoch: held.epoch, shard: held.shard };
+    let again = leases::Granted { id: LeaseId(9), ..held.granted() };
     let error = refused(Fact::Leases { holder: WorkerId(5), leases: vec![again] });
     assert!(error.contains("is given to w5 under lease 9 while another reads it"), "{error}");
     let name = SampleName { epoch: Epoch(0), shard: ShardId(77), index: 0 };
@@ -362,9 +383,11 @@ fn restarted_coordinator_takes_its_workers_back_and_goes_on_from_what_they_hold(
     world.bootstrap(first);
     let assignment = world.assignment(first);
     assert_eq!((assignment.base_step, assignment.base_generation, assignment.broadcast_state), (Step(2), Generation(1), false));
-    // A lease that was on its way when the coordinator died is sent again.
+    // A lease that was on its way when the coordinator died is sent again: for the asking, so that there is one answer to each request.
     assert_eq!(assignment.held_leases.len(), 1);
-    assert!(world.sent(first).iter().any(|sent| matches!(sent, ToWorker::LeaseGrant { leases, .. } if leases.len() == 1)));
+    let (again, none_left) = world.lease(first, 1);
+    assert_eq!((again.iter().map(|lease| lease.id).collect::<Vec<_>>(), none_left), (assignment.held_leases, false));
+    assert_ne!(world.lease(first, 1).0, again);
 }
 
 #[test]

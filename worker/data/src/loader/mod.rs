@@ -44,8 +44,21 @@ pub struct LeasedShard {
     pub shard: ShardId,
     /// Where it lies.
     pub url: String,
-    /// Samples that are already trained or skipped: they are passed over.
+    /// Samples that are already trained or skipped, or another's: they are passed over.
     pub done: Bitmap,
+    /// The first sample that is another's again; none: the lease goes on to the end of the tar.
+    pub end: Option<u32>,
+}
+
+/// What a loader may expect after an answer to its request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outlook {
+    /// More leases for the asking.
+    More,
+    /// None is left, but the rest of what others read is there for a loader that has nothing more to hand out.
+    WhenIdle,
+    /// Nothing. Shares are cut short when the buffers run dry.
+    Nothing,
 }
 
 /// What the loader needs of a job.
@@ -112,6 +125,16 @@ pub enum LoaderEvent {
     NeedLeases {
         /// How many.
         num: u32,
+        /// Everything is handed out, and the share that is waited for is not full.
+        is_idle: bool,
+    },
+    /// No more will be read of a lease, and no sample from an index on has been or will be handed out: on request, or because the lease ends
+    /// there.
+    GaveBack {
+        /// The lease.
+        lease: LeaseId,
+        /// The first index that is left.
+        from: u32,
     },
     /// News of a leased shard. Samples skipped while reading come in tar order; one whose picture fails to decode comes when that shows.
     Shard {
@@ -256,6 +279,7 @@ impl Loader {
             let share = state.take_share(num_samples);
             // Planning has moved samples on: there may be pictures to decode and room to read.
             self.shared.work.notify_all();
+            self.shared.ask(&mut state);
             match share {
                 Some(share) => return Ok(share),
                 None => state = self.shared.wait(&self.shared.progress, state),
@@ -305,9 +329,26 @@ impl LoaderHandle {
     /// `none_left`: no more will come for now. Shares are then cut short when the buffers run dry, instead of waiting. A later grant takes
     /// it back.
     pub fn grant(&self, leases: Vec<LeasedShard>, none_left: bool) {
+        self.answer(leases, if none_left { Outlook::Nothing } else { Outlook::More });
+    }
+
+    /// [`grant`](Self::grant) with more to say about what will follow.
+    pub fn answer(&self, leases: Vec<LeasedShard>, outlook: Outlook) {
         let mut state = self.shared.lock();
-        state.grant(leases, none_left);
+        state.grant(leases, outlook);
         self.shared.ask(&mut state);
+        self.shared.wake_all();
+    }
+
+    /// Reads no more of these leases, so that another can have the rest, and says from where on with [`LoaderEvent::GaveBack`]. What is
+    /// in the shuffle buffer or planned stays; what was read ahead of it goes too. Nothing is said of a lease that has been read to its end.
+    pub fn give_back(&self, leases: &[LeaseId]) {
+        let mut state = self.shared.lock();
+        for &lease in leases {
+            if let Some(from) = state.give_back(lease) {
+                self.shared.gave_back(lease, from);
+            }
+        }
         self.shared.wake_all();
     }
 

@@ -4,7 +4,7 @@ use std::collections::{HashSet, VecDeque};
 
 use peapod_proto::ids::{LeaseId, SampleName};
 
-use super::{Batch, LeasedShard, LoaderConfig, Prepared, Share, Stats};
+use super::{Batch, LeasedShard, LoaderConfig, Outlook, Prepared, Share, Stats};
 use crate::StoreError;
 use crate::plan::{Cuts, Pool, Pooled};
 use crate::sample::Encoded;
@@ -76,6 +76,16 @@ enum Picture {
     Failed,
 }
 
+/// The lease that is being read.
+#[derive(Debug, Clone, Copy)]
+struct Reading {
+    lease: LeaseId,
+    /// The index after the last sample that was taken in.
+    next: u32,
+    /// The rest of it was given back.
+    is_cut: bool,
+}
+
 /// The loader's state, under its lock.
 pub struct State {
     buckets: Vec<(u32, u32)>,
@@ -83,11 +93,15 @@ pub struct State {
 
     /// Granted and not yet begun.
     waiting: VecDeque<LeasedShard>,
-    reading: Option<LeaseId>,
+    reading: Option<Reading>,
     /// Every lease granted and not taken away, read or not.
     held: HashSet<LeaseId>,
-    none_left: bool,
+    /// Leases given back before they came.
+    refused: HashSet<LeaseId>,
+    outlook: Outlook,
     is_asked: bool,
+    /// A share that is waited for cannot be filled.
+    is_starving: bool,
 
     /// Read ahead of the pool, in order of reading.
     stream: VecDeque<Buffered>,
@@ -116,8 +130,10 @@ impl State {
             waiting: VecDeque::new(),
             reading: None,
             held: HashSet::new(),
-            none_left: false,
+            refused: HashSet::new(),
+            outlook: Outlook::More,
             is_asked: false,
+            is_starving: false,
             stream: VecDeque::new(),
             stream_bytes: 0,
             max_stream_bytes,
@@ -133,40 +149,73 @@ impl State {
 
     // ---- leases ----
 
-    pub fn grant(&mut self, leases: Vec<LeasedShard>, none_left: bool) {
+    pub fn grant(&mut self, leases: Vec<LeasedShard>, outlook: Outlook) {
         for lease in leases {
-            if self.held.insert(lease.lease) {
+            if !self.refused.contains(&lease.lease) && self.held.insert(lease.lease) {
                 self.waiting.push_back(lease);
             }
         }
         self.is_asked = false;
-        self.none_left = none_left;
+        self.is_starving = false;
+        self.outlook = outlook;
     }
 
     pub fn forget_answer(&mut self) {
-        self.is_asked = false;
-        self.none_left = false;
+        self.grant(Vec::new(), Outlook::More);
     }
 
-    /// How many leases to ask for, if it is time to.
-    pub fn ask(&mut self) -> Option<u32> {
+    /// How many leases to ask for, if it is time to, and whether as one that is idle.
+    pub fn ask(&mut self) -> Option<(u32, bool)> {
         let wanted = LEASES_AHEAD.saturating_sub(self.waiting.len() + usize::from(self.reading.is_some()));
-        if wanted == 0 || self.is_asked || self.none_left {
+        let is_time = match self.outlook {
+            Outlook::More => wanted > 0,
+            Outlook::WhenIdle => self.is_starving,
+            Outlook::Nothing => false,
+        };
+        if !is_time || self.is_asked {
             return None;
         }
         self.is_asked = true;
-        Some(wanted as u32)
+        Some(if self.is_starving { (1, true) } else { (wanted as u32, false) })
+    }
+
+    /// Leaves the rest of a lease to others; the first index it leaves, unless the lease is read to its end.
+    pub fn give_back(&mut self, lease: LeaseId) -> Option<u32> {
+        if !self.held.contains(&lease) {
+            // It never came, or is on its way: a coordinator that was started again believes that it did.
+            self.refused.insert(lease);
+            return Some(0);
+        }
+        if let Some(place) = self.waiting.iter().position(|waiting| waiting.lease == lease) {
+            self.waiting.remove(place);
+            self.held.remove(&lease);
+            return Some(0);
+        }
+        let reading = self.reading.as_mut().filter(|reading| reading.lease == lease && !reading.is_cut)?;
+        reading.is_cut = true;
+        let next = reading.next;
+        // Samples of one lease are together in the stream, those of the lease that is read at its end.
+        let kept = self.stream.iter().position(|sample| sample.lease == lease).unwrap_or(self.stream.len());
+        let from = self.stream.get(kept).map_or(next, |sample| sample.name.index);
+        self.stream.truncate(kept);
+        self.stream_bytes = self.stream.iter().map(Pooled::num_bytes).sum();
+        Some(from)
     }
 
     /// The next lease to read.
     pub fn begin_lease(&mut self) -> Option<LeasedShard> {
         let lease = self.waiting.pop_front()?;
-        self.reading = Some(lease.lease);
+        self.reading = Some(Reading { lease: lease.lease, next: 0, is_cut: false });
         Some(lease)
     }
 
     pub fn is_held(&self, lease: LeaseId) -> bool {
         self.held.contains(&lease)
+    }
+
+    /// Whether the rest of the lease that is read was given back.
+    pub fn is_cut(&self) -> bool {
+        self.reading.is_some_and(|reading| reading.is_cut)
     }
 
     pub fn end_lease(&mut self) {
@@ -202,6 +251,9 @@ impl State {
     /// Takes in a sample from the reader.
     pub fn push(&mut self, sample: Buffered) {
         self.stream_bytes += sample.num_bytes();
+        if let Some(reading) = &mut self.reading {
+            reading.next = sample.name.index + 1;
+        }
         self.stream.push_back(sample);
         self.plan();
     }
@@ -215,7 +267,7 @@ impl State {
 
     /// Whether all that was granted is read and nothing more will be granted.
     fn is_at_end(&self) -> bool {
-        self.none_left && self.reading.is_none() && self.waiting.is_empty() && self.stream.is_empty()
+        self.outlook != Outlook::More && self.reading.is_none() && self.waiting.is_empty() && self.stream.is_empty()
     }
 
     // ---- planning ----
@@ -300,8 +352,13 @@ impl State {
         loop {
             self.plan();
             let ready = self.num_ready(num_samples)?;
-            if ready == num_samples || self.is_dry() {
+            if ready == num_samples || (self.is_dry() && self.outlook == Outlook::Nothing) {
                 return Some(self.hand_out(num_samples));
+            }
+            if self.is_dry() {
+                // Others may have something left: they are asked before a share is cut short.
+                self.is_starving = true;
+                return None;
             }
             if self.cuts.left() > 0 {
                 // Samples have to be read first.

@@ -66,9 +66,14 @@ impl Shared {
 
     /// Asks for leases if it is time to. With the lock held, so that the request and a grant cannot cross.
     pub fn ask(&self, state: &mut State) {
-        if let Some(num) = state.ask() {
-            (self.events)(LoaderEvent::NeedLeases { num });
+        if let Some((num, is_idle)) = state.ask() {
+            (self.events)(LoaderEvent::NeedLeases { num, is_idle });
         }
+    }
+
+    /// With the lock held, so that it cannot cross the report of the lease's end.
+    pub fn gave_back(&self, lease: LeaseId, from: u32) {
+        (self.events)(LoaderEvent::GaveBack { lease, from });
     }
 
     fn report(&self, lease: LeaseId, skipped: Vec<Skip>, end: Option<ShardEnd>) {
@@ -104,11 +109,11 @@ pub fn read_leases(shared: &Shared, cleaner: &Cleaner) {
 
         let id = lease.lease;
         let mut skipped = Vec::new();
-        let end = read_lease(shared, cleaner, &lease, &mut skipped);
+        let stop = read_lease(shared, cleaner, &lease, &mut skipped);
 
         let mut state = shared.lock();
-        let end = match end {
-            Ok(end) => end,
+        let stop = match stop {
+            Ok(stop) => stop,
             Err(error) => {
                 // The lease stays unread: what it holds is for whoever has it next.
                 state.failure = Some(error);
@@ -117,9 +122,18 @@ pub fn read_leases(shared: &Shared, cleaner: &Cleaner) {
                 return;
             }
         };
+        let is_cut = state.is_cut();
         state.end_lease();
-        if end.is_some() && state.is_held(id) {
-            shared.report(id, skipped, end);
+        match stop {
+            _ if !state.is_held(id) => {}
+            // The samples behind the cut are another's, whatever was seen of them.
+            _ if is_cut => shared.report(id, skipped, None),
+            Some(Stop::End(end)) => shared.report(id, skipped, Some(end)),
+            Some(Stop::Part(end)) => {
+                shared.report(id, skipped, None);
+                shared.gave_back(id, end);
+            }
+            None => {}
         }
         state.plan();
         shared.ask(&mut state);
@@ -128,27 +142,40 @@ pub fn read_leases(shared: &Shared, cleaner: &Cleaner) {
     }
 }
 
-/// Reads one tar into the buffers; `skipped` keeps what is not reported yet. `None` if the lease was lost or the loader stops.
+/// Where reading a lease came to its end.
+enum Stop {
+    /// At the end of the tar.
+    End(ShardEnd),
+    /// Where the lease ends.
+    Part(u32),
+}
+
+/// Reads one tar into the buffers; `skipped` keeps what is not reported yet. `None` if the lease was lost or given back, or the loader stops.
 ///
 /// Errors: the shard could not be had, and nothing is known to be wrong with it.
-fn read_lease(shared: &Shared, cleaner: &Cleaner, lease: &LeasedShard, skipped: &mut Vec<Skip>) -> Result<Option<ShardEnd>, StoreError> {
+fn read_lease(shared: &Shared, cleaner: &Cleaner, lease: &LeasedShard, skipped: &mut Vec<Skip>) -> Result<Option<Stop>, StoreError> {
     let is_cancelled = || {
         let state = shared.lock();
-        state.is_stopping || !state.is_held(lease.lease)
+        state.is_stopping || state.is_cut() || !state.is_held(lease.lease)
     };
     let mut tar = match shared.sources.open(&lease.url, is_cancelled) {
         Ok(tar) => tar,
         Err(Error::Cancelled) => return Ok(None),
         Err(Error::Store(error)) => return Err(error),
-        Err(error) => return Ok(Some(ShardEnd { num_samples: 0, truncated: Some(error.to_string()) })),
+        Err(error) => return Ok(Some(Stop::End(ShardEnd { num_samples: 0, truncated: Some(error.to_string()) }))),
     };
     let halt = tar.halt();
+    let mut part_end = None;
     let end = read_shard(&mut tar, &lease.done, |raw| {
         // A sample that a failed read cut short is not a broken one.
         if halt.is_set() {
             return ControlFlow::Break(());
         }
         let (index, key) = (raw.index, raw.key.clone());
+        if let Some(end) = lease.end.filter(|&end| index >= end) {
+            part_end = Some(end);
+            return ControlFlow::Break(());
+        }
         match examine(raw, &shared.rules, cleaner) {
             Ok(encoded) => {
                 let name = SampleName { epoch: lease.epoch, shard: lease.shard, index };
@@ -160,7 +187,7 @@ fn read_lease(shared: &Shared, cleaner: &Cleaner, lease: &LeasedShard, skipped: 
                     return ControlFlow::Continue(());
                 }
                 let state = shared.lock();
-                if state.is_stopping || !state.is_held(lease.lease) {
+                if state.is_stopping || state.is_cut() || !state.is_held(lease.lease) {
                     return ControlFlow::Break(());
                 }
                 shared.report(lease.lease, std::mem::take(skipped), None);
@@ -169,7 +196,8 @@ fn read_lease(shared: &Shared, cleaner: &Cleaner, lease: &LeasedShard, skipped: 
         }
     });
     match halt.check() {
-        Ok(()) => Ok(end),
+        _ if part_end.is_some() => Ok(part_end.map(Stop::Part)),
+        Ok(()) => Ok(end.map(Stop::End)),
         Err(Error::Store(error)) => Err(error),
         Err(_) => Ok(None),
     }
@@ -179,7 +207,7 @@ fn read_lease(shared: &Shared, cleaner: &Cleaner, lease: &LeasedShard, skipped: 
 fn buffer(shared: &Shared, sample: Buffered) -> ControlFlow<()> {
     let mut state = shared.lock();
     loop {
-        if state.is_stopping || !state.is_held(sample.lease) {
+        if state.is_stopping || state.is_cut() || !state.is_held(sample.lease) {
             return ControlFlow::Break(());
         }
         if state.has_room() {

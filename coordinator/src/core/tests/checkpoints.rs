@@ -1,0 +1,77 @@
+//! What is kept on disk, and how a job goes on from it.
+
+use super::*;
+
+#[test]
+fn checkpoint_carries_the_ledger_of_its_own_step() {
+    let (mut world, workers) = World::running(2);
+    let (leases, _) = world.lease(workers[0], 1);
+    let shard = leases[0].shard;
+    world.report_with(workers[0], 1, Some(&names(0, shard, 0..1)), Some(5)).unwrap();
+    world.report(workers[0], 2, Some(&names(0, shard, 1..2)));
+    world.report_with(workers[1], 1, None, Some(5)).unwrap();
+    world.report(workers[1], 2, None);
+    let frozen = world.said.iter().find_map(|effect| match effect {
+        Effect::Freeze { step: Step(1), ledger, .. } => Some(ledger.clone()),
+        _ => None,
+    });
+    assert_eq!(frozen.unwrap().totals().committed, 1, "step 2 is not in it");
+    world.event(Event::CheckpointStored { step: Step(1), generation: Generation(1) }).unwrap();
+    assert_eq!(world.core.checkpoint_step(), Some(Step(1)));
+}
+
+#[test]
+fn copy_of_a_void_step_is_never_a_checkpoint() {
+    let (mut world, workers) = World::running(2);
+    world.report_with(workers[0], 1, Some(&[]), Some(5)).unwrap();
+    world.die(workers[0]);
+    world.stopped(workers[1], 0, StopCause::Aborted, vec![]);
+    world.event(Event::CheckpointStored { step: Step(1), generation: Generation(1) }).unwrap();
+    assert_eq!(world.core.checkpoint_step(), None);
+}
+
+#[test]
+fn checkpoint_is_asked_for_by_time() {
+    let (mut world, workers) = World::running(2);
+    world.pass(301, &workers);
+    let asked = world.sent(workers[0]).iter().filter(|message| matches!(message, ToWorker::TakeSnapshot { .. })).count();
+    assert_eq!(asked, 1);
+}
+
+#[test]
+fn all_dead_go_back_to_the_checkpoint_and_its_ledger() {
+    let (mut world, workers) = World::running(1);
+    let (leases, _) = world.lease(workers[0], 1);
+    let shard = leases[0].shard;
+    world.report_with(workers[0], 1, Some(&names(0, shard, 0..1)), Some(1)).unwrap();
+    world.event(Event::CheckpointStored { step: Step(1), generation: Generation(1) }).unwrap();
+    world.report(workers[0], 2, Some(&names(0, shard, 1..2)));
+    assert_eq!(world.core.ledger().totals().committed, 2);
+    world.die(workers[0]);
+    assert!(world.said.contains(&Effect::Notice(Notice::RolledBack { from: Step(2), to: Step(1) })));
+    assert_eq!(world.core.ledger().totals().committed, 1);
+    let newcomer = world.join(None).unwrap();
+    world.ready(newcomer);
+    world.bootstrap(newcomer);
+    let assignment = world.assignment(newcomer);
+    assert_eq!((assignment.base_step, assignment.checkpoint_step), (Step(1), Some(Step(1))));
+    let (again, _) = world.lease(newcomer, 4);
+    let open = again.iter().find(|lease| lease.shard == shard && lease.epoch == Epoch(0)).expect("its shard is read again");
+    assert_eq!(open.done.iter().collect::<Vec<_>>(), [0]);
+}
+
+#[test]
+fn resumed_job_starts_from_the_checkpoints_ledger() {
+    let mut ledger = Ledger::new(4);
+    ledger.commit(SampleName { epoch: Epoch(0), shard: ShardId(2), index: 0 }, Step(1)).unwrap();
+    let resume = Resume { step: Step(40), ledger: Arc::new(ledger), generation: Generation(3) };
+    let mut world = World::new(config(1));
+    world.core = Core::new(config(1), Some(resume));
+    let worker = world.join(None).unwrap();
+    world.ready(worker);
+    assert_eq!(world.core.generation(), Generation(4), "generations go on from the checkpoint's");
+    world.bootstrap(worker);
+    assert_eq!(world.assignment(worker).checkpoint_step, Some(Step(40)));
+    world.report(worker, 41, Some(&[]));
+    assert_eq!(world.core.final_step(), Step(41));
+}

@@ -1,0 +1,124 @@
+//! How a job ends.
+
+use super::*;
+
+#[test]
+fn stop_meets_after_a_step_keeps_a_checkpoint_and_ends() {
+    let (mut world, workers) = World::running(2);
+    world.event(Event::Stop { reason: "Ctrl-C".into() }).unwrap();
+    assert!(matches!(world.sent(workers[1]).last(), Some(ToWorker::PlanChange { .. })));
+    let record = world.record(1, &[]);
+    world.stopped(workers[0], 1, StopCause::Planned, vec![record]);
+    assert_eq!(world.outcome(), None);
+    world.stopped(workers[1], 1, StopCause::Planned, vec![]);
+    assert!(matches!(world.sent(workers[0]).last(), Some(ToWorker::TakeSnapshot { .. })));
+    world.event(Event::CheckpointStored { step: Step(1), generation: Generation(1) }).unwrap();
+    assert_eq!(world.outcome(), Some(Outcome::Stopped { reason: "Ctrl-C".into() }));
+    assert!(matches!(world.join(None), Err(CoreError::Ending(_))));
+}
+
+#[test]
+fn heartbeats_do_not_break_a_meeting_that_is_under_way() {
+    let (mut world, workers) = World::running(3);
+    world.event(Event::Drain { rank: Rank(2) }).unwrap();
+    let record = world.record(1, &[]);
+    world.stopped(workers[0], 1, StopCause::Planned, vec![record]);
+    let beat = Heartbeat { step: Step(0), phase: Phase::Collective, generation: Generation(1) };
+    world.say(workers[1], FromWorker::Heartbeat(beat)).unwrap();
+    assert!(matches!(world.sent(workers[1]).last(), Some(ToWorker::HeartbeatReply { running: true, .. })));
+    // But a member that dies on the way to the meeting ends it for those still waiting for it.
+    world.die(workers[2]);
+    assert!(matches!(world.sent(workers[1]).last(), Some(ToWorker::Abort { generation: Generation(1), .. })));
+    world.stopped(workers[1], 0, StopCause::Aborted, vec![]);
+    assert_eq!((world.core.state().as_str(), world.core.final_step()), ("waiting for rank 2", Step(1)));
+}
+
+#[test]
+fn epochs_end_only_when_every_shard_is_accounted_for() {
+    let mut with_epochs = config(1);
+    (with_epochs.epochs, with_epochs.last_step) = (Some(1), None);
+    for complete in [false, true] {
+        let mut world = World::new(with_epochs.clone());
+        let worker = world.join(None).unwrap();
+        world.ready(worker);
+        world.bootstrap(worker);
+        let (leases, _) = world.lease(worker, 4);
+        for lease in &leases[..if complete { 4 } else { 3 }] {
+            let report = ShardReport { lease: lease.id, skipped: vec![], num_samples: Some(0), truncated: String::new() };
+            world.say(worker, FromWorker::ShardReport(report)).unwrap();
+        }
+        world.stopped(worker, 0, StopCause::DataDone, vec![]);
+        match world.outcome() {
+            Some(Outcome::Finished) => assert!(complete),
+            Some(Outcome::Failed { reason }) => assert!(!complete && reason.contains("1 shards of epoch 0"), "{reason}"),
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+#[test]
+fn last_checkpoint_that_cannot_be_stored_fails_the_job_after_three_tries() {
+    let (mut world, workers) = World::running(1);
+    world.report(workers[0], 1, Some(&[]));
+    world.stopped(workers[0], 1, StopCause::StepsDone, vec![]);
+    for _ in 0..3 {
+        assert_eq!(world.outcome(), None);
+        world.event(Event::CheckpointFailed { step: Step(1), generation: Generation(1), error: "disk full".into() }).unwrap();
+    }
+    let Some(Outcome::Failed { reason }) = world.outcome() else { panic!() };
+    assert!(reason.contains("disk full") && reason.contains("3 attempts"), "{reason}");
+}
+
+#[test]
+fn death_of_the_sender_of_the_last_checkpoint_asks_the_next_holder() {
+    let (mut world, workers) = World::running(2);
+    let record = world.record(1, &[]);
+    world.stopped(workers[0], 1, StopCause::StepsDone, vec![record]);
+    world.stopped(workers[1], 1, StopCause::StepsDone, vec![]);
+    world.die(workers[0]);
+    assert!(matches!(world.sent(workers[1]).last(), Some(ToWorker::TakeSnapshot { .. })));
+    world.die(workers[1]);
+    assert!(matches!(world.outcome(), Some(Outcome::Failed { .. })), "nobody holds the last step");
+}
+
+#[test]
+fn death_in_the_exchange_after_the_last_data_does_not_lose_the_job() {
+    let mut world = World::new(Config { last_step: None, ..config(3) });
+    let workers: Vec<WorkerId> = (0..3).map(|rank| world.join(Some(rank)).unwrap()).collect();
+    for &worker in &workers {
+        world.ready(worker);
+    }
+    world.bootstrap(workers[0]);
+    for &worker in &workers {
+        world.report(worker, 1, (worker == workers[0]).then_some(&[]));
+    }
+    // All gave empty shares and validate the last weights; one dies in the middle of it.
+    world.die(workers[2]);
+    // The lowest id is the source, and was told so early that it does not know that it was the end.
+    world.stopped(workers[0], 1, StopCause::Aborted, vec![]);
+    world.stopped_with(workers[1], 1, StopCause::DataDone, vec![], "rank 2 is gone", None);
+    assert!(matches!(world.sent(workers[0]).last(), Some(ToWorker::TakeSnapshot { .. })), "the job ends with what it has");
+    world.event(Event::CheckpointStored { step: Step(1), generation: Generation(1) }).unwrap();
+    assert_eq!((world.outcome(), world.validated()), (Some(Outcome::Finished), vec![]));
+}
+
+#[test]
+fn failed_exchange_after_the_last_step_breaks_up_those_still_in_it() {
+    let (mut world, workers) = World::running(2);
+    let record = world.record(1, &[]);
+    world.stopped_with(workers[0], 1, StopCause::StepsDone, vec![record], "connection reset", None);
+    assert!(matches!(world.sent(workers[1]).last(), Some(ToWorker::Abort { generation: Generation(1), .. })));
+    world.stopped_with(workers[1], 1, StopCause::StepsDone, vec![], "aborted", None);
+    world.event(Event::CheckpointStored { step: Step(1), generation: Generation(1) }).unwrap();
+    assert_eq!(world.outcome(), Some(Outcome::Finished));
+}
+
+#[test]
+fn permanent_failure_of_one_worker_ends_the_job_at_once() {
+    let (mut world, workers) = World::running(2);
+    let failure = FromWorker::Failure { phase: "loading".into(), message: "no such file".into(), permanent: true };
+    world.say(workers[1], failure).unwrap();
+    let Some(Outcome::Failed { reason }) = world.outcome() else { panic!() };
+    assert_eq!(reason, "rank 1 (pid 1 on host) failed in phase loading: no such file");
+    assert!(matches!(world.sent(workers[0]).last(), Some(ToWorker::Stop { reason: StopReason::Failed, .. })));
+}
