@@ -53,6 +53,15 @@ pub enum Command {
         /// The records, or why there are none.
         reply: RecordsReply,
     },
+    /// A checkpoint is whole in the store. The weights may have gone back while its manifest was written: then it must not stay.
+    Stored {
+        /// Its step.
+        step: Step,
+        /// Its generation.
+        generation: Generation,
+        /// Whether it stays.
+        reply: oneshot::Sender<bool>,
+    },
     /// What the job is doing.
     Status {
         /// The answer.
@@ -222,6 +231,12 @@ impl Driver {
                     None => self.waiters.push((step, generation, reply)),
                 }
                 None
+            }
+            Command::Stored { step, generation, reply } => {
+                let stays = self.core.awaits_checkpoint(step, generation);
+                let outcome = self.tell(Event::CheckpointStored { step, generation });
+                let _ = reply.send(stays);
+                outcome
             }
             Command::Status { reply } => {
                 let _ = reply.send(self.status());

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
-use peapod_proto::ids::Step;
+use peapod_proto::ids::{Generation, Step};
 use peapod_proto::job::Job;
 use peapod_proto::v1;
 use tokio::net::TcpListener;
@@ -89,6 +89,7 @@ pub async fn run(args: RunArgs, bar: Bar) -> anyhow::Result<Exit> {
         Ok(opened) => opened,
         Err(error) => return Ok(Exit::Failed(error.to_string())),
     };
+    let last_generation = found.as_ref().map_or(Generation::NONE, |found| found.state.generation());
     // A run that has come to its end is in its checkpoint.
     let found = found.filter(|found| found.state.outcome().is_none());
     if let Some(problem) = found.as_ref().and_then(|found| of_another_job(found, &job, &journal_path)) {
@@ -165,7 +166,7 @@ pub async fn run(args: RunArgs, bar: Bar) -> anyhow::Result<Exit> {
             );
             core
         }
-        None => Core::new(config, resume),
+        None => Core::new(config, resume).after(last_generation),
     };
     let step = core.final_step();
     if goes_back {

@@ -162,13 +162,18 @@ impl v1::checkpoints_server::Checkpoints for Service {
         };
         let header = Header::try_from(header)?;
         let (step, generation) = (header.step, header.generation);
-        let result = self.receive(&header, &mut messages).await;
-        let report = match &result {
-            Ok(_) => Event::CheckpointStored { step, generation },
-            Err(status) => Event::CheckpointFailed { step, generation, error: status.message().to_owned() },
+        let location = match self.receive(&header, &mut messages).await {
+            Ok(location) => location,
+            Err(status) => {
+                let event = Event::CheckpointFailed { step, generation, error: status.message().to_owned() };
+                let _ = self.commands.send(Command::Tell(event)).await;
+                return Err(status);
+            }
         };
-        let _ = self.commands.send(Command::Tell(report)).await;
-        let location = result?;
+        if !self.ask(|reply| Command::Stored { step, generation, reply }).await? {
+            self.store.remove(step, generation).await.map_err(store_failed)?;
+            return Err(Status::aborted(format!("step {step} of {generation} is not on the line of weights that goes on")));
+        }
         if let Err(error) = self.store.retain(self.facts.keep).await {
             tracing::warn!("old checkpoints stay: {error}");
         }

@@ -264,16 +264,29 @@ impl Store {
         let folders = self.objects.list_with_delimiter(None).await.map_err(|error| self.failed(error))?.common_prefixes;
         // Names sort by step: a folder before the boundary is either an old checkpoint or a half one.
         for folder in folders.into_iter().filter(|folder| folder.as_ref().starts_with("step-") && folder.as_ref() < boundary.as_str()) {
-            // The manifest first: whatever happens next, no reader takes a checkpoint that has begun to vanish.
-            match self.objects.delete(&folder.clone().join(MANIFEST)).await {
-                Ok(()) | Err(object_store::Error::NotFound { .. }) => {}
-                Err(error) => return Err(self.failed(error)),
-            }
-            let mut objects = self.objects.list(Some(&folder));
-            while let Some(object) = objects.next().await {
-                let object = object.map_err(|error| self.failed(error))?;
-                self.objects.delete(&object.location).await.map_err(|error| self.failed(error))?;
-            }
+            self.delete(&folder).await?;
+        }
+        Ok(())
+    }
+
+    /// Takes a checkpoint away, whole or not.
+    ///
+    /// # Errors
+    /// [`StoreError::Store`].
+    pub async fn remove(&self, step: Step, generation: Generation) -> Result<(), StoreError> {
+        self.delete(&Key::from(name(step, generation))).await
+    }
+
+    async fn delete(&self, folder: &Key) -> Result<(), StoreError> {
+        // The manifest first: whatever happens next, no reader takes a checkpoint that has begun to vanish.
+        match self.objects.delete(&folder.clone().join(MANIFEST)).await {
+            Ok(()) | Err(object_store::Error::NotFound { .. }) => {}
+            Err(error) => return Err(self.failed(error)),
+        }
+        let mut objects = self.objects.list(Some(folder));
+        while let Some(object) = objects.next().await {
+            let object = object.map_err(|error| self.failed(error))?;
+            self.objects.delete(&object.location).await.map_err(|error| self.failed(error))?;
         }
         Ok(())
     }

@@ -221,7 +221,13 @@ impl Supervisor {
                 }
             }
             Action::MakeBootstrap { generation, .. } => self.command(Command::MakeBootstrap { generation }),
-            Action::Train(assignment) => self.command(Command::Train(assignment)),
+            Action::Train(assignment) => {
+                // Here and not on the trainer's thread: the next message may grant a lease, which that thread would take for a lost one.
+                if let Some(loader) = self.control.loader() {
+                    loader.retain_leases(&assignment.held_leases);
+                }
+                self.command(Command::Train(assignment));
+            }
             Action::Abort { generation, reason } => self.control.abort(generation, &reason),
             Action::PlanChange { generation } => self.control.ask_change(generation),
             Action::Snapshot { generation } => {

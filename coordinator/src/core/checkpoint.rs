@@ -25,6 +25,12 @@ pub(super) struct Checkpoint {
 }
 
 impl Core {
+    /// Whether a copy of this step is of the line of weights that goes on, and not known to be stored.
+    #[must_use]
+    pub fn awaits_checkpoint(&self, step: Step, generation: Generation) -> bool {
+        self.checkpoint.frozen.contains_key(&(step, generation))
+    }
+
     pub(super) fn checkpoint_stored(&mut self, now: Timestamp, step: Step, generation: Generation, out: &mut Vec<Effect>) {
         self.checkpoint.senders.remove(&(step, generation));
         let Some(ledger) = self.checkpoint.frozen.remove(&(step, generation)) else { return };
@@ -49,7 +55,11 @@ impl Core {
         self.checkpoint.next_due = now + self.config.checkpoint_every;
         self.checkpoint.asked = false;
         out.push(Effect::Notice(Notice::CheckpointFailed { step, error: error.to_owned() }));
-        if let JobPhase::Finishing { outcome, attempts } = self.phase.clone() {
+        // Copies of earlier steps that were still on their way are refused then, and say nothing about the last one.
+        let is_last = (step, generation) == (self.truth.step, self.generation);
+        if let JobPhase::Finishing { outcome, attempts } = self.phase.clone()
+            && is_last
+        {
             if attempts >= FINAL_CHECKPOINT_ATTEMPTS {
                 return self.fail(format!("the last checkpoint (step {step}) could not be stored in {attempts} attempts: {error}"), out);
             }

@@ -268,6 +268,14 @@ impl Core {
         core
     }
 
+    /// The same job with generations that come after `last`, which an earlier run has had: they are part of the names of checkpoints, and a copy that
+    /// is still on its way must find none of its own.
+    #[must_use]
+    pub fn after(mut self, last: Generation) -> Self {
+        self.generation = self.generation.max(last);
+        self
+    }
+
     /// How long members have to come back, from the start or from when the first is back.
     fn return_timeout(&self) -> Timestamp {
         self.config.heartbeat_timeout.max(SHORTEST_RETURN)

@@ -130,6 +130,7 @@ impl Core {
     /// The members of the current generation train from here on.
     pub(super) fn begin(&mut self, now: Timestamp, members: Vec<WorkerId>, out: &mut Vec<Effect>) {
         self.leases.deal_among(members.len() as u32);
+        self.leases.seat(&members);
         self.checkpoint.asked = false;
         self.checkpoint.next_due = self.checkpoint.next_due.max(now);
         self.phase = JobPhase::Running { members, planned: false };

@@ -153,6 +153,8 @@ pub struct Leases {
     rounds: Vec<u64>,
     /// Members that take nothing more: their first is for whoever has time.
     leaving: BTreeSet<usize>,
+    /// The members, as far as they are known: what they brought along keeps them busy as their first would.
+    members: Vec<WorkerId>,
 }
 
 #[derive(Debug, Clone, Default)]
@@ -177,6 +179,7 @@ impl Leases {
             returned: BTreeMap::new(),
             rounds: Vec::new(),
             leaving: BTreeSet::new(),
+            members: Vec::new(),
         }
     }
 
@@ -463,9 +466,20 @@ impl Leases {
         self.leaving.insert(member.0 as usize);
     }
 
-    /// The lowest position left in the deal of a member that has its first, or leaves.
+    /// Says who the members are that are dealt to, by index.
+    pub fn seat(&mut self, members: &[WorkerId]) {
+        self.members = members.to_vec();
+    }
+
+    /// The lowest position left in the deal of a member that leaves, has its first, or has something else to read: such a one may not ask for its
+    /// first before the member that waits here has given its share.
     fn take_over(&mut self) -> Option<Position> {
-        let others = (0..self.rounds.len()).filter(|&member| self.rounds[member] > 0 || self.leaving.contains(&member));
+        let reads = |member: usize| {
+            let holding = self.members.get(member).and_then(|id| self.by_holder.get(id));
+            holding.is_some_and(|holding| holding.num_unread > 0)
+        };
+        let is_busy = |&member: &usize| self.rounds[member] > 0 || self.leaving.contains(&member) || reads(member);
+        let others = (0..self.rounds.len()).filter(is_busy);
         let (_, member) = others.filter_map(|member| Some((self.next_of(member)?, member))).min()?;
         self.deal(member)
     }

@@ -120,6 +120,10 @@ impl Core {
                 return Err(CoreError::StaleStream);
             }
             self.lose(now, id, "came back on a new stream", out);
+            if let JobPhase::Finishing { .. } | JobPhase::Done(_) = self.phase {
+                // That was the end of the job, or of its last generation: nothing may be said after it. The worker is told when it asks again.
+                return Ok(());
+            }
         }
         let awaited = self.awaited(hello.incarnation);
         let returns = awaited.is_some();

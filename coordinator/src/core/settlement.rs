@@ -226,7 +226,7 @@ impl Core {
         }
         let ledger = (from != to).then(|| self.ledger.clone());
         let truth = Truth { step: to, generation: Generation::NONE, holders: BTreeSet::new() };
-        if self.truth != truth || !self.last_members.is_empty() {
+        if from != to || self.truth != truth || !self.last_members.is_empty() {
             self.truth = truth;
             self.last_members.clear();
             out.push(Effect::Persist(Fact::FromCheckpoint { step: to, ledger }));

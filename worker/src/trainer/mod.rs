@@ -271,13 +271,12 @@ impl Trainer {
         self.event(TrainerEvent::Stopped(Stopped { generation, applied, cause, records, reason, validation, trained_in, lost_member }));
     }
 
-    /// Puts the data threads where the new generation starts.
+    /// Puts the data threads where the new generation starts. That leases are lost was told them with the assignment.
     fn settle_data(&mut self, assignment: &Assignment) {
         match self.in_flight.take() {
             Some((step, share)) if is_void(step, assignment.base_step) => self.loader.put_back(share),
             _ => {}
         }
-        self.loader.retain_leases(&assignment.held_leases);
         self.loader.handle().ask_again();
     }
 

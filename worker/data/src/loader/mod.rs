@@ -296,12 +296,9 @@ impl Loader {
 
     /// Drops every buffered, planned and decoded sample of leases other than `held`, and stops reading those.
     ///
-    /// For a change of membership, after [`put_back`](Self::put_back) of what the trainer held.
+    /// For a change of membership. What the trainer still holds may be [put back](Self::put_back) before or after.
     pub fn retain_leases(&mut self, held: &[LeaseId]) {
-        let mut state = self.shared.lock();
-        state.retain_leases(held);
-        self.shared.ask(&mut state);
-        self.shared.wake_all();
+        self.handle().retain_leases(held);
     }
 
     fn spawn(&mut self, name: String, body: impl FnOnce() + Send + 'static) -> Result<()> {
@@ -349,6 +346,15 @@ impl LoaderHandle {
                 self.shared.gave_back(lease, from);
             }
         }
+        self.shared.wake_all();
+    }
+
+    /// As [`Loader::retain_leases`]. Whoever hands on leases calls it in the order in which it was told of either: a lease that is granted after the
+    /// change must not be taken for one that is lost by it.
+    pub fn retain_leases(&self, held: &[LeaseId]) {
+        let mut state = self.shared.lock();
+        state.retain_leases(held);
+        self.shared.ask(&mut state);
         self.shared.wake_all();
     }
 
