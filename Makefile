@@ -25,8 +25,8 @@ test: build ## all tests that need no GPU, no root and no other host
 	cargo test --workspace --test stories -- --ignored --exact demo::trained_adapter_draws_what_chinese_prompts_name --nocapture
 
 test-all: export OMP_NUM_THREADS = 1
-test-all: test ## all tests, also those that want the machine for themselves
-	cargo test --workspace --test stories -- --ignored --exact restart::each_epoch_holds_each_sample_once_through_all_that_can_happen --nocapture
+test-all: test ## all tests, with many more random worlds
+	PROPTEST_CASES=10000 cargo test --workspace --lib -- exactly_once replay
 
 BENCH_CORES := 2
 BENCH_ROUNDS := 3

@@ -186,6 +186,31 @@ fn world_that_cannot_form_says_who_is_missing_and_refuses_who_does_not_fit() {
 }
 
 #[test]
+fn elastic_world_trains_on_with_whom_it_has_and_lets_a_newcomer_in() {
+    let mut cluster = Cluster::new();
+    cluster.deal_samples(&[160, 160]);
+    let mut coordinator = cluster.coordinator(2, &["--min-world-size", "1"]);
+    coordinator.wait_for("job demo: 1 to 2 workers");
+    let [mut survivor, mut victim] = two_workers(&coordinator);
+    coordinator.wait_for_step(3);
+    coordinator.allow_error(" lost at step ");
+    victim.signal(Signal::KILL);
+    victim.wait();
+    coordinator.wait_for("g000002: 1 workers train from step ");
+    let mut newcomer = coordinator.worker("newcomer", &[]);
+    coordinator.wait_for("rank 1 joins: the workers meet after this step");
+    coordinator.wait_for("g000003: 2 workers train from step ");
+    coordinator.expect_exit(0);
+    survivor.expect_exit(0);
+    newcomer.expect_exit(0);
+    assert!(coordinator.lines_with("waiting for workers").is_empty(), "nobody waited");
+    assert_trained_once(&cluster.trained_samples(), &[160, 160]);
+    let alone = coordinator.lines_with("g000003: 2 workers train from step ").pop().unwrap();
+    let alone: usize = alone.rsplit(' ').next().unwrap().parse().unwrap();
+    assert!(alone > 3 && cluster.steps()[..alone].iter().all(|step| step.samples == 16), "one worker does the whole batch");
+}
+
+#[test]
 fn worker_beyond_the_world_waits_as_a_spare_and_stands_in_for_a_dead_one() {
     let cluster = twelve_steps();
     let mut coordinator = cluster.coordinator(2, &[]);

@@ -144,7 +144,6 @@ fn assert_each_epoch_is_whole(trained: &[TrainedSample], epochs: u32) {
 }
 
 #[test]
-#[ignore = "wants the machine for itself: beside all other stories its waits have run out once; `make test-all` runs it"]
 fn each_epoch_holds_each_sample_once_through_all_that_can_happen() {
     let mut cluster = forty_steps();
     cluster.job.set_epochs(2).set("checkpoint.every_steps", 5);

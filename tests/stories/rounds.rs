@@ -254,7 +254,7 @@ fn pictures_of_all_prompts_are_there_and_alike_for_one_worker_and_two() {
     let out = cluster.folder().join("sample.png");
     let adapter = cluster.newest_checkpoint().folder;
     let [adapter, out_path] = [&adapter, &out].map(|path| path.to_str().unwrap());
-    let sizes = ["--width", "64", "--height", "32", "--steps", "3", "--guidance", "2", "--seed", "5"];
+    let sizes = ["--width", "64", "--height", "32", "--scheduler", "dpm++", "--steps", "3", "--guidance", "2", "--seed", "5"];
     let mut arguments = vec!["--model", "tests/demo/model", "--adapter", adapter, "--prompt", PROMPTS[0], "--out", out_path];
     arguments.extend(sizes);
     Process::start("sample", "sample", &arguments).expect_exit(0);
