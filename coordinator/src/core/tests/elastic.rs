@@ -169,6 +169,19 @@ fn spare_waits_warm_and_stands_in_at_once() {
 }
 
 #[test]
+fn world_grows_no_larger_than_its_size_however_many_spares_wait() {
+    let (mut world, workers) = World::running(2);
+    let spares = [world.join(None).unwrap(), world.join(None).unwrap()];
+    spares.iter().for_each(|&spare| world.ready(spare));
+    let record = world.record(1, &[]);
+    world.die(workers[0]);
+    world.stopped(workers[1], 1, StopCause::Aborted, vec![record]);
+    world.bootstrap(workers[1]);
+    let members: Vec<WorkerId> = world.core.last_members.iter().map(|member| member.worker).collect();
+    assert_eq!(members, [workers[1], spares[0]], "the one that trained, and the first of those that wait");
+}
+
+#[test]
 fn spare_that_leaves_or_dies_is_not_noticed_by_those_who_train() {
     let (mut world, workers) = World::running(2);
     let spares = [world.join(None).unwrap(), world.join(None).unwrap()];

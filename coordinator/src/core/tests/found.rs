@@ -1,0 +1,177 @@
+//! What simulated clusters have found, each as the few events that it takes.
+
+use super::*;
+
+/// The journal of everything that was said, from its beginning.
+fn replayed(world: &World, config: Config) -> State {
+    let mut state = Core::new(config, None).durable();
+    for effect in &world.said {
+        if let Effect::Persist(fact) = effect {
+            state.apply(fact.clone()).unwrap();
+        }
+    }
+    state
+}
+
+/// A job of one pass over four shards, whose two workers have begun.
+fn one_epoch() -> (World, Vec<WorkerId>) {
+    let mut world = World::new(Config { epochs: Some(1), last_step: None, ..config(2) });
+    let workers: Vec<WorkerId> = (0..2).map(|rank| world.join(Some(rank)).unwrap()).collect();
+    workers.iter().for_each(|&worker| world.ready(worker));
+    world.bootstrap(workers[0]);
+    (world, workers)
+}
+
+fn read(world: &mut World, worker: WorkerId, lease: LeaseId) {
+    let report = ShardReport { lease, skipped: vec![], num_samples: Some(1), truncated: String::new() };
+    world.say(worker, FromWorker::ShardReport(report)).unwrap();
+}
+
+fn hello_of(incarnation: u64, attempt: u32) -> Hello {
+    Hello {
+        protocol_version: PROTOCOL_VERSION,
+        program_version: PROGRAM_VERSION.into(),
+        incarnation: Incarnation(incarnation),
+        attempt,
+        requested_rank: None,
+        host: "host".into(),
+        pid: 1,
+        device: "cpu".into(),
+    }
+}
+
+#[test]
+fn journal_follows_the_ledger_back_though_all_who_were_awaited_are_replaced() {
+    let (mut world, workers) = World::running(2);
+    let (leases, _) = world.lease(workers[0], 1);
+    world.report(workers[0], 1, Some(&names(0, leases[0].shard, 0..3)));
+    world.report(workers[1], 1, None);
+    let state = world.core.durable();
+    world.core = Core::restore(config(2), None, state.clone());
+    world.said.clear();
+    let newcomers = [0, 1].map(|rank| world.join(Some(rank)).unwrap());
+    newcomers.iter().for_each(|&worker| world.ready(worker));
+    world.pass(4, &newcomers);
+    assert_eq!((world.core.generation(), world.core.ledger().totals().committed), (Generation(2), 0));
+    let mut journal = state;
+    for effect in &world.said {
+        if let Effect::Persist(fact) = effect {
+            journal.apply(fact.clone()).unwrap();
+        }
+    }
+    assert_eq!(journal, world.core.durable(), "a second restart would find samples that nobody holds");
+}
+
+#[test]
+fn refused_copy_of_an_earlier_step_says_nothing_about_the_last_checkpoint() {
+    let (mut world, workers) = World::running(2);
+    let (leases, _) = world.lease(workers[0], 1);
+    world.report(workers[0], 1, Some(&names(0, leases[0].shard, 0..3)));
+    world.report(workers[1], 1, None);
+    world.event(Event::Stop { reason: "enough".into() }).unwrap();
+    workers.iter().for_each(|&worker| world.stopped(worker, 1, StopCause::Planned, vec![]));
+    assert_eq!(world.core.state(), "storing the last checkpoint");
+    let failed = |step, generation| Event::CheckpointFailed { step: Step(step), generation: Generation(generation), error: "void".into() };
+    (0..5).for_each(|_| world.event(failed(0, 1)).unwrap());
+    assert_eq!(world.core.state(), "storing the last checkpoint");
+    world.event(Event::CheckpointStored { step: Step(1), generation: Generation(1) }).unwrap();
+    assert_eq!(world.outcome(), Some(Outcome::Stopped { reason: "enough".into() }));
+}
+
+#[test]
+fn member_with_much_to_read_keeps_nobody_waiting_for_its_first_shard() {
+    let (mut world, workers) = one_epoch();
+    let (kept, _) = world.lease(workers[0], 1);
+    let (lost, _) = world.lease(workers[1], 1);
+    world.die(workers[1]);
+    world.stopped(workers[0], 0, StopCause::Aborted, vec![]);
+    let newcomer = world.join(None).unwrap();
+    world.ready(newcomer);
+    world.bootstrap(workers[0]);
+    // The survivor still reads and does not ask; its step waits for the newcomer's share.
+    let (again, _) = world.lease(newcomer, 1);
+    assert_eq!(again[0].shard, lost[0].shard);
+    read(&mut world, newcomer, again[0].id);
+    let (own, _) = world.lease(newcomer, 1);
+    read(&mut world, newcomer, own[0].id);
+    let (taken_over, _) = world.lease(newcomer, 1);
+    assert_ne!(taken_over[0].id, own[0].id, "an answer of its own: what is dealt to the survivor, who has enough");
+    assert!([kept[0].shard, again[0].shard, own[0].shard].iter().all(|&shard| shard != taken_over[0].shard));
+}
+
+#[test]
+fn end_of_a_shard_that_only_the_dead_have_seen_is_looked_for_again() {
+    let (mut world, workers) = one_epoch();
+    let mut sizes_known = Vec::new();
+    for _ in 0..2 {
+        for &worker in &workers {
+            sizes_known.extend(world.lease(worker, 1).0.into_iter().map(|lease| (worker, lease)));
+        }
+    }
+    let trained: Vec<SampleName> = sizes_known.iter().flat_map(|(_, lease)| names(0, lease.shard, 0..1)).collect();
+    for (worker, lease) in &sizes_known[..3] {
+        read(&mut world, *worker, lease.id);
+    }
+    let (dead, _) = sizes_known[3];
+    let survivor = workers[usize::from(dead == workers[0])];
+    world.report(workers[0], 1, Some(&trained));
+    world.report(workers[1], 1, None);
+    world.die(dead);
+    world.stopped(survivor, 1, StopCause::DataDone, vec![]);
+    assert_eq!((world.outcome(), world.core.state().as_str()), (None, "waiting for rank 1"));
+}
+
+#[test]
+fn drain_of_a_newcomer_leaves_what_the_members_hold_alone() {
+    let (mut world, workers) = World::running(2);
+    let (leases, _) = world.lease(workers[0], 1);
+    world.report(workers[0], 1, Some(&names(0, leases[0].shard, 0..3)));
+    world.report(workers[1], 1, None);
+    world.die(workers[1]);
+    // The survivor has not spoken yet.
+    world.join(None).unwrap();
+    world.event(Event::Drain { rank: Rank(1) }).unwrap();
+    assert_eq!((world.core.final_step(), world.core.ledger().totals().committed), (Step(1), 3));
+    world.stopped(workers[0], 1, StopCause::Aborted, vec![]);
+    assert_eq!(world.core.state(), "waiting for rank 1");
+}
+
+#[test]
+fn source_that_leaves_while_a_generation_is_formed_is_not_counted_on() {
+    let (mut world, workers) = World::running(2);
+    let (leases, _) = world.lease(workers[0], 1);
+    world.report(workers[0], 1, Some(&names(0, leases[0].shard, 0..3)));
+    world.report(workers[1], 1, None);
+    world.die(workers[1]);
+    world.stopped(workers[0], 1, StopCause::Aborted, vec![]);
+    let newcomer = world.join(None).unwrap();
+    world.ready(newcomer);
+    assert_eq!(world.core.generation(), Generation(2));
+    world.event(Event::Drain { rank: Rank(0) }).unwrap();
+    let other = world.join(None).unwrap();
+    world.ready(other);
+    world.bootstrap(other);
+    assert_eq!(world.assignment(newcomer).base_step, Step(0), "nobody holds step 1 any more");
+}
+
+#[test]
+fn nothing_is_said_after_the_end_that_a_return_brings_about() {
+    let (mut world, workers) = World::running(2);
+    world.event(Event::Stop { reason: "enough".into() }).unwrap();
+    // Nothing is trained yet: with the other's word in, the loss of this one is the end.
+    world.stopped(workers[0], 0, StopCause::Planned, vec![]);
+    let result = world.event(Event::Hello { stream: StreamId(77), hello: hello_of(1001, 1) });
+    assert_eq!((result, world.outcome()), (Ok(()), Some(Outcome::Stopped { reason: "enough".into() })));
+    replayed(&world, config(2));
+}
+
+#[test]
+fn generations_of_a_run_that_is_over_are_not_begun_again() {
+    let mut core = Core::new(config(1), None).after(Generation(7));
+    assert_eq!(core.generation(), Generation(7));
+    let hello = hello_of(1, 0);
+    core.step(Duration::ZERO, Event::Hello { stream: StreamId(1), hello }).unwrap();
+    let ready = FromWorker::Ready { model_digest: vec![7], num_parameters: 10 };
+    core.step(Duration::ZERO, Event::Message { worker: WorkerId(1), stream: StreamId(1), message: ready }).unwrap();
+    assert_eq!(core.generation(), Generation(8));
+}
