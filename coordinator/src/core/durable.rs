@@ -48,6 +48,8 @@ pub struct State {
     generation: Generation,
     /// Members of `generation`; none once nobody holds what it came to.
     members: Vec<Member>,
+    /// How many it was formed of: fewer are left where some were replaced while they were awaited.
+    num_formed: usize,
     /// Where the newest agreed weights are, and which generation trained them.
     truth: (Step, Generation),
     final_step: Step,
@@ -124,6 +126,7 @@ impl State {
                 if generation <= self.generation {
                     return Err(ReplayError::Generation { got: generation, before: self.generation });
                 }
+                self.num_formed = members.len();
                 (self.generation, self.members) = (generation, members);
             }
             Fact::Leases { holder, leases } => {
@@ -213,6 +216,7 @@ impl Core {
             next_lease: self.leases.next_id(),
             generation: self.generation,
             members: self.last_members.clone(),
+            num_formed: self.num_formed,
             truth: (self.truth.step, self.truth.generation),
             final_step: self.progress.final_step(),
             ledger: self.ledger.clone(),
@@ -244,6 +248,7 @@ impl Core {
             generation: state.generation.max(fresh.generation),
             phase,
             last_members: state.members,
+            num_formed: state.num_formed,
             stop_requested: state.stop,
             ..fresh
         };
@@ -362,10 +367,12 @@ impl Core {
     /// Who is away may live, so the others wait for it; unless their own collective broke at its place: then it is gone, or as good as.
     pub(super) fn end_wait_if_all_spoke(&mut self, now: Timestamp, out: &mut Vec<Effect>) {
         let JobPhase::Returning { said, .. } = &self.phase else { return };
+        let is_whole = self.last_members.len() == self.num_formed;
         let lost: BTreeSet<MemberIndex> = said
             .values()
             .filter_map(|said| match said {
-                Returned::Stopped(stopped) if stopped.generation == self.generation => stopped.lost_member,
+                // Without those that were replaced, the others are no longer in their places.
+                Returned::Stopped(stopped) if is_whole && stopped.generation == self.generation => stopped.lost_member,
                 _ => None,
             })
             .collect();
@@ -402,11 +409,11 @@ impl Core {
         said.retain(|id, _| self.workers.contains_key(id));
         let members: Vec<WorkerId> = self.last_members.iter().map(|member| member.worker).collect();
         let continuing = |id: &WorkerId| matches!(said.get(id), Some(Returned::Continuing(_)));
-        if !members.is_empty() && members.iter().all(continuing) {
+        if !members.is_empty() && members.len() == self.num_formed && members.iter().all(continuing) {
             return self.take_up(now, members, said, out);
         }
         let members: Vec<WorkerId> = members.into_iter().filter(|id| self.workers.contains_key(id)).collect();
-        let is_whole = members.len() == self.last_members.len();
+        let is_whole = members.len() == self.num_formed;
         let is_orderly = |said: &Returned| match said {
             Returned::Stopped(Stopped { generation, cause, reason, .. }) => {
                 *generation == self.generation && *cause != StopCause::Aborted && reason.is_empty()

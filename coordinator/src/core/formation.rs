@@ -61,6 +61,7 @@ impl Core {
             Some(Member { worker: *id, incarnation: worker.incarnation, rank: worker.rank })
         };
         self.last_members = members.iter().filter_map(member).collect();
+        self.num_formed = self.last_members.len();
         let journalled = self.last_members.clone();
         out.push(Effect::Persist(Fact::Generation { generation: self.generation, members: journalled, base_step: self.truth.step }));
         out.push(Effect::Send { worker: members[0], message });

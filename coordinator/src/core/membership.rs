@@ -269,6 +269,8 @@ impl Core {
         if matches!(self.phase, JobPhase::Gathering { .. }) {
             self.release_leases_of_the_gone(out);
             self.forget_truth_without_holders(out);
+            // A spare, or those that are left of an elastic world, need not wait for the next event.
+            self.try_form(now, out);
         }
     }
 
@@ -286,6 +288,7 @@ impl Core {
                 self.gather(now, out);
                 self.release_leases_of_the_gone(out);
                 self.forget_truth_without_holders(out);
+                self.try_form(now, out);
             }
             JobPhase::Stopping { members, .. } if members.contains(&id) => {}
             JobPhase::Returning { .. } => {

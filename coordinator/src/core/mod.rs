@@ -151,6 +151,8 @@ pub struct Core {
     generation: Generation,
     /// Members of the last generation, while any of them may hold what it came to.
     last_members: Vec<Member>,
+    /// How many it was formed of, with those that were replaced since.
+    num_formed: usize,
     /// Whom leases given out before a restart may not have reached: its first request is answered with all that it holds.
     grant_again: BTreeSet<WorkerId>,
     phase: JobPhase,
@@ -190,6 +192,7 @@ impl Core {
             workers: BTreeMap::new(),
             generation: resume.as_ref().map_or(Generation::NONE, |resume| resume.generation),
             last_members: Vec::new(),
+            num_formed: 0,
             grant_again: BTreeSet::new(),
             phase: JobPhase::Gathering { since: Duration::ZERO },
             truth: Truth { step, generation: Generation::NONE, holders: BTreeSet::new() },

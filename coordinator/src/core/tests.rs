@@ -14,6 +14,7 @@ mod data;
 mod elastic;
 mod ending;
 mod exactly_once;
+mod explore;
 mod found;
 mod membership;
 mod replay;

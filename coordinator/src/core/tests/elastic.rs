@@ -169,6 +169,24 @@ fn spare_waits_warm_and_stands_in_at_once() {
 }
 
 #[test]
+fn spare_stands_in_at_once_for_who_dies_or_leaves_while_a_generation_forms() {
+    for drained in [false, true] {
+        let mut world = World::new(config(2));
+        let workers: Vec<WorkerId> = (0..3).map(|_| world.join(None).unwrap()).collect();
+        workers.iter().for_each(|&worker| world.ready(worker));
+        assert_eq!((world.core.generation(), world.core.state().as_str()), (Generation(1), "forming"));
+        if drained {
+            world.event(Event::Drain { rank: Rank(0) }).unwrap();
+        } else {
+            world.die(workers[0]);
+        }
+        assert_eq!((world.core.generation(), world.core.state().as_str()), (Generation(2), "forming"));
+        world.bootstrap(workers[1]);
+        assert_eq!(world.assignment(workers[2]).member_index, MemberIndex(1));
+    }
+}
+
+#[test]
 fn world_grows_no_larger_than_its_size_however_many_spares_wait() {
     let (mut world, workers) = World::running(2);
     let spares = [world.join(None).unwrap(), world.join(None).unwrap()];
@@ -292,6 +310,19 @@ fn generation_that_one_member_has_left_is_left_by_all() {
     assert!(told.iter().any(|message| matches!(message, ToWorker::Abort { generation: Generation(1), .. })), "{told:?}");
     world.stopped(workers[0], 1, StopCause::Aborted, vec![]);
     assert_eq!((world.core.generation(), world.core.state().as_str()), (Generation(2), "forming"));
+}
+
+#[test]
+fn generation_of_which_a_member_was_replaced_is_not_taken_up() {
+    let (mut world, workers, _) = restarted(1);
+    let replacement = world.join(Some(1)).unwrap();
+    world.ready(replacement);
+    back(&mut world, 1000);
+    goes_on(&mut world, workers[0], 1, vec![]);
+    assert_eq!(world.core.state(), "regrouping");
+    assert!(matches!(world.sent(workers[0]).last(), Some(ToWorker::Abort { generation: Generation(1), .. })));
+    world.stopped(workers[0], 1, StopCause::Aborted, vec![]);
+    assert_eq!((world.core.generation(), world.core.last_members.len()), (Generation(2), 2));
 }
 
 #[test]
