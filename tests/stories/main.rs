@@ -17,5 +17,6 @@ mod restart;
 mod resume;
 mod rounds;
 mod shards;
+mod simulation;
 mod sources;
 mod training;

@@ -57,25 +57,29 @@ impl Core {
         out.push(Effect::Notice(Notice::CheckpointFailed { step, error: error.to_owned() }));
         // Copies of earlier steps that were still on their way are refused then, and say nothing about the last one.
         let is_last = (step, generation) == (self.truth.step, self.generation);
-        if let JobPhase::Finishing { outcome, attempts } = self.phase.clone()
+        if let JobPhase::Finishing { outcome, attempts, .. } = self.phase.clone()
             && is_last
         {
             if attempts >= FINAL_CHECKPOINT_ATTEMPTS {
                 return self.fail(format!("the last checkpoint (step {step}) could not be stored in {attempts} attempts: {error}"), out);
             }
-            self.ask_for_last_checkpoint(outcome, attempts + 1, out);
+            self.ask_for_last_checkpoint(now, outcome, attempts + 1, out);
         }
     }
 
     /// Ends the job with a checkpoint of the truth, by one who holds it; at once where there is nothing new to keep.
-    pub(super) fn ask_for_last_checkpoint(&mut self, outcome: Outcome, attempts: u32, out: &mut Vec<Effect>) {
+    ///
+    /// A copy that does not arrive within the join timeout is lost: whoever sent it may have lost its connection before its step was final, and a
+    /// failure of that time says nothing here.
+    pub(super) fn ask_for_last_checkpoint(&mut self, now: Timestamp, outcome: Outcome, attempts: u32, out: &mut Vec<Effect>) {
+        let deadline = now + self.config.join_timeout;
         if self.checkpoint_step() == Some(self.truth.step) || self.truth.step == Step(0) {
             return self.finish(outcome, out);
         }
         let key = (self.truth.step, self.generation);
         if self.checkpoint.senders.get(&key).is_some_and(|sender| self.workers.contains_key(sender)) {
             // A copy of this very step is on its way: its arrival ends the job.
-            self.phase = JobPhase::Finishing { outcome, attempts };
+            self.phase = JobPhase::Finishing { outcome, attempts, deadline };
             return;
         }
         let Some(&holder) = self.truth.holders.iter().find(|holder| self.workers.contains_key(holder)) else {
@@ -88,6 +92,6 @@ impl Core {
         self.checkpoint.senders.insert(key, holder);
         out.push(Effect::Freeze { step: self.truth.step, generation: self.generation, ledger });
         out.push(Effect::Send { worker: holder, message: ToWorker::TakeSnapshot { generation: self.generation } });
-        self.phase = JobPhase::Finishing { outcome, attempts };
+        self.phase = JobPhase::Finishing { outcome, attempts, deadline };
     }
 }

@@ -259,10 +259,10 @@ impl Core {
                 self.abort_the_rest(now, &failure, out);
                 self.settle_if_all_stopped(now, out);
             }
-            JobPhase::Finishing { outcome, attempts } => {
+            JobPhase::Finishing { outcome, attempts, .. } => {
                 let (outcome, attempts) = (outcome.clone(), *attempts);
                 self.note_failure(failure);
-                self.ask_for_last_checkpoint(outcome, attempts, out);
+                self.ask_for_last_checkpoint(now, outcome, attempts, out);
             }
         }
         // Its leases wait for the word of the source, except where nobody is left to speak.

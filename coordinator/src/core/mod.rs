@@ -126,7 +126,7 @@ enum JobPhase {
     /// Members leave their collective and say what they hold. Unless aborted, some may still be in the step they all meet after.
     Stopping { members: Vec<WorkerId>, stopped: BTreeMap<WorkerId, Stopped>, deadline: Timestamp, aborted: bool },
     /// The last checkpoint is on its way.
-    Finishing { outcome: Outcome, attempts: u32 },
+    Finishing { outcome: Outcome, attempts: u32, deadline: Timestamp },
     /// Over.
     Done(Outcome),
 }
@@ -236,7 +236,7 @@ impl Core {
             Event::Tick => self.tick(now, &mut out),
             Event::CheckpointStored { step, generation } => self.checkpoint_stored(now, step, generation, &mut out),
             Event::CheckpointFailed { step, generation, error } => self.checkpoint_failed(now, step, generation, &error, &mut out),
-            Event::Stop { reason } => self.stop(reason, &mut out),
+            Event::Stop { reason } => self.stop(now, reason, &mut out),
             Event::GiveUp { reason } => {
                 let reason = self.first_failure.as_ref().map_or_else(|| reason.clone(), |first| format!("{first}; {reason}"));
                 self.fail(reason, &mut out);
@@ -265,7 +265,8 @@ impl Core {
             JobPhase::Forming { deadline, .. } | JobPhase::Stopping { deadline, .. } | JobPhase::Returning { deadline, .. } => {
                 Some(*deadline)
             }
-            JobPhase::Finishing { .. } | JobPhase::Done(_) => None,
+            JobPhase::Finishing { deadline, .. } => Some(*deadline),
+            JobPhase::Done(_) => None,
         };
         [silence, job].into_iter().flatten().min()
     }
@@ -419,6 +420,10 @@ impl Core {
                 out.push(Effect::Send { worker: members[0], message });
             }
             JobPhase::Returning { deadline, .. } if *deadline <= now => self.wait_ended(now, out),
+            JobPhase::Finishing { deadline, .. } if *deadline <= now => {
+                let (step, generation) = (self.truth.step, self.generation);
+                self.checkpoint_failed(now, step, generation, "its copy has not arrived (--join-timeout)", out);
+            }
             JobPhase::Forming { deadline, members } if *deadline <= now => {
                 let id = members[0];
                 out.push(Effect::Detach { worker: id });
@@ -435,7 +440,7 @@ impl Core {
         }
     }
 
-    fn stop(&mut self, reason: String, out: &mut Vec<Effect>) {
+    fn stop(&mut self, now: Timestamp, reason: String, out: &mut Vec<Effect>) {
         if self.stop_requested.is_some() || matches!(self.phase, JobPhase::Finishing { .. } | JobPhase::Done(_)) {
             return;
         }
@@ -445,7 +450,7 @@ impl Core {
             JobPhase::Running { .. } => self.plan(&reason, out),
             // Carried out once all have stopped.
             JobPhase::Stopping { .. } | JobPhase::Returning { .. } => {}
-            _ => self.ask_for_last_checkpoint(Outcome::Stopped { reason }, 1, out),
+            _ => self.ask_for_last_checkpoint(now, Outcome::Stopped { reason }, 1, out),
         }
     }
 

@@ -124,7 +124,7 @@ impl Core {
             self.gather(now, out);
             self.forget_truth_without_holders(out);
             if let Some(reason) = self.stop_requested.clone() {
-                return self.ask_for_last_checkpoint(Outcome::Stopped { reason }, 1, out);
+                return self.ask_for_last_checkpoint(now, Outcome::Stopped { reason }, 1, out);
             }
             return self.try_form(now, out);
         };
@@ -165,10 +165,10 @@ impl Core {
             return self.fail(reason, out);
         }
         if done {
-            return self.ask_for_last_checkpoint(Outcome::Finished, 1, out);
+            return self.ask_for_last_checkpoint(now, Outcome::Finished, 1, out);
         }
         if let Some(reason) = self.stop_requested.clone() {
-            return self.ask_for_last_checkpoint(Outcome::Stopped { reason }, 1, out);
+            return self.ask_for_last_checkpoint(now, Outcome::Stopped { reason }, 1, out);
         }
         let leavers: Vec<WorkerId> = self.workers.iter().filter(|(_, worker)| worker.leaving.is_some()).map(|(&id, _)| id).collect();
         for id in leavers {

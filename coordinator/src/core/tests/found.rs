@@ -175,3 +175,23 @@ fn generations_of_a_run_that_is_over_are_not_begun_again() {
     core.step(Duration::ZERO, Event::Message { worker: WorkerId(1), stream: StreamId(1), message: ready }).unwrap();
     assert_eq!(core.generation(), Generation(8));
 }
+
+#[test]
+fn last_copy_that_was_cut_off_before_its_step_was_final_is_asked_for_again() {
+    let (mut world, workers) = World::running(2);
+    let (leases, _) = world.lease(workers[0], 1);
+    let trained = names(0, leases[0].shard, 0..3);
+    let cut = Event::CheckpointFailed { step: Step(1), generation: Generation(1), error: "cut off".into() };
+    world.event(cut).unwrap();
+    world.report_with(workers[0], 1, Some(&trained), Some(7)).unwrap();
+    world.report_with(workers[1], 1, None, Some(7)).unwrap();
+    workers.iter().for_each(|&worker| world.stopped(worker, 1, StopCause::StepsDone, vec![]));
+    assert_eq!(world.core.state(), "storing the last checkpoint");
+    let asked = |world: &World| world.sent(workers[0]).iter().filter(|sent| matches!(sent, ToWorker::TakeSnapshot { .. })).count();
+    world.pass(59, &workers);
+    assert_eq!(asked(&world), 0, "it may be on its way");
+    world.pass(1, &workers);
+    assert_eq!(asked(&world), 1);
+    world.event(Event::CheckpointStored { step: Step(1), generation: Generation(1) }).unwrap();
+    assert_eq!(world.outcome(), Some(Outcome::Finished));
+}
