@@ -27,6 +27,7 @@ test: build ## all tests that need no GPU, no root and no other host
 test-all: export OMP_NUM_THREADS = 1
 test-all: test ## all tests, with many more random worlds
 	PROPTEST_CASES=10000 cargo test --workspace --lib -- exactly_once replay
+	cargo test --workspace --test stories -- --ignored --exact simulation::clusters_of_ten_thousand_seeds_lose_and_double_no_sample --nocapture
 
 BENCH_CORES := 2
 BENCH_ROUNDS := 3

@@ -158,7 +158,8 @@ impl Core {
         // A member that leaves is given nothing more: what is left because of that is for the next generation. A coordinator that was started again may
         // know less than its members have done: whoever has not asked it yet reads once more what it is believed to hold.
         let is_left = self.leases.any_left() || self.grant_again.iter().any(|member| self.workers.contains_key(member));
-        let data_done = is_dry && !(is_left && self.unaccounted().is_some());
+        let is_short = self.config.epochs.is_none() || self.unaccounted().is_some();
+        let data_done = is_dry && !(is_left && is_short);
         let done = steps_done || data_done || self.config.last_step.is_some_and(|last| said.applied >= last);
         if data_done && let Some(reason) = self.unaccounted() {
             self.note_failure(reason.clone());

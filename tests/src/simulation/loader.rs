@@ -109,6 +109,7 @@ impl Loader {
         if let Some(place) = self.waiting.iter().position(|waiting| waiting.id == lease) {
             self.waiting.remove(place);
             self.held.remove(&lease);
+            self.refused.insert(lease);
             return Some((0, None));
         }
         let reading = self.reading.take_if(|reading| reading.lease.id == lease)?;

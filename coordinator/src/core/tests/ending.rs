@@ -83,12 +83,18 @@ fn death_of_the_sender_of_the_last_checkpoint_asks_the_next_holder() {
 
 #[test]
 fn death_in_the_exchange_after_the_last_data_does_not_lose_the_job() {
-    let mut world = World::new(Config { last_step: None, ..config(3) });
+    let mut world = World::new(Config { epochs: Some(1), last_step: None, ..config(3) });
     let workers: Vec<WorkerId> = (0..3).map(|rank| world.join(Some(rank)).unwrap()).collect();
     for &worker in &workers {
         world.ready(worker);
     }
     world.bootstrap(workers[0]);
+    for lease in
+        workers.iter().flat_map(|&worker| world.lease(worker, 4).0.into_iter().map(move |lease| (worker, lease))).collect::<Vec<_>>()
+    {
+        let report = ShardReport { lease: lease.1.id, skipped: vec![], num_samples: Some(0), truncated: String::new() };
+        world.say(lease.0, FromWorker::ShardReport(report)).unwrap();
+    }
     for &worker in &workers {
         world.report(worker, 1, (worker == workers[0]).then_some(&[]));
     }

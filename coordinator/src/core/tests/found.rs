@@ -195,3 +195,14 @@ fn last_copy_that_was_cut_off_before_its_step_was_final_is_asked_for_again() {
     world.event(Event::CheckpointStored { step: Step(1), generation: Generation(1) }).unwrap();
     assert_eq!(world.outcome(), Some(Outcome::Finished));
 }
+
+#[test]
+fn job_given_in_steps_is_not_done_because_its_last_worker_is_given_nothing_more() {
+    let (mut world, workers) = World::running(1);
+    let (leases, _) = world.lease(workers[0], 1);
+    world.report(workers[0], 1, Some(&names(0, leases[0].shard, 0..3)));
+    world.event(Event::Drain { rank: Rank(0) }).unwrap();
+    // It hands back what it has not begun, uses up the rest, and its share is empty before it sees the flag.
+    world.stopped(workers[0], 1, StopCause::DataDone, vec![]);
+    assert_eq!((world.outcome(), world.core.state().as_str()), (None, "waiting for rank 0"));
+}

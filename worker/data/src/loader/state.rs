@@ -189,6 +189,8 @@ impl State {
         if let Some(place) = self.waiting.iter().position(|waiting| waiting.lease == lease) {
             self.waiting.remove(place);
             self.held.remove(&lease);
+            // A coordinator that was started again may have sent it once more before it hears of this.
+            self.refused.insert(lease);
             return Some(0);
         }
         let reading = self.reading.as_mut().filter(|reading| reading.lease == lease && !reading.is_cut)?;
