@@ -115,8 +115,9 @@ impl Loader {
         let reading = self.reading.take_if(|reading| reading.lease.id == lease)?;
         // What was read ahead of the shares goes too.
         let mut from = reading.next;
-        while let Some(sample) = self.buffer.pop_back_if(|sample| sample.lease == lease && !sample.decoded) {
+        while let Some(sample) = self.buffer.back().filter(|sample| sample.lease == lease && !sample.decoded) {
             from = sample.name.index;
+            self.buffer.pop_back();
         }
         let skipped = reading.skipped;
         let report = ShardReport { lease, skipped, num_samples: None, truncated: String::new() };
