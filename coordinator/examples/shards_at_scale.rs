@@ -103,6 +103,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         scale_batch: false,
         heartbeat_timeout: Duration::from_secs(3),
         join_timeout: Duration::from_secs(60),
+        data_patience: Duration::from_secs(60),
         job_id: "job".into(),
         job_toml: String::new(),
         seed: SEED,

@@ -118,7 +118,7 @@ pub struct RunArgs {
     /// How long to wait for missing workers
     #[arg(long, default_value = "10m", value_parser = humantime::parse_duration)]
     pub join_timeout: Duration,
-    /// With --local: how often dead workers are started again
+    /// With --local: how often dead workers are started again between two checkpoints
     #[arg(long, default_value_t = 3)]
     pub max_restarts: u32,
     /// Write one line for each trained sample: step, epoch, shard, index

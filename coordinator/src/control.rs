@@ -167,6 +167,7 @@ fn to_json(reply: &v1::StatusReply) -> String {
         "sources": reply.sources.iter().map(source_json).collect::<Vec<_>>(),
         "samples": { "committed": reply.samples_committed, "filtered": reply.samples_filtered, "bad": reply.samples_bad },
         "checkpoint_step": reply.checkpoint_step, "validation": validation, "first_failure": reply.first_failure,
+        "first_failure_log": reply.first_failure_log, "first_failure_ago_ms": reply.first_failure_ago_ms,
         "workers": reply.workers.iter().map(worker).collect::<Vec<_>>(),
     });
     format!("{value:#}")
@@ -210,7 +211,11 @@ fn to_table(reply: &v1::StatusReply) -> String {
         );
     }
     if !reply.first_failure.is_empty() {
-        let _ = writeln!(text, "first failure: {}", reply.first_failure);
+        let ago = humantime::format_duration(std::time::Duration::from_secs(reply.first_failure_ago_ms / 1000));
+        let _ = writeln!(text, "first failure, {ago} ago: {}", reply.first_failure);
+        for line in &reply.first_failure_log {
+            let _ = writeln!(text, "  | {line}");
+        }
     }
     let _ = writeln!(text, "\n{:>4}  {:20} {:>8}  {:8} {:10} {:>8} {:>9}", "rank", "host", "pid", "device", "phase", "step", "last seen");
     for worker in &reply.workers {

@@ -9,7 +9,7 @@ use peapod_proto::message::{Hello, StopReason, ToWorker, ValidationLosses};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::core::ledger::{Ledger, Totals};
-use crate::core::{Core, CoreError, Effect, Event, Outcome, ShardPage, SourceView, StreamId, Timestamp, WorkerView};
+use crate::core::{Core, CoreError, Effect, Event, Failure, Outcome, ShardPage, SourceView, StreamId, Timestamp, WorkerView};
 use crate::journal::{Journal, JournalError};
 use crate::observe::Observer;
 
@@ -91,6 +91,13 @@ pub enum Command {
     },
 }
 
+/// What a driver woke up for.
+enum Turn {
+    Command(Option<Command>),
+    Flush,
+    Tick,
+}
+
 /// How a driver ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Ending {
@@ -126,7 +133,9 @@ pub struct Status {
     /// Newest losses on the validation samples.
     pub validation: Option<ValidationLosses>,
     /// First failure, if any.
-    pub first_failure: Option<String>,
+    pub first_failure: Option<Failure>,
+    /// How long ago it was.
+    pub first_failure_ago: Option<Duration>,
 }
 
 /// Owns the core and the ends of all streams.
@@ -164,23 +173,37 @@ impl Driver {
 
     /// Runs until the job is over, or the coordinator is to go.
     pub async fn run(mut self) -> (Ending, Observer) {
+        let mut woke = self.now();
         loop {
             let flush_at = self.journal.flush_at();
             let sleep = self.core.next_deadline().map_or(Duration::from_secs(3600), |at| at.saturating_sub(self.now()));
-            let outcome = tokio::select! {
-                command = self.commands.recv() => match command {
-                    Some(Command::GoAway) => {
-                        let ending = match self.journal.flush() {
-                            Ok(()) => Ending::Away,
-                            Err(error) => Ending::Over(not_written(&error)),
-                        };
-                        return (ending, self.observer);
-                    }
-                    Some(command) => self.handle(command),
-                    None => Some(Outcome::Failed { reason: "the coordinator's services ended".into() }),
-                },
-                () = sleep_until(flush_at) => None,
-                () = tokio::time::sleep(sleep) => self.tell(Event::Tick),
+            let turn = tokio::select! {
+                command = self.commands.recv() => Turn::Command(command),
+                () = sleep_until(flush_at) => Turn::Flush,
+                () = tokio::time::sleep(sleep) => Turn::Tick,
+            };
+            // Late by more than two heartbeats: it was this process that stood still (a stopped process, a suspended machine, a disk that did
+            // not answer), and what was said meanwhile is still to be read. Otherwise every worker would be silent at once.
+            let before = std::mem::replace(&mut woke, self.now());
+            let late = (woke - before).saturating_sub(sleep);
+            if late > self.core.heartbeat_timeout() / 3 {
+                tracing::warn!("the coordinator stood still for {:.1} s: nobody's silence meanwhile counts", late.as_secs_f64());
+                if let Some(outcome) = self.tell(Event::Stalled { by: late }) {
+                    return (Ending::Over(outcome), self.observer);
+                }
+            }
+            let outcome = match turn {
+                Turn::Command(Some(Command::GoAway)) => {
+                    let ending = match self.journal.flush() {
+                        Ok(()) => Ending::Away,
+                        Err(error) => Ending::Over(not_written(&error)),
+                    };
+                    return (ending, self.observer);
+                }
+                Turn::Command(Some(command)) => self.handle(command),
+                Turn::Command(None) => Some(Outcome::Failed { reason: "the coordinator's services ended".into() }),
+                Turn::Flush => None,
+                Turn::Tick => self.tell(Event::Tick),
             };
             // A step's commit may wait for others, but not for long.
             let is_due = self.journal.flush_at().is_some_and(|at| at <= Instant::now());
@@ -390,7 +413,8 @@ impl Driver {
             sources: self.core.sources(),
             checkpoint_step: self.core.checkpoint_step(),
             validation: self.core.validation(),
-            first_failure: self.core.first_failure().map(str::to_owned),
+            first_failure: self.core.failure().cloned(),
+            first_failure_ago: self.core.failure().and_then(|first| Some(self.now().saturating_sub(first.at?))),
         }
     }
 }

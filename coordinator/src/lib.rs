@@ -13,6 +13,7 @@ pub mod gallery;
 pub mod journal;
 pub mod local;
 pub mod observe;
+mod oom;
 pub mod run;
 pub mod service;
 pub mod store;

@@ -1,16 +1,22 @@
 //! `--local`: the workers as child processes of the coordinator, on one machine.
 
+use std::collections::VecDeque;
+use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 use std::process::{ExitStatus, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio::io::{AsyncBufReadExt, AsyncRead, BufReader};
-use tokio::process::{Child, Command as Process};
-use tokio::sync::{mpsc, watch};
+use tokio::process::{Child, Command as Program};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 
-use crate::core::Event;
+use peapod_proto::ids::Step;
+
+use crate::core::{Event, Process};
 use crate::driver::Command;
+use crate::oom::OutOfMemory;
 
 /// How the children are started.
 #[derive(Debug, Clone)]
@@ -19,14 +25,20 @@ pub struct Local {
     pub program: PathBuf,
     /// Number of workers.
     pub world_size: u32,
+    /// Number of workers that are enough.
+    pub min_world_size: u32,
     /// Address they join.
     pub coordinator: String,
-    /// How often dead ones are started again, all together.
+    /// This machine's name, as workers say it.
+    pub host: String,
+    /// How often dead ones are started again, all together, between two checkpoints.
     pub max_restarts: u32,
 }
 
 /// A child that is told to stop gets this long before it is killed.
 const GRACE: Duration = Duration::from_secs(10);
+/// Lines of a worker that are kept to explain its end.
+const KEPT_LINES: usize = 12;
 /// Exit code of a worker whose arguments or job are wrong: another start would end the same way.
 const BAD_ARGUMENTS: i32 = 2;
 
@@ -40,55 +52,58 @@ impl Local {
 
     /// Runs the workers until `over` turns true, then waits for them.
     ///
-    /// A worker that dies is started again while the budget lasts; then the job is given up.
+    /// A worker that dies is started again while the budget lasts. A checkpoint fills it up: what has been reached since the last restart is
+    /// safe. With no restart left the job goes on without the worker if enough are left, and is given up otherwise.
     ///
     /// # Errors
     /// If a worker cannot be started at all.
     pub async fn run(self, commands: mpsc::Sender<Command>, mut over: watch::Receiver<bool>) -> std::io::Result<()> {
-        let mut children: JoinSet<(u32, std::io::Result<ExitStatus>)> = JoinSet::new();
+        let mut children = JoinSet::new();
         for rank in 0..self.world_size {
             self.start(rank, &mut children, over.clone())?;
         }
-        let mut restarts = 0;
+        let mut budget = Budget { max: self.max_restarts, used: 0, checkpoint: None };
         loop {
             let ended = tokio::select! {
                 ended = children.join_next() => ended,
                 _ = over.wait_for(|&over| over) => break,
             };
-            let Some(Ok((rank, status))) = ended else { break };
+            let Some(Ok(Ended { rank, pid, status, log, out_of_memory })) = ended else { break };
             if *over.borrow() {
                 break;
             }
             let status = status?;
-            let cause = describe(status);
+            let cause = describe(status, out_of_memory);
             if status.success() || status.code() == Some(BAD_ARGUMENTS) {
                 // Drained on request, or refused: neither is cured by another start.
                 tracing::info!("worker of rank {rank} {cause}");
                 continue;
             }
-            if restarts >= self.max_restarts {
+            let process = Process { host: self.host.clone(), pid };
+            let _ = commands.send(Command::Tell(Event::Exited { process, cause: cause.clone(), log })).await;
+            if budget.take(newest_checkpoint(&commands).await) {
+                let (used, max) = (budget.used, budget.max);
+                tracing::warn!("worker of rank {rank} {cause}; starting it again (restart {used} of {max} since the newest checkpoint)");
+                self.start(rank, &mut children, over.clone())?;
+            } else if children.len() >= self.min_world_size as usize {
+                let (left, max) = (children.len(), self.max_restarts);
+                tracing::error!(
+                    "worker of rank {rank} {cause}, and no restart is left (--max-restarts {max}): going on with the other {left} workers"
+                );
+            } else {
                 let reason = format!("worker of rank {rank} {cause}, and no restart is left (--max-restarts {})", self.max_restarts);
                 let _ = commands.send(Command::Tell(Event::GiveUp { reason })).await;
-                continue;
             }
-            restarts += 1;
-            tracing::warn!("worker of rank {rank} {cause}; starting it again (restart {restarts} of {})", self.max_restarts);
-            self.start(rank, &mut children, over.clone())?;
         }
         while children.join_next().await.is_some() {}
         Ok(())
     }
 
-    fn start(
-        &self,
-        rank: u32,
-        children: &mut JoinSet<(u32, std::io::Result<ExitStatus>)>,
-        over: watch::Receiver<bool>,
-    ) -> std::io::Result<()> {
+    fn start(&self, rank: u32, children: &mut JoinSet<Ended>, over: watch::Receiver<bool>) -> std::io::Result<()> {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         // Workers whose thread pools overlap spin against each other.
         let threads = (cores / self.world_size as usize).max(1);
-        let mut process = Process::new(&self.program);
+        let mut process = Program::new(&self.program);
         process
             .args(["--rank", &rank.to_string(), "--coordinator", &self.coordinator, "--threads", &threads.to_string()])
             .stdin(Stdio::null())
@@ -103,10 +118,74 @@ impl Local {
         let mut child = process.spawn().map_err(|error| {
             std::io::Error::new(error.kind(), format!("cannot start {}: {error}; build it with `cargo build`", self.program.display()))
         })?;
-        forward(rank, child.stdout.take());
-        forward(rank, child.stderr.take());
-        children.spawn(async move { (rank, wait(child, over).await) });
+        let pid = child.id().unwrap_or_default();
+        let log = Log::default();
+        forward(rank, child.stdout.take(), log.clone());
+        forward(rank, child.stderr.take(), log.clone());
+        let memory = OutOfMemory::now();
+        children.spawn(async move {
+            let status = wait(child, over).await;
+            let killed = status.as_ref().is_ok_and(|status| status.signal() == Some(libc::SIGKILL));
+            Ended { rank, pid, status, log: log.take(), out_of_memory: killed.then(|| memory.since()).flatten() }
+        });
         Ok(())
+    }
+}
+
+/// The end of a child.
+struct Ended {
+    rank: u32,
+    pid: u32,
+    status: std::io::Result<ExitStatus>,
+    /// What it wrote last.
+    log: Vec<String>,
+    /// The kernel's word that memory ran out, if it gave one.
+    out_of_memory: Option<String>,
+}
+
+/// How many restarts are left.
+#[derive(Debug)]
+struct Budget {
+    max: u32,
+    used: u32,
+    /// The newest checkpoint at the last restart.
+    checkpoint: Option<Step>,
+}
+
+impl Budget {
+    /// Takes a restart, if one is left. A checkpoint that was not there at the last one fills the budget up first.
+    fn take(&mut self, newest: Option<Step>) -> bool {
+        if newest > self.checkpoint {
+            (self.used, self.checkpoint) = (0, newest);
+        }
+        let is_left = self.used < self.max;
+        self.used += u32::from(is_left);
+        is_left
+    }
+}
+
+/// Step of the newest whole checkpoint; none if there is none, or the driver is gone.
+async fn newest_checkpoint(commands: &mpsc::Sender<Command>) -> Option<Step> {
+    let (reply, status) = oneshot::channel();
+    commands.send(Command::Status { reply }).await.ok()?;
+    status.await.ok()?.checkpoint_step
+}
+
+/// The last lines of a child, from both of its pipes.
+#[derive(Debug, Clone, Default)]
+struct Log(Arc<Mutex<VecDeque<String>>>);
+
+impl Log {
+    fn push(&self, line: &str) {
+        let mut lines = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if lines.len() == KEPT_LINES {
+            lines.pop_front();
+        }
+        lines.push_back(line.to_owned());
+    }
+
+    fn take(&self) -> Vec<String> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).drain(..).collect()
     }
 }
 
@@ -126,7 +205,7 @@ async fn wait(mut child: Child, mut over: watch::Receiver<bool>) -> std::io::Res
 }
 
 /// Leaves no orphan when the coordinator is killed.
-fn die_with_parent(process: &mut Process) {
+fn die_with_parent(process: &mut Program) {
     #[cfg(target_os = "linux")]
     // SAFETY: prctl with PR_SET_PDEATHSIG is async-signal-safe, touches no memory of this process, and takes these arguments.
     #[allow(unsafe_code)]
@@ -139,20 +218,21 @@ fn die_with_parent(process: &mut Process) {
 }
 
 /// Repeats a child's lines with its rank before them.
-fn forward(rank: u32, pipe: Option<impl AsyncRead + Unpin + Send + 'static>) {
+fn forward(rank: u32, pipe: Option<impl AsyncRead + Unpin + Send + 'static>, log: Log) {
     let Some(pipe) = pipe else { return };
     tokio::spawn(async move {
         let mut lines = BufReader::new(pipe).lines();
         while let Ok(Some(line)) = lines.next_line().await {
             tracing::info!(target: "worker", "[{rank}] {line}");
+            log.push(&line);
         }
     });
 }
 
-fn describe(status: ExitStatus) -> String {
-    use std::os::unix::process::ExitStatusExt;
+fn describe(status: ExitStatus, out_of_memory: Option<String>) -> String {
     match (status.code(), status.signal()) {
         (Some(code), _) => format!("exited with code {code}"),
+        (None, Some(libc::SIGKILL)) if let Some(word) = out_of_memory => format!("was killed because memory ran out ({word})"),
         (None, Some(signal)) => format!("was killed by signal {signal}{}", signal_name(signal)),
         (None, None) => "ended".into(),
     }
@@ -160,10 +240,44 @@ fn describe(status: ExitStatus) -> String {
 
 fn signal_name(signal: i32) -> &'static str {
     match signal {
-        libc::SIGKILL => " (SIGKILL; the kernel sends it when memory runs out)",
+        libc::SIGKILL => " (SIGKILL)",
         libc::SIGSEGV => " (SIGSEGV)",
+        libc::SIGBUS => " (SIGBUS; often /dev/shm is full)",
+        libc::SIGILL => " (SIGILL; the program was built for another processor)",
         libc::SIGABRT => " (SIGABRT)",
         libc::SIGTERM => " (SIGTERM)",
         _ => "",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn restarts_are_filled_up_by_a_checkpoint_and_by_nothing_else() {
+        let mut budget = Budget { max: 2, used: 0, checkpoint: None };
+        assert!(budget.take(None) && budget.take(None) && !budget.take(None));
+        assert!(budget.take(Some(Step(100))), "a checkpoint was stored meanwhile");
+        assert!(budget.take(Some(Step(100))) && !budget.take(Some(Step(100))));
+        assert!(budget.take(Some(Step(200))));
+        let mut none = Budget { max: 0, used: 0, checkpoint: None };
+        assert!(!none.take(None) && !none.take(Some(Step(1))));
+    }
+
+    #[test]
+    fn end_of_a_process_is_told_by_its_name() {
+        let signal = |signal| ExitStatus::from_raw(signal);
+        assert_eq!(describe(signal(9), None), "was killed by signal 9 (SIGKILL)");
+        let word = "oom_kill 3 in memory.events".to_owned();
+        assert_eq!(describe(signal(9), Some(word)), "was killed because memory ran out (oom_kill 3 in memory.events)");
+        assert_eq!(describe(signal(101 << 8), None), "exited with code 101");
+    }
+
+    #[test]
+    fn last_lines_are_kept_and_no_more() {
+        let log = Log::default();
+        (0..KEPT_LINES + 5).for_each(|line| log.push(&line.to_string()));
+        assert_eq!(log.take(), (5..KEPT_LINES + 5).map(|line| line.to_string()).collect::<Vec<_>>());
     }
 }

@@ -290,6 +290,10 @@ impl Observer {
             Notice::Lost { worker, cause } => {
                 tracing::error!("{worker} lost at step {} in phase {}: {cause}", worker.step, worker.phase.as_str());
             }
+            Notice::SetAside { what, lasts } => {
+                tracing::warn!("{what}: left out for {} minutes, if the others are enough", lasts.as_secs() / 60);
+            }
+            Notice::Explained { failure } => tracing::error!("first failure: {}", failure.text),
             Notice::Left(worker) => tracing::info!("{worker} left as asked"),
             Notice::Aborted { generation, reason } => tracing::warn!("{generation} is broken up: {reason}"),
             Notice::Planned { reason } => tracing::info!("{reason}: the workers meet after this step"),

@@ -142,6 +142,8 @@ pub async fn run(args: RunArgs, bar: Bar) -> anyhow::Result<Exit> {
         min_world_size: args.min_world_size(),
         heartbeat_timeout: args.heartbeat_timeout,
         join_timeout: args.join_timeout,
+        // It gives up by itself when the store has failed for so long, after a last wait for an answer.
+        data_patience: job.data.give_up_after + 2 * job.data.read_timeout + MARGIN,
         job_id,
         job_toml: toml,
         seed: job.seed,
@@ -198,6 +200,8 @@ pub async fn run(args: RunArgs, bar: Bar) -> anyhow::Result<Exit> {
             world_size: args.world_size,
             coordinator: address.clone(),
             max_restarts: args.max_restarts,
+            min_world_size: args.min_world_size(),
+            host: host_name(),
         };
         tokio::spawn(local.run(commands.clone(), is_over.clone()))
     });
@@ -225,6 +229,8 @@ pub async fn run(args: RunArgs, bar: Bar) -> anyhow::Result<Exit> {
 
 type Driven = (Ending, Observer);
 
+/// A worker's own deadlines come first by this much.
+const MARGIN: Duration = Duration::from_secs(10);
 /// The run in the state folder, for a coordinator that is started again.
 const JOURNAL: &str = "journal.redb";
 

@@ -400,7 +400,9 @@ impl v1::control_server::Control for Service {
             samples_filtered: status.totals.filtered,
             samples_bad: status.totals.bad,
             checkpoint_step: status.checkpoint_step.map(|step| step.0),
-            first_failure: status.first_failure.unwrap_or_default(),
+            first_failure: status.first_failure.as_ref().map(|first| first.text.clone()).unwrap_or_default(),
+            first_failure_log: status.first_failure.map(|first| first.log).unwrap_or_default(),
+            first_failure_ago_ms: status.first_failure_ago.map(|ago| ago.as_millis() as u64).unwrap_or_default(),
             validation: status.validation.map(validation),
             sources: status.sources.into_iter().map(source_status).collect(),
         }))

@@ -72,6 +72,7 @@ impl From<Phase> for v1::Phase {
             Phase::Snapshot => Self::Snapshot,
             Phase::Validating => Self::Validating,
             Phase::Sampling => Self::Sampling,
+            Phase::Warming => Self::Warming,
         }
     }
 }
@@ -88,6 +89,7 @@ fn phase(value: i32) -> Result<Phase, WireError> {
         Ok(v1::Phase::Snapshot) => Phase::Snapshot,
         Ok(v1::Phase::Validating) => Phase::Validating,
         Ok(v1::Phase::Sampling) => Phase::Sampling,
+        Ok(v1::Phase::Warming) => Phase::Warming,
         Ok(v1::Phase::Unspecified) | Err(_) => return Err(unknown("heartbeat.phase", value)),
     })
 }
@@ -168,6 +170,7 @@ impl From<FromWorker> for v1::FromWorker {
                 step: beat.step.0,
                 phase: v1::Phase::from(beat.phase).into(),
                 generation: beat.generation.0,
+                samples_read: beat.samples_read,
             }),
             FromWorker::Bootstrap { generation, bytes } => Message::Bootstrap(v1::Bootstrap { generation: generation.0, bytes }),
             FromWorker::StepReport(report) => Message::StepReport(v1::StepReport {
@@ -271,9 +274,12 @@ impl TryFrom<v1::FromWorker> for FromWorker {
                 })
             }
             Message::Ready(ready) => Self::Ready { model_digest: ready.model_digest, num_parameters: ready.num_parameters },
-            Message::Heartbeat(beat) => {
-                Self::Heartbeat(Heartbeat { step: Step(beat.step), phase: phase(beat.phase)?, generation: Generation(beat.generation) })
-            }
+            Message::Heartbeat(beat) => Self::Heartbeat(Heartbeat {
+                step: Step(beat.step),
+                phase: phase(beat.phase)?,
+                generation: Generation(beat.generation),
+                samples_read: beat.samples_read,
+            }),
             Message::Bootstrap(bootstrap) => {
                 if bootstrap.bytes.is_empty() {
                     return Err(missing("bootstrap.bytes"));
@@ -419,6 +425,7 @@ impl From<ToWorker> for v1::ToWorker {
                     StopReason::Stopped => v1::stop::Reason::Stopped,
                     StopReason::Failed => v1::stop::Reason::Failed,
                     StopReason::Drained => v1::stop::Reason::Drained,
+                    StopReason::GivenUp => v1::stop::Reason::GivenUp,
                 };
                 Message::Stop(v1::Stop { reason: reason.into(), message })
             }
@@ -501,6 +508,7 @@ impl TryFrom<v1::ToWorker> for ToWorker {
                     Ok(v1::stop::Reason::Stopped) => StopReason::Stopped,
                     Ok(v1::stop::Reason::Failed) => StopReason::Failed,
                     Ok(v1::stop::Reason::Drained) => StopReason::Drained,
+                    Ok(v1::stop::Reason::GivenUp) => StopReason::GivenUp,
                     Ok(v1::stop::Reason::Unspecified) | Err(_) => return Err(unknown("stop.reason", stop.reason)),
                 },
                 message: stop.message,
@@ -550,8 +558,8 @@ mod tests {
                 lost_member: Some(MemberIndex(1)),
             }),
             FromWorker::Continuing(Continuing { generation: Generation(2), applied: Step(9), records: vec![record(9)] }),
-            FromWorker::Heartbeat(Heartbeat { step: Step(9), phase: Phase::Validating, generation: Generation(2) }),
-            FromWorker::Heartbeat(Heartbeat { step: Step(9), phase: Phase::Sampling, generation: Generation(2) }),
+            FromWorker::Heartbeat(Heartbeat { step: Step(9), phase: Phase::Validating, generation: Generation(2), samples_read: 7 }),
+            FromWorker::Heartbeat(Heartbeat { step: Step(9), phase: Phase::Warming, generation: Generation(2), samples_read: 0 }),
             FromWorker::LeaseRequest { generation: Generation(2), num_leases: 1, is_idle: true },
             FromWorker::GaveBack { lease: LeaseId(4), from: 17 },
             FromWorker::ShardReport(ShardReport {

@@ -14,7 +14,7 @@ pub mod v1 {
 }
 
 /// Version of the protocol: raised whenever an older peer could misunderstand a message.
-pub const PROTOCOL_VERSION: u32 = 4;
+pub const PROTOCOL_VERSION: u32 = 5;
 
 /// Version of the programs, as `--version` prints it.
 pub const PROGRAM_VERSION: &str = env!("CARGO_PKG_VERSION");

@@ -49,6 +49,8 @@ pub enum Phase {
     Validating,
     /// Drawing pictures.
     Sampling,
+    /// Forward and backward with a picture size that is new to the process: kernels are chosen or compiled.
+    Warming,
 }
 
 impl Phase {
@@ -66,6 +68,7 @@ impl Phase {
             Self::Snapshot => "snapshot",
             Self::Validating => "validating",
             Self::Sampling => "sampling",
+            Self::Warming => "warming",
         }
     }
 }
@@ -79,6 +82,8 @@ pub struct Heartbeat {
     pub phase: Phase,
     /// Generation it is in; [`Generation::NONE`] outside of any.
     pub generation: Generation,
+    /// Samples read and decoded since the process started: what moves while it waits for a slow source.
+    pub samples_read: u64,
 }
 
 /// Means over one step's global batch.
@@ -394,6 +399,8 @@ pub enum StopReason {
     Failed,
     /// This worker was asked to leave; the job goes on.
     Drained,
+    /// This worker was given up, though it lives; the job goes on.
+    GivenUp,
 }
 
 /// To a worker.

@@ -77,7 +77,7 @@ fn local_coordinator_starts_a_dead_worker_again() {
     coordinator.allow_error(" lost at step ");
     coordinator.expect_exit(0);
     coordinator.assert_said("worker of rank 0 was killed by signal 9 (SIGKILL");
-    coordinator.assert_said("starting it again (restart 1 of 3)");
+    coordinator.assert_said("starting it again (restart 1 of 3 since the newest checkpoint)");
     assert_ne!(coordinator.pid_of_rank(0), before);
     assert_whole(&cluster);
 }

@@ -292,11 +292,16 @@ impl Lifecycle {
             ToWorker::TakeSnapshot { generation } => vec![Action::Snapshot { generation }],
             ToWorker::Stop { reason, message } => {
                 self.state = State::Left;
-                let code = if reason == StopReason::Failed { 1 } else { 0 };
+                let code = match reason {
+                    StopReason::Finished | StopReason::Stopped | StopReason::Drained => 0,
+                    StopReason::Failed => 1,
+                    StopReason::GivenUp => TRY_AGAIN,
+                };
                 let message = match reason {
                     StopReason::Finished | StopReason::Stopped => format!("the job ended: {message}"),
                     StopReason::Drained => format!("left the job: {message}"),
                     StopReason::Failed => format!("the job failed: {message}"),
+                    StopReason::GivenUp => format!("given up by the coordinator: {message}"),
                 };
                 vec![Action::Exit { code, message }]
             }
@@ -755,7 +760,13 @@ mod tests {
 
     #[test]
     fn exit_code_tells_how_the_job_ended() {
-        for (reason, expected) in [(StopReason::Finished, 0), (StopReason::Stopped, 0), (StopReason::Drained, 0), (StopReason::Failed, 1)] {
+        for (reason, expected) in [
+            (StopReason::Finished, 0),
+            (StopReason::Stopped, 0),
+            (StopReason::Drained, 0),
+            (StopReason::Failed, 1),
+            (StopReason::GivenUp, TRY_AGAIN),
+        ] {
             let actions = training(1).handle(Input::Said(ToWorker::Stop { reason, message: "m".into() }));
             assert!(matches!(actions[..], [Action::Exit { code, .. }] if code == expected), "{reason:?}");
         }

@@ -83,7 +83,7 @@ impl Core {
             return;
         }
         let Some(&holder) = self.truth.holders.iter().find(|holder| self.workers.contains_key(holder)) else {
-            let reason = self.first_failure.clone().unwrap_or_default();
+            let reason = self.first_failure().unwrap_or_default().to_owned();
             let kept = self.checkpoint_step().map_or_else(|| "nothing is kept".to_owned(), |step| format!("step {step} is kept"));
             return self.fail(format!("every worker that held step {} is gone, {kept}: {reason}", self.truth.step), out);
         };

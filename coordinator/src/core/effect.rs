@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::durable::Member;
 use super::leases::Granted;
 use super::ledger::{Ledger, Rules};
-use super::{StreamId, WorkerView};
+use super::{Failure, StreamId, WorkerView};
 
 /// How a job ended.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -208,6 +208,18 @@ pub enum Notice {
     },
     /// A worker left as asked.
     Left(WorkerView),
+    /// Something fails again and again and is left out for a while, if the others are enough.
+    SetAside {
+        /// What, and why.
+        what: String,
+        /// For how long.
+        lasts: Duration,
+    },
+    /// More has become known about the first failure.
+    Explained {
+        /// All of it.
+        failure: Failure,
+    },
     /// A generation was broken up.
     Aborted {
         /// Which.

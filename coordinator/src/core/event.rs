@@ -1,9 +1,11 @@
 //! What happens to a job.
 
+use std::time::Duration;
+
 use peapod_proto::ids::{Generation, Rank, Step, WorkerId};
 use peapod_proto::message::{FromWorker, Hello};
 
-use super::StreamId;
+use super::{Process, StreamId};
 
 /// What happened.
 #[derive(Debug, Clone)]
@@ -60,6 +62,20 @@ pub enum Event {
     GiveUp {
         /// Why.
         reason: String,
+    },
+    /// A worker's process has ended: its parent says so.
+    Exited {
+        /// Which.
+        process: Process,
+        /// How.
+        cause: String,
+        /// What it wrote last.
+        log: Vec<String>,
+    },
+    /// The coordinator itself stood still, or the clock jumped: what it did not hear meanwhile says nothing about anybody.
+    Stalled {
+        /// For how long.
+        by: Duration,
     },
     /// Somebody wants a worker to leave.
     Drain {

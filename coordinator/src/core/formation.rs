@@ -7,15 +7,15 @@ use peapod_proto::ids::{Generation, MemberIndex, Rank, WorkerId};
 use peapod_proto::message::{Assignment, ToWorker};
 
 use super::durable::Member;
-use super::membership::WorkerState;
-use super::{ANNOUNCE_EVERY, Config, Core, CoreError, Effect, Fact, JobPhase, Notice, Progress, Timestamp};
+use super::membership::{Worker, WorkerState};
+use super::{ANNOUNCE_EVERY, Config, Core, CoreError, Effect, Fact, JobPhase, Notice, Progress, Timestamp, worker_mut};
 
 /// An elastic world that starts waits this many heartbeat timeouts for more workers after the last one.
 const QUIET_HEARTBEAT_TIMEOUTS: u32 = 10;
 
 impl Core {
     /// Who would train now: those that are ready, up to the world size, by rank. Who trained last goes first, for it has a rank to keep, its
-    /// models warm and perhaps the newest weights; a spare stands in for who is missing.
+    /// models warm and perhaps the newest weights; a spare stands in for who is missing. Who is set aside is left out if the others are enough.
     fn candidates(&self) -> Vec<WorkerId> {
         let mut ready: Vec<(bool, Rank, WorkerId)> = self
             .workers
@@ -24,6 +24,10 @@ impl Core {
             .map(|(&id, worker)| (!self.last_members.iter().any(|member| member.worker == id), worker.rank, id))
             .collect();
         ready.sort_unstable();
+        let is_aside = |id: &WorkerId| self.workers.get(id).is_some_and(|worker| self.setbacks.is_aside(*id, &worker.host));
+        if ready.iter().filter(|(_, _, id)| !is_aside(id)).count() >= self.config.min_world_size as usize {
+            ready.retain(|(_, _, id)| !is_aside(id));
+        }
         ready.truncate(self.config.world_size as usize);
         ready.sort_unstable_by_key(|&(_, rank, _)| rank);
         ready.into_iter().map(|(_, _, id)| id).collect()
@@ -72,7 +76,9 @@ impl Core {
     pub(super) fn admit(&mut self, out: &mut Vec<Effect>) {
         let JobPhase::Running { members, planned: false } = &self.phase else { return };
         let places = (self.config.world_size as usize).saturating_sub(members.len());
-        let newcomers = self.workers.iter().filter(|(id, worker)| worker.is_ready() && !members.contains(id)).take(places);
+        let may_join =
+            |id: &WorkerId, worker: &Worker| worker.is_ready() && !self.setbacks.is_aside(*id, &worker.host) && !members.contains(id);
+        let newcomers = self.workers.iter().filter(|(id, worker)| may_join(id, worker)).take(places);
         let names: Vec<Rank> = newcomers.map(|(_, worker)| worker.rank).collect();
         if !names.is_empty() {
             let verb = if names.len() == 1 { "joins" } else { "join" };
@@ -134,6 +140,10 @@ impl Core {
         self.leases.seat(&members);
         self.checkpoint.asked = false;
         self.checkpoint.next_due = self.checkpoint.next_due.max(now);
+        self.pace.pause();
+        for member in &members {
+            worker_mut(&mut self.workers, *member, |worker| worker.motion.begins(now));
+        }
         self.phase = JobPhase::Running { members, planned: false };
         self.admit(out);
     }

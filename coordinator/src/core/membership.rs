@@ -7,6 +7,7 @@ use peapod_proto::ids::{Generation, Incarnation, Rank, Step, WorkerId};
 use peapod_proto::message::{Hello, Phase, StopReason, ToWorker};
 use peapod_proto::{PROGRAM_VERSION, PROTOCOL_VERSION};
 
+use super::hangs::Motion;
 use super::{Core, CoreError, Effect, Fact, JobPhase, Notice, StreamId, Timestamp};
 
 /// Ranks are below this, those of spares too.
@@ -26,6 +27,7 @@ pub(super) struct Worker {
     pub state: WorkerState,
     pub step: Step,
     pub phase: Phase,
+    pub motion: Motion,
     /// Steps became durable since it was last told.
     pub tell_durable: bool,
     /// Why it wants to leave.
@@ -154,6 +156,7 @@ impl Core {
             state: WorkerState::Loading,
             step: Step(0),
             phase: Phase::Loading,
+            motion: Motion::new(now),
             tell_durable: false,
             leaving: None,
         };
@@ -236,32 +239,35 @@ impl Core {
         let failure = format!("{} lost at step {} in phase {}: {cause}", worker.name(), worker.step, worker.phase.as_str());
         out.push(Effect::Notice(Notice::Lost { worker: worker.view(id, now, false), cause: cause.to_owned() }));
         self.truth.holders.remove(&id);
+        if self.members().contains(&id) {
+            self.note_death(now, &worker.host, out);
+        }
         match &mut self.phase {
             JobPhase::Gathering { .. } | JobPhase::Done(_) => {}
             // It may come back once more.
             JobPhase::Returning { said, .. } => drop(said.remove(&id)),
             JobPhase::Forming { members, .. } => {
                 if members.contains(&id) {
-                    self.note_failure(failure);
+                    self.note_loss(failure, &worker);
                     self.gather(now, out);
                 }
             }
             JobPhase::Running { members, .. } => {
                 if members.contains(&id) {
-                    self.note_failure(failure.clone());
+                    self.note_loss(failure.clone(), &worker);
                     self.abort(now, &failure, out);
                 }
             }
             JobPhase::Stopping { members, stopped, .. } => {
                 members.retain(|&member| member != id);
                 stopped.remove(&id);
-                self.note_failure(failure.clone());
+                self.note_loss(failure.clone(), &worker);
                 self.abort_the_rest(now, &failure, out);
                 self.settle_if_all_stopped(now, out);
             }
             JobPhase::Finishing { outcome, attempts, .. } => {
                 let (outcome, attempts) = (outcome.clone(), *attempts);
-                self.note_failure(failure);
+                self.note_loss(failure, &worker);
                 self.ask_for_last_checkpoint(now, outcome, attempts, out);
             }
         }

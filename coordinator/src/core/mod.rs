@@ -15,11 +15,13 @@ mod effect;
 mod error;
 mod event;
 mod formation;
+mod hangs;
 pub mod leases;
 pub mod ledger;
 mod membership;
 pub mod order;
 mod progress;
+mod setbacks;
 mod settlement;
 #[cfg(test)]
 mod tests;
@@ -39,6 +41,7 @@ pub use durable::{ReplayError, State};
 pub use effect::{Effect, Fact, Notice, Outcome};
 pub use error::CoreError;
 pub use event::Event;
+use hangs::Pace;
 use leases::Leases;
 use ledger::Ledger;
 pub use ledger::Rules;
@@ -46,6 +49,7 @@ use membership::Worker;
 pub use membership::WorkerView;
 use order::Source;
 use progress::Progress;
+use setbacks::Setbacks;
 
 /// Time since the coordinator started.
 pub type Timestamp = Duration;
@@ -65,6 +69,8 @@ pub struct Config {
     pub heartbeat_timeout: Duration,
     /// How long a job waits for missing ranks before it ends.
     pub join_timeout: Duration,
+    /// How long a worker may wait for a store from which nothing comes: it gives up by itself before.
+    pub data_patience: Duration,
     /// Names this run.
     pub job_id: String,
     /// The job file's text, handed to each worker.
@@ -140,8 +146,31 @@ enum Returned {
     Continuing(Continuing),
 }
 
+/// What went wrong first.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Failure {
+    /// In one line.
+    pub text: String,
+    /// When; none within the event that brought it.
+    pub at: Option<Timestamp>,
+    /// Whose process it was, if it was one: its end may be explained later.
+    pub process: Option<Process>,
+    /// What the process wrote last, if that is known.
+    pub log: Vec<String>,
+}
+
+/// A process of a worker, as its host knows it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Process {
+    /// Its host.
+    pub host: String,
+    /// Its id there.
+    pub pid: u32,
+}
+
 /// How often the waiting notice is repeated.
 const ANNOUNCE_EVERY: Duration = Duration::from_secs(5);
+
 /// The state of a job.
 #[derive(Debug, Clone)]
 pub struct Core {
@@ -165,7 +194,11 @@ pub struct Core {
     checkpoint: Checkpoint,
     /// The newest one on this line of weights.
     validation: Option<ValidationLosses>,
-    first_failure: Option<String>,
+    first_failure: Option<Failure>,
+    pace: Pace,
+    setbacks: Setbacks,
+    /// When hangs are looked for again.
+    next_look: Timestamp,
     stop_requested: Option<String>,
     next_announcement: Timestamp,
     /// When the last worker joined or became ready.
@@ -203,6 +236,9 @@ impl Core {
             checkpoint: Checkpoint { last: resume, frozen: BTreeMap::new(), senders: BTreeMap::new(), next_due, asked: false },
             validation: None,
             first_failure: None,
+            pace: Pace::default(),
+            setbacks: Setbacks::default(),
+            next_look: Duration::ZERO,
             stop_requested: None,
             next_announcement: ANNOUNCE_EVERY,
             last_arrival: Duration::ZERO,
@@ -238,9 +274,11 @@ impl Core {
             Event::CheckpointFailed { step, generation, error } => self.checkpoint_failed(now, step, generation, &error, &mut out),
             Event::Stop { reason } => self.stop(now, reason, &mut out),
             Event::GiveUp { reason } => {
-                let reason = self.first_failure.as_ref().map_or_else(|| reason.clone(), |first| format!("{first}; {reason}"));
+                let reason = self.first_failure().map_or_else(|| reason.clone(), |first| format!("{first}; {reason}"));
                 self.fail(reason, &mut out);
             }
+            Event::Exited { process, cause, log } => self.exited(now, &process, &cause, log, &mut out),
+            Event::Stalled { by } => self.stalled(by),
             Event::Drain { rank } => {
                 let worker = self.workers.iter().find(|(_, worker)| worker.rank == rank).map(|(&id, _)| id);
                 self.leaving(now, worker.ok_or(CoreError::NobodyHasRank(rank))?, "drained on request", &mut out);
@@ -248,6 +286,9 @@ impl Core {
         }
         if changes_who_is_missing && matches!(self.phase, JobPhase::Gathering { .. } | JobPhase::Returning { .. }) {
             self.waiting_for = self.describe_missing();
+        }
+        if let Some(Failure { at: at @ None, .. }) = &mut self.first_failure {
+            *at = Some(now);
         }
         Ok(out)
     }
@@ -268,7 +309,8 @@ impl Core {
             JobPhase::Finishing { deadline, .. } => Some(*deadline),
             JobPhase::Done(_) => None,
         };
-        [silence, job].into_iter().flatten().min()
+        let hangs = (!self.workers.is_empty()).then_some(self.next_look);
+        [silence, job, hangs, self.setbacks.next_end()].into_iter().flatten().min()
     }
 
     fn message(
@@ -287,7 +329,7 @@ impl Core {
             }
             FromWorker::Ready { model_digest, num_parameters } => self.ready(now, id, model_digest, num_parameters, out)?,
             FromWorker::Heartbeat(beat) => {
-                (worker.step, worker.phase) = (beat.step, beat.phase);
+                worker.beat(now, &beat);
                 let durable = std::mem::take(&mut worker.tell_durable);
                 out.push(Effect::Send {
                     worker: id,
@@ -313,7 +355,7 @@ impl Core {
             FromWorker::StepReport(report) => {
                 self.fence(report.generation)?;
                 let index = self.member_index(id, "step report")?;
-                worker_mut(&mut self.workers, id, |worker| worker.step = report.step);
+                worker_mut(&mut self.workers, id, |worker| worker.stepped(now, report.step));
                 self.progress.report(index, report);
                 self.advance(now, out);
             }
@@ -395,6 +437,10 @@ impl Core {
             out.push(Effect::Detach { worker: id });
             self.lose(now, id, &cause, out);
         }
+        self.look_for_hangs(now, out);
+        if self.setbacks.forgive(now) {
+            self.admit(out);
+        }
         match &self.phase {
             JobPhase::Gathering { since } => {
                 let (since, left) = (*since, (*since + self.config.join_timeout).saturating_sub(now));
@@ -404,7 +450,7 @@ impl Core {
                 }
                 if left.is_zero() {
                     let waited = format!("{} for {:.0} s (--join-timeout)", self.describe_missing(), (now - since).as_secs_f64());
-                    let reason = match &self.first_failure {
+                    let reason = match self.first_failure() {
                         Some(first) => format!("{first}; then {waited}"),
                         None => waited,
                     };
@@ -461,8 +507,54 @@ impl Core {
         self.finish(Outcome::Failed { reason }, out);
     }
 
-    fn note_failure(&mut self, failure: String) {
-        self.first_failure.get_or_insert(failure);
+    fn note_failure(&mut self, text: String) {
+        self.first_failure.get_or_insert(Failure { text, at: None, process: None, log: Vec::new() });
+    }
+
+    /// A failure that is the end of a worker's process, or of its stream.
+    fn note_loss(&mut self, text: String, worker: &Worker) {
+        let process = Some(Process { host: worker.host.clone(), pid: worker.pid });
+        self.first_failure.get_or_insert(Failure { text, at: None, process, log: Vec::new() });
+    }
+
+    /// A process has ended, and its parent knows how. Its stream may not have ended yet, or have ended without a cause.
+    fn exited(&mut self, now: Timestamp, process: &Process, cause: &str, log: Vec<String>, out: &mut Vec<Effect>) {
+        let of_process = |worker: &Worker| worker.pid == process.pid && worker.host == process.host;
+        if let Some(id) = self.workers.iter().find(|(_, worker)| of_process(worker)).map(|(&id, _)| id) {
+            out.push(Effect::Detach { worker: id });
+            self.lose(now, id, cause, out);
+        }
+        if let Some(first) = self.first_failure.as_mut().filter(|first| first.process.as_ref() == Some(process) && first.log.is_empty()) {
+            first.log = log;
+            if !first.text.contains(cause) {
+                first.text = format!("{}; the process {cause}", first.text);
+                out.push(Effect::Notice(Notice::Explained { failure: first.clone() }));
+            }
+        }
+    }
+
+    /// The coordinator itself stood still: what it has not heard meanwhile is nobody's silence.
+    fn stalled(&mut self, by: Duration) {
+        for worker in self.workers.values_mut() {
+            worker.last_seen += by;
+            worker.motion.stood_still(by);
+        }
+        self.pace.pause();
+        self.next_look += by;
+        match &mut self.phase {
+            JobPhase::Forming { deadline, .. }
+            | JobPhase::Stopping { deadline, .. }
+            | JobPhase::Returning { deadline, .. }
+            | JobPhase::Finishing { deadline, .. } => *deadline += by,
+            JobPhase::Gathering { since } => *since += by,
+            JobPhase::Running { .. } | JobPhase::Done(_) => {}
+        }
+    }
+
+    /// Silence after which a worker is dead.
+    #[must_use]
+    pub fn heartbeat_timeout(&self) -> Duration {
+        self.config.heartbeat_timeout
     }
 
     /// The current generation.
@@ -530,7 +622,13 @@ impl Core {
     /// The first failure, in one line.
     #[must_use]
     pub fn first_failure(&self) -> Option<&str> {
-        self.first_failure.as_deref()
+        self.first_failure.as_ref().map(|first| first.text.as_str())
+    }
+
+    /// The first failure with all that is known about it.
+    #[must_use]
+    pub fn failure(&self) -> Option<&Failure> {
+        self.first_failure.as_ref()
     }
 }
 

@@ -199,6 +199,8 @@ impl Core {
         } else {
             self.skipped_in_a_row = 0;
         }
+        self.pace.step(now, timings);
+        self.setbacks.progressed();
         let validation = record.validation;
         out.push(Effect::Committed { record, timings });
         if let Some(losses) = validation {

@@ -81,7 +81,11 @@ impl Core {
                 if stopped.cause == StopCause::Aborted || !stopped.reason.is_empty() {
                     let name = self.workers.get(&id).map(Worker::name).unwrap_or_default();
                     let reason = format!("{name} at step {}: {}", stopped.applied, stopped.reason);
+                    let lost = stopped.lost_member.and_then(|index| members.get(index.0 as usize).copied());
                     self.note_failure(reason.clone());
+                    if let Some(lost) = lost.filter(|&lost| lost != id) {
+                        self.note_broken(now, id, lost, out);
+                    }
                     self.abort(now, &reason, out);
                 } else {
                     // The first to arrive: the others met in the same step and are on their way.
@@ -106,7 +110,8 @@ impl Core {
 
     /// Once every survivor has spoken: the source's step is the truth.
     pub(super) fn settle_if_all_stopped(&mut self, now: Timestamp, out: &mut Vec<Effect>) {
-        let JobPhase::Stopping { members, stopped, .. } = &self.phase else { return };
+        let JobPhase::Stopping { members, stopped, aborted, .. } = &self.phase else { return };
+        let is_broken = *aborted;
         if members.iter().any(|member| !stopped.contains_key(member)) {
             return;
         }
@@ -118,6 +123,10 @@ impl Core {
         // Most advanced first; the lowest id among equals.
         let source = members.iter().copied().max_by_key(|id| (stopped[id].applied, std::cmp::Reverse(*id)));
         let source = source.and_then(|id| stopped.remove(&id).map(|said| (id, said))).filter(|(_, said)| said.applied >= least);
+        let has_progressed = source.as_ref().is_some_and(|(_, said)| said.applied > base);
+        if is_broken && let Some(reason) = self.note_breakage(has_progressed) {
+            return self.fail(reason, out);
+        }
         let Some((source, said)) = source else {
             self.truth.holders.clear();
             self.release_leases_of_the_gone(out);

@@ -16,8 +16,10 @@ mod ending;
 mod exactly_once;
 mod explore;
 mod found;
+mod hangs;
 mod membership;
 mod replay;
+mod setbacks;
 mod steps;
 mod validation;
 
@@ -27,6 +29,7 @@ fn config(world_size: u32) -> Config {
         min_world_size: world_size,
         heartbeat_timeout: Duration::from_secs(3),
         join_timeout: Duration::from_secs(60),
+        data_patience: Duration::from_secs(30),
         job_id: "job".into(),
         job_toml: String::new(),
         seed: 1,
@@ -226,7 +229,7 @@ impl World {
         for _ in 0..seconds {
             self.now += Duration::from_secs(1);
             for &worker in alive {
-                let beat = Heartbeat { step: Step(0), phase: Phase::Waiting, generation: Generation::NONE };
+                let beat = Heartbeat { step: Step(0), phase: Phase::Waiting, generation: Generation::NONE, samples_read: 0 };
                 let _ = self.say(worker, FromWorker::Heartbeat(beat));
             }
             self.event(Event::Tick).unwrap();

@@ -127,6 +127,7 @@ impl World {
             min_world_size: world_size,
             heartbeat_timeout: self.plan.heartbeat_timeout,
             join_timeout: Duration::from_secs(60),
+            data_patience: Duration::from_secs(60),
             job_id,
             job_toml: String::new(),
             seed: 1,

@@ -27,7 +27,7 @@ struct Breaking {
     loader: Option<LoaderHandle>,
 }
 
-const PHASES: [Phase; 10] = [
+const PHASES: [Phase; 11] = [
     Phase::Loading,
     Phase::Waiting,
     Phase::Connecting,
@@ -38,6 +38,7 @@ const PHASES: [Phase; 10] = [
     Phase::Snapshot,
     Phase::Validating,
     Phase::Sampling,
+    Phase::Warming,
 ];
 
 impl Control {
@@ -121,6 +122,7 @@ impl Control {
             step: Step(self.step.load(Ordering::Acquire)),
             phase: PHASES[self.phase.load(Ordering::Acquire) as usize % PHASES.len()],
             generation: Generation(self.generation.load(Ordering::Acquire)),
+            samples_read: self.breaking().loader.as_ref().map_or(0, LoaderHandle::samples_read),
         }
     }
 

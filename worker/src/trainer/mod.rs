@@ -8,6 +8,7 @@ mod rounds;
 mod state;
 mod step;
 
+use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -177,6 +178,8 @@ struct Trainer {
     pending: Option<Receiver<()>>,
     /// A listener whose address is in the bootstrap of a generation.
     listener: Option<(Generation, Listener)>,
+    /// Picture sizes and batch sizes that were computed before: the first time may take long.
+    sizes_seen: BTreeSet<((u32, u32), usize)>,
 }
 
 impl Trainer {
@@ -207,6 +210,7 @@ impl Trainer {
             last_validation: None,
             pending: None,
             listener: None,
+            sizes_seen: BTreeSet::new(),
         })
     }
 
@@ -418,7 +422,11 @@ impl Trainer {
         let data = clock.elapsed();
 
         // 2. Gradient of this share. From here until the sum has arrived, the share is in flight.
-        self.context.control.enter(Phase::Compute);
+        let mut is_new = false;
+        for batch in &share.batches {
+            is_new |= self.sizes_seen.insert((batch.bucket, batch.samples.len()));
+        }
+        self.context.control.enter(if is_new { Phase::Warming } else { Phase::Compute });
         let share = &self.in_flight.insert((step, share)).1;
         let (models, adapter) = (&self.models, &state.adapter);
         let _ = gradient.zero_();

@@ -471,7 +471,7 @@ impl Sim {
             // The rest was dead before: it is missed in time.
             self.now += Duration::from_secs(1);
             for id in self.ids() {
-                let beat = Heartbeat { generation: self.core.generation(), step: Step(0), phase: Phase::Waiting };
+                let beat = Heartbeat { generation: self.core.generation(), step: Step(0), phase: Phase::Waiting, samples_read: 0 };
                 self.say(id, FromWorker::Heartbeat(beat));
             }
             if self.core.next_deadline().is_some_and(|deadline| deadline <= self.now) {
@@ -598,6 +598,7 @@ fn config(case: &Case, world_size: u32) -> Config {
         scale_batch: false,
         heartbeat_timeout: Duration::from_secs(3),
         join_timeout: Duration::from_secs(60),
+        data_patience: Duration::from_secs(30),
         job_id: "job".into(),
         job_toml: String::new(),
         seed: case.seed,

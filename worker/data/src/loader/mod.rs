@@ -321,6 +321,12 @@ impl Drop for Loader {
 }
 
 impl LoaderHandle {
+    /// Samples read and pictures decoded so far: what moves while a share is waited for.
+    #[must_use]
+    pub fn samples_read(&self) -> u64 {
+        self.shared.samples_read.load(Ordering::Relaxed)
+    }
+
     /// Gives the loader leases to read, in this order. A lease that it already has is ignored.
     ///
     /// `none_left`: no more will come for now. Shares are then cut short when the buffers run dry, instead of waiting. A later grant takes

@@ -2,7 +2,7 @@
 
 use std::ops::ControlFlow;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 use fast_image_resize::Resizer;
@@ -30,6 +30,8 @@ pub struct Shared {
     /// For the reader and the decoders: there is a lease, room, or a picture to decode.
     pub work: Condvar,
     pub has_panicked: AtomicBool,
+    /// Samples read and pictures decoded: who waits for a share can tell a slow source from one that is stuck.
+    pub samples_read: AtomicU64,
     config: LoaderConfig,
     rules: Rules,
     sources: Sources,
@@ -43,6 +45,7 @@ impl Shared {
             progress: Condvar::new(),
             work: Condvar::new(),
             has_panicked: AtomicBool::new(false),
+            samples_read: AtomicU64::new(0),
             sources: Sources::new(SourceOptions::new(&config.data)),
             config,
             rules,
@@ -171,6 +174,7 @@ fn read_lease(shared: &Shared, cleaner: &Cleaner, lease: &LeasedShard, skipped: 
         if halt.is_set() {
             return ControlFlow::Break(());
         }
+        shared.samples_read.fetch_add(1, Ordering::Relaxed);
         let (index, key) = (raw.index, raw.key.clone());
         if let Some(end) = lease.end.filter(|&end| index >= end) {
             part_end = Some(end);
@@ -240,6 +244,7 @@ pub fn decode_pictures(shared: &Shared) {
 
         let Buffered { name, lease, key, encoded } = sample;
         let decoded = prepare(&mut resizer, name, lease, encoded, &shared.config);
+        shared.samples_read.fetch_add(1, Ordering::Relaxed);
 
         let mut state = shared.lock();
         match decoded {

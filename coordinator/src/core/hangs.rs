@@ -1,0 +1,175 @@
+//! Members that live and do not get on.
+//!
+//! How long a step may take is learnt from the job's own steps. In a data-parallel step everybody ends up in the all-reduce, waiting for
+//! whoever is not in it yet: that one is the culprit, and is given up as if it had died. Where all are in it and none gets out, it is the
+//! network between them, and the generation is left.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use peapod_proto::ids::{Step, WorkerId};
+use peapod_proto::message::{Heartbeat, Phase, StepTimings, StopReason, ToWorker};
+
+use super::membership::{Worker, WorkerState};
+use super::{Core, Effect, JobPhase, Timestamp};
+
+/// Steps that are remembered.
+const REMEMBERED: usize = 100;
+/// A step may take this many times what the slowest of them took.
+const PATIENCE: u32 = 5;
+/// Before so many steps are known, of the job and of a worker, nothing can be said about how long one takes.
+const LEARNT: usize = 3;
+/// What a worker announces may take this long: loading, the first step of a picture size, validation, pictures.
+const ANNOUNCED: Duration = Duration::from_secs(600);
+/// Meeting the other members and receiving the state from one of them may take this long.
+const CONNECTING: Duration = Duration::from_secs(120);
+/// The first all-reduce of a generation may take this long: a backend may open its connections in it.
+const FIRST_COLLECTIVE: Duration = Duration::from_secs(30);
+
+/// How long the job's steps take.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Pace {
+    last: Option<Timestamp>,
+    steps: VecDeque<Duration>,
+}
+
+impl Pace {
+    /// Nothing is known about how long the next step takes: a generation begins.
+    pub fn pause(&mut self) {
+        self.last = None;
+    }
+
+    /// A step is final. One with a validation or pictures in it says nothing about others.
+    pub fn step(&mut self, now: Timestamp, timings: StepTimings) {
+        let before = self.last.replace(now);
+        let Some(took) = before.map(|before| now.saturating_sub(before)).filter(|_| timings.validation + timings.sampling == 0.0) else {
+            return;
+        };
+        if self.steps.len() == REMEMBERED {
+            self.steps.pop_front();
+        }
+        self.steps.push_back(took);
+    }
+
+    /// How long a step may take, once that is known.
+    fn limit(&self, heartbeat_timeout: Duration) -> Option<Duration> {
+        let slowest = self.steps.iter().max()?;
+        (self.steps.len() >= LEARNT).then(|| heartbeat_timeout.max(PATIENCE * *slowest))
+    }
+}
+
+/// What a worker was last seen doing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Motion {
+    /// Since when it does what it does.
+    since: Timestamp,
+    samples_read: u64,
+    /// Steps it has reported in its life.
+    num_steps: usize,
+}
+
+impl Motion {
+    pub fn new(now: Timestamp) -> Self {
+        Self { since: now, samples_read: 0, num_steps: 0 }
+    }
+
+    /// Nobody looked for so long.
+    pub fn stood_still(&mut self, by: Duration) {
+        self.since += by;
+    }
+
+    /// It begins something else.
+    pub fn begins(&mut self, now: Timestamp) {
+        self.since = now;
+    }
+}
+
+impl Worker {
+    /// Takes in a sign of life.
+    pub fn beat(&mut self, now: Timestamp, beat: &Heartbeat) {
+        if (self.step, self.phase, self.motion.samples_read) != (beat.step, beat.phase, beat.samples_read) {
+            self.motion.since = now;
+        }
+        (self.step, self.phase, self.motion.samples_read) = (beat.step, beat.phase, beat.samples_read);
+    }
+
+    /// It has applied a step.
+    pub fn stepped(&mut self, now: Timestamp, step: Step) {
+        self.step = step;
+        self.motion.since = now;
+        self.motion.num_steps = self.motion.num_steps.saturating_add(1);
+    }
+}
+
+impl Core {
+    /// How long a worker may stay in what it is doing.
+    fn patience(&self, worker: &Worker) -> Duration {
+        let learnt = (worker.motion.num_steps >= LEARNT).then(|| self.pace.limit(self.config.heartbeat_timeout)).flatten();
+        let step = learnt.unwrap_or(ANNOUNCED);
+        match worker.phase {
+            Phase::Loading => ANNOUNCED.max(self.config.join_timeout),
+            Phase::Validating | Phase::Sampling | Phase::Warming => ANNOUNCED.max(step),
+            Phase::Connecting => CONNECTING.max(step),
+            Phase::Collective if self.progress.final_step() == self.truth.step => FIRST_COLLECTIVE.max(step),
+            Phase::Data => self.config.data_patience.max(step),
+            Phase::Waiting | Phase::Compute | Phase::Collective | Phase::Update | Phase::Snapshot => step,
+        }
+    }
+
+    /// Looks for those that do not get on. Called twice a heartbeat timeout.
+    pub(super) fn look_for_hangs(&mut self, now: Timestamp, out: &mut Vec<Effect>) {
+        if now < self.next_look {
+            return;
+        }
+        self.next_look = now + self.config.heartbeat_timeout / 2;
+        let overdue = |worker: &Worker| worker.motion.since + self.patience(worker) <= now;
+        let stuck_loading = self.workers.iter().filter(|(_, worker)| worker.state == WorkerState::Loading && overdue(worker));
+        let mut stuck: Vec<WorkerId> = stuck_loading.map(|(&id, _)| id).collect();
+        if let JobPhase::Running { members, .. } = &self.phase {
+            // Who waits for shards waits for others.
+            let is_culprit = |id: &WorkerId, worker: &Worker| {
+                worker.phase != Phase::Collective
+                    && overdue(worker)
+                    && !(worker.phase == Phase::Data && self.lease_requests.contains_key(id))
+            };
+            let known = || members.iter().filter_map(|id| Some((id, self.workers.get(id)?)));
+            stuck.extend(known().filter(|(id, worker)| is_culprit(id, worker)).map(|(&id, _)| id));
+            let all_wait = members.len() > 1 && known().all(|(_, worker)| worker.phase == Phase::Collective && overdue(worker));
+            if all_wait {
+                let since = known().map(|(_, worker)| worker.motion.since).max().unwrap_or(now);
+                let reason = format!(
+                    "all {} members are in the all-reduce of step {} and none has left it for {:.1} s: the network between them hangs",
+                    members.len(),
+                    self.progress.final_step().next(),
+                    (now - since).as_secs_f64()
+                );
+                self.note_failure(reason.clone());
+                self.abort(now, &reason, out);
+            }
+        }
+        for id in stuck {
+            self.give_up(now, id, out);
+        }
+    }
+
+    /// A worker that lives and does not get on is as good as dead.
+    fn give_up(&mut self, now: Timestamp, id: WorkerId, out: &mut Vec<Effect>) {
+        let Some(worker) = self.workers.get(&id) else { return };
+        let (stuck_for, limit) = (now.saturating_sub(worker.motion.since), self.patience(worker));
+        let waiting = self.members().iter().filter(|member| self.workers.get(member).is_some_and(|other| other.phase == Phase::Collective));
+        let others = match waiting.count() {
+            0 => String::new(),
+            1 => format!("; another waits for it in the all-reduce of step {}", worker.step.next()),
+            n => format!("; {n} others wait for it in the all-reduce of step {}", worker.step.next()),
+        };
+        let cause = format!(
+            "it lives but has not got on in phase {} for {:.1} s ({:.1} s allowed){others}",
+            worker.phase.as_str(),
+            stuck_for.as_secs_f64(),
+            limit.as_secs_f64(),
+        );
+        out.push(Effect::Send { worker: id, message: ToWorker::Stop { reason: StopReason::GivenUp, message: cause.clone() } });
+        out.push(Effect::Detach { worker: id });
+        self.lose(now, id, &cause, out);
+    }
+}

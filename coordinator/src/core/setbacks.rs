@@ -1,0 +1,117 @@
+//! What keeps failing is left out for a while, where the job can do without it.
+//!
+//! A host on which workers die again and again, or one of two workers whose connection keeps breaking though both live, would end every
+//! generation that it is part of. And a job of which no generation gets as far as one step is told to its user instead of going round for ever.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::time::Duration;
+
+use peapod_proto::ids::{Generation, WorkerId};
+
+use super::{Core, Effect, Notice, Timestamp};
+
+/// Failures are counted over this time.
+const WINDOW: Duration = Duration::from_secs(600);
+/// So many of them are a habit.
+const HABIT: usize = 3;
+/// What has the habit is left out for this long.
+const ASIDE: Duration = Duration::from_secs(600);
+/// So many generations in a row may break before their first step is done.
+const MAX_BARREN: u32 = 20;
+
+/// What has failed lately, and what is left out because of it.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Setbacks {
+    /// Hosts of which members died; once a generation, or one power cut would look like a habit.
+    deaths: VecDeque<(Timestamp, Generation, String)>,
+    /// Members that lost each other, both alive.
+    broken: VecDeque<(Timestamp, WorkerId, WorkerId)>,
+    hosts: BTreeMap<String, Timestamp>,
+    workers: BTreeMap<WorkerId, Timestamp>,
+    barren: u32,
+}
+
+impl Setbacks {
+    /// A member died; says whether its host is to be left out from now on.
+    fn died(&mut self, now: Timestamp, generation: Generation, host: &str) -> bool {
+        self.deaths.retain(|(at, ..)| *at + WINDOW > now);
+        if self.hosts.contains_key(host) || self.deaths.iter().any(|(_, of, on)| *of == generation && on == host) {
+            return false;
+        }
+        self.deaths.push_back((now, generation, host.to_owned()));
+        if self.deaths.iter().filter(|(_, _, on)| on == host).count() < HABIT {
+            return false;
+        }
+        self.deaths.retain(|(_, _, on)| on != host);
+        self.hosts.insert(host.to_owned(), now + ASIDE);
+        true
+    }
+
+    /// Two members lost each other; says which of them is to be left out from now on: who lost others more often, or came later.
+    fn broke(&mut self, now: Timestamp, one: WorkerId, other: WorkerId) -> Option<WorkerId> {
+        self.broken.retain(|(at, ..)| *at + WINDOW > now);
+        let pair = (one.min(other), one.max(other));
+        self.broken.push_back((now, pair.0, pair.1));
+        if self.broken.iter().filter(|(_, a, b)| (*a, *b) == pair).count() < HABIT {
+            return None;
+        }
+        let num_lost = |id: WorkerId| self.broken.iter().filter(|(_, a, b)| *a == id || *b == id).count();
+        let worse = if num_lost(pair.0) > num_lost(pair.1) { pair.0 } else { pair.1 };
+        self.broken.retain(|(_, a, b)| *a != worse && *b != worse);
+        self.workers.insert(worse, now + ASIDE);
+        Some(worse)
+    }
+
+    /// Whether a worker is left out while others are enough.
+    pub fn is_aside(&self, id: WorkerId, host: &str) -> bool {
+        self.workers.contains_key(&id) || self.hosts.contains_key(host)
+    }
+
+    /// When something is next given another chance.
+    pub fn next_end(&self) -> Option<Timestamp> {
+        self.hosts.values().chain(self.workers.values()).min().copied()
+    }
+
+    /// Gives another chance to whatever has been left out long enough; says whether there was any.
+    pub fn forgive(&mut self, now: Timestamp) -> bool {
+        let before = self.hosts.len() + self.workers.len();
+        self.hosts.retain(|_, until| *until > now);
+        self.workers.retain(|_, until| *until > now);
+        self.hosts.len() + self.workers.len() < before
+    }
+
+    /// A step is final.
+    pub fn progressed(&mut self) {
+        self.barren = 0;
+    }
+}
+
+impl Core {
+    /// A member of the current generation is lost.
+    pub(super) fn note_death(&mut self, now: Timestamp, host: &str, out: &mut Vec<Effect>) {
+        if self.setbacks.died(now, self.generation, host) {
+            let what = format!("host {host}: its workers died in {HABIT} generations within {} minutes", WINDOW.as_secs() / 60);
+            out.push(Effect::Notice(Notice::SetAside { what, lasts: ASIDE }));
+        }
+    }
+
+    /// Two members lost each other.
+    pub(super) fn note_broken(&mut self, now: Timestamp, one: WorkerId, other: WorkerId, out: &mut Vec<Effect>) {
+        let name = |id: WorkerId| self.workers.get(&id).map(super::Worker::name);
+        let (Some(a), Some(b)) = (name(one), name(other)) else { return };
+        if let Some(worse) = self.setbacks.broke(now, one, other) {
+            let (aside, from) = if worse == one { (a, b) } else { (b, a) };
+            let minutes = WINDOW.as_secs() / 60;
+            let what = format!("{aside}: its connection with {from} broke {HABIT} times within {minutes} minutes though both live");
+            out.push(Effect::Notice(Notice::SetAside { what, lasts: ASIDE }));
+        }
+    }
+
+    /// A generation broke; says why the job ends if too many did so before they had done anything.
+    pub(super) fn note_breakage(&mut self, has_progressed: bool) -> Option<String> {
+        self.setbacks.barren = if has_progressed { 0 } else { self.setbacks.barren + 1 };
+        let first = self.first_failure().unwrap_or("see the log").to_owned();
+        (self.setbacks.barren >= MAX_BARREN)
+            .then(|| format!("{MAX_BARREN} generations in a row broke before their first step was done; the first failure: {first}"))
+    }
+}

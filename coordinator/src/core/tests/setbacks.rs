@@ -1,0 +1,144 @@
+//! Hosts and workers that keep failing, and jobs that get nowhere.
+
+use super::*;
+
+fn set_aside(world: &World) -> Vec<String> {
+    let what = |effect: &Effect| match effect {
+        Effect::Notice(Notice::SetAside { what, .. }) => Some(what.clone()),
+        _ => None,
+    };
+    world.said.iter().filter_map(what).collect()
+}
+
+impl World {
+    fn join_on(&mut self, host: &str) -> WorkerId {
+        self.streams += 1;
+        let stream = StreamId(self.streams);
+        let hello = Hello {
+            protocol_version: PROTOCOL_VERSION,
+            program_version: PROGRAM_VERSION.into(),
+            incarnation: Incarnation(5000 + self.streams),
+            attempt: 0,
+            requested_rank: None,
+            host: host.into(),
+            pid: 1,
+            device: "cpu".into(),
+        };
+        self.event(Event::Hello { stream, hello }).unwrap();
+        let worker = self.core.workers.iter().find(|(_, worker)| worker.stream == stream).map(|(&id, _)| id).unwrap();
+        self.stream_of.insert(worker, stream);
+        self.ready(worker);
+        worker
+    }
+
+    /// The generation forms and its first step is done by all.
+    fn train_a_step(&mut self, step: u64) -> Vec<WorkerId> {
+        let first = match &self.core.phase {
+            JobPhase::Forming { members, .. } => members[0],
+            _ => panic!("{}", self.core.state()),
+        };
+        self.bootstrap(first);
+        let members = self.core.members().to_vec();
+        for (index, &member) in members.iter().enumerate() {
+            self.report(member, step, (index == 0).then_some(&[][..]));
+        }
+        members
+    }
+}
+
+#[test]
+fn host_on_which_workers_keep_dying_is_left_out_for_ten_minutes() {
+    let mut world = World::new(Config { min_world_size: 1, ..config(2) });
+    world.join_on("good");
+    let mut bad = world.join_on("bad");
+    for step in 1..=3 {
+        let members = world.train_a_step(step);
+        assert_eq!(members.len(), 2);
+        world.die(bad);
+        let record = world.record(step, &[]);
+        world.stopped(members[0], step, StopCause::Aborted, vec![record]);
+        world.bootstrap(members[0]);
+        bad = world.join_on("bad");
+        if step < 3 {
+            // Let in by a meeting.
+            world.stopped(members[0], step, StopCause::Planned, vec![]);
+        }
+    }
+    assert_eq!(set_aside(&world), ["host bad: its workers died in 3 generations within 10 minutes"]);
+    let planned = world.said.iter().filter(|effect| matches!(effect, Effect::Notice(Notice::Planned { .. }))).count();
+    assert_eq!((planned, world.core.state().as_str()), (2, "training"), "it is not let in a third time");
+    let alive: Vec<WorkerId> = world.core.workers.keys().copied().collect();
+    world.pass(601, &alive);
+    let planned = world.said.iter().filter(|effect| matches!(effect, Effect::Notice(Notice::Planned { .. }))).count();
+    assert_eq!(planned, 3, "its time is over");
+}
+
+#[test]
+fn host_that_loses_all_its_workers_at_once_has_failed_once() {
+    let mut world = World::new(Config { min_world_size: 1, ..config(4) });
+    let workers: Vec<WorkerId> = ["one", "two", "two", "two"].iter().map(|host| world.join_on(host)).collect();
+    world.train_a_step(1);
+    workers[1..].iter().for_each(|&worker| world.die(worker));
+    assert_eq!(set_aside(&world), [""; 0]);
+}
+
+#[test]
+fn job_that_cannot_do_without_a_failing_host_uses_it() {
+    let mut world = World::new(config(2));
+    world.join_on("good");
+    let mut bad = world.join_on("bad");
+    for step in 1..=4 {
+        let members = world.train_a_step(step);
+        world.die(bad);
+        let record = world.record(step, &[]);
+        world.stopped(members[0], step, StopCause::Aborted, vec![record]);
+        bad = world.join_on("bad");
+        assert_eq!(world.core.state(), "forming");
+    }
+    assert_eq!(set_aside(&world).len(), 1);
+}
+
+#[test]
+fn one_of_two_workers_that_keep_losing_each_other_is_left_out() {
+    let mut world = World::new(Config { min_world_size: 1, ..config(3) });
+    let workers: Vec<WorkerId> = ["a", "b", "c"].iter().map(|host| world.join_on(host)).collect();
+    for step in 1..=3 {
+        world.train_a_step(step);
+        let record = world.record(step, &[]);
+        let (generation, trained_in) = (world.core.generation(), world.core.generation());
+        let stopped = |reason: &str, lost_member| Stopped {
+            generation,
+            applied: Step(step),
+            cause: StopCause::Aborted,
+            records: vec![record.clone()],
+            reason: reason.into(),
+            validation: None,
+            trained_in,
+            lost_member,
+        };
+        let broke = stopped("lost member 2", Some(MemberIndex(2)));
+        world.say(workers[1], FromWorker::Stopped(broke)).unwrap();
+        for worker in [workers[0], workers[2]] {
+            world.say(worker, FromWorker::Stopped(stopped("aborted", None))).unwrap();
+        }
+    }
+    let name = |rank| format!("rank {rank} (pid 1 on {})", ["a", "b", "c"][rank]);
+    let expected = format!("{}: its connection with {} broke 3 times within 10 minutes though both live", name(2), name(1));
+    assert_eq!(set_aside(&world), [expected]);
+    assert_eq!(world.train_a_step(4), workers[..2], "the others go on without it");
+}
+
+#[test]
+fn job_of_which_no_generation_gets_anywhere_ends_and_says_why() {
+    let (mut world, workers) = World::running(2);
+    for round in 0..20 {
+        assert_eq!(world.outcome(), None, "after {round} generations");
+        world.stopped(workers[0], 0, StopCause::Aborted, vec![]);
+        world.stopped(workers[1], 0, StopCause::Aborted, vec![]);
+        if world.outcome().is_none() {
+            world.bootstrap(workers[0]);
+        }
+    }
+    let Some(Outcome::Failed { reason }) = world.outcome() else { panic!("{}", world.core.state()) };
+    assert!(reason.starts_with("20 generations in a row broke before their first step was done; the first failure: rank 0"), "{reason}");
+}
