@@ -4,8 +4,8 @@ use std::fmt;
 
 use crate::ids::{Bitmap, Epoch, Generation, Incarnation, LeaseId, MemberIndex, Rank, SampleName, ShardId, Step, WorkerId};
 use crate::message::{
-    Assignment, Continuing, FromWorker, Heartbeat, Hello, Lease, Phase, ShardReport, SkipReason, SkippedSample, StepLosses, StepRecord,
-    StepReport, StepTimings, StopCause, StopReason, Stopped, ToWorker, ValidationLosses,
+    Assignment, Continuing, FromWorker, Heartbeat, Hello, Lease, Phase, ShardReport, SkipReason, SkippedSample, Stall, StepLosses,
+    StepRecord, StepReport, StepTimings, StopCause, StopReason, Stopped, ToWorker, ValidationLosses,
 };
 use crate::v1;
 
@@ -203,6 +203,7 @@ impl From<FromWorker> for v1::FromWorker {
                 validation: stopped.validation.map(Into::into),
                 trained_in: stopped.trained_in.0,
                 lost_member: stopped.lost_member.map(|member| member.0),
+                stalled: stopped.stalled.map(|stall| v1::Stall { waiting_for: stall.waiting_for.0, received_bytes: stall.received_bytes }),
             }),
             FromWorker::Continuing(continuing) => Message::Continuing(v1::Continuing {
                 generation: continuing.generation.0,
@@ -322,6 +323,9 @@ impl TryFrom<v1::FromWorker> for FromWorker {
                 validation: stopped.validation.map(TryInto::try_into).transpose()?,
                 trained_in: Generation(stopped.trained_in),
                 lost_member: stopped.lost_member.map(MemberIndex),
+                stalled: stopped
+                    .stalled
+                    .map(|stall| Stall { waiting_for: MemberIndex(stall.waiting_for), received_bytes: stall.received_bytes }),
             }),
             Message::Continuing(continuing) => Self::Continuing(Continuing {
                 generation: Generation(continuing.generation),
@@ -556,6 +560,7 @@ mod tests {
                 validation: Some(validation(9)),
                 trained_in: Generation(2),
                 lost_member: Some(MemberIndex(1)),
+                stalled: Some(Stall { waiting_for: MemberIndex(2), received_bytes: 77 }),
             }),
             FromWorker::Continuing(Continuing { generation: Generation(2), applied: Step(9), records: vec![record(9)] }),
             FromWorker::Heartbeat(Heartbeat { step: Step(9), phase: Phase::Validating, generation: Generation(2), samples_read: 7 }),

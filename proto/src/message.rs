@@ -210,6 +210,17 @@ pub struct Stopped {
     pub trained_in: Generation,
     /// The neighbour whose connection broke first, or who did not answer, if that ended it. It may itself have lost another.
     pub lost_member: Option<MemberIndex>,
+    /// Where it was in the collective that was broken off, if it was in one.
+    pub stalled: Option<Stall>,
+}
+
+/// A member that waited in a collective.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Stall {
+    /// The neighbour it waited for.
+    pub waiting_for: MemberIndex,
+    /// What had come. In a ring, who has received least is behind the broken link.
+    pub received_bytes: u64,
 }
 
 impl Stopped {
@@ -225,6 +236,7 @@ impl Stopped {
             validation: None,
             trained_in: Generation::NONE,
             lost_member: None,
+            stalled: None,
         }
     }
 }

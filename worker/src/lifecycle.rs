@@ -726,6 +726,7 @@ mod tests {
             validation: None,
             trained_in: Generation(2),
             lost_member: None,
+            stalled: None,
         })));
         assert!(life.handle(reply(3, true)).is_empty(), "outside of a generation there is nothing to abort");
     }

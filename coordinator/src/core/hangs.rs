@@ -144,6 +144,7 @@ impl Core {
                     (now - since).as_secs_f64()
                 );
                 self.note_failure(reason.clone());
+                self.hung = Some(self.generation);
                 self.abort(now, &reason, out);
             }
         }

@@ -197,6 +197,8 @@ pub struct Core {
     first_failure: Option<Failure>,
     pace: Pace,
     setbacks: Setbacks,
+    /// The generation that was left because nobody got out of its all-reduce: its members' words tell where the network is broken.
+    hung: Option<Generation>,
     /// When hangs are looked for again.
     next_look: Timestamp,
     stop_requested: Option<String>,
@@ -238,6 +240,7 @@ impl Core {
             first_failure: None,
             pace: Pace::default(),
             setbacks: Setbacks::default(),
+            hung: None,
             next_look: Duration::ZERO,
             stop_requested: None,
             next_announcement: ANNOUNCE_EVERY,

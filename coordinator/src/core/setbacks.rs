@@ -6,7 +6,8 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
-use peapod_proto::ids::{Generation, WorkerId};
+use peapod_proto::ids::{Generation, MemberIndex, WorkerId};
+use peapod_proto::message::Stopped;
 
 use super::{Core, Effect, Notice, Timestamp};
 
@@ -93,6 +94,23 @@ impl Core {
             let what = format!("host {host}: its workers died in {HABIT} generations within {} minutes", WINDOW.as_secs() / 60);
             out.push(Effect::Notice(Notice::SetAside { what, lasts: ASIDE }));
         }
+    }
+
+    /// Which two members lost each other, by what those say that are left: `members` in the order of their index.
+    ///
+    /// A member that fails closes its connections, so a loss travels round and most of them name a neighbour that is well. Two that name
+    /// each other are believed. Where nothing failed and everybody waited, who has received least is behind the broken link.
+    pub(super) fn broken_link(&self, members: &[WorkerId], stopped: &BTreeMap<WorkerId, Stopped>) -> Option<(WorkerId, WorkerId)> {
+        // Some may have died meanwhile; indices are those of the generation as it was formed.
+        let at = |index: MemberIndex| self.last_members.get(index.0 as usize).map(|member| member.worker).filter(|id| members.contains(id));
+        let lost = |id: &WorkerId| at(stopped.get(id)?.lost_member?);
+        let mutual = members.iter().find_map(|&id| lost(&id).filter(|other| lost(other) == Some(id)).map(|other| (id, other)));
+        if mutual.is_some() || self.hung != Some(self.generation) {
+            return mutual;
+        }
+        let stalls = stopped.iter().filter_map(|(&id, said)| Some((id, said.stalled?)));
+        let (id, stall) = stalls.min_by_key(|(_, stall)| stall.received_bytes)?;
+        Some((id, at(stall.waiting_for)?)).filter(|(one, other)| one != other)
     }
 
     /// Two members lost each other.

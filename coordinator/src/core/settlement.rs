@@ -81,11 +81,7 @@ impl Core {
                 if stopped.cause == StopCause::Aborted || !stopped.reason.is_empty() {
                     let name = self.workers.get(&id).map(Worker::name).unwrap_or_default();
                     let reason = format!("{name} at step {}: {}", stopped.applied, stopped.reason);
-                    let lost = stopped.lost_member.and_then(|index| members.get(index.0 as usize).copied());
                     self.note_failure(reason.clone());
-                    if let Some(lost) = lost.filter(|&lost| lost != id) {
-                        self.note_broken(now, id, lost, out);
-                    }
                     self.abort(now, &reason, out);
                 } else {
                     // The first to arrive: the others met in the same step and are on their way.
@@ -116,6 +112,7 @@ impl Core {
             return;
         }
         let members = members.clone();
+        let broken = self.broken_link(&members, stopped);
         let mut stopped: BTreeMap<WorkerId, Stopped> = stopped.iter().map(|(&id, said)| (id, self.on_the_line(said.clone()))).collect();
         let base = self.truth.step;
         // An honest survivor holds every final step; whatever it holds beyond becomes the truth.
@@ -124,6 +121,9 @@ impl Core {
         let source = members.iter().copied().max_by_key(|id| (stopped[id].applied, std::cmp::Reverse(*id)));
         let source = source.and_then(|id| stopped.remove(&id).map(|said| (id, said))).filter(|(_, said)| said.applied >= least);
         let has_progressed = source.as_ref().is_some_and(|(_, said)| said.applied > base);
+        if let Some((one, other)) = broken {
+            self.note_broken(now, one, other, out);
+        }
         if is_broken && let Some(reason) = self.note_breakage(has_progressed) {
             return self.fail(reason, out);
         }

@@ -174,7 +174,7 @@ impl World {
         let (base, base_generation) = (self.core.truth.step, self.core.truth.generation);
         let trained_in = if Step(applied) == base { base_generation } else { generation };
         let (applied, reason, lost_member) = (Step(applied), reason.into(), None);
-        let stopped = Stopped { generation, applied, cause, records, reason, validation, trained_in, lost_member };
+        let stopped = Stopped { generation, applied, cause, records, reason, validation, trained_in, lost_member, stalled: None };
         self.say(worker, FromWorker::Stopped(stopped)).unwrap();
     }
 

@@ -434,8 +434,8 @@ impl World {
         let trainer = self.trainer(process);
         let state = trainer.state.clone().unwrap_or_default();
         let (applied, trained_in) = (state.step(), state.generation);
-        let (records, validation, lost_member) = (Vec::new(), None, None);
-        let stopped = Stopped { generation, applied, cause, records, reason, validation, trained_in, lost_member };
+        let (records, validation, lost_member, stalled) = (Vec::new(), None, None, None);
+        let stopped = Stopped { generation, applied, cause, records, reason, validation, trained_in, lost_member, stalled };
         self.output(process, Output::Event(TrainerEvent::Stopped(stopped)));
         self.idle(process);
     }

@@ -29,6 +29,15 @@ pub use announcement::{Announcement, Operation};
 pub use error::Error;
 pub use solo::SoloCollective;
 
+/// Where a member was in a call that failed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Stall {
+    /// The neighbour it waited for.
+    pub waiting_for: u32,
+    /// Bytes of the call that had come from the neighbour before it: in a ring, who has received least is behind the broken link.
+    pub received_bytes: u64,
+}
+
 /// A communicator: one member's end of the group that trains together.
 pub trait Collective: Send {
     /// This member's place, in `0..num_members`.
@@ -49,6 +58,11 @@ pub trait Collective: Send {
 
     /// Returns once every member has entered.
     fn barrier(&mut self, deadline: Instant) -> Result<(), Error>;
+
+    /// Says where this member was in the call that failed, if the backend can tell.
+    fn stalled(&self) -> Option<Stall> {
+        None
+    }
 
     /// Returns the handle that ends this communicator from any thread.
     fn abort_handle(&self) -> AbortHandle;

@@ -46,7 +46,7 @@ use std::time::Instant;
 pub use bootstrap::{Bootstrap, Listener};
 
 use crate::solo::check_root;
-use crate::{AbortHandle, Announcement, Collective, Error, OnAbort, Operation};
+use crate::{AbortHandle, Announcement, Collective, Error, OnAbort, Operation, Stall};
 use exchange::{RingCopy, RingSum, SEGMENT_BYTES};
 use links::Links;
 
@@ -88,6 +88,7 @@ pub struct TcpCollective {
     /// How many collectives were entered.
     sequence: u64,
     failure: Option<String>,
+    stalled: Option<Stall>,
 }
 
 struct Ring {
@@ -132,7 +133,7 @@ impl TcpCollective {
                 Some(Ring::new(links, num_members, &abort))
             }
         };
-        Ok(Self { membership, ring, abort, sequence: 0, failure: None })
+        Ok(Self { membership, ring, abort, sequence: 0, failure: None, stalled: None })
     }
 
     /// Runs one collective, unless the communicator has ended; an error ends it.
@@ -140,7 +141,7 @@ impl TcpCollective {
         &mut self,
         operation: Operation,
         num_bytes: usize,
-        work: impl FnOnce(&mut Ring, Announcement, &AbortHandle) -> Result<(), Error>,
+        work: impl FnOnce(&mut Ring, Announcement, &AbortHandle) -> Result<(), (Error, Stall)>,
     ) -> Result<(), Error> {
         self.abort.check()?;
         if let Some(first) = &self.failure {
@@ -150,7 +151,10 @@ impl TcpCollective {
         self.sequence += 1;
         let outcome = match (operation, &mut self.ring) {
             (Operation::Broadcast { root }, _) if root >= self.membership.num_members => check_root(root, self.membership.num_members),
-            (_, Some(ring)) => work(ring, announcement, &self.abort),
+            (_, Some(ring)) => work(ring, announcement, &self.abort).map_err(|(error, stall)| {
+                self.stalled = Some(stall);
+                error
+            }),
             (_, None) => Ok(()),
         };
         outcome.map_err(|error| {
@@ -217,6 +221,10 @@ impl Collective for TcpCollective {
         })
     }
 
+    fn stalled(&self) -> Option<Stall> {
+        self.stalled
+    }
+
     fn abort_handle(&self) -> AbortHandle {
         self.abort.clone()
     }
@@ -224,12 +232,13 @@ impl Collective for TcpCollective {
 
 impl fmt::Debug for TcpCollective {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { membership, abort, sequence, failure, .. } = self;
+        let Self { membership, abort, sequence, failure, stalled, .. } = self;
         f.debug_struct("TcpCollective")
             .field("membership", membership)
             .field("abort", abort)
             .field("sequence", sequence)
             .field("failure", failure)
+            .field("stalled", stalled)
             .finish_non_exhaustive()
     }
 }

@@ -25,7 +25,7 @@ use peapod_model::schedule::LrSchedule;
 use peapod_proto::ids::{Generation, LeaseId, MemberIndex, Step};
 use peapod_proto::job::Job;
 use peapod_proto::message::{
-    Assignment, Phase, ShardReport, SkipReason, SkippedSample, StepLosses, StepRecord, StepReport, StepTimings, StopCause, Stopped,
+    Assignment, Phase, ShardReport, SkipReason, SkippedSample, Stall, StepLosses, StepRecord, StepReport, StepTimings, StopCause, Stopped,
     ValidationLosses,
 };
 use tch::{Device, Kind, Tensor};
@@ -39,6 +39,8 @@ use crate::lifecycle::TrainerEvent;
 use crate::setup;
 use crate::tail::{Contribution, Outcome, TailLayout, ValidationTotals, share_of};
 
+/// The members of a generation are told of it within moments of each other: one that cannot be reached for so long is cut off.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(15);
 /// A collective that takes longer than this is stuck for a reason that nobody else noticed.
 const COLLECTIVE_TIMEOUT: Duration = Duration::from_secs(600);
 /// As much longer it may take for each validation or set of pictures before it: a member with less to do waits in it for the others.
@@ -115,14 +117,24 @@ enum Ended {
     /// In order; with a reason if the exchange after the last step failed, which changes no weights.
     Orderly(StopCause, String),
     /// The collective failed or was aborted; by the loss of a neighbour, if that is known.
-    Broken { reason: String, lost: Option<MemberIndex> },
+    Broken { reason: String, lost: Option<MemberIndex>, stalled: Option<Stall> },
     /// This worker cannot go on.
     Failed { phase: &'static str, message: String },
 }
 
 impl Ended {
     fn broken(reason: String) -> Self {
-        Self::Broken { reason, lost: None }
+        Self::Broken { reason, lost: None, stalled: None }
+    }
+
+    /// What an error of a collective means, with where this member was in it.
+    fn within(collective: &dyn Collective, error: peapod_collective::Error) -> Self {
+        let stall =
+            |stall: peapod_collective::Stall| Stall { waiting_for: MemberIndex(stall.waiting_for), received_bytes: stall.received_bytes };
+        match Self::by(error) {
+            Self::Broken { reason, lost, .. } => Self::Broken { reason, lost, stalled: collective.stalled().map(stall) },
+            other => other,
+        }
     }
 
     /// What an error of the collective means, and which neighbour is behind it as far as this member can see.
@@ -132,7 +144,7 @@ impl Ended {
             peapod_collective::Error::Timeout { waiting_for, .. } => waiting_for.first().map(|&index| MemberIndex(index)),
             _ => None,
         };
-        Self::Broken { reason: with_sources(&error), lost }
+        Self::Broken { reason: with_sources(&error), lost, stalled: None }
     }
 }
 
@@ -263,16 +275,17 @@ impl Trainer {
         };
         self.context.control.end();
         self.context.control.enter(Phase::Waiting);
-        let (cause, reason, lost_member) = match ended {
-            Ended::Orderly(cause, reason) => (cause, reason, None),
-            Ended::Broken { reason, lost } => (StopCause::Aborted, reason, lost),
+        let (cause, reason, lost_member, stalled) = match ended {
+            Ended::Orderly(cause, reason) => (cause, reason, None, None),
+            Ended::Broken { reason, lost, stalled } => (StopCause::Aborted, reason, lost, stalled),
             Ended::Failed { phase, message } => return self.event(TrainerEvent::Failed { phase, message, permanent: false }),
         };
         let applied = self.state.as_ref().map_or(Step(0), |state| state.step);
         let validation = self.last_validation.take();
         let trained_in = self.state.as_ref().map_or(Generation::NONE, |state| state.generation);
         let records = Vec::new();
-        self.event(TrainerEvent::Stopped(Stopped { generation, applied, cause, records, reason, validation, trained_in, lost_member }));
+        let stopped = Stopped { generation, applied, cause, records, reason, validation, trained_in, lost_member, stalled };
+        self.event(TrainerEvent::Stopped(stopped));
     }
 
     /// Puts the data threads where the new generation starts. That leases are lost was told them with the assignment.
@@ -301,7 +314,8 @@ impl Trainer {
                 num_members: assignment.num_members,
             };
             let bootstrap = Bootstrap::from_bytes(&assignment.bootstrap).map_err(broken)?;
-            Box::new(TcpCollective::connect(&bootstrap, membership, listener, abort.clone(), deadline).map_err(broken)?)
+            let connected = Instant::now() + CONNECT_TIMEOUT;
+            Box::new(TcpCollective::connect(&bootstrap, membership, listener, abort.clone(), connected).map_err(broken)?)
         };
         let held =
             self.state.as_ref().is_some_and(|state| state.step == assignment.base_step && state.generation == assignment.base_generation);
@@ -369,7 +383,8 @@ impl Trainer {
             Some(state) => vec![0; state.num_bytes()],
             None => return Err(failed("no state to send or receive".into())),
         };
-        collective.broadcast(&mut bytes, assignment.source_index.0, deadline).map_err(Ended::by)?;
+        let sent = collective.broadcast(&mut bytes, assignment.source_index.0, deadline);
+        sent.map_err(|error| Ended::within(collective, error))?;
         if let Some(state) = &mut scratch {
             state.restore(&bytes).map_err(|error| failed(error.to_string()))?;
             state.generation = assignment.base_generation;
@@ -446,7 +461,8 @@ impl Trainer {
 
         // 3. The sum over all members.
         self.context.control.enter(Phase::Collective);
-        collective.all_reduce_sum(wire, round.deadline()).map_err(Ended::by)?;
+        let reduced = collective.all_reduce_sum(wire, round.deadline());
+        reduced.map_err(|error| Ended::within(collective, error))?;
         let (values, tail) = wire.split_at(num_parameters);
         let outcome = layout.read(tail, step).map_err(|error| Ended::broken(error.to_string()))?;
         self.in_flight = None;

@@ -358,8 +358,17 @@ impl Sim {
         let Some(assignment) = model.assignment.take() else { return };
         let (applied, trained_in, records) = (model.applied, model.trained_in, std::mem::take(&mut model.records));
         let reason = if cause == StopCause::Aborted { "a peer is gone" } else { "" }.to_owned();
-        let stopped =
-            Stopped { generation: assignment.generation, applied, cause, records, reason, validation: None, trained_in, lost_member: None };
+        let stopped = Stopped {
+            generation: assignment.generation,
+            applied,
+            cause,
+            records,
+            reason,
+            validation: None,
+            trained_in,
+            lost_member: None,
+            stalled: None,
+        };
         model.stopped = stopped.clone();
         self.say(id, FromWorker::Stopped(stopped));
     }

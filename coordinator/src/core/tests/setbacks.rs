@@ -115,17 +115,58 @@ fn one_of_two_workers_that_keep_losing_each_other_is_left_out() {
             validation: None,
             trained_in,
             lost_member,
+            stalled: None,
         };
-        let broke = stopped("lost member 2", Some(MemberIndex(2)));
-        world.say(workers[1], FromWorker::Stopped(broke)).unwrap();
-        for worker in [workers[0], workers[2]] {
-            world.say(worker, FromWorker::Stopped(stopped("aborted", None))).unwrap();
+        // Whoever fails closes its connections: the first member names the second, which is well.
+        for (worker, lost) in [(0, 1), (1, 2), (2, 1)] {
+            let lost = stopped(&format!("lost member {lost}"), Some(MemberIndex(lost)));
+            world.say(workers[worker], FromWorker::Stopped(lost)).unwrap();
         }
     }
     let name = |rank| format!("rank {rank} (pid 1 on {})", ["a", "b", "c"][rank]);
     let expected = format!("{}: its connection with {} broke 3 times within 10 minutes though both live", name(2), name(1));
     assert_eq!(set_aside(&world), [expected]);
     assert_eq!(world.train_a_step(4), workers[..2], "the others go on without it");
+}
+
+#[test]
+fn link_under_an_all_reduce_that_hangs_is_the_one_to_whom_least_came() {
+    let mut world = World::new(Config { min_world_size: 1, ..config(4) });
+    let workers: Vec<WorkerId> = ["a", "b", "c", "d"].iter().map(|host| world.join_on(host)).collect();
+    world.train_a_step(1);
+    for step in 2..=8 {
+        if step > 6 {
+            world.train_a_step(step);
+        } else {
+            world.now += Duration::from_secs(1);
+            workers.iter().enumerate().for_each(|(index, &worker)| world.report(worker, step, (index == 0).then_some(&[][..])));
+        }
+        if step < 6 {
+            continue;
+        }
+        let generation = world.core.generation();
+        for _ in 0..60 {
+            world.now += Duration::from_secs(1);
+            for &worker in &workers {
+                let beat = Heartbeat { step: Step(step), phase: Phase::Collective, generation, samples_read: 0 };
+                world.say(worker, FromWorker::Heartbeat(beat)).unwrap();
+            }
+            world.event(Event::Tick).unwrap();
+            if world.core.state() == "regrouping" {
+                break;
+            }
+        }
+        assert_eq!(world.core.state(), "regrouping");
+        let record = world.record(step, &[]);
+        for (index, received_bytes) in [(0, 900), (1, 700), (2, 10), (3, 400)] {
+            let stalled = Some(peapod_proto::message::Stall { waiting_for: MemberIndex((index + 3) % 4), received_bytes });
+            let (applied, records) = (Step(step), vec![record.clone()]);
+            let stopped = Stopped { applied, records, trained_in: generation, stalled, ..Stopped::empty_handed(generation) };
+            world.say(workers[index as usize], FromWorker::Stopped(stopped)).unwrap();
+        }
+    }
+    let expected = "rank 2 (pid 1 on c): its connection with rank 1 (pid 1 on b) broke 3 times within 10 minutes though both live";
+    assert_eq!(set_aside(&world), [expected]);
 }
 
 #[test]

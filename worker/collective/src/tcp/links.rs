@@ -9,7 +9,7 @@ use rustix::event::{PollFd, PollFlags};
 use super::exchange::Exchange;
 use super::socket::{try_read, try_write, wait};
 use super::wire::{HEADER_BYTES, decode_header, encode_header, invalid};
-use crate::{AbortHandle, Announcement, Error};
+use crate::{AbortHandle, Announcement, Error, Stall};
 
 /// The links to both neighbours; data flows from the previous member to the next one. With two members both lead to the same peer.
 #[derive(Debug)]
@@ -34,14 +34,14 @@ impl Links {
         }
     }
 
-    /// Runs one collective.
+    /// Runs one collective. An error comes with where this member was in it.
     pub(super) fn run(
         &self,
         ours: Announcement,
         exchange: &mut impl Exchange,
         abort: &AbortHandle,
         deadline: Instant,
-    ) -> Result<(), Error> {
+    ) -> Result<(), (Error, Stall)> {
         let mut transfer = Transfer {
             links: self,
             ours,
@@ -50,22 +50,9 @@ impl Links {
             header_in: [0; HEADER_BYTES],
             num_header_received: 0,
             exchange,
+            received_bytes: 0,
         };
-        loop {
-            abort.check()?;
-            if Instant::now() >= deadline {
-                return Err(transfer.timeout());
-            }
-            // Receiving first: a neighbour's announcement explains more than the connection it closed afterwards.
-            let has_received = transfer.receive()?;
-            let has_sent = transfer.send()?;
-            if transfer.is_sent() && transfer.is_received() {
-                return Ok(());
-            }
-            if !has_received && !has_sent {
-                transfer.wait(deadline)?;
-            }
-        }
+        transfer.run(abort, deadline).map_err(|error| (error, transfer.stall()))
     }
 }
 
@@ -78,9 +65,28 @@ struct Transfer<'a, E> {
     header_in: [u8; HEADER_BYTES],
     num_header_received: usize,
     exchange: &'a mut E,
+    received_bytes: u64,
 }
 
 impl<E: Exchange> Transfer<'_, E> {
+    fn run(&mut self, abort: &AbortHandle, deadline: Instant) -> Result<(), Error> {
+        loop {
+            abort.check()?;
+            if Instant::now() >= deadline {
+                return Err(self.timeout());
+            }
+            // Receiving first: a neighbour's announcement explains more than the connection it closed afterwards.
+            let has_received = self.receive()?;
+            let has_sent = self.send()?;
+            if self.is_sent() && self.is_received() {
+                return Ok(());
+            }
+            if !has_received && !has_sent {
+                self.wait(deadline)?;
+            }
+        }
+    }
+
     /// Reads once. Returns whether anything came.
     fn receive(&mut self) -> Result<bool, Error> {
         let link = &self.links.previous;
@@ -90,6 +96,7 @@ impl<E: Exchange> Transfer<'_, E> {
             return Ok(false);
         }
         let Some(num_bytes) = try_read(&link.stream, buffer).map_err(|source| self.lost(link, source))? else { return Ok(false) };
+        self.received_bytes += num_bytes as u64;
         if !in_header {
             self.exchange.received(num_bytes);
             return Ok(true);
@@ -157,8 +164,13 @@ impl<E: Exchange> Transfer<'_, E> {
         Error::PeerLost { member_index: link.member_index, during: self.ours.operation, source }
     }
 
-    fn timeout(&self) -> Error {
+    /// The neighbour this member waits for, and what has come from the one before it.
+    fn stall(&self) -> Stall {
         let link = if self.is_received() { &self.links.next } else { &self.links.previous };
-        Error::Timeout { during: self.ours.operation, waiting_for: vec![link.member_index] }
+        Stall { waiting_for: link.member_index, received_bytes: self.received_bytes }
+    }
+
+    fn timeout(&self) -> Error {
+        Error::Timeout { during: self.ours.operation, waiting_for: vec![self.stall().waiting_for] }
     }
 }

@@ -132,6 +132,7 @@ impl Moment {
             validation: None,
             trained_in: hand.trained_in,
             lost_member: None,
+            stalled: None,
         };
         hand.training = None;
         hand.last = stopped.clone();
