@@ -297,6 +297,10 @@ impl Observer {
             Notice::Left(worker) => tracing::info!("{worker} left as asked"),
             Notice::Aborted { generation, reason } => tracing::warn!("{generation} is broken up: {reason}"),
             Notice::Planned { reason } => tracing::info!("{reason}: the workers meet after this step"),
+            Notice::CutOff { step, timeout } => {
+                let seconds = timeout.as_secs_f64();
+                tracing::warn!("every worker that holds step {step} is gone or cut off: waiting {seconds:.1} s for one to come back");
+            }
             Notice::RolledBack { from, to } => {
                 tracing::error!(
                     "no worker that held step {from} is left: going back to step {to}, {} steps are trained again",

@@ -22,6 +22,8 @@ pub(super) struct Checkpoint {
     pub senders: BTreeMap<(Step, Generation), WorkerId>,
     pub next_due: Timestamp,
     pub asked: bool,
+    /// How often the newest weights were asked for before their last holder leaves.
+    pub farewells: u32,
 }
 
 impl Core {
@@ -45,6 +47,7 @@ impl Core {
                 let outcome = outcome.clone();
                 self.finish(outcome, out);
             }
+            JobPhase::Gathering { .. } => self.let_leavers_go(now, out),
             _ => {}
         }
     }
@@ -64,6 +67,9 @@ impl Core {
                 return self.fail(format!("the last checkpoint (step {step}) could not be stored in {attempts} attempts: {error}"), out);
             }
             self.ask_for_last_checkpoint(now, outcome, attempts + 1, out);
+        }
+        if let JobPhase::Gathering { .. } = self.phase {
+            self.let_leavers_go(now, out);
         }
     }
 
@@ -87,11 +93,52 @@ impl Core {
             let kept = self.checkpoint_step().map_or_else(|| "nothing is kept".to_owned(), |step| format!("step {step} is kept"));
             return self.fail(format!("every worker that held step {} is gone, {kept}: {reason}", self.truth.step), out);
         };
+        self.ask_for_truth(holder, out);
+        self.phase = JobPhase::Finishing { outcome, attempts, deadline };
+    }
+
+    /// Asks a holder of the newest weights, which is in no generation, for a checkpoint of them.
+    fn ask_for_truth(&mut self, holder: WorkerId, out: &mut Vec<Effect>) {
+        let key = (self.truth.step, self.generation);
         let ledger = Arc::new(self.ledger.clone());
         self.checkpoint.frozen.insert(key, ledger.clone());
         self.checkpoint.senders.insert(key, holder);
         out.push(Effect::Freeze { step: self.truth.step, generation: self.generation, ledger });
         out.push(Effect::Send { worker: holder, message: ToWorker::TakeSnapshot { generation: self.generation } });
-        self.phase = JobPhase::Finishing { outcome, attempts, deadline };
+    }
+
+    /// Lets those go who want to leave, while no generation runs. If none but they hold the newest weights, one stays until these are stored: whoever
+    /// takes all workers away at once, with a warning, loses nothing.
+    pub(super) fn let_leavers_go(&mut self, now: Timestamp, out: &mut Vec<Effect>) {
+        let mut leavers: Vec<WorkerId> = self.workers.iter().filter(|(_, worker)| worker.leaving.is_some()).map(|(&id, _)| id).collect();
+        let stays = self.last_to_leave();
+        if let Some(last) = stays {
+            leavers.retain(|&id| id != last);
+            let key = (self.truth.step, self.generation);
+            if self.checkpoint.senders.get(&key).is_none_or(|sender| !self.workers.contains_key(sender)) {
+                self.checkpoint.farewells += 1;
+                self.ask_for_truth(last, out);
+            }
+        }
+        for id in leavers {
+            self.let_go(now, id, out);
+        }
+        if stays.is_none() {
+            self.checkpoint.farewells = 0;
+        }
+        self.release_leases_of_the_gone(out);
+        self.forget_truth_without_holders(out);
+        self.try_form(now, out);
+    }
+
+    /// The holder of the newest weights that has to stay a little, as all holders want to leave and no checkpoint has them.
+    pub(super) fn last_to_leave(&self) -> Option<WorkerId> {
+        let leaves = |id: &WorkerId| self.workers.get(id).is_none_or(|worker| worker.leaving.is_some());
+        let waits = matches!(self.phase, JobPhase::Gathering { .. });
+        let is_kept = self.checkpoint_step() >= Some(self.truth.step) || self.truth.step == Step(0);
+        if !waits || is_kept || self.checkpoint.farewells >= FINAL_CHECKPOINT_ATTEMPTS || !self.truth.holders.iter().all(leaves) {
+            return None;
+        }
+        self.truth.holders.iter().find(|holder| self.workers.contains_key(holder)).copied()
     }
 }

@@ -240,7 +240,7 @@ impl Core {
         let phase = match state.outcome {
             Some(outcome) => JobPhase::Done(outcome),
             None if state.members.is_empty() => fresh.phase.clone(),
-            None => JobPhase::Returning { deadline: fresh.return_timeout(), said: BTreeMap::new() },
+            None => JobPhase::Returning { since: Duration::ZERO, deadline: fresh.return_timeout(), said: BTreeMap::new() },
         };
         let from_checkpoint = state.members.is_empty();
         let mut core = Self {
@@ -281,8 +281,35 @@ impl Core {
         self
     }
 
+    /// Nobody is left who holds the newest weights. A worker that was only cut off comes back at once with all it holds: before anything is trained
+    /// again, it is waited for: the `last` holder, or any member of a generation that was still running. Says whether there is anything to wait
+    /// for.
+    pub(super) fn wait_for_return(&mut self, now: Timestamp, last: Option<WorkerId>, out: &mut Vec<Effect>) -> bool {
+        let newest = self.truth.step.max(self.progress.final_step());
+        let is_away = |member: &Member| {
+            let is_meant = last.is_none_or(|last| member.worker == last);
+            is_meant && !self.workers.contains_key(&member.worker) && !self.gone.contains(&member.worker)
+        };
+        if newest <= self.checkpoint_step().unwrap_or(Step(0)) || !self.last_members.iter().any(is_away) {
+            return false;
+        }
+        // What the others hold is older, and known.
+        let (away, others) = std::mem::take(&mut self.last_members).into_iter().partition(is_away);
+        self.last_members = away;
+        let others: Vec<Member> = others;
+        out.extend(others.into_iter().map(|member| Effect::Persist(Fact::Replaced(member.worker))));
+        self.truth.holders.clear();
+        self.lease_requests.clear();
+        self.grant_again = self.last_members.iter().map(|member| member.worker).collect();
+        self.progress = Progress::start(self.progress.final_step(), self.last_members.len() as u32);
+        let timeout = self.return_timeout();
+        out.push(Effect::Notice(Notice::CutOff { step: newest, timeout }));
+        self.phase = JobPhase::Returning { since: now, deadline: now + timeout, said: BTreeMap::new() };
+        true
+    }
+
     /// How long members have to come back, from the start or from when the first is back.
-    fn return_timeout(&self) -> Timestamp {
+    fn return_timeout(&self) -> Duration {
         self.config.heartbeat_timeout.max(SHORTEST_RETURN)
     }
 
@@ -294,8 +321,8 @@ impl Core {
 
     /// Ranks that are kept for members that may still come back.
     pub(super) fn reserved_ranks(&self, now: Timestamp) -> BTreeSet<Rank> {
-        let JobPhase::Returning { .. } = self.phase else { return BTreeSet::new() };
-        if now >= self.return_timeout() {
+        let JobPhase::Returning { since, .. } = self.phase else { return BTreeSet::new() };
+        if now >= since + self.return_timeout() {
             return BTreeSet::new();
         }
         self.last_members.iter().filter(|member| !self.workers.contains_key(&member.worker)).map(|member| member.rank).collect()
@@ -387,11 +414,12 @@ impl Core {
 
     /// The wait for members is over for those who are not back, unless nobody is and nobody could train without them.
     pub(super) fn wait_ended(&mut self, now: Timestamp, out: &mut Vec<Effect>) {
+        let JobPhase::Returning { since, .. } = self.phase else { return };
         let ready = self.workers.values().filter(|worker| worker.is_ready()).count();
         if self.num_returned() > 0 || ready >= self.config.min_world_size as usize || self.stop_requested.is_some() {
             return self.end_wait(now, out);
         }
-        let left = self.config.join_timeout.saturating_sub(now);
+        let left = (since + self.config.join_timeout).saturating_sub(now);
         if left.is_zero() {
             let reason = format!("no worker came back within {:.0} s (--join-timeout)", self.config.join_timeout.as_secs_f64());
             return self.fail(reason, out);

@@ -232,6 +232,13 @@ pub enum Notice {
         /// Why.
         reason: String,
     },
+    /// No worker that holds the newest weights is connected any more; some may only have been cut off.
+    CutOff {
+        /// What they hold.
+        step: Step,
+        /// How long they are waited for.
+        timeout: Duration,
+    },
     /// No survivor holds the newest weights: the job goes on from an older step.
     RolledBack {
         /// What is lost.

@@ -58,6 +58,11 @@ impl Core {
         if members.len() < self.config.min_world_size as usize || (waits && !is_whole) {
             return;
         }
+        // Who holds the newest weights may be about to leave, and only stays until they are stored.
+        let holders = &self.truth.holders;
+        if !holders.is_empty() && !members.iter().any(|member| holders.contains(member)) {
+            return;
+        }
         self.generation = self.generation.next();
         let message = ToWorker::MakeBootstrap { generation: self.generation, num_members: members.len() as u32 };
         let member = |id: &WorkerId| {
@@ -65,6 +70,7 @@ impl Core {
             Some(Member { worker: *id, incarnation: worker.incarnation, rank: worker.rank })
         };
         self.last_members = members.iter().filter_map(member).collect();
+        self.gone.clear();
         self.num_formed = self.last_members.len();
         let journalled = self.last_members.clone();
         out.push(Effect::Persist(Fact::Generation { generation: self.generation, members: journalled, base_step: self.truth.step }));
@@ -172,8 +178,12 @@ impl Core {
     /// Finds the words of [`Core::waiting_for`]: once an event, as every heartbeat asks for them.
     pub(super) fn describe_missing(&self) -> String {
         let Config { world_size, min_world_size, .. } = self.config;
-        let present: BTreeMap<Rank, bool> =
-            self.workers.values().map(|worker| (worker.rank, worker.state == WorkerState::Loading)).collect();
+        let present: BTreeMap<Rank, bool> = self
+            .workers
+            .values()
+            .filter(|worker| worker.leaving.is_none())
+            .map(|worker| (worker.rank, worker.state == WorkerState::Loading))
+            .collect();
         let loading: Vec<Rank> = present.iter().filter(|(_, loading)| **loading).map(|(&rank, _)| rank).collect();
         let mut parts = Vec::new();
         let num_ready = present.len() - loading.len();
@@ -191,6 +201,9 @@ impl Core {
         }
         if !loading.is_empty() {
             parts.push(format!("{} loading models", ranks(&loading)));
+        }
+        if let Some(last) = self.last_to_leave().and_then(|id| self.workers.get(&id)) {
+            parts.push(format!("rank {} stores step {} before it leaves", last.rank, self.truth.step));
         }
         parts.join(", ")
     }

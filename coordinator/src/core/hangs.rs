@@ -171,6 +171,7 @@ impl Core {
         );
         out.push(Effect::Send { worker: id, message: ToWorker::Stop { reason: StopReason::GivenUp, message: cause.clone() } });
         out.push(Effect::Detach { worker: id });
+        self.gone.insert(id);
         self.lose(now, id, &cause, out);
     }
 }

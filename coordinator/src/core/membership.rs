@@ -238,7 +238,9 @@ impl Core {
         self.lease_requests.remove(&id);
         let failure = format!("{} lost at step {} in phase {}: {cause}", worker.name(), worker.step, worker.phase.as_str());
         out.push(Effect::Notice(Notice::Lost { worker: worker.view(id, now, false), cause: cause.to_owned() }));
-        self.truth.holders.remove(&id);
+        let held = self.truth.holders.remove(&id);
+        // What it was sending may still arrive, or not: somebody else is asked.
+        self.checkpoint.senders.retain(|_, sender| *sender != id);
         if self.members().contains(&id) {
             self.note_death(now, &worker.host, out);
         }
@@ -254,22 +256,38 @@ impl Core {
             }
             JobPhase::Running { members, .. } => {
                 if members.contains(&id) {
+                    let is_last = !members.iter().any(|member| self.workers.contains_key(member));
                     self.note_loss(failure.clone(), &worker);
-                    self.abort(now, &failure, out);
+                    if !(is_last && self.wait_for_return(now, None, out)) {
+                        self.abort(now, &failure, out);
+                    }
                 }
             }
             JobPhase::Stopping { members, stopped, .. } => {
+                let was_member = members.contains(&id);
                 members.retain(|&member| member != id);
                 stopped.remove(&id);
+                let is_last = was_member && members.is_empty();
                 self.note_loss(failure.clone(), &worker);
-                self.abort_the_rest(now, &failure, out);
-                self.settle_if_all_stopped(now, out);
+                if !(is_last && self.wait_for_return(now, None, out)) {
+                    self.abort_the_rest(now, &failure, out);
+                    self.settle_if_all_stopped(now, out);
+                }
             }
             JobPhase::Finishing { outcome, attempts, .. } => {
                 let (outcome, attempts) = (outcome.clone(), *attempts);
                 self.note_loss(failure, &worker);
-                self.ask_for_last_checkpoint(now, outcome, attempts, out);
+                if !(self.truth.holders.is_empty() && self.wait_for_return(now, Some(id), out)) {
+                    self.ask_for_last_checkpoint(now, outcome, attempts, out);
+                }
             }
+        }
+        if matches!(self.phase, JobPhase::Gathering { .. })
+            && held
+            && self.truth.holders.is_empty()
+            && self.wait_for_return(now, Some(id), out)
+        {
+            return;
         }
         // Its leases wait for the word of the source, except where nobody is left to speak.
         if matches!(self.phase, JobPhase::Gathering { .. }) {
@@ -290,11 +308,8 @@ impl Core {
                 self.take_back_leases(id, out);
             }
             JobPhase::Forming { members, .. } if members.contains(&id) => {
-                self.let_go(now, id, out);
                 self.gather(now, out);
-                self.release_leases_of_the_gone(out);
-                self.forget_truth_without_holders(out);
-                self.try_form(now, out);
+                self.let_leavers_go(now, out);
             }
             JobPhase::Stopping { members, .. } if members.contains(&id) => {}
             JobPhase::Returning { .. } => {
@@ -304,11 +319,7 @@ impl Core {
             }
             // It may be about to send the last checkpoint.
             JobPhase::Finishing { .. } => {}
-            JobPhase::Gathering { .. } => {
-                self.let_go(now, id, out);
-                self.release_leases_of_the_gone(out);
-                self.forget_truth_without_holders(out);
-            }
+            JobPhase::Gathering { .. } => self.let_leavers_go(now, out),
             // A spare, or a newcomer: where members train or regroup, what they hold is theirs to say.
             _ => self.let_go(now, id, out),
         }

@@ -123,8 +123,8 @@ struct Truth {
 enum JobPhase {
     /// Waiting until enough workers are ready.
     Gathering { since: Timestamp },
-    /// The coordinator was away: members of the last generation are waited for.
-    Returning { deadline: Timestamp, said: BTreeMap<WorkerId, Returned> },
+    /// The coordinator was away, or all who hold the newest weights are: members of the last generation are waited for.
+    Returning { since: Timestamp, deadline: Timestamp, said: BTreeMap<WorkerId, Returned> },
     /// Member index 0 makes the bootstrap.
     Forming { deadline: Timestamp, members: Vec<WorkerId> },
     /// Training.
@@ -182,6 +182,8 @@ pub struct Core {
     last_members: Vec<Member>,
     /// How many it was formed of, with those that were replaced since.
     num_formed: usize,
+    /// Workers whose process is known to have ended: they are not waited for.
+    gone: BTreeSet<WorkerId>,
     /// Whom leases given out before a restart may not have reached: its first request is answered with all that it holds.
     grant_again: BTreeSet<WorkerId>,
     phase: JobPhase,
@@ -228,6 +230,7 @@ impl Core {
             generation: resume.as_ref().map_or(Generation::NONE, |resume| resume.generation),
             last_members: Vec::new(),
             num_formed: 0,
+            gone: BTreeSet::new(),
             grant_again: BTreeSet::new(),
             phase: JobPhase::Gathering { since: Duration::ZERO },
             truth: Truth { step, generation: Generation::NONE, holders: BTreeSet::new() },
@@ -235,7 +238,14 @@ impl Core {
             leases,
             lease_requests: BTreeMap::new(),
             progress: Progress::new(step),
-            checkpoint: Checkpoint { last: resume, frozen: BTreeMap::new(), senders: BTreeMap::new(), next_due, asked: false },
+            checkpoint: Checkpoint {
+                last: resume,
+                frozen: BTreeMap::new(),
+                senders: BTreeMap::new(),
+                next_due,
+                asked: false,
+                farewells: 0,
+            },
             validation: None,
             first_failure: None,
             pace: Pace::default(),
@@ -381,6 +391,7 @@ impl Core {
                     self.fail(format!("{name} {cause}"), out);
                 } else {
                     out.push(Effect::Detach { worker: id });
+                    self.gone.insert(id);
                     self.lose(now, id, &cause, out);
                 }
             }
@@ -525,6 +536,7 @@ impl Core {
         let of_process = |worker: &Worker| worker.pid == process.pid && worker.host == process.host;
         if let Some(id) = self.workers.iter().find(|(_, worker)| of_process(worker)).map(|(&id, _)| id) {
             out.push(Effect::Detach { worker: id });
+            self.gone.insert(id);
             self.lose(now, id, cause, out);
         }
         if let Some(first) = self.first_failure.as_mut().filter(|first| first.process.as_ref() == Some(process) && first.log.is_empty()) {

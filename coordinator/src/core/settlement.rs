@@ -180,14 +180,8 @@ impl Core {
         if let Some(reason) = self.stop_requested.clone() {
             return self.ask_for_last_checkpoint(now, Outcome::Stopped { reason }, 1, out);
         }
-        let leavers: Vec<WorkerId> = self.workers.iter().filter(|(_, worker)| worker.leaving.is_some()).map(|(&id, _)| id).collect();
-        for id in leavers {
-            self.let_go(now, id, out);
-        }
         self.gather(now, out);
-        self.release_leases_of_the_gone(out);
-        self.forget_truth_without_holders(out);
-        self.try_form(now, out);
+        self.let_leavers_go(now, out);
     }
 
     /// Why the data cannot be done although no worker has any left: a promise of the ledger is broken.

@@ -48,10 +48,13 @@ fn all_dead_go_back_to_the_checkpoint_and_its_ledger() {
     world.report(workers[0], 2, Some(&names(0, shard, 1..2)));
     assert_eq!(world.core.ledger().totals().committed, 2);
     world.die(workers[0]);
+    world.pass(2, &[]);
+    assert_eq!(world.core.ledger().totals().committed, 2, "it may only have been cut off");
+    let newcomer = world.join(Some(0)).unwrap();
+    world.ready(newcomer);
+    world.pass(1, &[newcomer]);
     assert!(world.said.contains(&Effect::Notice(Notice::RolledBack { from: Step(2), to: Step(1) })));
     assert_eq!(world.core.ledger().totals().committed, 1);
-    let newcomer = world.join(None).unwrap();
-    world.ready(newcomer);
     world.bootstrap(newcomer);
     let assignment = world.assignment(newcomer);
     assert_eq!((assignment.base_step, assignment.checkpoint_step), (Step(1), Some(Step(1))));
@@ -74,4 +77,52 @@ fn resumed_job_starts_from_the_checkpoints_ledger() {
     assert_eq!(world.assignment(worker).checkpoint_step, Some(Step(40)));
     world.report(worker, 41, Some(&[]));
     assert_eq!(world.core.final_step(), Step(41));
+}
+
+fn let_go(world: &World, worker: WorkerId) -> bool {
+    world.sent(worker).iter().any(|message| matches!(message, ToWorker::Stop { reason: StopReason::Drained, .. }))
+}
+
+fn asked(world: &World, worker: WorkerId) -> usize {
+    world.sent(worker).iter().filter(|message| matches!(message, ToWorker::TakeSnapshot { .. })).count()
+}
+
+#[test]
+fn workers_that_are_all_taken_away_at_once_leave_their_last_step_behind() {
+    let (mut world, workers) = World::running(2);
+    for &worker in &workers {
+        world.say(worker, FromWorker::Leaving { reason: "SIGTERM".into() }).unwrap();
+    }
+    let record = world.record(1, &[]);
+    world.stopped(workers[0], 1, StopCause::Planned, vec![record]);
+    world.stopped(workers[1], 1, StopCause::Planned, vec![]);
+    assert!(!let_go(&world, workers[0]) && let_go(&world, workers[1]), "one of them sends what both hold");
+    assert_eq!((asked(&world, workers[0]), asked(&world, workers[1])), (1, 0));
+    // A replacement that is ready before the copy has arrived waits for it.
+    let newcomers = [world.join(None).unwrap(), world.join(None).unwrap()];
+    newcomers.iter().for_each(|&worker| world.ready(worker));
+    assert_eq!(world.core.generation(), Generation(1));
+    world.event(Event::CheckpointStored { step: Step(1), generation: Generation(1) }).unwrap();
+    assert!(let_go(&world, workers[0]));
+    assert!(!world.said.iter().any(|effect| matches!(effect, Effect::Notice(Notice::RolledBack { .. }))));
+    assert_eq!(world.core.generation(), Generation(2));
+    world.bootstrap(newcomers[0]);
+    assert_eq!(world.assignment(newcomers[0]).checkpoint_step, Some(Step(1)));
+}
+
+#[test]
+fn last_holder_that_is_drained_while_others_are_missing_leaves_its_step_behind() {
+    let (mut world, workers) = World::running(2);
+    let record = world.record(1, &[]);
+    world.die(workers[0]);
+    world.stopped(workers[1], 1, StopCause::Aborted, vec![record]);
+    world.event(Event::Drain { rank: Rank(1) }).unwrap();
+    assert!(!let_go(&world, workers[1]));
+    // It is tried three times: then the worker may go, whatever is lost.
+    for tries in 1..=3 {
+        assert_eq!((asked(&world, workers[1]), let_go(&world, workers[1])), (tries, false));
+        world.event(Event::CheckpointFailed { step: Step(1), generation: Generation(1), error: "disk full".into() }).unwrap();
+    }
+    assert!(let_go(&world, workers[1]));
+    assert!(world.said.contains(&Effect::Notice(Notice::RolledBack { from: Step(1), to: Step(0) })));
 }

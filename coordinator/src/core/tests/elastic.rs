@@ -65,6 +65,59 @@ fn worker_that_loads_for_ever_holds_up_an_elastic_world_no_longer_than_the_join_
 }
 
 #[test]
+fn members_that_are_all_cut_off_at_once_come_back_and_nothing_is_trained_again() {
+    let (mut world, workers) = World::running(2);
+    for step in 1..=2 {
+        world.report(workers[0], step, Some(&[]));
+        world.report(workers[1], step, None);
+    }
+    workers.iter().for_each(|&worker| world.die(worker));
+    assert_eq!(world.core.state(), "waiting for the workers to come back");
+    // They have trained on meanwhile, as they do without a coordinator.
+    let records: Vec<StepRecord> = (3..=4).map(|step| world.record(step, &[])).collect();
+    for (incarnation, &worker) in [1000, 1001].into_iter().zip(&workers) {
+        assert_eq!(world.hello(None, incarnation, 1).unwrap(), worker);
+        let Some(ToWorker::Welcome { continues, .. }) = world.sent(worker).pop() else { panic!() };
+        assert_eq!(continues, Generation(1));
+        world.ready(worker);
+        let continuing = Continuing { generation: Generation(1), applied: Step(4), records: records.clone() };
+        world.say(worker, FromWorker::Continuing(continuing)).unwrap();
+    }
+    assert_eq!((world.core.state().as_str(), world.core.final_step(), world.core.generation()), ("training", Step(4), Generation(1)));
+}
+
+#[test]
+fn holder_that_is_cut_off_while_others_are_missing_comes_back_with_what_it_holds() {
+    let (mut world, workers) = World::running(2);
+    let record = world.record(1, &[]);
+    world.report(workers[0], 1, Some(&[]));
+    world.report(workers[1], 1, None);
+    world.die(workers[0]);
+    world.stopped(workers[1], 1, StopCause::Aborted, vec![record.clone()]);
+    world.die(workers[1]);
+    let back = world.hello(None, 1001, 1).unwrap();
+    assert_eq!(back, workers[1]);
+    world.stopped(back, 1, StopCause::Aborted, vec![record]);
+    world.ready(back);
+    assert_eq!(world.core.state(), "waiting for rank 0");
+    let newcomer = world.join(Some(0)).unwrap();
+    world.ready(newcomer);
+    let first = world.core.last_members[0].worker;
+    world.bootstrap(first);
+    assert_eq!(world.assignment(back).base_step, Step(1));
+}
+
+#[test]
+fn processes_that_are_known_to_have_ended_are_not_waited_for() {
+    let (mut world, workers) = World::running(1);
+    world.report(workers[0], 1, Some(&[]));
+    let process = Process { host: "host".into(), pid: 1 };
+    world.event(Event::Exited { process, cause: "exited with code 1".into(), log: vec![] }).unwrap();
+    assert_eq!(world.core.state(), "waiting for rank 0");
+    assert!(world.said.contains(&Effect::Notice(Notice::RolledBack { from: Step(1), to: Step(0) })));
+}
+
+#[test]
 fn whole_world_does_not_wait() {
     let mut world = World::new(elastic(1, 2));
     let workers: Vec<WorkerId> = (0..2).map(|_| world.join(None).unwrap()).collect();

@@ -77,8 +77,27 @@ fn death_of_the_sender_of_the_last_checkpoint_asks_the_next_holder() {
     world.stopped(workers[1], 1, StopCause::StepsDone, vec![]);
     world.die(workers[0]);
     assert!(matches!(world.sent(workers[1]).last(), Some(ToWorker::TakeSnapshot { .. })));
+    // The one that is left is cut off: the job does not end while it may come back.
     world.die(workers[1]);
-    assert!(matches!(world.outcome(), Some(Outcome::Failed { .. })), "nobody holds the last step");
+    assert_eq!((world.outcome(), world.core.state().as_str()), (None, "waiting for the workers to come back"));
+    let back = world.hello(Some(1), 1001, 1).unwrap();
+    assert_eq!(back, workers[1]);
+    world.stopped(back, 1, StopCause::StepsDone, vec![]);
+    world.ready(back);
+    assert!(matches!(world.sent(back)[..], [.., ToWorker::TakeSnapshot { .. }]));
+    world.event(Event::CheckpointStored { step: Step(1), generation: Generation(1) }).unwrap();
+    assert_eq!(world.outcome(), Some(Outcome::Finished));
+}
+
+#[test]
+fn job_whose_last_step_dies_with_its_holders_ends_with_the_first_failure() {
+    let (mut world, workers) = World::running(1);
+    let record = world.record(1, &[]);
+    world.stopped(workers[0], 1, StopCause::StepsDone, vec![record]);
+    world.die(workers[0]);
+    world.pass(60, &[]);
+    let Some(Outcome::Failed { reason }) = world.outcome() else { panic!("{}", world.core.state()) };
+    assert!(reason.contains("no worker came back within 60 s"), "{reason}");
 }
 
 #[test]

@@ -308,7 +308,17 @@ impl Sim {
                     self.say(id, FromWorker::GaveBack { lease, from });
                 }
             }
-            ToWorker::TakeSnapshot { .. } => self.outcome = Some(Outcome::Finished),
+            ToWorker::TakeSnapshot { generation } => {
+                if matches!(self.core.phase, JobPhase::Finishing { .. }) {
+                    self.outcome = Some(Outcome::Finished);
+                } else {
+                    // The last holder wants to leave, and first sends what it holds.
+                    let (step, ledger) = (self.core.final_step(), self.core.ledger().clone());
+                    self.kept = (step, ledger.clone(), self.weights.clone());
+                    self.resumed_from = Some(Resume { step, ledger: Arc::new(ledger), generation });
+                    self.event(Event::CheckpointStored { step, generation });
+                }
+            }
             _ => {}
         }
     }
@@ -476,8 +486,12 @@ impl Sim {
         for model in old {
             self.come_back(model);
         }
+        self.wait_for_the_dead();
+    }
+
+    /// Who is waited for was killed: it is missed in time.
+    fn wait_for_the_dead(&mut self) {
         while matches!(self.core.phase, JobPhase::Returning { .. }) {
-            // The rest was dead before: it is missed in time.
             self.now += Duration::from_secs(1);
             for id in self.ids() {
                 let beat = Heartbeat { generation: self.core.generation(), step: Step(0), phase: Phase::Waiting, samples_read: 0 };
@@ -489,7 +503,7 @@ impl Sim {
             if self.outcome.is_some() {
                 return;
             }
-            if self.workers.is_empty() {
+            if (self.workers.len() as u32) < self.core.config.world_size {
                 self.join();
             }
         }
@@ -538,6 +552,7 @@ impl Sim {
                 self.ask(id);
             }
             self.step();
+            self.wait_for_the_dead();
             if self.trouble(self.case.deaths / 20) {
                 let ids = self.ids();
                 let dead = ids.get(self.below(ids.len() as u64) as usize).copied();

@@ -150,8 +150,11 @@ fn source_that_leaves_while_a_generation_is_formed_is_not_counted_on() {
     world.event(Event::Drain { rank: Rank(0) }).unwrap();
     let other = world.join(None).unwrap();
     world.ready(other);
-    world.bootstrap(other);
-    assert_eq!(world.assignment(newcomer).base_step, Step(0), "nobody holds step 1 any more");
+    assert_eq!(world.core.generation(), Generation(2), "it stays until what it holds is stored");
+    world.event(Event::CheckpointStored { step: Step(1), generation: Generation(2) }).unwrap();
+    world.bootstrap(newcomer);
+    let assignment = world.assignment(newcomer);
+    assert_eq!((assignment.base_step, assignment.checkpoint_step), (Step(1), Some(Step(1))));
 }
 
 #[test]
@@ -204,5 +207,7 @@ fn job_given_in_steps_is_not_done_because_its_last_worker_is_given_nothing_more(
     world.event(Event::Drain { rank: Rank(0) }).unwrap();
     // It hands back what it has not begun, uses up the rest, and its share is empty before it sees the flag.
     world.stopped(workers[0], 1, StopCause::DataDone, vec![]);
+    assert_eq!((world.outcome(), world.core.state().as_str()), (None, "waiting for rank 0, rank 0 stores step 1 before it leaves"));
+    world.event(Event::CheckpointStored { step: Step(1), generation: Generation(1) }).unwrap();
     assert_eq!((world.outcome(), world.core.state().as_str()), (None, "waiting for rank 0"));
 }
