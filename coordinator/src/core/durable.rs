@@ -282,12 +282,13 @@ impl Core {
     }
 
     /// Nobody is left who holds the newest weights. A worker that was only cut off comes back at once with all it holds: before anything is trained
-    /// again, it is waited for: the `last` holder, or any member of a generation that was still running. Says whether there is anything to wait
-    /// for.
-    pub(super) fn wait_for_return(&mut self, now: Timestamp, last: Option<WorkerId>, out: &mut Vec<Effect>) -> bool {
+    /// again, it is waited for: any holder that was lost, or any member of a generation that was still running. Says whether there is anything to
+    /// wait for.
+    pub(super) fn wait_for_return(&mut self, now: Timestamp, out: &mut Vec<Effect>) -> bool {
         let newest = self.truth.step.max(self.progress.final_step());
+        let is_running = matches!(self.phase, JobPhase::Running { .. } | JobPhase::Stopping { .. });
         let is_away = |member: &Member| {
-            let is_meant = last.is_none_or(|last| member.worker == last);
+            let is_meant = is_running || self.cut_off.contains(&member.worker);
             is_meant && !self.workers.contains_key(&member.worker) && !self.gone.contains(&member.worker)
         };
         if newest <= self.checkpoint_step().unwrap_or(Step(0)) || !self.last_members.iter().any(is_away) {

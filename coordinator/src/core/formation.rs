@@ -8,7 +8,7 @@ use peapod_proto::message::{Assignment, ToWorker};
 
 use super::durable::Member;
 use super::membership::{Worker, WorkerState};
-use super::{ANNOUNCE_EVERY, Config, Core, CoreError, Effect, Fact, JobPhase, Notice, Progress, Timestamp, worker_mut};
+use super::{ANNOUNCE_EVERY, Config, Core, CoreError, Effect, Fact, JobPhase, Notice, Outcome, Progress, Timestamp, worker_mut};
 
 /// An elastic world that starts waits this many heartbeat timeouts for more workers after the last one.
 const QUIET_HEARTBEAT_TIMEOUTS: u32 = 10;
@@ -62,6 +62,10 @@ impl Core {
         let holders = &self.truth.holders;
         if !holders.is_empty() && !members.iter().any(|member| holders.contains(member)) {
             return;
+        }
+        if self.config.last_step.is_some_and(|last| self.truth.step >= last) {
+            // Its last step came back from the store.
+            return self.ask_for_last_checkpoint(now, Outcome::Finished, 1, out);
         }
         self.generation = self.generation.next();
         let message = ToWorker::MakeBootstrap { generation: self.generation, num_members: members.len() as u32 };

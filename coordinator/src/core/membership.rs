@@ -106,7 +106,8 @@ impl Core {
                 ours_protocol: PROTOCOL_VERSION,
             });
         }
-        if let JobPhase::Finishing { .. } | JobPhase::Done(_) = self.phase {
+        // While the last checkpoint is on its way a newcomer is welcome: should its sender die, the job goes on.
+        if let JobPhase::Done(_) = self.phase {
             return Err(CoreError::Ending(self.state()));
         }
         let world_size = self.config.world_size;
@@ -122,8 +123,8 @@ impl Core {
                 return Err(CoreError::StaleStream);
             }
             self.lose(now, id, "came back on a new stream", out);
-            if let JobPhase::Finishing { .. } | JobPhase::Done(_) = self.phase {
-                // That was the end of the job, or of its last generation: nothing may be said after it. The worker is told when it asks again.
+            if let JobPhase::Done(_) = self.phase {
+                // That was the end of the job: nothing may be said after it. The worker is told when it asks again.
                 return Ok(());
             }
         }
@@ -239,6 +240,9 @@ impl Core {
         let failure = format!("{} lost at step {} in phase {}: {cause}", worker.name(), worker.step, worker.phase.as_str());
         out.push(Effect::Notice(Notice::Lost { worker: worker.view(id, now, false), cause: cause.to_owned() }));
         let held = self.truth.holders.remove(&id);
+        if held {
+            self.cut_off.insert(id);
+        }
         // What it was sending may still arrive, or not: somebody else is asked.
         self.checkpoint.senders.retain(|_, sender| *sender != id);
         if self.members().contains(&id) {
@@ -258,7 +262,7 @@ impl Core {
                 if members.contains(&id) {
                     let is_last = !members.iter().any(|member| self.workers.contains_key(member));
                     self.note_loss(failure.clone(), &worker);
-                    if !(is_last && self.wait_for_return(now, None, out)) {
+                    if !(is_last && self.wait_for_return(now, out)) {
                         self.abort(now, &failure, out);
                     }
                 }
@@ -269,7 +273,7 @@ impl Core {
                 stopped.remove(&id);
                 let is_last = was_member && members.is_empty();
                 self.note_loss(failure.clone(), &worker);
-                if !(is_last && self.wait_for_return(now, None, out)) {
+                if !(is_last && self.wait_for_return(now, out)) {
                     self.abort_the_rest(now, &failure, out);
                     self.settle_if_all_stopped(now, out);
                 }
@@ -277,16 +281,12 @@ impl Core {
             JobPhase::Finishing { outcome, attempts, .. } => {
                 let (outcome, attempts) = (outcome.clone(), *attempts);
                 self.note_loss(failure, &worker);
-                if !(self.truth.holders.is_empty() && self.wait_for_return(now, Some(id), out)) {
+                if !(self.truth.holders.is_empty() && self.wait_for_return(now, out)) {
                     self.ask_for_last_checkpoint(now, outcome, attempts, out);
                 }
             }
         }
-        if matches!(self.phase, JobPhase::Gathering { .. })
-            && held
-            && self.truth.holders.is_empty()
-            && self.wait_for_return(now, Some(id), out)
-        {
+        if matches!(self.phase, JobPhase::Gathering { .. }) && held && self.truth.holders.is_empty() && self.wait_for_return(now, out) {
             return;
         }
         // Its leases wait for the word of the source, except where nobody is left to speak.

@@ -182,6 +182,8 @@ pub struct Core {
     last_members: Vec<Member>,
     /// How many it was formed of, with those that were replaced since.
     num_formed: usize,
+    /// Holders of the newest weights that were lost since these were agreed on; perhaps only cut off.
+    cut_off: BTreeSet<WorkerId>,
     /// Workers whose process is known to have ended: they are not waited for.
     gone: BTreeSet<WorkerId>,
     /// Whom leases given out before a restart may not have reached: its first request is answered with all that it holds.
@@ -230,6 +232,7 @@ impl Core {
             generation: resume.as_ref().map_or(Generation::NONE, |resume| resume.generation),
             last_members: Vec::new(),
             num_formed: 0,
+            cut_off: BTreeSet::new(),
             gone: BTreeSet::new(),
             grant_again: BTreeSet::new(),
             phase: JobPhase::Gathering { since: Duration::ZERO },
@@ -311,6 +314,8 @@ impl Core {
     pub fn next_deadline(&self) -> Option<Timestamp> {
         let silence = self.workers.values().map(|worker| worker.last_seen + self.config.heartbeat_timeout).min();
         let job = match &self.phase {
+            // A coordinator that was started again after it was asked to stop.
+            JobPhase::Gathering { .. } if self.stop_requested.is_some() => Some(Duration::ZERO),
             JobPhase::Gathering { since } => {
                 let at = self.next_announcement.min(*since + self.config.join_timeout);
                 Some(self.starts_at().map_or(at, |starts| at.min(starts)))
@@ -456,6 +461,10 @@ impl Core {
             self.admit(out);
         }
         match &self.phase {
+            JobPhase::Gathering { .. } if self.stop_requested.is_some() => {
+                let reason = self.stop_requested.clone().unwrap_or_default();
+                self.ask_for_last_checkpoint(now, Outcome::Stopped { reason }, 1, out);
+            }
             JobPhase::Gathering { since } => {
                 let (since, left) = (*since, (*since + self.config.join_timeout).saturating_sub(now));
                 self.try_form(now, out);
@@ -501,15 +510,15 @@ impl Core {
     }
 
     fn stop(&mut self, now: Timestamp, reason: String, out: &mut Vec<Effect>) {
-        if self.stop_requested.is_some() || matches!(self.phase, JobPhase::Finishing { .. } | JobPhase::Done(_)) {
+        if self.stop_requested.is_some() {
             return;
         }
         self.stop_requested = Some(reason.clone());
         out.push(Effect::Persist(Fact::Stop(reason.clone())));
         match &self.phase {
             JobPhase::Running { .. } => self.plan(&reason, out),
-            // Carried out once all have stopped.
-            JobPhase::Stopping { .. } | JobPhase::Returning { .. } => {}
+            // Carried out once all have stopped; or the job ends already, and only if that fails is this its end.
+            JobPhase::Stopping { .. } | JobPhase::Returning { .. } | JobPhase::Finishing { .. } | JobPhase::Done(_) => {}
             _ => self.ask_for_last_checkpoint(now, Outcome::Stopped { reason }, 1, out),
         }
     }

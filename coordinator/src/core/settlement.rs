@@ -161,6 +161,7 @@ impl Core {
         }
         let generation = if said.applied > base { self.generation } else { self.truth.generation };
         self.truth = Truth { step: said.applied, generation, holders };
+        self.cut_off.clear();
         out.push(Effect::Persist(Fact::Settled { step: said.applied, generation }));
         self.release_leases_of_the_gone(out);
 
