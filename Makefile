@@ -28,6 +28,7 @@ test-all: export OMP_NUM_THREADS = 1
 test-all: test ## all tests, with many more random worlds
 	PROPTEST_CASES=10000 cargo test --workspace --lib -- exactly_once replay
 	cargo test --workspace --test stories -- --ignored --exact simulation::clusters_of_ten_thousand_seeds_lose_and_double_no_sample --nocapture
+	cargo test --workspace --test stories -- --ignored --exact observability::page_is_whole_in_a_browser_at_both_widths_and_in_both_colours --nocapture
 
 BENCH_CORES := 2
 BENCH_ROUNDS := 3

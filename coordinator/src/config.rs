@@ -7,9 +7,11 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand};
 use peapod_proto::DEFAULT_PORT;
 
+use crate::web::HttpAddr;
+
 /// Coordinates the workers of a Peapod job: distils an English SDXL into another language on many GPUs.
 #[derive(Debug, Parser)]
-#[command(name = "coordinator", version, args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
+#[command(name = "coordinator", version, long_version = crate::build::facts(), args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
 pub struct Cli {
     /// What else to do than to run a job.
     #[command(subcommand)]
@@ -17,6 +19,19 @@ pub struct Cli {
     /// How to run a job.
     #[command(flatten)]
     pub run: RunArgs,
+    /// Log lines for people, or JSON, one object a line
+    #[arg(long, global = true, env = "PEAPOD_LOG_FORMAT", value_enum, default_value_t, hide_possible_values = true, value_name = "pretty|json")]
+    pub log_format: LogFormat,
+}
+
+/// How log lines look.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
+pub enum LogFormat {
+    /// For people.
+    #[default]
+    Pretty,
+    /// For machines.
+    Json,
 }
 
 /// Everything but running a job.
@@ -37,17 +52,19 @@ pub enum Command {
         #[arg(long, default_value = "job.toml")]
         job: PathBuf,
     },
-    /// Copy an adapter out of a job's checkpoints, as the published Python scripts load it: DIR/proj_0_STEP/pytorch_model.bin
-    Export {
-        /// Where the job keeps its checkpoints
-        #[arg(long, value_name = "DIR", default_value = "peapod-state/checkpoints")]
-        checkpoints: PathBuf,
-        /// Step of the checkpoint [default: the newest]
-        #[arg(long)]
-        step: Option<u64>,
-        /// Folder to write to
-        #[arg(value_name = "DIR")]
-        out: PathBuf,
+    /// List a job's checkpoints, or copy an adapter out of one
+    Checkpoints {
+        /// What to do with them.
+        #[command(subcommand)]
+        command: Checkpoints,
+    },
+    /// The same as `checkpoints export`
+    #[command(hide = true)]
+    Export(ExportArgs),
+    /// Print completions for a shell, to be sourced: `source <(coordinator completions bash)`
+    Completions {
+        /// Which shell
+        shell: clap_complete::Shell,
     },
     /// Show what a running job is doing
     Status {
@@ -63,6 +80,9 @@ pub enum Command {
         /// Print JSON
         #[arg(long)]
         json: bool,
+        /// Show it again every second, until Ctrl-C
+        #[arg(long, conflicts_with = "shards")]
+        watch: bool,
     },
     /// End a running job with a checkpoint
     Stop {
@@ -78,6 +98,44 @@ pub enum Command {
         #[command(flatten)]
         target: Target,
     },
+}
+
+/// What to do with checkpoints.
+#[derive(Debug, Subcommand)]
+pub enum Checkpoints {
+    /// List the whole ones, oldest first
+    List {
+        /// Where they are
+        #[command(flatten)]
+        store: StoreArgs,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Copy an adapter, as the published Python scripts load it: DIR/proj_0_STEP/pytorch_model.bin
+    Export(ExportArgs),
+}
+
+/// Where a job keeps its checkpoints.
+#[derive(Debug, Args)]
+pub struct StoreArgs {
+    /// Where the job keeps its checkpoints
+    #[arg(long, value_name = "DIR", default_value = "peapod-state/checkpoints")]
+    pub checkpoints: PathBuf,
+}
+
+/// Which adapter goes where.
+#[derive(Debug, Args)]
+pub struct ExportArgs {
+    /// Where it is
+    #[command(flatten)]
+    pub store: StoreArgs,
+    /// Step of the checkpoint [default: the newest]
+    #[arg(long)]
+    pub step: Option<u64>,
+    /// Folder to write to
+    #[arg(value_name = "DIR")]
+    pub out: PathBuf,
 }
 
 /// A running coordinator.
@@ -109,6 +167,10 @@ pub struct RunArgs {
     /// Listen beyond this machine without encryption or authentication
     #[arg(long)]
     pub insecure: bool,
+    /// Where to serve the live page, /metrics, /healthz and /readyz, all of which anyone who reaches it can read; `off` for none
+    /// [default: 127.0.0.1:7734, or a free port if that is taken]
+    #[arg(long, value_name = "ADDRESS:PORT|off")]
+    pub http_addr: Option<HttpAddr>,
     /// Folder for checkpoints and logs of this job
     #[arg(long, default_value = "peapod-state")]
     pub state_dir: PathBuf,
@@ -218,5 +280,7 @@ mod tests {
     fn subcommands_need_no_world() {
         assert!(Cli::try_parse_from(["coordinator", "status"]).is_ok());
         assert!(Cli::try_parse_from(["coordinator", "drain", "3"]).is_ok());
+        assert!(Cli::try_parse_from(["coordinator", "checkpoints", "list", "--json"]).is_ok());
+        assert!(Cli::try_parse_from(["coordinator", "status", "--watch", "--log-format", "json"]).is_ok());
     }
 }

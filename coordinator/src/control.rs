@@ -1,12 +1,15 @@
 //! `status`, `stop` and `drain`: talking to a running coordinator.
 
 use std::fmt::Write as _;
+use std::io::{IsTerminal, Write};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
 use peapod_proto::v1;
 use tonic::transport::{Channel, Endpoint};
 
+/// Between two looks of [`watch`].
+const WATCH_EVERY: Duration = Duration::from_secs(1);
 /// How long a running coordinator may take to answer.
 const TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -30,6 +33,21 @@ fn said(status: tonic::Status) -> anyhow::Error {
 pub async fn status(address: &str, json: bool) -> Result<String> {
     let reply = connect(address).await?.status(v1::StatusRequest {}).await.map_err(said)?.into_inner();
     Ok(if json { to_json(&reply) } else { to_table(&reply) })
+}
+
+/// Prints what the job is doing every second, over what was printed before if that is a terminal, until the coordinator is gone.
+///
+/// # Errors
+/// If no coordinator answers, or standard output takes no more.
+pub async fn watch(address: &str, json: bool) -> Result<()> {
+    let mut out = std::io::stdout();
+    loop {
+        let text = status(address, json).await?;
+        let clear = if out.is_terminal() { "\x1b[H\x1b[J" } else { "" };
+        writeln!(out, "{clear}{text}")?;
+        out.flush()?;
+        tokio::time::sleep(WATCH_EVERY).await;
+    }
 }
 
 /// Writes how far each shard is, of one source or of all: a line a shard, or with `json` an object a line.

@@ -5,11 +5,12 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use peapod_proto::ids::{Epoch, Generation, Rank, Step, WorkerId};
-use peapod_proto::message::{Hello, StopReason, ToWorker, ValidationLosses};
+use peapod_proto::message::{FromWorker, Hello, StopReason, ToWorker, ValidationLosses};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::core::ledger::{Ledger, Totals};
 use crate::core::{Core, CoreError, Effect, Event, Failure, Outcome, ShardPage, SourceView, StreamId, Timestamp, WorkerView};
+use crate::history::History;
 use crate::journal::{Journal, JournalError};
 use crate::observe::Observer;
 
@@ -66,6 +67,20 @@ pub enum Command {
     Status {
         /// The answer.
         reply: oneshot::Sender<Status>,
+    },
+    /// What the job is doing, and what has happened to it.
+    Look {
+        /// The answer.
+        reply: oneshot::Sender<Box<(Status, History)>>,
+    },
+    /// A picture was drawn for a prompt, and kept.
+    Drawn {
+        /// The step whose weights drew it.
+        step: Step,
+        /// Place of its prompt in the job file.
+        index: u32,
+        /// The picture.
+        png: bytes::Bytes,
     },
     /// The coordinator goes, the job stays: workers keep what they hold and look for another one.
     GoAway,
@@ -265,6 +280,14 @@ impl Driver {
                 let _ = reply.send(self.status());
                 None
             }
+            Command::Look { reply } => {
+                let _ = reply.send(Box::new((self.status(), self.observer.history())));
+                None
+            }
+            Command::Drawn { step, index, png } => {
+                self.observer.drawn(step, index, &png);
+                None
+            }
             Command::Shards { source, epoch, skip, limit, reply } => {
                 let _ = reply.send(self.core.shards(source, epoch, skip, limit));
                 None
@@ -296,8 +319,17 @@ impl Driver {
             }
             _ => None,
         };
+        let timed = match &event {
+            Event::Message { worker, message: FromWorker::StepReport(report), .. } => Some((*worker, report.timings)),
+            _ => None,
+        };
         match (self.event(event), speaker) {
-            (Ok(outcome), _) => outcome,
+            (Ok(outcome), _) => {
+                if let Some((worker, timings)) = timed {
+                    self.observer.timed(worker, timings);
+                }
+                outcome
+            }
             (Err(error), Some(worker)) => self.refuse(worker, &error),
             (Err(error), None) => {
                 tracing::warn!("{error}");
@@ -359,6 +391,7 @@ impl Driver {
                 Effect::Finish(reached) => outcome = Some(reached),
             }
         }
+        self.observer.activity(self.core.activity());
         if self.journal.is_long()
             && let Err(error) = self.journal.compact(&self.core.durable())
         {

@@ -1,5 +1,6 @@
-//! `export`: an adapter out of a store of checkpoints, as the published Python scripts load it.
+//! `checkpoints`: what a store of them holds, and an adapter out of it, as the published Python scripts load it.
 
+use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
 use futures::StreamExt;
@@ -15,13 +16,7 @@ const PYTORCH: &str = "pytorch_model.bin";
 /// # Errors
 /// One line: no such store or checkpoint, a damaged file, or a folder that cannot be written.
 pub async fn export(checkpoints: &Path, step: Option<u64>, out: &Path) -> Result<PathBuf, String> {
-    if !checkpoints.is_dir() {
-        return Err(format!(
-            "{}: there is no such folder; --checkpoints names the one of a job, in its --state-dir",
-            checkpoints.display()
-        ));
-    }
-    let store = Store::local(checkpoints).map_err(|error| error.to_string())?;
+    let store = open(checkpoints)?;
     let manifests = store.list().await.map_err(|error| error.to_string())?;
     let found = match step {
         Some(step) => manifests.iter().rfind(|manifest| manifest.step == Step(step)),
@@ -45,6 +40,45 @@ pub async fn export(checkpoints: &Path, step: Option<u64>, out: &Path) -> Result
     });
     written.map_err(|error| format!("cannot write {}: {error}", path.display()))?;
     Ok(path)
+}
+
+fn open(checkpoints: &Path) -> Result<Store, String> {
+    if !checkpoints.is_dir() {
+        return Err(format!(
+            "{}: there is no such folder; --checkpoints names the one of a job, in its --state-dir",
+            checkpoints.display()
+        ));
+    }
+    Store::local(checkpoints).map_err(|error| error.to_string())
+}
+
+/// The whole checkpoints in a store, oldest first: a line each, or one JSON array.
+///
+/// # Errors
+/// One line: no such store, or a manifest that cannot be read.
+pub async fn list(checkpoints: &Path, json: bool) -> Result<String, String> {
+    let store = open(checkpoints)?;
+    let manifests = store.list().await.map_err(|error| error.to_string())?;
+    if json {
+        let all: Vec<serde_json::Value> = (manifests.iter())
+            .map(|manifest| {
+                let Manifest { step, generation, validation, parts, .. } = manifest;
+                let location = store.location(*step, *generation);
+                serde_json::json!({ "step": step.0, "generation": generation.0, "location": location, "validation": validation, "parts": parts })
+            })
+            .collect();
+        return Ok(format!("{:#}\n", serde_json::Value::from(all)));
+    }
+    let mut text = format!("{:>12}  {:>10}  {:>10}  {}\n", "step", "validation", "MB", "location");
+    for manifest in &manifests {
+        let bytes: u64 = manifest.parts.iter().map(|part| part.num_bytes).sum();
+        // Their step says whether the losses are of these weights.
+        let losses = manifest.validation.filter(|losses| losses.step == manifest.step);
+        let task = losses.and_then(|losses| losses.task).map_or_else(|| "-".to_owned(), |task| format!("{task:.4}"));
+        let location = store.location(manifest.step, manifest.generation);
+        let _ = writeln!(text, "{:>12}  {task:>10}  {:>10.1}  {location}", manifest.step, bytes as f64 / 1e6);
+    }
+    Ok(if manifests.is_empty() { format!("{}: no whole checkpoint\n", checkpoints.display()) } else { text })
 }
 
 async fn read(store: &Store, manifest: &Manifest) -> Result<Vec<u8>, String> {
@@ -93,6 +127,19 @@ mod tests {
         assert_eq!(path, out.path().join("proj_0_49999/pytorch_model.bin"));
         assert_eq!(std::fs::read(path).unwrap(), b"new");
         assert_eq!(std::fs::read(export(store.path(), Some(9), out.path()).await.unwrap()).unwrap(), b"old");
+    }
+
+    #[tokio::test]
+    async fn list_says_what_is_whole() {
+        let folder = tempfile::tempdir().unwrap();
+        assert!(list(folder.path(), false).await.unwrap().ends_with("no whole checkpoint\n"));
+        checkpoint(folder.path(), 9, b"old").await;
+        checkpoint(folder.path(), 49_999, b"new").await;
+        let text = list(folder.path(), false).await.unwrap();
+        let lines: Vec<&str> = text.lines().collect();
+        assert!(lines.len() == 3 && lines[2].contains("49999") && lines[2].ends_with("step-000049999-g000001"), "{text}");
+        let all: serde_json::Value = serde_json::from_str(&list(folder.path(), true).await.unwrap()).unwrap();
+        assert_eq!((&all[0]["step"], &all[1]["parts"][0]["num_bytes"]), (&9.into(), &3.into()));
     }
 
     #[tokio::test]

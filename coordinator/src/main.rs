@@ -4,8 +4,8 @@ use std::io::{IsTerminal, Write};
 use std::path::Path;
 use std::process::ExitCode;
 
-use clap::Parser;
-use peapod_coordinator::config::{Cli, Command};
+use clap::{CommandFactory, Parser};
+use peapod_coordinator::config::{Checkpoints, Cli, Command, LogFormat};
 use peapod_coordinator::local::Local;
 use peapod_coordinator::observe::Bar;
 use peapod_coordinator::run::{Exit, run};
@@ -22,12 +22,14 @@ const DEMO: &str = include_str!("../../tests/demo/job.toml");
 async fn main() -> ExitCode {
     let cli = Cli::parse();
     let bar = Bar::new();
-    tracing_subscriber::fmt()
+    let logs = tracing_subscriber::fmt()
         .with_env_filter(EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info")))
-        .with_ansi(std::io::stderr().is_terminal())
         .with_target(false)
-        .with_writer(bar.clone())
-        .init();
+        .with_writer(bar.clone());
+    match cli.log_format {
+        LogFormat::Pretty => logs.with_ansi(std::io::stderr().is_terminal()).init(),
+        LogFormat::Json => logs.json().flatten_event(true).init(),
+    }
     match command(cli, bar).await {
         Ok(Exit::Finished) => ExitCode::SUCCESS,
         Ok(Exit::Stopped { code }) => ExitCode::from(code),
@@ -51,10 +53,20 @@ async fn command(cli: Cli, bar: Bar) -> anyhow::Result<Exit> {
             Ok(report) => print!("{report}"),
             Err(problem) => return Ok(Exit::Refused(problem)),
         },
-        Some(Command::Export { checkpoints, step, out }) => match export::export(&checkpoints, step, &out).await {
-            Ok(path) => println!("wrote {}", path.display()),
+        Some(Command::Checkpoints { command: Checkpoints::List { store, json } }) => match export::list(&store.checkpoints, json).await {
+            Ok(list) => print!("{list}"),
             Err(problem) => return Ok(Exit::Refused(problem)),
         },
+        Some(Command::Checkpoints { command: Checkpoints::Export(args) } | Command::Export(args)) => {
+            match export::export(&args.store.checkpoints, args.step, &args.out).await {
+                Ok(path) => println!("wrote {}", path.display()),
+                Err(problem) => return Ok(Exit::Refused(problem)),
+            }
+        }
+        Some(Command::Completions { shell }) => {
+            clap_complete::generate(shell, &mut Cli::command(), "coordinator", &mut std::io::stdout().lock());
+        }
+        Some(Command::Status { target, json, watch: true, .. }) => control::watch(&target.coordinator, json).await?,
         Some(Command::Status { target, shards: false, json, .. }) => println!("{}", control::status(&target.coordinator, json).await?),
         Some(Command::Status { target, source, json, .. }) => {
             control::shards(&target.coordinator, source.as_deref(), json, &mut std::io::stdout().lock()).await?;

@@ -2,14 +2,16 @@
 
 use std::io::{self, BufRead, BufReader, BufWriter, IsTerminal, Seek, Write};
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use indicatif::{ProgressBar, ProgressStyle};
-use peapod_proto::ids::Step;
+use peapod_proto::ids::{Step, WorkerId};
 use peapod_proto::job::Job;
 use peapod_proto::message::{StepLosses, StepRecord, StepTimings, ValidationLosses};
 
-use crate::core::{Notice, Rules};
+use crate::core::{Activity, Notice};
+use crate::history::{History, Level, restore, told};
+use crate::tensorboard::EventFile;
 
 /// Between two progress lines where there is no terminal.
 const LINE_EVERY: Duration = Duration::from_secs(10);
@@ -156,6 +158,9 @@ pub struct Observer {
     last_line: Instant,
     last_final: Step,
     shown: StepLosses,
+    started: Instant,
+    history: History,
+    tensorboard: Option<EventFile>,
 }
 
 impl Observer {
@@ -189,7 +194,23 @@ impl Observer {
             last_line: Instant::now(),
             last_final: step,
             shown: StepLosses::default(),
+            started: Instant::now(),
+            history: History::starting(unix_now()),
+            tensorboard: None,
         }
+    }
+
+    /// With the curves of earlier runs, and event files for TensorBoard in this folder, for a job that goes on from `step`.
+    ///
+    /// # Errors
+    /// Names the folder or the log.
+    pub fn with_curves(mut self, state_dir: &Path, step: Step) -> anyhow::Result<Self> {
+        let folder = state_dir.join("tensorboard");
+        let events = EventFile::create(&folder, step).map_err(|error| anyhow::anyhow!("cannot write {}: {error}", folder.display()))?;
+        self.tensorboard = Some(events);
+        let logs = [state_dir.join("steps.jsonl"), state_dir.join("validation.jsonl")];
+        restore::from_logs(&mut self.history, &logs[0], &logs[1], step).map_err(|error| anyhow::anyhow!("cannot read {}: {error}", logs[0].display()))?;
+        Ok(self)
     }
 
     /// A step is final.
@@ -209,6 +230,8 @@ impl Observer {
             self.shown = smooth(self.shown, record.losses, self.losses.len());
         }
         self.write_logs(record, timings);
+        self.history.committed(self.started.elapsed(), record, timings);
+        self.step_to_tensorboard(record);
         let StepLosses { task, logit, feature, .. } = self.shown;
         let rate = self.samples_per_second();
         let line = format!("task {task:.4}  logit {logit:.4}  feature {feature:.3}  {rate:.0} samples/s");
@@ -221,11 +244,32 @@ impl Observer {
         }
     }
 
+    fn step_to_tensorboard(&mut self, record: &StepRecord) {
+        let StepLosses { task, logit, feature, grad_norm, learning_rate } = record.losses;
+        let total = f64::from(task) + f64::from(logit) + self.validation.feature_weight * f64::from(feature);
+        let mut scalars = vec![
+            ("train/task", task.into()),
+            ("train/logit", logit.into()),
+            ("train/feature", feature.into()),
+            ("train/total", total),
+            ("train/grad_norm", grad_norm.into()),
+            ("train/learning_rate", learning_rate.into()),
+            ("generation", record.generation.0 as f64),
+        ];
+        if let Some((samples, seconds)) = self.history.series.pace() {
+            scalars.extend([("speed/samples_per_second", samples), ("speed/step_seconds", seconds)]);
+        }
+        if record.skipped {
+            scalars.retain(|(_, value)| value.is_finite());
+        }
+        self.to_tensorboard(|events| events.scalars(record.step, &scalars));
+    }
+
     fn write_logs(&mut self, record: &StepRecord, timings: StepTimings) {
         let result = (|| -> io::Result<()> {
             if let Some(steps) = &mut self.logs.steps {
                 let line = serde_json::json!({
-                    "step": record.step.0, "generation": record.generation.0, "samples": record.names.len(), "native": record.native, "skipped": record.skipped,
+                    "step": record.step.0, "unix_s": (unix_now() * 1e3).round() / 1e3, "generation": record.generation.0, "samples": record.names.len(), "native": record.native, "skipped": record.skipped,
                     "task": record.losses.task, "logit": record.losses.logit, "feature": record.losses.feature,
                     "grad_norm": record.losses.grad_norm, "learning_rate": record.losses.learning_rate,
                     "data_s": timings.data, "compute_s": timings.compute, "collective_s": timings.collective, "update_s": timings.update,
@@ -254,6 +298,10 @@ impl Observer {
         let ValidationLosses { step, samples, task, logit, feature } = *losses;
         let total = losses.total(self.validation.feature_weight);
         let weights = if self.validation.of_average { "average" } else { "trained" };
+        self.history.validated(*losses, total);
+        let named = [("task", task.into()), ("logit", logit.into()), ("feature", feature.into()), ("total", total)];
+        let scalars = named.map(|(name, value): (&str, f64)| (format!("validation/{name}"), value));
+        self.to_tensorboard(|events| events.scalars(step, &scalars.each_ref().map(|(name, value)| (name.as_str(), *value))));
         tracing::info!(
             "validation at step {step}: total {total:.4}  task {task:.4}  logit {logit:.4}  feature {feature:.3}  ({samples} samples, {weights} weights)"
         );
@@ -276,52 +324,48 @@ impl Observer {
 
     /// Something people want to read.
     pub fn notice(&mut self, notice: &Notice) {
-        match notice {
-            Notice::Joined(worker) => tracing::info!("{worker} joined, training on {}", worker.device),
-            Notice::Ready(worker) => tracing::info!("{worker} is ready"),
-            Notice::Waiting { text, left } => tracing::warn!("{text}; giving up in {:.0} s (--join-timeout)", left.as_secs_f64()),
-            Notice::Formed { generation, num_members, base_step, from_checkpoint } => {
-                let from = if *from_checkpoint { " (from its checkpoint)" } else { "" };
-                tracing::info!("{generation}: {num_members} workers train from step {base_step}{from}");
+        self.history.notice(self.started.elapsed(), notice);
+        let (level, text) = told(notice);
+        match level {
+            Level::Info => tracing::info!("{text}"),
+            Level::Warning => tracing::warn!("{text}"),
+            Level::Error => tracing::error!("{text}"),
+        }
+        if let Notice::RolledBack { to, .. } = notice {
+            if let Err(error) = self.logs.go_back_to(*to) {
+                tracing::error!("step and sample logs stop here: {error}");
+                self.logs = Logs::default();
             }
-            Notice::TakenUp { generation, num_members, step } => {
-                tracing::info!("{generation}: {num_members} workers have trained on meanwhile, to step {step} at least, and go on");
-            }
-            Notice::Lost { worker, cause } => {
-                tracing::error!("{worker} lost at step {} in phase {}: {cause}", worker.step, worker.phase.as_str());
-            }
-            Notice::SetAside { what, lasts } => {
-                tracing::warn!("{what}: left out for {} minutes, if the others are enough", lasts.as_secs() / 60);
-            }
-            Notice::Explained { failure } => tracing::error!("first failure: {}", failure.text),
-            Notice::Left(worker) => tracing::info!("{worker} left as asked"),
-            Notice::Aborted { generation, reason } => tracing::warn!("{generation} is broken up: {reason}"),
-            Notice::Planned { reason } => tracing::info!("{reason}: the workers meet after this step"),
-            Notice::CutOff { step, timeout } => {
-                let seconds = timeout.as_secs_f64();
-                tracing::warn!("every worker that holds step {step} is gone or cut off: waiting {seconds:.1} s for one to come back");
-            }
-            Notice::RolledBack { from, to } => {
-                tracing::error!(
-                    "no worker that held step {from} is left: going back to step {to}, {} steps are trained again",
-                    from.0 - to.0
-                );
-                if let Err(error) = self.logs.go_back_to(*to) {
-                    tracing::error!("step and sample logs stop here: {error}");
-                    self.logs = Logs::default();
-                }
-            }
-            Notice::StepSkipped { step, in_a_row } => tracing::warn!("step {step} is not finite and was skipped ({in_a_row} in a row)"),
-            Notice::BadData { shard, key, detail } if key.is_empty() => tracing::warn!("shard {shard}: {detail}; the rest of it is lost"),
-            Notice::BadData { shard, key, detail } => tracing::warn!("bad sample {key} in {shard}: {detail}"),
-            Notice::Skipped(Rules { filtered, bad }) => {
-                for (counts, what) in [(filtered, "filtered"), (bad, "broken")].into_iter().filter(|(counts, _)| !counts.is_empty()) {
-                    let by_rule: Vec<String> = counts.iter().map(|(rule, count)| format!("{rule} {count}")).collect();
-                    tracing::info!("samples {what}: {} ({})", counts.values().sum::<u64>(), by_rule.join(", "));
-                }
-            }
-            Notice::Checkpoint { step } => tracing::info!("checkpoint of step {step} stored"),
-            Notice::CheckpointFailed { step, error } => tracing::error!("checkpoint of step {step} not stored: {error}"),
+            self.to_tensorboard(|events| events.go_back_to(*to));
+        }
+    }
+
+    /// The job does this, perhaps as before.
+    pub fn activity(&mut self, activity: Activity) {
+        self.history.turn_to(self.started.elapsed(), activity);
+    }
+
+    /// A worker said where the time of its step went.
+    pub fn timed(&mut self, worker: WorkerId, timings: StepTimings) {
+        self.history.timed(worker, timings);
+    }
+
+    /// A picture was drawn for a prompt.
+    pub fn drawn(&mut self, step: Step, index: u32, png: &[u8]) {
+        self.to_tensorboard(|events| events.picture(step, &format!("pictures/{index:02}"), png));
+    }
+
+    /// What happened so far.
+    #[must_use]
+    pub fn history(&self) -> History {
+        self.history.at(self.started.elapsed())
+    }
+
+    fn to_tensorboard(&mut self, write: impl FnOnce(&mut EventFile) -> io::Result<()>) {
+        let Some(events) = &mut self.tensorboard else { return };
+        if let Err(error) = write(events) {
+            tracing::error!("the files for TensorBoard stop here: {error}");
+            self.tensorboard = None;
         }
     }
 
@@ -360,6 +404,10 @@ impl std::fmt::Display for Summary {
         writeln!(f, "  logit     {:.4} -> {:.4}", first.logit, last.logit)?;
         write!(f, "  feature   {:.3} -> {:.3}", first.feature, last.feature)
     }
+}
+
+fn unix_now() -> f64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64())
 }
 
 /// An average that follows the last twenty steps or so.

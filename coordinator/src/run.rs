@@ -26,6 +26,7 @@ use crate::local::Local;
 use crate::observe::{Bar, Logs, Observer, Summary};
 use crate::service::{JobFacts, Service};
 use crate::store::{Store, hex, sha256};
+use crate::web;
 
 /// Commands that may wait for the driver.
 const COMMAND_CAPACITY: usize = 4096;
@@ -120,6 +121,7 @@ pub async fn run(args: RunArgs, bar: Bar) -> anyhow::Result<Exit> {
     let mut logs = Logs::open(&args.state_dir.join("steps.jsonl"), args.sample_log.as_deref(), validation.as_deref())?;
     let gallery = Gallery::new(&args.state_dir.join("pictures"), &job)?;
     let listener = TcpListener::bind(args.listen_address()).await.with_context(|| format!("cannot listen on {}", args.listen_address()))?;
+    let http = web::listen(args.http_addr).await?;
     let address = format!("http://{}", listener.local_addr()?);
     announce(&args, &job, listener.local_addr()?, shards.len());
 
@@ -136,6 +138,15 @@ pub async fn run(args: RunArgs, bar: Bar) -> anyhow::Result<Exit> {
         num_shards: shards.len() as u32,
         keep: job.checkpoint.keep,
         feature_weight: job.loss.feature_weight,
+    };
+    let shown = web::Shown {
+        job: job.name.clone(),
+        job_id: job_id.clone(),
+        last_step: job.last_step(),
+        feature_weight: job.loss.feature_weight,
+        world_size: args.world_size,
+        heartbeat_timeout: args.heartbeat_timeout,
+        pictures: args.state_dir.join("pictures"),
     };
     let config = Config {
         world_size: args.world_size,
@@ -177,7 +188,7 @@ pub async fn run(args: RunArgs, bar: Bar) -> anyhow::Result<Exit> {
     if let Err(error) = journal.begin(&run, &core.durable()) {
         return Ok(Exit::Failed(error.to_string()));
     }
-    let observer = Observer::new(bar, logs, (&job).into(), step, job.last_step());
+    let observer = Observer::new(bar, logs, (&job).into(), step, job.last_step()).with_curves(&args.state_dir, step)?;
     let (commands, inbox) = mpsc::channel(COMMAND_CAPACITY);
     let driver = Driver::new(core, inbox, Box::new(journal), observer);
     let (over, is_over) = watch::channel(false);
@@ -193,6 +204,7 @@ pub async fn run(args: RunArgs, bar: Bar) -> anyhow::Result<Exit> {
         .add_service(v1::control_server::ControlServer::new(service))
         .serve_with_incoming_shutdown(TcpListenerStream::new(listener), wait_for(is_over.clone()));
     let server = tokio::spawn(server);
+    let page = http.map(|listener| tokio::spawn(web::serve(listener, commands.clone(), shown, is_over.clone())));
     let signals = tokio::spawn(signals.watch(commands.clone(), args.local));
     let local = args.local.then(|| {
         let local = Local {
@@ -216,6 +228,10 @@ pub async fn run(args: RunArgs, bar: Bar) -> anyhow::Result<Exit> {
     let _ = over.send(true);
     // The last messages to the workers are on their way; a connection that does not end by itself is cut.
     let _ = tokio::time::timeout(CLOSE_TIMEOUT, server).await;
+    if let Some(page) = page {
+        // A browser keeps its connection open: it is cut.
+        page.abort();
+    }
     let code = if signals.is_finished() { signals.await.context("signals")? } else { 0 };
     let summary = observer.finish();
     match ending {

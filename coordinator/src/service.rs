@@ -319,7 +319,9 @@ impl From<GalleryError> for Status {
 impl v1::pictures_server::Pictures for Service {
     async fn keep(&self, request: Request<v1::KeepPicture>) -> Result<Response<v1::PictureKept>, Status> {
         let v1::KeepPicture { generation, step, index, png } = request.into_inner();
-        let location = self.gallery.keep(Step(step), Generation(generation), index, png.into()).await?;
+        let png = bytes::Bytes::from(png);
+        let location = self.gallery.keep(Step(step), Generation(generation), index, png.clone()).await?;
+        self.commands.send(Command::Drawn { step: Step(step), index, png }).await.map_err(|_| over())?;
         Ok(Response::new(v1::PictureKept { location }))
     }
 }

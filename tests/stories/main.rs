@@ -13,6 +13,7 @@ mod leases;
 mod membership;
 mod method;
 mod models;
+mod observability;
 mod restart;
 mod resume;
 mod rounds;

@@ -8,6 +8,7 @@
 //! drops the step in flight and says the same. Either way the member with the most advanced step is the source, and what it
 //! holds is committed; everything beyond is void, whoever had reported it.
 
+mod activity;
 mod checkpoint;
 mod data;
 mod durable;
@@ -33,6 +34,7 @@ use std::time::Duration;
 use peapod_proto::ids::{Generation, MemberIndex, ShardId, Step, WorkerId};
 use peapod_proto::message::{Continuing, FromWorker, Stopped, ToWorker, ValidationLosses};
 
+pub use activity::Activity;
 use checkpoint::Checkpoint;
 use data::LeaseRequest;
 pub use data::{LeaseHolder, ShardPage, ShardState, ShardView, SourceView};

@@ -111,6 +111,9 @@ impl Cluster {
         if !arguments.contains(&"--listen") {
             all.extend(["--listen", "127.0.0.1:0"]);
         }
+        if !arguments.contains(&"--http-addr") {
+            all.extend(["--http-addr", "127.0.0.1:0"]);
+        }
         all.extend(arguments);
         let process = Process::start("coordinator", "coordinator", &all);
         Coordinator { process, world_size, steps: self.state_dir().join("steps.jsonl") }

@@ -1,0 +1,71 @@
+//! Notices in words.
+
+use crate::core::Notice;
+
+/// How much a notice matters.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Level {
+    /// As it should be.
+    Info,
+    /// Worth a look.
+    Warning,
+    /// Something failed.
+    Error,
+}
+
+impl Level {
+    /// Its name on the page.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Info => "info",
+            Self::Warning => "warning",
+            Self::Error => "error",
+        }
+    }
+}
+
+/// A notice as the log and the page tell it.
+#[must_use]
+pub fn told(notice: &Notice) -> (Level, String) {
+    let (info, warning, error) = (|text| (Level::Info, text), |text| (Level::Warning, text), |text| (Level::Error, text));
+    match notice {
+        Notice::Joined(worker) => info(format!("{worker} joined, training on {}", worker.device)),
+        Notice::Ready(worker) => info(format!("{worker} is ready")),
+        Notice::Waiting { text, left } => warning(format!("{text}; giving up in {:.0} s (--join-timeout)", left.as_secs_f64())),
+        Notice::Formed { generation, num_members, base_step, from_checkpoint } => {
+            let from = if *from_checkpoint { " (from its checkpoint)" } else { "" };
+            info(format!("{generation}: {num_members} workers train from step {base_step}{from}"))
+        }
+        Notice::TakenUp { generation, num_members, step } => {
+            info(format!("{generation}: {num_members} workers have trained on meanwhile, to step {step} at least, and go on"))
+        }
+        Notice::Lost { worker, cause } => error(format!("{worker} lost at step {} in phase {}: {cause}", worker.step, worker.phase.as_str())),
+        Notice::SetAside { what, lasts } => {
+            warning(format!("{what}: left out for {} minutes, if the others are enough", lasts.as_secs() / 60))
+        }
+        Notice::Explained { failure } => error(format!("first failure: {}", failure.text)),
+        Notice::Left(worker) => info(format!("{worker} left as asked")),
+        Notice::Aborted { generation, reason } => warning(format!("{generation} is broken up: {reason}")),
+        Notice::Planned { reason } => info(format!("{reason}: the workers meet after this step")),
+        Notice::RolledBack { from, to } => error(format!(
+            "no worker that held step {from} is left: going back to step {to}, {} steps are trained again",
+            from.0 - to.0
+        )),
+        Notice::StepSkipped { step, in_a_row } => warning(format!("step {step} is not finite and was skipped ({in_a_row} in a row)")),
+        Notice::BadData { shard, key, detail } if key.is_empty() => warning(format!("shard {shard}: {detail}; the rest of it is lost")),
+        Notice::BadData { shard, key, detail } => warning(format!("bad sample {key} in {shard}: {detail}")),
+        Notice::Skipped(rules) => {
+            let of = [(&rules.filtered, "filtered"), (&rules.bad, "broken")].into_iter().filter(|(counts, _)| !counts.is_empty());
+            let parts: Vec<String> = of
+                .map(|(counts, what)| {
+                    let by_rule: Vec<String> = counts.iter().map(|(rule, count)| format!("{rule} {count}")).collect();
+                    format!("samples {what}: {} ({})", counts.values().sum::<u64>(), by_rule.join(", "))
+                })
+                .collect();
+            info(parts.join("; "))
+        }
+        Notice::Checkpoint { step } => info(format!("checkpoint of step {step} stored")),
+        Notice::CheckpointFailed { step, error: why } => error(format!("checkpoint of step {step} not stored: {why}")),
+    }
+}

@@ -1,0 +1,235 @@
+//! The HTTP side: a live page of the job, `/metrics` for Prometheus, `/healthz` and `/readyz`.
+//!
+//! Everything here can only be read. It shows what the job file calls the job, hosts and devices of workers, losses, shards by source, pictures
+//! and their prompts: no token, no key, no credentials. It listens on this machine unless `--http-addr` says otherwise.
+
+mod metrics;
+mod page;
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context;
+use axum::Router;
+use axum::extract::{Path as At, State};
+use axum::http::{HeaderName, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use tokio::net::TcpListener;
+use tokio::sync::{mpsc, oneshot, watch};
+
+use crate::driver::{Command, Status};
+use crate::history::History;
+
+/// Where the page is, unless it is said.
+pub const DEFAULT_HTTP_PORT: u16 = 7734;
+/// How long the driver may take to answer.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// What `--http-addr` says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum HttpAddr {
+    /// No page and no metrics.
+    Off,
+    /// Here.
+    At(SocketAddr),
+}
+
+impl FromStr for HttpAddr {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "off" => Ok(Self::Off),
+            text => text.parse().map(Self::At).map_err(|_| format!("{text:?} is neither ADDRESS:PORT nor `off`")),
+        }
+    }
+}
+
+/// What of the job is shown besides its state.
+#[derive(Debug, Clone)]
+pub struct Shown {
+    /// Its name.
+    pub job: String,
+    /// Names this run.
+    pub job_id: String,
+    /// Last step, if the job is given in steps.
+    pub last_step: Option<u64>,
+    /// Weight of the feature loss.
+    pub feature_weight: f64,
+    /// Members of a whole world.
+    pub world_size: u32,
+    /// Silence after which a worker is dead.
+    pub heartbeat_timeout: Duration,
+    /// Where pictures are kept.
+    pub pictures: PathBuf,
+}
+
+/// What every answer is made of.
+#[derive(Debug)]
+struct Site {
+    commands: mpsc::Sender<Command>,
+    shown: Shown,
+}
+
+type Shared = State<Arc<Site>>;
+
+/// Opens the port; nothing if there is to be none. The usual one may be taken by another job: then any free one does.
+///
+/// # Errors
+/// If the port that was asked for cannot be had.
+pub async fn listen(address: Option<HttpAddr>) -> anyhow::Result<Option<TcpListener>> {
+    let usual = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), DEFAULT_HTTP_PORT);
+    let listener = match address {
+        Some(HttpAddr::Off) => return Ok(None),
+        Some(HttpAddr::At(address)) => TcpListener::bind(address).await.with_context(|| format!("cannot listen on --http-addr {address}"))?,
+        None => match TcpListener::bind(usual).await {
+            Ok(listener) => listener,
+            Err(_) => TcpListener::bind(SocketAddr::new(usual.ip(), 0)).await.context("cannot listen for the web page")?,
+        },
+    };
+    tracing::info!("live page and metrics on http://{}/", listener.local_addr()?);
+    Ok(Some(listener))
+}
+
+/// Serves until `over` turns true.
+///
+/// # Errors
+/// From the socket.
+pub async fn serve(listener: TcpListener, commands: mpsc::Sender<Command>, shown: Shown, mut over: watch::Receiver<bool>) -> std::io::Result<()> {
+    let router = router(Arc::new(Site { commands, shown }));
+    let ended = async move { drop(over.wait_for(|&over| over).await) };
+    axum::serve(listener, router).with_graceful_shutdown(ended).await
+}
+
+fn router(site: Arc<Site>) -> Router {
+    Router::new()
+        .route("/", get(|| asset("text/html; charset=utf-8", include_str!("assets/index.html"))))
+        .route("/page.css", get(|| asset("text/css; charset=utf-8", include_str!("assets/page.css"))))
+        .route("/page.js", get(|| asset("text/javascript; charset=utf-8", include_str!("assets/page.js"))))
+        .route("/charts.js", get(|| asset("text/javascript; charset=utf-8", include_str!("assets/charts.js"))))
+        .route("/uplot.js", get(|| asset("text/javascript; charset=utf-8", include_str!("assets/uplot.js"))))
+        .route("/uplot.css", get(|| asset("text/css; charset=utf-8", include_str!("assets/uplot.css"))))
+        .route("/api/state/{edition}/{from}", get(state))
+        .route("/metrics", get(scrape))
+        .route("/healthz", get(alive))
+        .route("/readyz", get(alive))
+        .route("/pictures/{step}/{file}", get(picture))
+        .with_state(site)
+}
+
+/// Nothing but what this server gives may be loaded by the page, and nobody may frame it.
+const HEADERS: [(HeaderName, &str); 3] = [
+    (header::CONTENT_SECURITY_POLICY, "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'"),
+    (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
+    (header::CACHE_CONTROL, "no-cache"),
+];
+
+async fn asset(kind: &'static str, text: &'static str) -> Response {
+    (HEADERS, [(header::CONTENT_TYPE, kind)], text).into_response()
+}
+
+impl Site {
+    async fn look(&self) -> Result<Box<(Status, History)>, Response> {
+        let (reply, answer) = oneshot::channel();
+        let ask = async {
+            self.commands.send(Command::Look { reply }).await.ok()?;
+            answer.await.ok()
+        };
+        match tokio::time::timeout(PATIENCE, ask).await {
+            Ok(Some(look)) => Ok(look),
+            Ok(None) => Err((StatusCode::SERVICE_UNAVAILABLE, "the coordinator is stopping\n").into_response()),
+            Err(_) => Err((StatusCode::SERVICE_UNAVAILABLE, "the coordinator does not answer\n").into_response()),
+        }
+    }
+}
+
+/// Whether the coordinator itself is well: a job that waits for its workers is no reason to start it again.
+async fn alive(State(site): Shared) -> Response {
+    match site.look().await {
+        Ok(_) => "ok\n".into_response(),
+        Err(problem) => problem,
+    }
+}
+
+async fn scrape(State(site): Shared) -> Response {
+    match site.look().await {
+        Ok(look) => match metrics::text(&site.shown, &look.0, &look.1) {
+            Ok(text) => (HEADERS, [(header::CONTENT_TYPE, metrics::CONTENT_TYPE)], text).into_response(),
+            Err(_) => StatusCode::INTERNAL_SERVER_ERROR.into_response(),
+        },
+        Err(problem) => problem,
+    }
+}
+
+async fn state(State(site): Shared, At((edition, from)): At<(u32, u64)>) -> Response {
+    match site.look().await {
+        Ok(look) => {
+            let pictures = drawn_steps(&site.shown.pictures).await;
+            let state = page::state(&site.shown, &look.0, &look.1, edition, from, &pictures);
+            (HEADERS, [(header::CONTENT_TYPE, "application/json")], state.to_string()).into_response()
+        }
+        Err(problem) => problem,
+    }
+}
+
+/// Folders of pictures, oldest first, the newest few of them; none before the first.
+async fn drawn_steps(folder: &Path) -> Vec<String> {
+    let mut names = Vec::new();
+    if let Ok(mut entries) = tokio::fs::read_dir(folder).await {
+        while let Ok(Some(entry)) = entries.next_entry().await {
+            names.extend(entry.file_name().into_string().ok().filter(|name| is_step(name)));
+        }
+    }
+    names.sort();
+    names.split_off(names.len().saturating_sub(page::MAX_PICTURE_STEPS))
+}
+
+fn is_step(name: &str) -> bool {
+    name.strip_prefix("step-").is_some_and(|digits| !digits.is_empty() && digits.bytes().all(|byte| byte.is_ascii_digit()))
+}
+
+async fn picture(State(site): Shared, At((step, file)): At<(String, String)>) -> Response {
+    let is_png = file.strip_suffix(".png").is_some_and(|digits| !digits.is_empty() && digits.bytes().all(|byte| byte.is_ascii_digit()));
+    // No other name reaches the file system.
+    if !is_step(&step) || !(is_png || file == "pictures.json") {
+        return StatusCode::NOT_FOUND.into_response();
+    }
+    match tokio::fs::read(site.shown.pictures.join(step).join(&file)).await {
+        Ok(bytes) => (HEADERS, [(header::CONTENT_TYPE, if is_png { "image/png" } else { "application/json" })], bytes).into_response(),
+        Err(_) => StatusCode::NOT_FOUND.into_response(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn address_is_an_address_or_off() {
+        assert_eq!("off".parse(), Ok(HttpAddr::Off));
+        assert_eq!("127.0.0.1:0".parse(), Ok(HttpAddr::At("127.0.0.1:0".parse().unwrap())));
+        assert!("7734".parse::<HttpAddr>().unwrap_err().contains("neither"));
+    }
+
+    #[tokio::test]
+    async fn usual_port_taken_by_another_job_is_no_failure_and_one_asked_for_is() {
+        let first = listen(Some("127.0.0.1:0".parse().unwrap())).await.unwrap().unwrap();
+        let taken = HttpAddr::At(first.local_addr().unwrap());
+        assert!(listen(Some(taken)).await.unwrap_err().to_string().contains("--http-addr"));
+        let [one, other] = [listen(None).await.unwrap().unwrap(), listen(None).await.unwrap().unwrap()];
+        assert_ne!(one.local_addr().unwrap(), other.local_addr().unwrap());
+        assert!(listen(Some(HttpAddr::Off)).await.unwrap().is_none());
+    }
+
+    #[test]
+    fn only_names_of_pictures_reach_the_disk() {
+        assert!(is_step("step-000000010"));
+        for name in ["step-", "..", "step-1/..", "step-1x", ""] {
+            assert!(!is_step(name), "{name}");
+        }
+    }
+}
