@@ -9,9 +9,22 @@ use peapod_proto::DEFAULT_PORT;
 
 use crate::web::HttpAddr;
 
+/// What somebody who has no time reads.
+const AFTER_HELP: &str = "\
+Examples:
+  coordinator --world-size 2 --local                  one machine, one command; reads ./job.toml
+  coordinator --world-size 8 --listen 0.0.0.0:7733    workers on other hosts join it: the log says how
+  coordinator status --watch                          what it does, again every second
+  coordinator stop                                    end the job with a checkpoint
+  coordinator checkpoints export DIR                  the newest adapter
+
+Exit codes: 0 finished, 1 failed (the last line says which rank, host, phase and why), 2 bad arguments or job file,
+130 and 143 stopped by Ctrl-C and SIGTERM. The same command goes on with a job that was stopped or killed.";
+
 /// Coordinates the workers of a Peapod job: distils an English SDXL into another language on many GPUs.
 #[derive(Debug, Parser)]
-#[command(name = "coordinator", version, long_version = crate::build::facts(), args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
+#[command(name = "coordinator", version, long_version = crate::build::facts(), after_help = AFTER_HELP)]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
 pub struct Cli {
     /// What else to do than to run a job.
     #[command(subcommand)]
@@ -20,7 +33,15 @@ pub struct Cli {
     #[command(flatten)]
     pub run: RunArgs,
     /// Log lines for people, or JSON, one object a line
-    #[arg(long, global = true, env = "PEAPOD_LOG_FORMAT", value_enum, default_value_t, hide_possible_values = true, value_name = "pretty|json")]
+    #[arg(
+        long,
+        global = true,
+        env = "PEAPOD_LOG_FORMAT",
+        value_enum,
+        default_value_t,
+        hide_possible_values = true,
+        value_name = "pretty|json"
+    )]
     pub log_format: LogFormat,
 }
 

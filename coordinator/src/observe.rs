@@ -209,7 +209,8 @@ impl Observer {
         let events = EventFile::create(&folder, step).map_err(|error| anyhow::anyhow!("cannot write {}: {error}", folder.display()))?;
         self.tensorboard = Some(events);
         let logs = [state_dir.join("steps.jsonl"), state_dir.join("validation.jsonl")];
-        restore::from_logs(&mut self.history, &logs[0], &logs[1], step).map_err(|error| anyhow::anyhow!("cannot read {}: {error}", logs[0].display()))?;
+        restore::from_logs(&mut self.history, &logs[0], &logs[1], step)
+            .map_err(|error| anyhow::anyhow!("cannot read {}: {error}", logs[0].display()))?;
         Ok(self)
     }
 
@@ -262,7 +263,7 @@ impl Observer {
         if record.skipped {
             scalars.retain(|(_, value)| value.is_finite());
         }
-        self.to_tensorboard(|events| events.scalars(record.step, &scalars));
+        self.tell_tensorboard(|events| events.scalars(record.step, &scalars));
     }
 
     fn write_logs(&mut self, record: &StepRecord, timings: StepTimings) {
@@ -301,7 +302,7 @@ impl Observer {
         self.history.validated(*losses, total);
         let named = [("task", task.into()), ("logit", logit.into()), ("feature", feature.into()), ("total", total)];
         let scalars = named.map(|(name, value): (&str, f64)| (format!("validation/{name}"), value));
-        self.to_tensorboard(|events| events.scalars(step, &scalars.each_ref().map(|(name, value)| (name.as_str(), *value))));
+        self.tell_tensorboard(|events| events.scalars(step, &scalars.each_ref().map(|(name, value)| (name.as_str(), *value))));
         tracing::info!(
             "validation at step {step}: total {total:.4}  task {task:.4}  logit {logit:.4}  feature {feature:.3}  ({samples} samples, {weights} weights)"
         );
@@ -336,7 +337,7 @@ impl Observer {
                 tracing::error!("step and sample logs stop here: {error}");
                 self.logs = Logs::default();
             }
-            self.to_tensorboard(|events| events.go_back_to(*to));
+            self.tell_tensorboard(|events| events.go_back_to(*to));
         }
     }
 
@@ -352,7 +353,7 @@ impl Observer {
 
     /// A picture was drawn for a prompt.
     pub fn drawn(&mut self, step: Step, index: u32, png: &[u8]) {
-        self.to_tensorboard(|events| events.picture(step, &format!("pictures/{index:02}"), png));
+        self.tell_tensorboard(|events| events.picture(step, &format!("pictures/{index:02}"), png));
     }
 
     /// What happened so far.
@@ -361,7 +362,7 @@ impl Observer {
         self.history.at(self.started.elapsed())
     }
 
-    fn to_tensorboard(&mut self, write: impl FnOnce(&mut EventFile) -> io::Result<()>) {
+    fn tell_tensorboard(&mut self, write: impl FnOnce(&mut EventFile) -> io::Result<()>) {
         let Some(events) = &mut self.tensorboard else { return };
         if let Err(error) = write(events) {
             tracing::error!("the files for TensorBoard stop here: {error}");

@@ -78,10 +78,20 @@ fn killed_worker_shows_as_such_within_the_heartbeat_timeout_and_waiting_is_no_il
         (worker["restarts"] == 1 && worker["member"] == true && worker["step"].as_u64() >= state["step"].as_u64()).then_some(state)
     });
     assert_eq!((&now["counts"]["lost"], &now["counts"]["aborted"]), (&1.into(), &1.into()));
-    assert!(now["events"].as_array().unwrap().iter().any(|event| event["level"] == "error" && event["text"].as_str().unwrap().contains("lost at step")));
+    assert!(
+        now["events"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .any(|event| event["level"] == "error" && event["text"].as_str().unwrap().contains("lost at step"))
+    );
     // Every second since the start has one cause, the wait for rank 1 among them.
-    let causes: BTreeMap<&str, f64> =
-        now["goodput"]["seconds"].as_array().unwrap().iter().map(|one| (one["cause"].as_str().unwrap(), one["seconds"].as_f64().unwrap())).collect();
+    let causes: BTreeMap<&str, f64> = now["goodput"]["seconds"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|one| (one["cause"].as_str().unwrap(), one["seconds"].as_f64().unwrap()))
+        .collect();
     let wall = now["unix_s"].as_f64().unwrap() - now["started_unix_s"].as_f64().unwrap();
     assert!((causes.values().sum::<f64>() - wall).abs() < 0.1, "{causes:?}, {wall}");
     assert!(causes["waiting_for_workers"] > 0.0 && causes["final_steps"] > 0.0, "{causes:?}");
@@ -108,7 +118,13 @@ fn page_needs_nothing_from_outside_and_gives_nothing_away() {
     }
     assert!(!html.contains("http://") && !html.contains("https://") && !html.contains(" style="), "{html}");
     assert_eq!(get(&page, "/pictures/step-000000001/00.png").2, b"picture");
-    for path in ["/pictures/..%2f/secret.json", "/pictures/step-000000001/..%2f..%2fsecret.json", "/pictures/../secret.json", "/secret.json", "/pictures/step-1/x.png"] {
+    for path in [
+        "/pictures/..%2f/secret.json",
+        "/pictures/step-000000001/..%2f..%2fsecret.json",
+        "/pictures/../secret.json",
+        "/secret.json",
+        "/pictures/step-1/x.png",
+    ] {
         assert_eq!(get(&page, path).0, 404, "{path}");
     }
     coordinator.signal(Signal::INT);
@@ -141,7 +157,12 @@ fn lint(text: &str) -> BTreeMap<String, Vec<String>> {
             });
             let family = family.unwrap_or_else(|| panic!("no TYPE, or a wrong suffix: {line}")).clone();
             assert!(name.starts_with("peapod_") && name.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'_'), "{line}");
-            assert!(!["_ms", "_millis", "_minutes", "_hours", "_percent", "_kb", "_mb", "_gauge", "_counter"].iter().any(|unit| family.ends_with(unit)), "{line}");
+            assert!(
+                !["_ms", "_millis", "_minutes", "_hours", "_percent", "_kb", "_mb", "_gauge", "_counter"]
+                    .iter()
+                    .any(|unit| family.ends_with(unit)),
+                "{line}"
+            );
             families.entry(family).or_default().push(name.to_owned());
         }
     }
@@ -206,7 +227,11 @@ fn curves_outlive_the_coordinator_and_its_checkpoints_are_listed() {
     let mut coordinator = cluster.coordinator(2, &[]);
     let state = state(&page_of(&coordinator));
     assert_eq!(state["series"]["step"], serde_json::json!([1, 2, 3, 4]));
-    assert!(state["series"]["samples_per_s"][0].is_null() && state["series"]["samples_per_s"][3].as_f64().unwrap() > 0.0, "{}", state["series"]);
+    assert!(
+        state["series"]["samples_per_s"][0].is_null() && state["series"]["samples_per_s"][3].as_f64().unwrap() > 0.0,
+        "{}",
+        state["series"]
+    );
     assert!(state["series"]["task"][3].as_f64().is_some() && state["known_since_step"].is_null());
     assert_eq!(state["pictures"], serde_json::json!(["step-000000000", "step-000000002", "step-000000004"]));
     coordinator.signal(Signal::INT);

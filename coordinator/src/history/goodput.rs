@@ -134,19 +134,24 @@ impl Goodput {
         }
     }
 
-    /// Seconds by cause, up to `now`.
+    /// Seconds by cause, up to `now`. The time of the step in flight counts as good until it says what it was for.
     #[must_use]
     pub fn seconds(&self, now: Timestamp) -> Vec<(Cause, f64)> {
-        let mut seconds = self.seconds;
-        let open = now.saturating_sub(self.booked).as_secs_f64();
-        let cause = if self.activity == Activity::Training { Cause::Between } else { of(self.activity) };
-        // A step in flight will say what it was for: until then its time is not counted against the job.
+        let mut seconds = self.settled(now);
         if self.activity == Activity::Training {
-            seconds[Cause::Steps as usize] += open;
-        } else if self.activity != Activity::Over {
-            seconds[cause as usize] += open;
+            seconds[Cause::Steps as usize].1 += now.saturating_sub(self.booked).as_secs_f64();
+            seconds[Cause::Between as usize].1 += self.slack;
         }
-        seconds[Cause::Between as usize] += self.slack;
+        seconds
+    }
+
+    /// The same without what may yet turn out to have another cause: none of it ever falls.
+    #[must_use]
+    pub fn settled(&self, now: Timestamp) -> Vec<(Cause, f64)> {
+        let mut seconds = self.seconds;
+        if !matches!(self.activity, Activity::Training | Activity::Over) {
+            seconds[of(self.activity) as usize] += now.saturating_sub(self.booked).as_secs_f64();
+        }
         Cause::ALL.into_iter().zip(seconds).collect()
     }
 
@@ -218,6 +223,30 @@ mod tests {
         assert!(of_cause(&goodput, 4.0, Cause::Between).abs() < 1e-6);
         goodput.committed(at(5.0), StepTimings { compute: f32::NAN, ..StepTimings::default() });
         assert!(goodput.seconds(at(5.0)).iter().all(|(_, seconds)| seconds.is_finite()));
+    }
+
+    #[test]
+    fn what_a_counter_has_shown_never_falls() {
+        let mut goodput = Goodput::default();
+        let timings = StepTimings { data: 0.3, compute: 0.5, ..StepTimings::default() };
+        let mut shown = vec![0.0; Cause::ALL.len()];
+        let mut look = |goodput: &Goodput, now: f64| {
+            for ((cause, seconds), shown) in goodput.settled(at(now)).into_iter().zip(&mut shown) {
+                assert!(seconds >= *shown, "{cause:?} at {now}");
+                *shown = seconds;
+            }
+        };
+        look(&goodput, 1.0);
+        goodput.turn_to(at(2.0), Activity::Training);
+        for step in 1..5 {
+            look(&goodput, 1.9 + f64::from(step));
+            goodput.committed(at(2.0 + f64::from(step)), timings);
+        }
+        look(&goodput, 6.9);
+        goodput.turn_to(at(7.0), Activity::Recovering);
+        look(&goodput, 7.5);
+        goodput.turn_to(at(8.0), Activity::Over);
+        look(&goodput, 9.0);
     }
 
     #[test]

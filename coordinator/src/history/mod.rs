@@ -115,6 +115,8 @@ pub struct History {
     pub checkpoints: VecDeque<(Step, Timestamp)>,
     /// The newest final step's numbers.
     pub newest: Option<(StepRecord, StepTimings)>,
+    /// Ranks of the workers in sight.
+    ranks: BTreeMap<WorkerId, Rank>,
     last_final: Option<(Generation, Timestamp)>,
 }
 
@@ -189,7 +191,7 @@ impl History {
 
     /// A worker said where the time of its step went.
     pub fn timed(&mut self, worker: WorkerId, timings: StepTimings) {
-        if let Some(seen) = self.workers.values_mut().find(|seen| seen.view.id == worker) {
+        if let Some(seen) = self.ranks.get(&worker).and_then(|rank| self.workers.get_mut(rank)) {
             seen.timings = Some(timings);
         }
     }
@@ -201,6 +203,10 @@ impl History {
             Notice::Joined(worker) => {
                 self.counts.joined += 1;
                 let starts = self.workers.get(&worker.rank).map_or(0, |seen| seen.starts) + 1;
+                if let Some(before) = self.workers.get(&worker.rank) {
+                    self.ranks.remove(&before.view.id);
+                }
+                self.ranks.insert(worker.id, worker.rank);
                 self.workers.insert(worker.rank, Seen { view: worker.clone(), gone: None, starts, timings: None });
             }
             Notice::Lost { worker, cause } => {

@@ -94,11 +94,16 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let [steps, validations] = ["steps.jsonl", "validation.jsonl"].map(|name| folder.path().join(name));
         let line = |step: u64, generation: u64, unix_s: f64, skipped: bool| {
-            format!("{{\"step\":{step},\"generation\":{generation},\"unix_s\":{unix_s},\"samples\":8,\"skipped\":{skipped},\"task\":0.5}}\n")
+            format!(
+                "{{\"step\":{step},\"generation\":{generation},\"unix_s\":{unix_s},\"samples\":8,\"skipped\":{skipped},\"task\":0.5}}\n"
+            )
         };
-        let text = [line(1, 1, 10.0, false), line(2, 1, 10.5, false), line(3, 1, 11.0, true), line(4, 2, 99.0, false), line(5, 2, 99.5, false)];
+        let text =
+            [line(1, 1, 10.0, false), line(2, 1, 10.5, false), line(3, 1, 11.0, true), line(4, 2, 99.0, false), line(5, 2, 99.5, false)];
         std::fs::write(&steps, text.concat() + "{\"step\":6").unwrap();
-        let validation = |step: u64, total: f64| format!("{{\"step\":{step},\"samples\":4,\"task\":null,\"logit\":1,\"feature\":1,\"total\":{total}}}\n");
+        let validation = |step: u64, total: f64| {
+            format!("{{\"step\":{step},\"samples\":4,\"task\":null,\"logit\":1,\"feature\":1,\"total\":{total}}}\n")
+        };
         std::fs::write(&validations, [validation(2, 1.0), validation(4, 2.0), validation(4, 3.0), validation(6, 4.0)].concat()).unwrap();
         let mut history = History::default();
         from_logs(&mut history, &steps, &validations, Step(4)).unwrap();

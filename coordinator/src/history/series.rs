@@ -162,7 +162,11 @@ impl Series {
     #[must_use]
     pub fn columns(&self, edition: u32, from: u64) -> Columns {
         let all = edition != self.edition || from == 0;
-        let skip = if all { 0 } else { self.buckets.partition_point(|bucket| bucket.last < from && bucket.first / self.stride != from / self.stride) };
+        let skip = if all {
+            0
+        } else {
+            self.buckets.partition_point(|bucket| bucket.last < from && bucket.first / self.stride != from / self.stride)
+        };
         let buckets = &self.buckets[skip..];
         let mean = |at: usize| buckets.iter().map(|bucket| bucket.sums[at] / bucket.count).collect();
         let ratio = |over: fn(&Bucket) -> f64, under: fn(&Bucket) -> f64| {

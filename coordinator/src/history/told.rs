@@ -40,7 +40,9 @@ pub fn told(notice: &Notice) -> (Level, String) {
         Notice::TakenUp { generation, num_members, step } => {
             info(format!("{generation}: {num_members} workers have trained on meanwhile, to step {step} at least, and go on"))
         }
-        Notice::Lost { worker, cause } => error(format!("{worker} lost at step {} in phase {}: {cause}", worker.step, worker.phase.as_str())),
+        Notice::Lost { worker, cause } => {
+            error(format!("{worker} lost at step {} in phase {}: {cause}", worker.step, worker.phase.as_str()))
+        }
         Notice::SetAside { what, lasts } => {
             warning(format!("{what}: left out for {} minutes, if the others are enough", lasts.as_secs() / 60))
         }
@@ -48,10 +50,9 @@ pub fn told(notice: &Notice) -> (Level, String) {
         Notice::Left(worker) => info(format!("{worker} left as asked")),
         Notice::Aborted { generation, reason } => warning(format!("{generation} is broken up: {reason}")),
         Notice::Planned { reason } => info(format!("{reason}: the workers meet after this step")),
-        Notice::RolledBack { from, to } => error(format!(
-            "no worker that held step {from} is left: going back to step {to}, {} steps are trained again",
-            from.0 - to.0
-        )),
+        Notice::RolledBack { from, to } => {
+            error(format!("no worker that held step {from} is left: going back to step {to}, {} steps are trained again", from.0 - to.0))
+        }
         Notice::StepSkipped { step, in_a_row } => warning(format!("step {step} is not finite and was skipped ({in_a_row} in a row)")),
         Notice::BadData { shard, key, detail } if key.is_empty() => warning(format!("shard {shard}: {detail}; the rest of it is lost")),
         Notice::BadData { shard, key, detail } => warning(format!("bad sample {key} in {shard}: {detail}")),

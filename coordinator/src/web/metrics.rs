@@ -53,9 +53,20 @@ impl Metrics {
         let labels = vec![("job_name", shown.job.clone()), ("job_id", shown.job_id.clone()), ("version", PROGRAM_VERSION.into())];
         out.gauges("job_info", "The job that the coordinator runs: always 1.", None, [(labels, 1.0)])?;
         out.gauge("start_time", "When the coordinator started, since 1970.", Some(Unit::Seconds), history.started_unix)?;
-        let seconds = history.goodput.seconds(history.now).into_iter().map(|(cause, seconds)| (vec![("cause", cause.as_str().into())], seconds));
-        out.counters("time", "Time since the coordinator started by what it was spent on; final_steps is the good part.", Some(Unit::Seconds), seconds)?;
-        out.gauge("goodput", "Share of the time since the coordinator started that went into final steps.", Some(Unit::Other("ratio".into())), history.goodput_ratio())
+        let seconds =
+            history.goodput.settled(history.now).into_iter().map(|(cause, seconds)| (vec![("cause", cause.as_str().into())], seconds));
+        out.counters(
+            "time",
+            "Time since the coordinator started by what it was spent on; final_steps is the good part.",
+            Some(Unit::Seconds),
+            seconds,
+        )?;
+        out.gauge(
+            "goodput",
+            "Share of the time since the coordinator started that went into final steps.",
+            Some(Unit::Other("ratio".into())),
+            history.goodput_ratio(),
+        )
     }
 
     fn steps(&self, out: &mut Out<'_>) -> fmt::Result {
@@ -71,7 +82,12 @@ impl Metrics {
         if let Some((record, timings)) = &history.newest {
             let losses = record.losses;
             let parts = [("task", losses.task), ("logit", losses.logit), ("feature", losses.feature)];
-            out.gauges("loss", "Mean losses of the newest final step.", None, parts.map(|(part, loss)| (vec![("part", part.into())], loss.into())))?;
+            out.gauges(
+                "loss",
+                "Mean losses of the newest final step.",
+                None,
+                parts.map(|(part, loss)| (vec![("part", part.into())], loss.into())),
+            )?;
             out.gauge("gradient_norm", "Norm of the gradient of the newest final step.", None, losses.grad_norm.into())?;
             out.gauge("learning_rate", "Learning rate of the newest final step.", None, losses.learning_rate.into())?;
             let parts = [
@@ -86,7 +102,8 @@ impl Metrics {
             out.gauges("step_part", "Where the time of the newest final step's slowest member went.", Some(Unit::Seconds), parts)?;
         }
         if let Some((losses, total)) = history.validations.last() {
-            let parts = [("task", losses.task.into()), ("logit", losses.logit.into()), ("feature", losses.feature.into()), ("total", *total)];
+            let parts =
+                [("task", losses.task.into()), ("logit", losses.logit.into()), ("feature", losses.feature.into()), ("total", *total)];
             let parts = parts.map(|(part, loss): (&str, f64)| (vec![("part", part.into())], loss));
             out.gauges("validation_loss", "Mean losses on the validation samples, the newest.", None, parts)?;
             out.gauge("validation_step", "The step whose weights the newest validation is of.", None, losses.step.0 as f64)?;
@@ -115,12 +132,8 @@ impl Metrics {
         let samples = by(
             |source| {
                 let totals = &source.totals;
-                let counts = [
-                    ("trained", totals.committed),
-                    ("filtered", totals.filtered),
-                    ("bad", totals.bad),
-                    ("not_finite", totals.not_finite),
-                ];
+                let counts =
+                    [("trained", totals.committed), ("filtered", totals.filtered), ("bad", totals.bad), ("not_finite", totals.not_finite)];
                 counts.map(|(kind, count)| (kind, count as f64)).to_vec()
             },
             "outcome",
@@ -167,7 +180,8 @@ impl Metrics {
         out.gauges("worker_step_time", "Time of a worker's last step.", Some(Unit::Seconds), steps)?;
         let data = timed.iter().map(|(view, timings)| (labels(view), timings.data.into()));
         out.gauges("worker_data_wait", "Time that a worker waited for data in its last step.", Some(Unit::Seconds), data)?;
-        let starts = self.history.workers.iter().map(|(rank, seen)| (vec![("rank", rank.0.to_string())], f64::from(seen.starts.saturating_sub(1))));
+        let starts =
+            self.history.workers.iter().map(|(rank, seen)| (vec![("rank", rank.0.to_string())], f64::from(seen.starts.saturating_sub(1))));
         out.counters("worker_restarts", "Workers that joined under a rank after its first.", None, starts)
     }
 }

@@ -85,7 +85,9 @@ pub async fn listen(address: Option<HttpAddr>) -> anyhow::Result<Option<TcpListe
     let usual = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), DEFAULT_HTTP_PORT);
     let listener = match address {
         Some(HttpAddr::Off) => return Ok(None),
-        Some(HttpAddr::At(address)) => TcpListener::bind(address).await.with_context(|| format!("cannot listen on --http-addr {address}"))?,
+        Some(HttpAddr::At(address)) => {
+            TcpListener::bind(address).await.with_context(|| format!("cannot listen on --http-addr {address}"))?
+        }
         None => match TcpListener::bind(usual).await {
             Ok(listener) => listener,
             Err(_) => TcpListener::bind(SocketAddr::new(usual.ip(), 0)).await.context("cannot listen for the web page")?,
@@ -99,7 +101,12 @@ pub async fn listen(address: Option<HttpAddr>) -> anyhow::Result<Option<TcpListe
 ///
 /// # Errors
 /// From the socket.
-pub async fn serve(listener: TcpListener, commands: mpsc::Sender<Command>, shown: Shown, mut over: watch::Receiver<bool>) -> std::io::Result<()> {
+pub async fn serve(
+    listener: TcpListener,
+    commands: mpsc::Sender<Command>,
+    shown: Shown,
+    mut over: watch::Receiver<bool>,
+) -> std::io::Result<()> {
     let router = router(Arc::new(Site { commands, shown }));
     let ended = async move { drop(over.wait_for(|&over| over).await) };
     axum::serve(listener, router).with_graceful_shutdown(ended).await

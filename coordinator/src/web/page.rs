@@ -57,7 +57,8 @@ fn validation(history: &History) -> Value {
 /// The living as the core sees them, the dead as they were last seen.
 fn workers(status: &Status, history: &History) -> Vec<Value> {
     let living = status.workers.iter().map(|view| (view, history.workers.get(&view.rank).filter(|seen| seen.view.id == view.id)));
-    let gone = history.workers.values().filter(|seen| seen.gone.is_some() && !status.workers.iter().any(|view| view.rank == seen.view.rank));
+    let gone =
+        history.workers.values().filter(|seen| seen.gone.is_some() && !status.workers.iter().any(|view| view.rank == seen.view.rank));
     let mut all: Vec<(u32, Value)> = living.map(|(view, seen)| (view.rank.0, worker(view, seen, history))).collect();
     all.extend(gone.map(|seen| (seen.view.rank.0, worker(&seen.view, Some(seen), history))));
     all.sort_by_key(|(rank, _)| *rank);

@@ -204,12 +204,19 @@ async function pictures(state) {
 }
 
 let failures = 0;
+let started;
 async function turn() {
   try {
     const reply = await fetch(`/api/state/${edition}/${series.step.at(-1) ?? 0}`);
     if (!reply.ok) throw new Error(await reply.text());
     const state = await reply.json();
     failures = 0;
+    if (started && started !== state.started_unix_s && !state.series.all) {
+      // Another coordinator: its points may be others.
+      [edition, started] = [4e9, state.started_unix_s];
+      return await turn();
+    }
+    started = state.started_unix_s;
     take(state.series);
     summary(state);
     workers(state);
