@@ -50,6 +50,10 @@ pub fn told(notice: &Notice) -> (Level, String) {
         Notice::Left(worker) => info(format!("{worker} left as asked")),
         Notice::Aborted { generation, reason } => warning(format!("{generation} is broken up: {reason}")),
         Notice::Planned { reason } => info(format!("{reason}: the workers meet after this step")),
+        Notice::CutOff { step, timeout } => {
+            let seconds = timeout.as_secs_f64();
+            warning(format!("every worker that holds step {step} is gone or cut off: waiting {seconds:.1} s for one to come back"))
+        }
         Notice::RolledBack { from, to } => {
             error(format!("no worker that held step {from} is left: going back to step {to}, {} steps are trained again", from.0 - to.0))
         }
