@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 use peapod_proto::DEFAULT_PORT;
+use peapod_proto::secure::AccessArgs;
 
 use crate::web::HttpAddr;
 
@@ -162,9 +163,45 @@ pub struct ExportArgs {
 /// A running coordinator.
 #[derive(Debug, Args)]
 pub struct Target {
-    /// Address of the coordinator
-    #[arg(long, env = "PEAPOD_COORDINATOR", default_value = "http://127.0.0.1:7733")]
-    pub coordinator: String,
+    /// Address of the coordinator [default: the one in --state-dir, or http://127.0.0.1:7733]
+    #[arg(long, env = "PEAPOD_COORDINATOR")]
+    pub coordinator: Option<String>,
+    /// Its --state-dir, where it leaves its join string
+    #[arg(long, env = "PEAPOD_STATE_DIR", value_name = "DIR", default_value = "peapod-state")]
+    pub state_dir: PathBuf,
+    /// How to be let in
+    #[command(flatten)]
+    pub access: AccessArgs,
+}
+
+/// How workers and commands are let in. Beyond this machine always by TLS and a token, unless --insecure.
+#[derive(Debug, Clone, Default, Args)]
+pub struct SecurityArgs {
+    /// Listen beyond this machine without encryption or authentication
+    #[arg(long, conflicts_with_all = ["tls", "tls_cert", "tls_client_ca", "token_file"])]
+    pub insecure: bool,
+    /// Ask for TLS and a token on 127.0.0.1 too
+    #[arg(long)]
+    pub tls: bool,
+    /// Certificate chain to show (PEM) [default: one made at the first start, in --state-dir]
+    #[arg(long, env = "PEAPOD_TLS_CERT", value_name = "FILE", requires = "tls_key")]
+    pub tls_cert: Option<PathBuf>,
+    /// Private key of --tls-cert (PEM)
+    #[arg(long, env = "PEAPOD_TLS_KEY", value_name = "FILE", requires = "tls_cert")]
+    pub tls_key: Option<PathBuf>,
+    /// Let in only clients with a certificate that one of these issued (PEM): mutual TLS
+    #[arg(long, env = "PEAPOD_TLS_CLIENT_CA", value_name = "FILE")]
+    pub tls_client_ca: Option<PathBuf>,
+    /// File with the token that clients must know [default: one made at the first start, in --state-dir]
+    #[arg(long, env = "PEAPOD_TOKEN_FILE", value_name = "FILE")]
+    pub token_file: Option<PathBuf>,
+}
+
+impl SecurityArgs {
+    /// Whether anything asks for TLS by name.
+    fn asks_for_tls(&self) -> bool {
+        self.tls || self.tls_cert.is_some() || self.tls_client_ca.is_some() || self.token_file.is_some()
+    }
 }
 
 /// How to run a job.
@@ -185,15 +222,15 @@ pub struct RunArgs {
     /// Address to listen on [default: 127.0.0.1:7733; with --local a free port]
     #[arg(long)]
     pub listen: Option<SocketAddr>,
-    /// Listen beyond this machine without encryption or authentication
-    #[arg(long)]
-    pub insecure: bool,
     /// Where to serve the live page, /metrics, /healthz and /readyz, all of which anyone who reaches it can read; `off` for none
     /// [default: 127.0.0.1:7734, or a free port if that is taken]
     #[arg(long, value_name = "ADDRESS:PORT|off")]
     pub http_addr: Option<HttpAddr>,
+    /// How workers and commands are let in
+    #[command(flatten)]
+    pub security: SecurityArgs,
     /// Folder for checkpoints and logs of this job
-    #[arg(long, default_value = "peapod-state")]
+    #[arg(long, env = "PEAPOD_STATE_DIR", default_value = "peapod-state")]
     pub state_dir: PathBuf,
     /// Silence after which a worker is dead
     #[arg(long, default_value = "3s", value_parser = humantime::parse_duration)]
@@ -234,11 +271,8 @@ impl RunArgs {
                 humantime::format_duration(self.heartbeat_timeout)
             ));
         }
-        let ip = self.listen_address().ip();
-        if !ip.is_loopback() && !self.insecure {
-            return Err(format!(
-                "--listen {ip} is reachable from other machines, and TLS is not built yet: listen on 127.0.0.1, or add --insecure on a network you trust"
-            ));
+        if self.local && self.security.tls_client_ca.is_some() {
+            return Err("--tls-client-ca and --local: the workers that --local starts have no certificates of their own".into());
         }
         Ok(())
     }
@@ -247,6 +281,12 @@ impl RunArgs {
     #[must_use]
     pub fn min_world_size(&self) -> u32 {
         self.min_world_size.unwrap_or(self.world_size)
+    }
+
+    /// Whether clients need TLS and the token.
+    #[must_use]
+    pub fn is_secure(&self) -> bool {
+        !self.security.insecure && (!self.listen_address().ip().is_loopback() || self.security.asks_for_tls())
     }
 
     /// Where to listen.
@@ -282,13 +322,33 @@ mod tests {
             (&["--world-size", "2", "--min-world-size", "0"], "within 1..=2"),
             (&["--world-size", "2", "--heartbeat-timeout", "10ms"], "at least 100ms"),
             (&["--world-size", "2", "--join-timeout", "1s"], "at least --heartbeat-timeout"),
-            (&["--world-size", "2", "--listen", "0.0.0.0:7733"], "--insecure"),
+            (&["--world-size", "2", "--insecure", "--tls"], "cannot be used with"),
+            (&["--world-size", "2", "--insecure", "--token-file", "t"], "cannot be used with"),
+            (&["--world-size", "2", "--tls-cert", "c.pem"], "--tls-key"),
+            (&["--world-size", "2", "--local", "--tls-client-ca", "ca.pem"], "no certificates of their own"),
             (&["--world-size", "2", "--heartbeat-timeout", "soon"], "--heartbeat-timeout"),
         ] {
             let error = run(arguments).unwrap_err();
             assert!(error.contains(words), "{arguments:?}: {error}");
         }
-        assert!(run(&["--world-size", "2", "--listen", "0.0.0.0:7733", "--insecure"]).is_ok());
+    }
+
+    #[test]
+    fn beyond_this_machine_nobody_comes_in_without_tls_unless_told_so() {
+        for (arguments, is_secure) in [
+            (&["--listen", "0.0.0.0:7733"][..], true),
+            (&["--listen", "[::]:7733"], true),
+            (&["--listen", "10.0.0.1:7733"], true),
+            (&["--listen", "0.0.0.0:7733", "--insecure"], false),
+            (&[], false),
+            (&["--listen", "[::1]:7733"], false),
+            (&["--tls"], true),
+            (&["--token-file", "token"], true),
+            (&["--tls-cert", "c.pem", "--tls-key", "k.pem"], true),
+        ] {
+            let all: Vec<&str> = ["--world-size", "2"].iter().chain(arguments).copied().collect();
+            assert_eq!(run(&all).unwrap().is_secure(), is_secure, "{arguments:?}");
+        }
     }
 
     #[test]

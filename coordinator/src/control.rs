@@ -4,34 +4,57 @@ use std::fmt::Write as _;
 use std::io::{IsTerminal, Write};
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
+use peapod_proto::secure::{Access, AccessError, Link, refusal};
 use peapod_proto::v1;
-use tonic::transport::{Channel, Endpoint};
+
+use crate::config::Target;
+use crate::secrets::join_string_in;
 
 /// Between two looks of [`watch`].
 const WATCH_EVERY: Duration = Duration::from_secs(1);
 /// How long a running coordinator may take to answer.
 const TIMEOUT: Duration = Duration::from_secs(5);
+/// Where a coordinator listens that is told nothing else.
+const DEFAULT_ADDRESS: &str = "http://127.0.0.1:7733";
 
-async fn connect(address: &str) -> Result<v1::control_client::ControlClient<Channel>> {
-    let endpoint =
-        Endpoint::from_shared(address.to_owned()).with_context(|| format!("{address} is not an address like http://host:7733"))?;
-    let channel = endpoint.connect_timeout(TIMEOUT).timeout(TIMEOUT).connect().await;
-    let channel =
-        channel.map_err(|_| anyhow::anyhow!("no coordinator answers at {address}: is it running, and is --coordinator right?"))?;
-    Ok(v1::control_client::ControlClient::new(channel))
+type Client = v1::control_client::ControlClient<Link>;
+
+/// Finds out which coordinator is meant and how to be let in: by the arguments, or by what it left in its state folder.
+fn access(target: &Target) -> Result<Access> {
+    let Target { coordinator, state_dir, access } = target;
+    let (coordinator, mut access) = (coordinator.as_deref(), access.clone());
+    let knows_certificate = access.join.is_some() || access.tls_ca.is_some();
+    if !knows_certificate && coordinator.is_none_or(|address| address.starts_with("https://")) {
+        let left = join_string_in(state_dir).map_err(anyhow::Error::msg)?;
+        access.join = left.map(Into::into);
+    }
+    let coordinator = coordinator.or(access.join.is_none().then_some(DEFAULT_ADDRESS));
+    Access::new(coordinator, &access).map_err(anyhow::Error::msg)
+}
+
+async fn connect(target: &Target) -> Result<Client> {
+    let access = access(target)?;
+    let endpoint = access.endpoint().map_err(anyhow::Error::msg)?.connect_timeout(TIMEOUT).timeout(TIMEOUT);
+    match access.connect(&endpoint).await {
+        Ok(link) => Ok(v1::control_client::ControlClient::new(link)),
+        Err(AccessError::Refused(why)) => anyhow::bail!("{why}"),
+        Err(AccessError::Failed(_)) => {
+            anyhow::bail!("no coordinator answers at {}: is it running, and is --coordinator right?", access.url())
+        }
+    }
 }
 
 fn said(status: tonic::Status) -> anyhow::Error {
-    anyhow::anyhow!("{}", status.message())
+    anyhow::anyhow!("{}", refusal(&status).unwrap_or_else(|| status.message().to_owned()))
 }
 
 /// Prints what the job is doing.
 ///
 /// # Errors
 /// If no coordinator answers.
-pub async fn status(address: &str, json: bool) -> Result<String> {
-    let reply = connect(address).await?.status(v1::StatusRequest {}).await.map_err(said)?.into_inner();
+pub async fn status(target: &Target, json: bool) -> Result<String> {
+    let reply = connect(target).await?.status(v1::StatusRequest {}).await.map_err(said)?.into_inner();
     Ok(if json { to_json(&reply) } else { to_table(&reply) })
 }
 
@@ -39,10 +62,10 @@ pub async fn status(address: &str, json: bool) -> Result<String> {
 ///
 /// # Errors
 /// If no coordinator answers, or standard output takes no more.
-pub async fn watch(address: &str, json: bool) -> Result<()> {
+pub async fn watch(target: &Target, json: bool) -> Result<()> {
     let mut out = std::io::stdout();
     loop {
-        let text = status(address, json).await?;
+        let text = status(target, json).await?;
         let clear = if out.is_terminal() { "\x1b[H\x1b[J" } else { "" };
         writeln!(out, "{clear}{text}")?;
         out.flush()?;
@@ -54,8 +77,8 @@ pub async fn watch(address: &str, json: bool) -> Result<()> {
 ///
 /// # Errors
 /// If no coordinator answers, no source has that name, or `out` takes no more.
-pub async fn shards(address: &str, source: Option<&str>, json: bool, out: &mut impl std::io::Write) -> Result<()> {
-    let mut client = connect(address).await?;
+pub async fn shards(target: &Target, source: Option<&str>, json: bool, out: &mut impl std::io::Write) -> Result<()> {
+    let mut client = connect(target).await?;
     let sources = client.status(v1::StatusRequest {}).await.map_err(said)?.into_inner().sources;
     if let Some(name) = source
         && !sources.iter().any(|source| source.name == name)
@@ -150,8 +173,8 @@ fn shard_json(source: &str, epoch: u32, shard: &v1::ShardStatus) -> serde_json::
 ///
 /// # Errors
 /// If no coordinator answers.
-pub async fn stop(address: &str) -> Result<()> {
-    connect(address).await?.stop(v1::StopRequest { reason: "stopped on request".into() }).await.map_err(said)?;
+pub async fn stop(target: &Target) -> Result<()> {
+    connect(target).await?.stop(v1::StopRequest { reason: "stopped on request".into() }).await.map_err(said)?;
     Ok(())
 }
 
@@ -159,8 +182,8 @@ pub async fn stop(address: &str) -> Result<()> {
 ///
 /// # Errors
 /// If no coordinator answers or no worker has that rank.
-pub async fn drain(address: &str, rank: u32) -> Result<()> {
-    connect(address).await?.drain(v1::DrainRequest { rank }).await.map_err(said)?;
+pub async fn drain(target: &Target, rank: u32) -> Result<()> {
+    connect(target).await?.drain(v1::DrainRequest { rank }).await.map_err(said)?;
     Ok(())
 }
 

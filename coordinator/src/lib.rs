@@ -1,8 +1,8 @@
 //! The coordinator of a Peapod job: it assigns ranks and shards, decides which steps are final, and keeps the checkpoints.
 //!
 //! [`core`] holds the rules as a pure value; [`driver`] owns it and does what it says; [`service`] speaks gRPC; [`store`]
-//! keeps checkpoints, [`gallery`] pictures; [`history`] what happened,
-//! which [`web`] shows; [`run`](mod@run) puts them together. The coordinator knows nothing of tensors.
+//! keeps checkpoints, [`gallery`] pictures; [`history`] what happened, which [`web`] shows; [`gate`] lets clients in, by the [`secrets`];
+//! [`run`](mod@run) puts them together. The coordinator knows nothing of tensors.
 
 pub mod build;
 pub mod check;
@@ -12,12 +12,15 @@ pub mod core;
 pub mod driver;
 pub mod export;
 pub mod gallery;
+pub mod gate;
 pub mod history;
 pub mod journal;
+pub mod limits;
 pub mod local;
 pub mod observe;
 mod oom;
 pub mod run;
+pub mod secrets;
 pub mod service;
 pub mod store;
 pub mod tensorboard;

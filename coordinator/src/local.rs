@@ -7,6 +7,7 @@ use std::process::{ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use peapod_proto::secure::JoinString;
 use tokio::io::{AsyncBufReadExt, AsyncRead, BufReader};
 use tokio::process::{Child, Command as Program};
 use tokio::sync::{mpsc, oneshot, watch};
@@ -29,6 +30,8 @@ pub struct Local {
     pub min_world_size: u32,
     /// Address they join.
     pub coordinator: String,
+    /// What they are let in with, where that is needed.
+    pub join: Option<JoinString>,
     /// This machine's name, as workers say it.
     pub host: String,
     /// How often dead ones are started again, all together, between two checkpoints.
@@ -114,6 +117,13 @@ impl Local {
             // Idle threads of a pool sleep instead of spinning on cores that another worker needs. libgomp reads it as it is loaded.
             .env("OMP_WAIT_POLICY", "PASSIVE")
             .kill_on_drop(true);
+        // These are the coordinator's own, should its environment have any; and arguments could be read by other users.
+        for variable in ["PEAPOD_TLS_CERT", "PEAPOD_TLS_KEY", "PEAPOD_TLS_CA", "PEAPOD_TOKEN_FILE", "PEAPOD_JOIN"] {
+            process.env_remove(variable);
+        }
+        if let Some(join) = &self.join {
+            process.env("PEAPOD_JOIN", join.reveal());
+        }
         die_with_parent(&mut process);
         let mut child = process.spawn().map_err(|error| {
             std::io::Error::new(error.kind(), format!("cannot start {}: {error}; build it with `cargo build`", self.program.display()))

@@ -66,13 +66,13 @@ async fn command(cli: Cli, bar: Bar) -> anyhow::Result<Exit> {
         Some(Command::Completions { shell }) => {
             clap_complete::generate(shell, &mut Cli::command(), "coordinator", &mut std::io::stdout().lock());
         }
-        Some(Command::Status { target, json, watch: true, .. }) => control::watch(&target.coordinator, json).await?,
-        Some(Command::Status { target, shards: false, json, .. }) => println!("{}", control::status(&target.coordinator, json).await?),
+        Some(Command::Status { target, json, watch: true, .. }) => control::watch(&target, json).await?,
+        Some(Command::Status { target, shards: false, json, .. }) => println!("{}", control::status(&target, json).await?),
         Some(Command::Status { target, source, json, .. }) => {
-            control::shards(&target.coordinator, source.as_deref(), json, &mut std::io::stdout().lock()).await?;
+            control::shards(&target, source.as_deref(), json, &mut std::io::stdout().lock()).await?;
         }
-        Some(Command::Stop { target }) => control::stop(&target.coordinator).await?,
-        Some(Command::Drain { rank, target }) => control::drain(&target.coordinator, rank).await?,
+        Some(Command::Stop { target }) => control::stop(&target).await?,
+        Some(Command::Drain { rank, target }) => control::drain(&target, rank).await?,
     }
     Ok(Exit::Finished)
 }

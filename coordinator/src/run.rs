@@ -13,7 +13,7 @@ use peapod_proto::v1;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, watch};
-use tokio_stream::wrappers::TcpListenerStream;
+use tonic::service::InterceptorLayer;
 use tonic::transport::Server;
 
 use crate::check::{self, LoadedJob};
@@ -21,17 +21,25 @@ use crate::config::RunArgs;
 use crate::core::{Config, Core, Event, Outcome, Resume};
 use crate::driver::{Command, Driver, Ending};
 use crate::gallery::{Gallery, MAX_PNG_BYTES};
+use crate::gate::{self, Guard, Refusals};
 use crate::journal::{Disk, Found, Run};
+use crate::limits::{MAX_MESSAGE_BYTES, SizeLimits};
 use crate::local::Local;
 use crate::observe::{Bar, Logs, Observer, Summary};
+use crate::secrets::{JOIN, Secrets, write_secret};
 use crate::service::{JobFacts, Service};
 use crate::store::{Store, hex, sha256};
 use crate::web;
 
 /// Commands that may wait for the driver.
 const COMMAND_CAPACITY: usize = 4096;
-/// A worker that was without a coordinator for long says every step of that time in one message: some kilobytes a step.
-const MAX_MESSAGE_BYTES: usize = 1 << 30;
+/// One message of an upload.
+const MAX_CHUNK_BYTES: usize = 4 << 20;
+/// A control command's request: all of them are small.
+const MAX_REQUEST_BYTES: usize = 64 << 10;
+/// Calls at the same time on one connection. A worker has its stream, and a few transfers.
+const MAX_STREAMS: u32 = 64;
+const MAX_HEADER_BYTES: u32 = 16 << 10;
 /// How long connections may take to end after the job.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -122,8 +130,12 @@ pub async fn run(args: RunArgs, bar: Bar) -> anyhow::Result<Exit> {
     let gallery = Gallery::new(&args.state_dir.join("pictures"), &job)?;
     let listener = TcpListener::bind(args.listen_address()).await.with_context(|| format!("cannot listen on {}", args.listen_address()))?;
     let http = web::listen(args.http_addr).await?;
-    let address = format!("http://{}", listener.local_addr()?);
-    announce(&args, &job, listener.local_addr()?, shards.len());
+    let listening = listener.local_addr()?;
+    let secrets = match secrets(&args, listening) {
+        Ok(secrets) => secrets,
+        Err(problem) => return Ok(Exit::Refused(problem)),
+    };
+    announce(&args, &job, listening, shards.len(), secrets.as_ref());
 
     let job_id = match &found {
         Some(found) => found.run.job_id.clone(),
@@ -194,23 +206,31 @@ pub async fn run(args: RunArgs, bar: Bar) -> anyhow::Result<Exit> {
     let (over, is_over) = watch::channel(false);
 
     let service = Service::new(commands.clone(), store.clone(), gallery, facts);
+    let refusals = Refusals::default();
+    let (tls, token) = secrets.as_ref().map(|secrets| (secrets.tls.clone(), secrets.token.clone())).unzip();
+    let incoming = gate::open(listener, tls, refusals.clone(), is_over.clone());
     let server = Server::builder()
-        .tcp_nodelay(true)
+        .max_concurrent_streams(MAX_STREAMS)
+        .http2_max_header_list_size(MAX_HEADER_BYTES)
         .http2_keepalive_interval(Some(args.heartbeat_timeout))
         .http2_keepalive_timeout(Some(args.heartbeat_timeout))
+        .layer(InterceptorLayer::new(Guard::new(token, refusals)))
+        .layer(SizeLimits)
         .add_service(v1::membership_server::MembershipServer::new(service.clone()).max_decoding_message_size(MAX_MESSAGE_BYTES))
-        .add_service(v1::checkpoints_server::CheckpointsServer::new(service.clone()))
+        .add_service(v1::checkpoints_server::CheckpointsServer::new(service.clone()).max_decoding_message_size(MAX_CHUNK_BYTES))
         .add_service(v1::pictures_server::PicturesServer::new(service.clone()).max_decoding_message_size(MAX_PNG_BYTES + 1024))
-        .add_service(v1::control_server::ControlServer::new(service))
-        .serve_with_incoming_shutdown(TcpListenerStream::new(listener), wait_for(is_over.clone()));
+        .add_service(v1::control_server::ControlServer::new(service).max_decoding_message_size(MAX_REQUEST_BYTES))
+        .serve_with_incoming_shutdown(incoming, wait_for(is_over.clone()));
     let server = tokio::spawn(server);
     let page = http.map(|listener| tokio::spawn(web::serve(listener, commands.clone(), shown, is_over.clone())));
     let signals = tokio::spawn(signals.watch(commands.clone(), args.local));
+    let scheme = scheme(args.is_secure());
     let local = args.local.then(|| {
         let local = Local {
             program: Local::find_program(),
             world_size: args.world_size,
-            coordinator: address.clone(),
+            coordinator: format!("{scheme}://{listening}"),
+            join: secrets.as_ref().map(|secrets| secrets.join_string(listening.to_string())),
             max_restarts: args.max_restarts,
             min_world_size: args.min_world_size(),
             host: host_name(),
@@ -321,25 +341,56 @@ async fn conclude(outcome: Outcome, code: u8, summary: Option<Summary>, store: &
     })
 }
 
-fn announce(args: &RunArgs, job: &Job, listening: SocketAddr, num_shards: usize) {
-    let address = format!("http://{listening}");
+/// Certificate and token, where clients need them, with the join string left in the state folder for commands on this machine.
+fn secrets(args: &RunArgs, listening: SocketAddr) -> Result<Option<Secrets>, String> {
+    let join_path = args.state_dir.join(JOIN);
+    if !args.is_secure() {
+        return match std::fs::remove_file(&join_path) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(format!("cannot remove {}: {error}", join_path.display())),
+            _ => Ok(None),
+        };
+    }
+    let secrets = Secrets::prepare(&args.security, &args.state_dir, &host_name(), listening.ip())?;
+    write_secret(&join_path, &format!("{}\n", secrets.join_string(authority_for_workers(listening, &host_name())).reveal()))?;
+    Ok(Some(secrets))
+}
+
+fn scheme(is_secure: bool) -> &'static str {
+    if is_secure { "https" } else { "http" }
+}
+
+fn announce(args: &RunArgs, job: &Job, listening: SocketAddr, num_shards: usize, secrets: Option<&Secrets>) {
+    let scheme = scheme(secrets.is_some());
     let workers = match args.min_world_size() {
         min if min < args.world_size => format!("{min} to {} workers", args.world_size),
         _ => format!("{} workers", args.world_size),
     };
-    tracing::info!("job {}: {workers}, {num_shards} shards, listening on {address}", job.name);
-    if args.insecure {
-        tracing::warn!("--insecure: anyone who reaches {address} can join, stop or replace this job");
+    tracing::info!("job {}: {workers}, {num_shards} shards, listening on {scheme}://{listening}", job.name);
+    if args.security.insecure {
+        tracing::warn!("--insecure: anyone who reaches {scheme}://{listening} can join, stop or replace this job");
     }
-    if !args.local {
-        let reached = address_for_workers(listening, &host_name());
-        tracing::info!("start on each host, once a GPU:  worker --coordinator {reached}");
+    let reached = authority_for_workers(listening, &host_name());
+    match secrets {
+        _ if args.local => {}
+        None => tracing::info!("start on each host, once a GPU:  worker --coordinator http://{reached}"),
+        Some(secrets) if secrets.is_new => {
+            tracing::info!("start on each host, once a GPU (whoever knows the string can join and stop the job; it is not shown again):");
+            // Not a line of the log: logs are collected, and this is a secret.
+            println!("worker --join {}", secrets.join_string(reached).reveal());
+        }
+        Some(secrets) if secrets.is_own_token => {
+            tracing::info!("start on each host, once a GPU:  worker --coordinator https://{reached} --tls-ca FILE --token-file FILE");
+        }
+        Some(_) => tracing::info!(
+            "start on each host, once a GPU:  worker --join STRING  (the string is in {})",
+            args.state_dir.join(JOIN).display()
+        ),
     }
 }
 
 /// What workers are to be told: "any address" is one to listen on, not to connect to.
-fn address_for_workers(listening: SocketAddr, host_name: &str) -> String {
-    if listening.ip().is_unspecified() { format!("http://{host_name}:{}", listening.port()) } else { format!("http://{listening}") }
+fn authority_for_workers(listening: SocketAddr, host_name: &str) -> String {
+    if listening.ip().is_unspecified() { format!("{host_name}:{}", listening.port()) } else { listening.to_string() }
 }
 
 fn host_name() -> String {
@@ -440,10 +491,10 @@ mod tests {
 
     #[test]
     fn workers_are_told_an_address_they_can_reach() {
-        let told = |listening: &str| address_for_workers(listening.parse().unwrap(), "master");
-        assert_eq!(told("0.0.0.0:7733"), "http://master:7733");
-        assert_eq!(told("[::]:7733"), "http://master:7733");
-        assert_eq!(told("10.0.0.1:7733"), "http://10.0.0.1:7733");
-        assert_eq!(told("[::1]:7733"), "http://[::1]:7733");
+        let told = |listening: &str| authority_for_workers(listening.parse().unwrap(), "master");
+        assert_eq!(told("0.0.0.0:7733"), "master:7733");
+        assert_eq!(told("[::]:7733"), "master:7733");
+        assert_eq!(told("10.0.0.1:7733"), "10.0.0.1:7733");
+        assert_eq!(told("[::1]:7733"), "[::1]:7733");
     }
 }

@@ -6,6 +6,7 @@ pub mod convert;
 pub mod ids;
 pub mod job;
 pub mod message;
+pub mod secure;
 
 /// The generated wire types of package `peapod.v1`.
 #[allow(missing_docs, clippy::all, clippy::unwrap_used, clippy::expect_used, rustdoc::all)]

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use clap::{Parser, Subcommand};
 use peapod_proto::ids::Rank;
+use peapod_proto::secure::{Access, AccessArgs};
 
 use crate::shards::{inspect, make};
 
@@ -52,9 +53,12 @@ pub enum Shards {
 /// How to train.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Args {
-    /// Address of the coordinator, such as http://master:7733
-    #[arg(long, env = "PEAPOD_COORDINATOR", required = true, default_value = "", hide_default_value = true)]
-    pub coordinator: String,
+    /// Address of the coordinator, such as http://master:7733; with --join, in place of the one in the string
+    #[arg(long, env = "PEAPOD_COORDINATOR", required_unless_present = "join")]
+    pub coordinator: Option<String>,
+    /// How to be let in
+    #[command(flatten)]
+    pub access: AccessArgs,
     /// Rank to ask for; without it, any free one
     #[arg(long, env = "PEAPOD_RANK")]
     pub rank: Option<u32>,
@@ -76,21 +80,17 @@ pub struct Args {
 const FIRST_PATIENCE: Duration = Duration::from_secs(60);
 
 impl Args {
-    /// Checks ranges.
+    /// Checks ranges, and reads what it takes to be let in.
     ///
     /// # Errors
     /// One line that says what is wrong.
-    pub fn validate(&self) -> Result<(), String> {
-        if !self.coordinator.starts_with("http://") {
-            let hint =
-                if self.coordinator.starts_with("https://") { ": TLS is not built yet, use http:// on a network you trust" } else { "" };
-            return Err(format!("--coordinator {} must be an address like http://master:7733{hint}", self.coordinator));
-        }
+    pub fn validate(&self) -> Result<Access, String> {
+        let access = Access::new(self.coordinator.as_deref(), &self.access)?;
         check_device(&self.device)?;
         if self.threads == Some(0) {
             return Err("--threads must be at least 1".into());
         }
-        Ok(())
+        Ok(access)
     }
 
     /// How long to look for the coordinator; `lost` is the join timeout of one that was found before.
@@ -123,7 +123,7 @@ mod tests {
         let parse = |arguments: &[&str]| Cli::try_parse_from(["worker"].iter().chain(arguments)).unwrap().run.validate();
         assert!(parse(&["--coordinator", "http://a:1"]).is_ok());
         assert!(parse(&["--coordinator", "a:1"]).unwrap_err().contains("http://master:7733"));
-        assert!(parse(&["--coordinator", "https://a:1"]).unwrap_err().contains("TLS is not built yet"));
+        assert!(parse(&["--coordinator", "https://a:1"]).unwrap_err().contains("needs --join STRING"));
         assert!(parse(&["--coordinator", "http://a:1", "--device", "cuda:0"]).unwrap_err().contains("--device cpu"));
     }
     #[test]

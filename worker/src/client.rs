@@ -6,11 +6,12 @@ use std::time::Duration;
 use futures::StreamExt;
 use peapod_proto::ids::{Generation, Step, WorkerId};
 use peapod_proto::message::{FromWorker, ToWorker};
+use peapod_proto::secure::{Access, AccessError, Link, refusal};
 use peapod_proto::v1;
 use sha2::{Digest, Sha256};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::Endpoint;
 use tonic::{Code, Streaming};
 
 /// Messages that may wait to be sent.
@@ -33,7 +34,7 @@ const CHUNK: usize = 1 << 20;
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
     /// The address is not one.
-    #[error("{0} is not an address like http://master:7733")]
+    #[error("{0}")]
     Address(String),
     /// Nobody answers.
     #[error("no coordinator answers at {address} (tried for {:.0} s): is it running, and is the address right? Last error: {last}", tried_for.as_secs_f64())]
@@ -70,7 +71,7 @@ pub struct Stream {
     /// Messages down.
     pub inbound: Streaming<v1::ToWorker>,
     /// The connection, for other calls.
-    pub channel: Channel,
+    pub channel: Link,
     /// This host's address on the way to the coordinator.
     pub local_ip: Option<IpAddr>,
 }
@@ -79,8 +80,8 @@ pub struct Stream {
 ///
 /// # Errors
 /// [`ClientError::Unreachable`] after that time; [`ClientError::Refused`] at once.
-pub async fn join(address: &str, hello: FromWorker, patience: Duration, returning: bool) -> Result<Stream, ClientError> {
-    let endpoint = Endpoint::from_shared(address.to_owned()).map_err(|_| ClientError::Address(address.into()))?;
+pub async fn join(access: &Access, hello: FromWorker, patience: Duration, returning: bool) -> Result<Stream, ClientError> {
+    let endpoint = access.endpoint().map_err(ClientError::Address)?;
     let endpoint = endpoint
         .connect_timeout(ATTEMPT_TIMEOUT)
         .tcp_nodelay(true)
@@ -91,16 +92,16 @@ pub async fn join(address: &str, hello: FromWorker, patience: Duration, returnin
     let mut wait = FIRST_WAIT;
     let longest = if returning { LONGEST_WAIT_OF_A_MEMBER } else { LONGEST_WAIT };
     loop {
-        let last = match attempt(&endpoint, hello.clone()).await {
+        let last = match attempt(access, &endpoint, hello.clone()).await {
             Ok(mut stream) => {
-                stream.local_ip = local_ip(address).await;
+                stream.local_ip = local_ip(access.url()).await;
                 return Ok(stream);
             }
             Err(Attempt::Refused { message, bad_arguments }) => return Err(ClientError::Refused { message, bad_arguments }),
             Err(Attempt::Failed(last)) => last,
         };
         if started.elapsed() + wait > patience {
-            return Err(ClientError::Unreachable { address: address.into(), tried_for: started.elapsed(), last });
+            return Err(ClientError::Unreachable { address: access.url().into(), tried_for: started.elapsed(), last });
         }
         tokio::time::sleep(wait.mul_f64(jitter())).await;
         wait = (wait * 2).min(longest);
@@ -112,21 +113,28 @@ enum Attempt {
     Failed(String),
 }
 
-async fn attempt(endpoint: &Endpoint, hello: FromWorker) -> Result<Stream, Attempt> {
-    let channel = endpoint.connect().await.map_err(|error| Attempt::Failed(innermost(&error)))?;
+async fn attempt(access: &Access, endpoint: &Endpoint, hello: FromWorker) -> Result<Stream, Attempt> {
+    let channel = access.connect(endpoint).await.map_err(|error| match error {
+        AccessError::Refused(message) => Attempt::Refused { message, bad_arguments: true },
+        AccessError::Failed(last) => Attempt::Failed(last),
+    })?;
     let (outbound, messages) = mpsc::channel(OUTBOUND_CAPACITY);
     // The channel has room: nothing is in it yet.
     let _ = outbound.try_send(hello);
     let messages = ReceiverStream::new(messages).map(v1::FromWorker::from);
     let reply = v1::membership_client::MembershipClient::new(channel.clone()).join(messages).await;
-    match reply {
-        Ok(reply) => Ok(Stream { outbound, inbound: reply.into_inner(), channel, local_ip: None }),
-        Err(status) => Err(match status.code() {
-            Code::InvalidArgument | Code::AlreadyExists => Attempt::Refused { message: status.message().into(), bad_arguments: true },
-            Code::FailedPrecondition | Code::Unimplemented => Attempt::Refused { message: status.message().into(), bad_arguments: false },
-            _ => Attempt::Failed(status.message().into()),
-        }),
+    let status = match reply {
+        Ok(reply) => return Ok(Stream { outbound, inbound: reply.into_inner(), channel, local_ip: None }),
+        Err(status) => status,
+    };
+    if let Some(message) = refusal(&status) {
+        return Err(Attempt::Refused { message, bad_arguments: true });
     }
+    Err(match status.code() {
+        Code::InvalidArgument | Code::AlreadyExists => Attempt::Refused { message: status.message().into(), bad_arguments: true },
+        Code::FailedPrecondition | Code::Unimplemented => Attempt::Refused { message: status.message().into(), bad_arguments: false },
+        _ => Attempt::Failed(status.message().into()),
+    })
 }
 
 /// A factor within 0.5..1.5, so that workers that lost the same coordinator do not all come back at once.
@@ -175,7 +183,7 @@ pub async fn next(inbound: &mut Streaming<v1::ToWorker>) -> Result<ToWorker, Str
 /// # Errors
 /// [`ClientError::Transfer`] with the coordinator's words.
 pub async fn upload(
-    channel: Channel,
+    channel: Link,
     worker: WorkerId,
     generation: Generation,
     step: Step,
@@ -205,7 +213,7 @@ pub async fn upload(
 ///
 /// # Errors
 /// [`ClientError::Transfer`] with the coordinator's words, or when it does not answer in a minute.
-pub async fn send_picture(channel: Channel, generation: Generation, step: Step, index: u32, png: Vec<u8>) -> Result<String, ClientError> {
+pub async fn send_picture(channel: Link, generation: Generation, step: Step, index: u32, png: Vec<u8>) -> Result<String, ClientError> {
     let failed = |message: String| ClientError::Transfer { what: "not stored", message };
     let picture = v1::KeepPicture { generation: generation.0, step: step.0, index, png };
     let mut client = v1::pictures_client::PicturesClient::new(channel);
@@ -218,7 +226,7 @@ pub async fn send_picture(channel: Channel, generation: Generation, step: Step, 
 ///
 /// # Errors
 /// [`ClientError::Transfer`].
-pub async fn download(channel: Channel, worker: WorkerId, step: Step) -> Result<Vec<(String, Vec<u8>)>, ClientError> {
+pub async fn download(channel: Link, worker: WorkerId, step: Step) -> Result<Vec<(String, Vec<u8>)>, ClientError> {
     use v1::download_message::Message;
     let failed = |message: String| ClientError::Transfer { what: "checkpoint not received", message };
     let request = v1::DownloadRequest { worker_id: worker.0, step: step.0 };

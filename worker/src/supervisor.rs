@@ -9,12 +9,12 @@ use peapod_data::{LeasedShard, Outlook};
 use peapod_proto::ids::{Incarnation, Step, WorkerId};
 use peapod_proto::job::Job;
 use peapod_proto::message::{FromWorker, Hello, ToWorker};
+use peapod_proto::secure::{Access, Link};
 use peapod_proto::{PROGRAM_VERSION, PROTOCOL_VERSION, v1};
 use tch::Device;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tonic::Streaming;
-use tonic::transport::Channel;
 
 use crate::args::Args;
 use crate::client::{self, ClientError};
@@ -39,10 +39,11 @@ pub struct Exit {
 }
 
 /// The connection that the trainer's thread uses for downloads; it changes with every reconnect.
-type SharedChannel = Arc<Mutex<Option<(Channel, WorkerId)>>>;
+type SharedChannel = Arc<Mutex<Option<(Link, WorkerId)>>>;
 
 struct Supervisor {
     args: Args,
+    access: Access,
     incarnation: Incarnation,
     attempt: u32,
     life: Lifecycle,
@@ -64,9 +65,10 @@ struct Supervisor {
 
 /// Runs a worker to its end.
 pub async fn run(args: Args) -> Exit {
-    if let Err(problem) = args.validate() {
-        return Exit { code: BAD_ARGUMENTS, message: problem };
-    }
+    let access = match args.validate() {
+        Ok(access) => access,
+        Err(problem) => return Exit { code: BAD_ARGUMENTS, message: problem },
+    };
     let mut bytes = [0; 8];
     if let Err(error) = getrandom::fill(&mut bytes) {
         return Exit { code: 1, message: format!("no randomness from the system: {error}") };
@@ -74,6 +76,7 @@ pub async fn run(args: Args) -> Exit {
     let (output, outputs) = mpsc::unbounded_channel();
     let mut supervisor = Supervisor {
         args,
+        access,
         incarnation: Incarnation(u64::from_le_bytes(bytes)),
         attempt: 0,
         life: Lifecycle::new(),
@@ -165,7 +168,7 @@ impl Supervisor {
         });
         self.attempt += 1;
         let patience = self.args.patience(self.join_timeout);
-        match client::join(&self.args.coordinator, hello, patience, self.join_timeout.is_some()).await {
+        match client::join(&self.access, hello, patience, self.join_timeout.is_some()).await {
             Ok(stream) => {
                 self.outbound = Some(stream.outbound);
                 self.inbound = Some(stream.inbound);
@@ -375,7 +378,7 @@ async fn next_message(inbound: &mut Option<Streaming<v1::ToWorker>>) -> Result<T
     }
 }
 
-fn lock(channel: &SharedChannel) -> std::sync::MutexGuard<'_, Option<(Channel, WorkerId)>> {
+fn lock(channel: &SharedChannel) -> std::sync::MutexGuard<'_, Option<(Link, WorkerId)>> {
     channel.lock().unwrap_or_else(PoisonError::into_inner)
 }
 

@@ -229,7 +229,7 @@ impl Coordinator {
     /// If it does not come to that.
     #[must_use]
     pub fn url(&self) -> String {
-        let line = self.wait_for("listening on http://");
+        let line = self.wait_for("listening on http");
         let (_, url) = line.split_once("listening on ").expect("an address");
         url.trim().to_owned()
     }
