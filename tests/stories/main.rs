@@ -8,6 +8,7 @@ mod bad_input;
 mod classifier;
 mod demo;
 mod drawing;
+mod faults;
 mod golden;
 mod leases;
 mod membership;

@@ -2,12 +2,13 @@
 //!
 //! [`lifecycle`] holds the rules of a worker's life, [`trainer`] the thread that owns the tensors, [`client`] the calls to the
 //! coordinator; [`supervisor`] joins them. [`check`] looks at a job's models without loading them, [`shards`] into its data. [`draw`],
-//! [`grid`], [`picture`] and [`score`] serve the program `sample`.
+//! [`grid`], [`picture`] and [`score`] serve the program `sample`. [`faults`] makes a worker fail on purpose.
 
 pub mod args;
 pub mod check;
 pub mod client;
 pub mod draw;
+pub mod faults;
 pub mod grid;
 pub mod lifecycle;
 pub mod picture;

@@ -18,6 +18,7 @@ use tonic::Streaming;
 
 use crate::args::Args;
 use crate::client::{self, ClientError};
+use crate::faults::Faults;
 use crate::lifecycle::{Action, Input, Lifecycle};
 use crate::setup;
 use crate::trainer::{self, Command, Context, Control, Drawn, Output, Snapshot};
@@ -61,6 +62,11 @@ struct Supervisor {
     outputs: mpsc::UnboundedReceiver<Output>,
     output: mpsc::UnboundedSender<Output>,
     uploads: JoinSet<()>,
+    faults: Arc<Faults>,
+    /// Whether a fault has cut the current stream.
+    cut: bool,
+    /// Whether one keeps its heartbeats back.
+    silent: bool,
 }
 
 /// Runs a worker to its end.
@@ -73,6 +79,10 @@ pub async fn run(args: Args) -> Exit {
     if let Err(error) = getrandom::fill(&mut bytes) {
         return Exit { code: 1, message: format!("no randomness from the system: {error}") };
     }
+    let faults = match Faults::of_environment() {
+        Ok(faults) => Arc::new(faults),
+        Err(problem) => return Exit { code: BAD_ARGUMENTS, message: problem },
+    };
     let (output, outputs) = mpsc::unbounded_channel();
     let mut supervisor = Supervisor {
         args,
@@ -93,6 +103,9 @@ pub async fn run(args: Args) -> Exit {
         outputs,
         output,
         uploads: JoinSet::new(),
+        faults,
+        cut: false,
+        silent: false,
     };
     let exit = supervisor.run().await;
     supervisor.close(&exit).await;
@@ -119,8 +132,10 @@ impl Supervisor {
                     return exit;
                 }
             }
+            self.cut |= self.faults.cut_stream(self.control.heartbeat().step);
             let input = tokio::select! {
-                message = next_message(&mut self.inbound) => match message {
+                message = next_message(&mut self.inbound, self.cut) => match message {
+                    Ok(message) if self.faults.lose(&message, self.control.heartbeat().step) => None,
                     Ok(message) => Some(Input::Said(message)),
                     Err(cause) => {
                         (self.inbound, self.outbound) = (None, None);
@@ -170,6 +185,7 @@ impl Supervisor {
         let patience = self.args.patience(self.join_timeout);
         match client::join(&self.access, hello, patience, self.join_timeout.is_some()).await {
             Ok(stream) => {
+                (self.cut, self.silent) = (false, false);
                 self.outbound = Some(stream.outbound);
                 self.inbound = Some(stream.inbound);
                 self.local_ip = stream.local_ip;
@@ -190,6 +206,9 @@ impl Supervisor {
     }
 
     async fn send(&mut self, message: FromWorker) {
+        if self.faults.keep_back(&message, self.control.heartbeat().step, &mut self.silent) {
+            return;
+        }
         if let Some(outbound) = &self.outbound {
             // A closed stream is noticed where it is read.
             let _ = outbound.send(message).await;
@@ -301,6 +320,7 @@ impl Supervisor {
                 let _ = output.send(message);
             }),
             control: self.control.clone(),
+            faults: self.faults.clone(),
             download: Box::new(move |step| {
                 let (channel, worker) = lock(&channel).clone().ok_or("no connection to the coordinator")?;
                 runtime.block_on(client::download(channel, worker, step)).map_err(|error| error.to_string())
@@ -357,7 +377,7 @@ impl Supervisor {
         }
         // Dropping the sender ends the stream once everything in it is sent; the coordinator closes its side in answer.
         self.outbound = None;
-        let drained = async { while next_message(&mut self.inbound).await.is_ok() {} };
+        let drained = async { while next_message(&mut self.inbound, false).await.is_ok() {} };
         let _ = tokio::time::timeout(Duration::from_secs(1), drained).await;
         if let Some(trainer) = self.trainer.take() {
             // It may be deep in libtorch, which cannot be interrupted; the process ends all the same.
@@ -371,8 +391,9 @@ fn files_of(job: &Job, snapshot: &Snapshot, step: Step) -> peapod_model::Result<
 }
 
 /// The next message, or never while there is no stream.
-async fn next_message(inbound: &mut Option<Streaming<v1::ToWorker>>) -> Result<ToWorker, String> {
+async fn next_message(inbound: &mut Option<Streaming<v1::ToWorker>>, cut: bool) -> Result<ToWorker, String> {
     match inbound {
+        Some(_) if cut => Err("cut on purpose".into()),
         Some(inbound) => client::next(inbound).await,
         None => std::future::pending().await,
     }

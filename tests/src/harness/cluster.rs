@@ -239,12 +239,18 @@ impl Coordinator {
     /// It gets the threads that it would have with `--local`, so that it computes the same to the last bit.
     #[must_use]
     pub fn worker(&self, name: &str, arguments: &[&str]) -> Process {
+        self.worker_with(name, arguments, &[])
+    }
+
+    /// As [`Coordinator::worker`], with variables in its environment.
+    #[must_use]
+    pub fn worker_with(&self, name: &str, arguments: &[&str], environment: &[(&str, String)]) -> Process {
         let url = self.url();
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let threads = (cores / self.world_size as usize).max(1).to_string();
         let mut all = vec!["--coordinator", &url, "--threads", &threads];
         all.extend(arguments);
-        Process::start(name, "worker", &all)
+        Process::start_with(name, "worker", &all, environment)
     }
 
     /// Starts a worker that asks for a rank.

@@ -9,6 +9,7 @@
 
 mod checkpoint;
 mod cluster;
+mod faults;
 mod http;
 mod job;
 mod process;
@@ -17,8 +18,10 @@ mod shards;
 
 pub use checkpoint::{Checkpoint, StoredTensor};
 pub use cluster::{Cluster, Coordinator, StepLine, TrainedSample, assert_trained_once};
+pub use faults::FaultPlan;
 pub use http::{Fault, FileServer, Habits};
 pub use job::JobFile;
+pub use peapod_worker::faults::Point;
 pub use process::{Process, is_alive, kill};
 pub use programs::{program, workspace};
 pub use rustix::process::Signal;

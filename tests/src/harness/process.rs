@@ -84,13 +84,23 @@ impl Process {
     /// If it cannot be started.
     #[must_use]
     pub fn start(name: &str, program: &str, arguments: &[&str]) -> Self {
+        Self::start_with(name, program, arguments, &[])
+    }
+
+    /// As [`Process::start`], with variables in its environment.
+    ///
+    /// # Panics
+    /// If it cannot be started.
+    #[must_use]
+    pub fn start_with(name: &str, program: &str, arguments: &[&str], environment: &[(&str, String)]) -> Self {
         let mut command = Command::new(programs::program(program));
         command.args(arguments).current_dir(programs::workspace()).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         // Stories run beside each other: thread pools that spin while they wait would take the cores from those that work.
         command.env("OMP_NUM_THREADS", "1").env("OMP_WAIT_POLICY", "PASSIVE").env("RUST_BACKTRACE", "1");
-        for variable in ["PEAPOD_COORDINATOR", "PEAPOD_RANK", "RUST_LOG"] {
+        for variable in ["PEAPOD_COORDINATOR", "PEAPOD_RANK", "PEAPOD_FAULTS", "RUST_LOG"] {
             command.env_remove(variable);
         }
+        command.envs(environment.iter().map(|(variable, value)| (variable, value)));
         let mut child = command.spawn().unwrap_or_else(|error| panic!("cannot start {program}: {error}"));
         let state = OutputState { lines: Vec::new(), num_open_pipes: 2 };
         let output = Arc::new(Output { state: Mutex::new(state), changed: Condvar::new(), started: Instant::now() });

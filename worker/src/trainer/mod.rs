@@ -35,6 +35,7 @@ pub use rounds::Drawn;
 use rounds::{Due, Rounds, Unfinished, means};
 pub use state::{Snapshot, TrainState};
 
+use crate::faults::Faults;
 use crate::lifecycle::TrainerEvent;
 use crate::setup;
 use crate::tail::{Contribution, Outcome, TailLayout, ValidationTotals, share_of};
@@ -110,6 +111,8 @@ pub struct Context {
     pub control: Arc<Control>,
     /// How it gets a checkpoint.
     pub download: Download,
+    /// Where it fails on purpose.
+    pub faults: Arc<Faults>,
 }
 
 /// Why a generation ended for this member.
@@ -317,6 +320,7 @@ impl Trainer {
             let connected = Instant::now() + CONNECT_TIMEOUT;
             Box::new(TcpCollective::connect(&bootstrap, membership, listener, abort.clone(), connected).map_err(broken)?)
         };
+        collective = self.context.faults.over(collective, assignment.base_step);
         let held =
             self.state.as_ref().is_some_and(|state| state.step == assignment.base_step && state.generation == assignment.base_generation);
         let is_source = assignment.member_index == assignment.source_index;
@@ -430,6 +434,7 @@ impl Trainer {
 
         // 1. Samples.
         self.context.control.enter(Phase::Data);
+        self.context.faults.in_data(step, place.abort);
         let share = self.loader.next_share(owed).map_err(|error| match error {
             peapod_data::Error::Cancelled => Ended::broken("aborted while waiting for samples".into()),
             error => Ended::Failed { phase: "data", message: error.to_string() },
@@ -442,6 +447,7 @@ impl Trainer {
             is_new |= self.sizes_seen.insert((batch.bucket, batch.samples.len()));
         }
         self.context.control.enter(if is_new { Phase::Warming } else { Phase::Compute });
+        self.context.faults.in_compute(step);
         let share = &self.in_flight.insert((step, share)).1;
         let (models, adapter) = (&self.models, &state.adapter);
         let _ = gradient.zero_();
