@@ -10,6 +10,7 @@ mod demo;
 mod drawing;
 mod faults;
 mod golden;
+mod hangs;
 mod leases;
 mod membership;
 mod method;

@@ -19,7 +19,7 @@ use tonic::Streaming;
 use crate::args::Args;
 use crate::client::{self, ClientError};
 use crate::faults::Faults;
-use crate::lifecycle::{Action, Input, Lifecycle};
+use crate::lifecycle::{Action, Input, Lifecycle, TRY_AGAIN};
 use crate::setup;
 use crate::trainer::{self, Command, Context, Control, Drawn, Output, Snapshot};
 
@@ -193,8 +193,16 @@ impl Supervisor {
                 Ok(())
             }
             Err(error) => {
-                let bad = matches!(error, ClientError::Address(_) | ClientError::Refused { bad_arguments: true, .. });
-                Err(Exit { code: if bad { BAD_ARGUMENTS } else { 1 }, message: error.to_string() })
+                Err(match error {
+                    // It was welcome with these arguments before: who was started in its place is not its fault.
+                    ClientError::Refused { message, bad_arguments: true } if self.life.identity().is_some() => {
+                        Exit { code: TRY_AGAIN, message: format!("lost its place while it was away: {message}") }
+                    }
+                    ClientError::Address(_) | ClientError::Refused { bad_arguments: true, .. } => {
+                        Exit { code: BAD_ARGUMENTS, message: error.to_string() }
+                    }
+                    _ => Exit { code: 1, message: error.to_string() },
+                })
             }
         }
     }
