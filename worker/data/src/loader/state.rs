@@ -11,6 +11,10 @@ use crate::sample::Encoded;
 
 /// Granted leases to keep: the one that is read and the next.
 const LEASES_AHEAD: usize = 2;
+/// Samples to read ahead of the pool, in shares, and at least. What a worker has read nobody can ask it for: with everything that fits into
+/// memory read ahead, small shards to the last of the job, the others would have nothing to train once one of them had to start again.
+const SHARES_AHEAD: usize = 8;
+const MIN_AHEAD: usize = 64;
 
 /// Memory a buffered sample takes beside its picture and captions, roughly.
 const SAMPLE_OVERHEAD: u64 = 256;
@@ -247,7 +251,8 @@ impl State {
 
     /// Whether the reader may go on. A single sample always fits, however large.
     pub fn has_room(&self) -> bool {
-        self.stream_bytes < self.max_stream_bytes || self.stream.is_empty()
+        let most = MIN_AHEAD.max(SHARES_AHEAD * self.cuts.share());
+        (self.stream_bytes < self.max_stream_bytes && self.stream.len() < most) || self.stream.is_empty()
     }
 
     /// Takes in a sample from the reader.

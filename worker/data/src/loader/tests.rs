@@ -605,6 +605,23 @@ fn rest_that_is_given_back_begins_where_what_is_handed_out_ends() {
 }
 
 #[test]
+fn reader_leaves_to_others_what_its_own_shares_will_not_need_for_long() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut rig = Rig::start(config(4, 1));
+    rig.handle.grant(vec![lease(0, 0, &write_shard(folder.path(), 0, &[Kind::Good; 300]))], true);
+    let mut shares = vec![rig.loader.next_share(2).unwrap()];
+    while rig.handle.stats().buffered_samples < 64 {
+        std::thread::yield_now();
+    }
+    // It would have read the rest by then.
+    std::thread::sleep(Duration::from_millis(100));
+    let stats = rig.handle.stats();
+    assert!(stats.buffered_samples <= 70 && !stats.is_at_end, "{stats:?}");
+    shares.extend(rig.drain(2));
+    assert_eq!(indices(&shares), (0..300).collect::<Vec<_>>());
+}
+
+#[test]
 fn lease_that_has_not_come_yet_is_given_back_whole_and_not_read_when_it_comes() {
     let folder = tempfile::tempdir().unwrap();
     let mut rig = Rig::start(config(4, 1));
