@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use peapod_collective::{AbortHandle, Collective, Error};
+use peapod_collective::{AbortHandle, Collective, Error, Stall};
 use peapod_proto::ids::Step;
 
 use super::{Faults, Point, VARIABLE, die};
@@ -80,6 +80,10 @@ impl Collective for Faulty {
 
     fn barrier(&mut self, deadline: Instant) -> Result<(), Error> {
         self.inner.barrier(deadline)
+    }
+
+    fn stalled(&self) -> Option<Stall> {
+        self.inner.stalled()
     }
 
     fn abort_handle(&self) -> AbortHandle {
