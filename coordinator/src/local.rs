@@ -44,6 +44,8 @@ const GRACE: Duration = Duration::from_secs(10);
 const KEPT_LINES: usize = 12;
 /// Exit code of a worker whose arguments or job are wrong: another start would end the same way.
 const BAD_ARGUMENTS: i32 = 2;
+/// Exit codes of a worker that a signal sent away, and that left in order.
+const SENT_AWAY: [i32; 2] = [130, 143];
 
 impl Local {
     /// Finds the `worker` program beside this one, or in PATH.
@@ -77,8 +79,8 @@ impl Local {
             }
             let status = status?;
             let cause = describe(status, out_of_memory);
-            if status.success() || status.code() == Some(BAD_ARGUMENTS) {
-                // Drained on request, or refused: neither is cured by another start.
+            if status.success() || status.code().is_some_and(|code| code == BAD_ARGUMENTS || SENT_AWAY.contains(&code)) {
+                // Left on request, or refused: neither is cured by another start.
                 tracing::info!("worker of rank {rank} {cause}");
                 continue;
             }

@@ -130,7 +130,7 @@ fn workers_are_replaced_one_after_the_other_without_losing_a_step() {
     coordinator.wait_for_step(step + 1);
 
     terminated.signal(Signal::TERM);
-    terminated.expect_exit(0);
+    terminated.expect_exit(143);
     terminated.assert_said("left the job: SIGTERM");
     let mut second = coordinator.worker("second replacement", &[]);
     coordinator.expect_exit(0);
@@ -238,7 +238,7 @@ fn worker_that_finds_no_coordinator_says_where_it_looked() {
     let url = format!("http://{}", free.local_addr().unwrap());
     drop(free);
     let mut worker = Process::start("worker", "worker", &["--coordinator", &url, "--connect-timeout", "1s"]);
-    worker.expect_exit(1);
+    worker.expect_exit(75);
     worker.assert_said(&format!("worker: no coordinator answers at {url}"));
 }
 
@@ -251,7 +251,7 @@ fn worker_gives_up_on_a_coordinator_that_vanished() {
     coordinator.wait_for_step(1);
     coordinator.signal(Signal::KILL);
     coordinator.wait();
-    worker.expect_exit(1);
+    worker.expect_exit(75);
     worker.assert_said("lost the coordinator");
     worker.assert_said(&format!("worker: no coordinator answers at {}", coordinator.url()));
 }

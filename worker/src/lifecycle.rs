@@ -149,8 +149,13 @@ pub enum Action {
     },
 }
 
-/// The job is over or gone; starting the worker again may help.
+/// The job is over or gone, or nobody answers; starting the worker again may help.
 pub const TRY_AGAIN: u8 = 75;
+
+/// The exit code of one that a signal told to leave: its job goes on, so whoever watches over it must not take its part for done.
+fn code_after(signal: &str) -> u8 {
+    if signal == "Ctrl-C" { 130 } else { 143 }
+}
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum State {
@@ -191,6 +196,7 @@ pub struct Lifecycle {
     /// From where on it has left the rest of a lease to others.
     gave_back: BTreeMap<LeaseId, u32>,
     leaving: Option<&'static str>,
+    left_in_order: bool,
     waiting_for: String,
 }
 
@@ -219,6 +225,7 @@ impl Lifecycle {
             read: BTreeMap::new(),
             gave_back: BTreeMap::new(),
             leaving: None,
+            left_in_order: false,
             waiting_for: String::new(),
         }
     }
@@ -227,6 +234,12 @@ impl Lifecycle {
     #[must_use]
     pub fn identity(&self) -> Option<(WorkerId, Rank)> {
         self.identity
+    }
+
+    /// Whether it has left with time for what is still being sent.
+    #[must_use]
+    pub fn left_in_order(&self) -> bool {
+        self.left_in_order
     }
 
     /// What follows from `input`.
@@ -292,8 +305,10 @@ impl Lifecycle {
             ToWorker::TakeSnapshot { generation } => vec![Action::Snapshot { generation }],
             ToWorker::Stop { reason, message } => {
                 self.state = State::Left;
+                self.left_in_order = matches!(reason, StopReason::Finished | StopReason::Stopped | StopReason::Drained);
                 let code = match reason {
-                    StopReason::Finished | StopReason::Stopped | StopReason::Drained => 0,
+                    StopReason::Finished | StopReason::Stopped => 0,
+                    StopReason::Drained => self.leaving.map_or(0, code_after),
                     StopReason::Failed => 1,
                     StopReason::GivenUp => TRY_AGAIN,
                 };
@@ -389,9 +404,9 @@ impl Lifecycle {
     }
 
     fn stream_lost(&mut self, cause: &str) -> Vec<Action> {
-        if self.leaving.is_some() {
-            self.state = State::Left;
-            return vec![Action::Exit { code: 0, message: format!("left while the coordinator was away ({cause})") }];
+        if let Some(signal) = self.leaving {
+            (self.state, self.left_in_order) = (State::Left, true);
+            return vec![Action::Exit { code: code_after(signal), message: format!("left while the coordinator was away ({cause})") }];
         }
         (self.joined, self.returning) = (false, false);
         // Where the coordinator lives and takes this worker for dead, its peers leave it and its collective fails.
@@ -471,7 +486,7 @@ impl Lifecycle {
     fn signal(&mut self, name: &'static str) -> Vec<Action> {
         if self.leaving.is_some() || self.state == State::Joining {
             self.state = State::Left;
-            return vec![Action::Exit { code: if name == "Ctrl-C" { 130 } else { 143 }, message: format!("{name}: leaving at once") }];
+            return vec![Action::Exit { code: code_after(name), message: format!("{name}: leaving at once") }];
         }
         self.leaving = Some(name);
         vec![
@@ -756,6 +771,7 @@ mod tests {
         let mut life = training(1);
         assert!(life.handle(Input::Signal { name: "SIGTERM" }).contains(&Action::Send(FromWorker::Leaving { reason: "SIGTERM".into() })));
         assert!(matches!(life.handle(Input::Signal { name: "Ctrl-C" })[..], [Action::Exit { code: 130, .. }]));
+        assert!(!life.left_in_order());
         assert!(life.handle(welcome("a")).is_empty(), "who has left does nothing more");
     }
 
@@ -770,6 +786,19 @@ mod tests {
         ] {
             let actions = training(1).handle(Input::Said(ToWorker::Stop { reason, message: "m".into() }));
             assert!(matches!(actions[..], [Action::Exit { code, .. }] if code == expected), "{reason:?}");
+        }
+    }
+
+    #[test]
+    fn one_that_a_signal_sent_away_has_not_finished() {
+        let drained = || Input::Said(ToWorker::Stop { reason: StopReason::Drained, message: "m".into() });
+        let lost = || Input::StreamLost { cause: "m".into() };
+        for (name, last, expected) in [("SIGTERM", drained(), 143), ("Ctrl-C", drained(), 130), ("SIGTERM", lost(), 143)] {
+            let mut life = training(1);
+            life.handle(Input::Signal { name });
+            let actions = life.handle(last);
+            assert!(matches!(actions[..], [Action::Exit { code, .. }] if code == expected), "{name}: {actions:?}");
+            assert!(life.left_in_order());
         }
     }
 }

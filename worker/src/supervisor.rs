@@ -108,7 +108,7 @@ pub async fn run(args: Args) -> Exit {
         silent: false,
     };
     let exit = supervisor.run().await;
-    supervisor.close(&exit).await;
+    supervisor.close().await;
     exit
 }
 
@@ -201,6 +201,8 @@ impl Supervisor {
                     ClientError::Address(_) | ClientError::Refused { bad_arguments: true, .. } => {
                         Exit { code: BAD_ARGUMENTS, message: error.to_string() }
                     }
+                    // The coordinator may come yet, or come back.
+                    ClientError::Unreachable { .. } => Exit { code: TRY_AGAIN, message: error.to_string() },
                     _ => Exit { code: 1, message: error.to_string() },
                 })
             }
@@ -374,13 +376,13 @@ impl Supervisor {
     }
 
     /// Ends what is under way, each part with its time.
-    async fn close(&mut self, exit: &Exit) {
+    async fn close(&mut self) {
         self.control.abort(self.control.heartbeat().generation, "the worker ends");
         self.commands = None;
         let mut uploads = std::mem::take(&mut self.uploads);
         // What takes longer is cut off as the set is dropped.
         let finish = async move { while uploads.join_next().await.is_some() {} };
-        if exit.code == 0 && tokio::time::timeout(GRACE, finish).await.is_err() {
+        if self.life.left_in_order() && tokio::time::timeout(GRACE, finish).await.is_err() {
             tracing::warn!("a checkpoint or a picture was still being sent");
         }
         // Dropping the sender ends the stream once everything in it is sent; the coordinator closes its side in answer.
