@@ -20,7 +20,7 @@ demo: build ## train the demo adapter with two workers on this machine, then dra
 
 # Pools of several threads would spin against each other: the tests run side by side.
 test: export OMP_NUM_THREADS = 1
-test: build ## all tests that need no GPU, no root and no other host
+test: build .bench/manifests/.installed ## all tests that need no GPU, no root and no other host
 	cargo test --workspace
 	cargo test --workspace --test stories -- --ignored --exact demo::trained_adapter_draws_what_chinese_prompts_name --nocapture
 
@@ -29,6 +29,12 @@ test-all: test ## all tests, with many more random worlds
 	PROPTEST_CASES=10000 cargo test --workspace --lib -- exactly_once replay
 	cargo test --workspace --test stories -- --ignored --exact simulation::clusters_of_ten_thousand_seeds_lose_and_double_no_sample --nocapture
 	cargo test --workspace --test stories -- --ignored --exact observability::page_is_whole_in_a_browser_at_both_widths_and_in_both_colours --nocapture
+	tests/containers/run.sh
+
+# The schemas that the manifests in deploy/ are checked against (140 MB), once. Without them those stories skip.
+.bench/manifests/.installed: tests/manifests/requirements.txt
+	@python3 -m venv .bench/manifests && .bench/manifests/bin/pip install --quiet --disable-pip-version-check -r $< && touch $@ || \
+	  { rm -rf .bench/manifests; echo "manifests: kubernetes-validate cannot be installed: deploy/ is not checked against Kubernetes' schemas"; }
 
 BENCH_CORES := 2
 BENCH_ROUNDS := 3

@@ -12,6 +12,8 @@ ARG BASE=gcr.io/distroless/cc-debian12
 FROM ${BUILDER} AS build
 # A folder of the build context with the program in it; empty: it is built here.
 ARG PROGRAMS=
+# For `--version`: --build-arg PEAPOD_COMMIT=$(git rev-parse HEAD)
+ARG PEAPOD_COMMIT
 WORKDIR /src
 COPY . .
 RUN deploy/images/assemble.sh coordinator "${PROGRAMS}"

@@ -22,6 +22,8 @@ COPY ${LIBTORCH:-deploy/setup} /given/
 RUN deploy/images/assemble.sh libtorch "${VARIANT}" "${LIBTORCH:+/given}"
 # A folder of the build context with the programs in it; empty: they are built here.
 ARG PROGRAMS=
+# For `--version`: --build-arg PEAPOD_COMMIT=$(git rev-parse HEAD)
+ARG PEAPOD_COMMIT
 COPY . .
 RUN deploy/images/assemble.sh worker "${VARIANT}" "${PROGRAMS}"
 

@@ -52,7 +52,7 @@ make_base() {
   ln -s usr/lib "$root/lib"
   ln -s usr/lib64 "$root/lib64"
   chmod 1777 "$root/tmp"
-  for tool in sh install mkdir cp ln find chown dirname; do
+  for tool in sh install mkdir cp ln find chown dirname sleep; do
     install -m 755 "$(command -v "$tool")" "$root/usr/bin/$tool"
   done
   { ldd "$root"/usr/bin/* "$programs"/{coordinator,worker}; } | grep -oE '/[^ ]+' | grep -vE ':$|/torch/|/nvidia/' | sort -u | while read -r file; do
@@ -76,8 +76,9 @@ cp -rL .libtorch/nvidia "$stage/context/dist/libtorch/"
 build() { # coordinator|worker ARGUMENT...
   local image=$1
   shift
-  docker build --quiet --label "$name" -f "$stage/context/deploy/images/$image.Dockerfile" -t "$name-$image" \
-    --build-arg BUILDER="$name-base" --build-arg BASE="$name-base" --build-arg PROGRAMS=dist "$@" "$stage/context" >/dev/null
+  docker build --label "$name" -f "$stage/context/deploy/images/$image.Dockerfile" -t "$name-$image" --build-arg BUILDER="$name-base" \
+    --build-arg BASE="$name-base" --build-arg PROGRAMS=dist "$@" "$stage/context" > "$stage/build.log" 2>&1 ||
+    { cat "$stage/build.log" >&2; exit 1; }
   [ "$(docker inspect --format '{{.Config.User}}' "$name-$image")" = 10001:10001 ] || fail "the $image runs as root"
   say "image of the $image: $(($(docker inspect --format '{{.Size}}' "$name-$image") / 1000000)) MB"
 }
@@ -91,9 +92,9 @@ sed -E "s/^steps = .*/epochs = $epochs\ndecay_steps = $((epochs * samples_per_ep
   tests/demo/job.toml > "$stage/job.toml"
 docker network create "$name" >/dev/null
 
-docker run --detach --name "$name-coordinator" --hostname coordinator --network "$name" --volume "$name-state:/state" \
+docker run --detach --name "$name-coordinator" --hostname coordinator --network "$name" --read-only --cap-drop ALL --volume "$name-state:/state" \
   --volume "$PWD/$stage/job.toml:/etc/peapod/job.toml:ro" "$name-coordinator" --world-size 3 --min-world-size 2 --job /etc/peapod/job.toml \
-  --listen 0.0.0.0:7733 ${PEAPOD_HTTP-"--http-addr=0.0.0.0:7734"} --sample-log /state/samples.tsv >/dev/null
+  --listen 0.0.0.0:7733 --http-addr 0.0.0.0:7734 --sample-log /state/samples.tsv >/dev/null
 
 state() { docker cp "$name-coordinator:/state/$1" - 2>/dev/null | tar -xO; }
 said() { docker logs "$name-coordinator" 2>&1 | grep -cE "$1" || true; }
@@ -134,13 +135,11 @@ done
 wait_until 120 "step 5" reached 5
 say "trains, step $step"
 
-if [ -z "${PEAPOD_HTTP+off}" ]; then
-  address=$(docker inspect --format '{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}' "$name-coordinator")
-  for page in healthz readyz metrics; do
-    curl --silent --fail --max-time 5 --noproxy '*' "http://$address:7734/$page" >/dev/null || fail "/$page does not answer"
-  done
-  say "is healthy, ready, and gives metrics"
-fi
+address=$(docker inspect --format '{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}' "$name-coordinator")
+for page in healthz readyz metrics; do
+  curl --silent --fail --max-time 5 --noproxy '*' "http://$address:7734/$page" >/dev/null || fail "/$page does not answer"
+done
+say "is healthy, ready, and gives metrics"
 
 # --- what happens to clusters ---
 
@@ -165,7 +164,12 @@ and_hears ': 3 workers train from' docker network connect "$name" "$name-worker-
 get_on
 say "a worker was cut off and connected again, step $step"
 
-and_hears ': 2 workers train from' docker stop --time 60 "$name-worker-0"
+# As the hook does before a pod ends.
+hook=$(sed -nE 's/.*command: \[sh, -c, "(.*)"\]/\1/p' deploy/kubernetes/base/worker.yaml)
+# The hook ends with its container.
+drain() { docker exec "$name-worker-0" sh -c "${hook:?}" || true; }
+and_hears ': 2 workers train from' drain
+wait_until 60 "worker 0 leaves" is_over worker-0
 [ "$(code worker-0)" = 143 ] || fail "the worker that was stopped in order exited with $(code worker-0), not 143"
 and_hears ': 3 workers train from' docker start "$name-worker-0"
 say "a worker was stopped in order (exit 143) and started again, step $step"
@@ -174,7 +178,7 @@ say "a worker was stopped in order (exit 143) and started again, step $step"
 
 for container in coordinator worker-{0,1,2}; do
   wait_until 600 "$container ends" is_over "$container"
-  [ "$(code $container)" = 0 ] || fail "the $container exited with $(code $container)"
+  [ "$(code "$container")" = 0 ] || fail "the $container exited with $(code "$container")"
 done
 for container in coordinator worker-{0,1,2}; do
   ! docker logs "$name-$container" 2>&1 | grep -q panicked || fail "the $container panicked"

@@ -449,7 +449,8 @@ impl World {
         self.say(|| format!("p{process} exits with {code}: {message}"));
         self.processes[process].life = Life::Ending(code);
         self.trainer_is_gone(process, Leave::Shut);
-        let patience = if self.processes[process].rules.left_in_order() && self.processes[process].uploads > 0 { GRACE } else { Duration::ZERO };
+        let patience =
+            if self.processes[process].rules.left_in_order() && self.processes[process].uploads > 0 { GRACE } else { Duration::ZERO };
         self.queue.push(self.now + patience, Event::Close { process });
         self.operator_sees_end(process, Some(code));
     }

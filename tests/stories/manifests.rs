@@ -1,0 +1,312 @@
+//! What is in deploy/ fits Kubernetes, the programs, and itself.
+//!
+//! Rendering and the schemas need `kubectl` and the packages of tests/manifests/requirements.txt, which `make test` installs into
+//! .bench/manifests; without them these stories skip and say so.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use clap::{CommandFactory, Parser};
+use peapod_coordinator::config::{Cli as Coordinator, RunArgs};
+use peapod_proto::DEFAULT_PORT;
+use peapod_proto::job::Job;
+use peapod_tests::harness::workspace;
+use peapod_worker::args::Cli as Worker;
+use peapod_worker::lifecycle::TRY_AGAIN;
+use peapod_worker::supervisor::BAD_ARGUMENTS;
+use serde_json::Value;
+
+/// Exit code of a worker that SIGTERM sent away.
+const SENT_AWAY: i64 = 143;
+
+fn deploy(path: &str) -> PathBuf {
+    workspace().join("deploy").join(path)
+}
+
+fn read(path: &str) -> String {
+    std::fs::read_to_string(deploy(path)).unwrap()
+}
+
+/// Runs tests/manifests/check.py on folders to be rendered, or files of YAML; nothing where it cannot run.
+fn check(paths: &[PathBuf]) -> Option<Result<BTreeMap<String, Vec<Value>>, String>> {
+    let python = workspace().join(".bench/manifests/bin/python");
+    for (program, missing) in [(python.as_path(), "kubernetes-validate (make test installs it)"), (Path::new("kubectl"), "kubectl")] {
+        let found = Command::new(program).arg(if program == python { "--version" } else { "help" }).output();
+        if !found.is_ok_and(|output| output.status.success()) {
+            println!("skipped: {missing} is not there");
+            return None;
+        }
+    }
+    let output = Command::new(python).arg(workspace().join("tests/manifests/check.py")).args(paths).output().unwrap();
+    let problems = String::from_utf8(output.stderr).unwrap();
+    Some(if output.status.success() { Ok(serde_json::from_slice(&output.stdout).unwrap()) } else { Err(problems) })
+}
+
+fn overlays() -> Vec<PathBuf> {
+    let folders = std::fs::read_dir(deploy("kubernetes/overlays")).unwrap().map(|entry| entry.unwrap().path());
+    folders.filter(|path| path.is_dir()).collect()
+}
+
+/// One overlay, taken apart.
+struct Overlay {
+    name: String,
+    objects: Vec<Value>,
+}
+
+impl Overlay {
+    fn of_kind(&self, kind: &str) -> impl Iterator<Item = &Value> {
+        self.objects.iter().filter(move |object| object["kind"] == kind)
+    }
+
+    fn only(&self, kind: &str) -> &Value {
+        let [object] = self.of_kind(kind).collect::<Vec<_>>()[..] else { panic!("{}: not one {kind}", self.name) };
+        object
+    }
+
+    /// The spec of the workers' Job, by itself or in a JobSet.
+    fn worker_job(&self) -> &Value {
+        match self.of_kind("JobSet").next() {
+            Some(set) => {
+                &set["spec"]["replicatedJobs"].as_array().unwrap().iter().find(|job| job["name"] == "worker").unwrap()["template"]["spec"]
+            }
+            None => &self.only("Job")["spec"],
+        }
+    }
+
+    /// The spec of the coordinator's pod.
+    fn coordinator_pod(&self) -> &Value {
+        match self.of_kind("JobSet").next() {
+            Some(set) => &set["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"],
+            None => &self.only("StatefulSet")["spec"]["template"]["spec"],
+        }
+    }
+
+    fn worker_pod(&self) -> &Value {
+        &self.worker_job()["template"]["spec"]
+    }
+
+    /// What the coordinator makes of its arguments.
+    fn run_args(&self) -> RunArgs {
+        let container = &self.coordinator_pod()["containers"][0];
+        let cli = Coordinator::try_parse_from(command_line(container)).unwrap_or_else(|error| panic!("{}: {error}", self.name));
+        cli.run.validate().unwrap_or_else(|problem| panic!("{}: {problem}", self.name));
+        cli.run
+    }
+}
+
+fn all() -> Option<Vec<Overlay>> {
+    let rendered = check(&overlays())?.unwrap_or_else(|problems| panic!("{problems}"));
+    Some(rendered.into_iter().map(|(name, objects)| Overlay { name, objects }).collect())
+}
+
+/// A container's variables that the manifest itself gives a value.
+fn variables(container: &Value) -> BTreeMap<&str, &str> {
+    let list = container["env"].as_array().map(Vec::as_slice).unwrap_or_default();
+    list.iter().filter_map(|variable| Some((variable["name"].as_str()?, variable["value"].as_str()?))).collect()
+}
+
+/// A container's command line as the kubelet makes it: with the values of `$(VARIABLES)`.
+fn command_line(container: &Value) -> Vec<String> {
+    let variables = variables(container);
+    let arguments = container["args"].as_array().unwrap().iter().map(|argument| {
+        let argument = argument.as_str().unwrap().to_owned();
+        variables.iter().fold(argument, |argument, (name, value)| argument.replace(&format!("$({name})"), value))
+    });
+    std::iter::once("program".to_owned()).chain(arguments).collect()
+}
+
+/// What a Job does about a worker's exit code.
+fn action(job: &Value, code: i64) -> &str {
+    let rules = job["podFailurePolicy"]["rules"].as_array().unwrap();
+    let matches = |rule: &&Value| {
+        let codes = &rule["onExitCodes"];
+        let listed = codes["values"].as_array().is_some_and(|values| values.contains(&code.into()));
+        codes.is_object() && listed == (codes["operator"] == "In")
+    };
+    rules.iter().find(matches).map_or("Count", |rule| rule["action"].as_str().unwrap())
+}
+
+#[test]
+fn every_overlay_renders_into_what_kubernetes_takes() {
+    let Some(overlays) = all() else { return };
+    let names: Vec<&str> = overlays.iter().map(|overlay| overlay.name.rsplit('/').next().unwrap()).collect();
+    assert_eq!(names, ["cpu-demo", "jobset", "kueue", "one-node", "three-nodes"]);
+}
+
+#[test]
+fn misspelled_field_is_found() {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("kustomization.yaml"), "resources: [job.yaml]").unwrap();
+    for (spec, words) in [
+        ("apiVersion: batch/v1\nkind: Job\nmetadata: {name: a}\nspec: {backofLimit: 1, template: {spec: {containers: []}}}", "backofLimit"),
+        ("apiVersion: jobset.x-k8s.io/v1alpha2\nkind: JobSet\nmetadata: {name: a}\nspec: {replicatedJob: []}", "replicatedJob"),
+        ("apiVersion: batch/v7\nkind: Job\nmetadata: {name: a}", "batch/v7"),
+    ] {
+        std::fs::write(folder.path().join("job.yaml"), spec).unwrap();
+        let Some(checked) = check(&[folder.path().to_owned()]) else { return };
+        let problems = checked.unwrap_err();
+        assert!(problems.contains(words), "{problems}");
+    }
+}
+
+#[test]
+fn world_is_as_large_as_the_workers_job() {
+    for overlay in all().unwrap_or_default() {
+        let (run, job) = (overlay.run_args(), overlay.worker_job());
+        assert_eq!(job["completions"], run.world_size, "{}", overlay.name);
+        assert_eq!(job["parallelism"], run.world_size, "{}", overlay.name);
+        // Nobody evicts more than the job can be without.
+        assert_eq!(overlay.only("PodDisruptionBudget")["spec"]["minAvailable"], run.min_world_size(), "{}", overlay.name);
+        if let Some(least) =
+            overlay.of_kind("Job").find_map(|job| job["metadata"]["annotations"]["kueue.x-k8s.io/job-min-parallelism"].as_str())
+        {
+            assert_eq!(least, run.min_world_size().to_string(), "{}", overlay.name);
+        }
+        let text = overlay.of_kind("ConfigMap").find_map(|map| map["data"]["job.toml"].as_str()).unwrap();
+        let job = Job::parse(text).unwrap();
+        assert!(job.train.global_batch >= run.world_size, "{}", overlay.name);
+    }
+}
+
+#[test]
+fn nobody_is_let_in_without_token_and_certificate() {
+    for overlay in all().unwrap_or_default() {
+        let given = command_line(&overlay.coordinator_pod()["containers"][0]);
+        assert!(given.iter().all(|argument| argument != "--insecure"), "{}", overlay.name);
+        for name in ["--tls-cert=", "--tls-key=", "--token-file="] {
+            assert!(given.iter().any(|argument| argument.starts_with(name)), "{}: {name}", overlay.name);
+        }
+        for pod in [overlay.coordinator_pod(), overlay.worker_pod()] {
+            assert_eq!(pod["securityContext"]["runAsNonRoot"], true);
+            assert_eq!(pod["automountServiceAccountToken"], false);
+            let volumes = pod["volumes"].as_array().unwrap();
+            let secrets: Vec<&str> = volumes.iter().filter_map(|volume| volume["secret"]["secretName"].as_str()).collect();
+            // The key of the certificate is for the coordinator alone.
+            let expected: &[&str] =
+                if pod["containers"][0]["name"] == "worker" { &["peapod-join"] } else { &["peapod-tls", "peapod-join"] };
+            assert_eq!(secrets, expected, "{}", overlay.name);
+        }
+        assert_eq!(overlay.of_kind("NetworkPolicy").count(), 2, "{}", overlay.name);
+    }
+}
+
+#[test]
+fn ports_and_probes_are_where_the_coordinator_listens() {
+    for overlay in all().unwrap_or_default() {
+        let run = overlay.run_args();
+        assert_eq!(run.listen_address().port(), DEFAULT_PORT);
+        let container = &overlay.coordinator_pod()["containers"][0];
+        let ports = |name: &str| {
+            let all = container["ports"].as_array().unwrap();
+            all.iter().find(|port| port["name"] == name).unwrap()["containerPort"].as_u64().unwrap()
+        };
+        assert_eq!(ports("control"), u64::from(DEFAULT_PORT));
+        assert!(command_line(container).contains(&format!("--http-addr=0.0.0.0:{}", ports("web"))), "{}", overlay.name);
+        for (probe, path) in [("startupProbe", "/healthz"), ("livenessProbe", "/healthz"), ("readinessProbe", "/readyz")] {
+            assert_eq!(container[probe]["httpGet"], serde_json::json!({"path": path, "port": "web"}), "{}", overlay.name);
+        }
+        for service in overlay.of_kind("Service") {
+            let port = &service["spec"]["ports"][0];
+            assert_eq!(port["port"], ports(port["targetPort"].as_str().unwrap()), "{}", overlay.name);
+        }
+    }
+}
+
+#[test]
+fn workers_take_the_arguments_and_variables_they_are_given() {
+    let command = Worker::command();
+    for overlay in all().unwrap_or_default() {
+        let container = &overlay.worker_pod()["containers"][0];
+        let mut line = command_line(container);
+        for variable in container["env"].as_array().unwrap() {
+            let name = variable["name"].as_str().unwrap();
+            if line[1..].iter().any(|argument| *argument == format!("--device={}", variable["value"].as_str().unwrap_or_default())) {
+                continue;
+            }
+            let argument = command.get_arguments().find(|argument| argument.get_env().is_some_and(|env| env == name));
+            let argument = argument.unwrap_or_else(|| panic!("{}: no argument reads {name}", overlay.name));
+            let value = variable["value"].as_str().unwrap_or("7");
+            line.push(format!("--{}={value}", argument.get_long().unwrap()));
+        }
+        let cli = Worker::try_parse_from(&line).unwrap_or_else(|error| panic!("{}: {error}", overlay.name));
+        assert_eq!(cli.run.rank, Some(7), "{}: the rank is the completion index", overlay.name);
+        let coordinator = variables(container)["PEAPOD_COORDINATOR"];
+        let service = overlay
+            .of_kind("Service")
+            .find(|service| coordinator == format!("https://{}:{DEFAULT_PORT}", service["metadata"]["name"].as_str().unwrap()));
+        assert!(service.is_some(), "{}: {coordinator} is no Service", overlay.name);
+        let has_gpu = container["resources"]["limits"]["nvidia.com/gpu"] == "1";
+        assert_eq!(has_gpu, cli.run.device.starts_with("cuda"), "{}", overlay.name);
+    }
+}
+
+#[test]
+fn exit_codes_are_told_apart() {
+    for overlay in all().unwrap_or_default() {
+        let job = overlay.worker_job();
+        for (code, expected) in [
+            (TRY_AGAIN.into(), "Ignore"),
+            (SENT_AWAY, "Ignore"),
+            (BAD_ARGUMENTS.into(), "FailIndex"),
+            (1, "Count"),
+            (101, "Count"),
+            (137, "Count"),
+        ] {
+            assert_eq!(action(job, code), expected, "{}: exit code {code}", overlay.name);
+        }
+        // No failure of one pod ends or restarts another.
+        assert!(job["backoffLimitPerIndex"].as_u64().unwrap() > 0 && job["maxFailedIndexes"].is_null(), "{}", overlay.name);
+        let rules = job["podFailurePolicy"]["rules"].as_array().unwrap();
+        assert!(rules.iter().all(|rule| rule["action"] != "FailJob"), "{}", overlay.name);
+    }
+    let worker = read("systemd/worker@.service");
+    for line in [
+        format!("SuccessExitStatus={SENT_AWAY}"),
+        format!("RestartForceExitStatus={TRY_AGAIN}"),
+        format!("RestartPreventExitStatus={BAD_ARGUMENTS}"),
+    ] {
+        assert!(worker.lines().any(|there| there == line), "{line}");
+    }
+}
+
+#[test]
+fn units_and_compose_start_the_programs_with_arguments_they_take() {
+    let command = |unit: &str| {
+        let text = read(unit);
+        let line = text.lines().find_map(|line| line.strip_prefix("ExecStart=")).unwrap();
+        let line = line.replace("${WORLD_SIZE}", "8").replace("${MIN_WORLD_SIZE}", "4").replace("%i", "3");
+        line.split(' ').map(str::to_owned).collect::<Vec<_>>()
+    };
+    let run = Coordinator::try_parse_from(command("systemd/coordinator.service")).unwrap().run;
+    assert_eq!((run.validate(), run.world_size, run.min_world_size()), (Ok(()), 8, 4));
+    let mut line = command("systemd/worker@.service");
+    line.push("--coordinator=http://a:1".into());
+    assert_eq!(Worker::try_parse_from(line).unwrap().run.device, "cuda:3");
+
+    let path = deploy("compose/compose.yaml");
+    let Some(parsed) = check(std::slice::from_ref(&path)) else { return };
+    let compose = &parsed.unwrap()[path.to_str().unwrap()][0];
+    let arguments = |service: &str| {
+        let arguments = compose["services"][service]["command"].as_array().unwrap().iter();
+        let arguments =
+            arguments.map(|argument| argument.as_str().unwrap().replace("${WORKERS:-3}", "3").replace("${MIN_WORKERS:-2}", "2"));
+        std::iter::once("program".to_owned()).chain(arguments)
+    };
+    let run = Coordinator::try_parse_from(arguments("coordinator")).unwrap().run;
+    assert_eq!(run.validate(), Ok(()));
+    assert!(Worker::try_parse_from(arguments("worker").chain(["--coordinator=http://a:1".into()])).is_ok());
+}
+
+#[test]
+fn job_files_to_start_from_are_jobs() {
+    for entry in std::fs::read_dir(deploy("jobs")).unwrap() {
+        let path = entry.unwrap().path();
+        let text = std::fs::read_to_string(&path).unwrap();
+        assert!(Job::parse(&text).is_ok(), "{}", path.display());
+    }
+    // The demo on a cluster is the demo: the image of the worker has the files at the same paths.
+    let settings = |text: &str| text.lines().skip_while(|line| line.starts_with('#')).collect::<Vec<_>>().join("\n");
+    let demo = std::fs::read_to_string(workspace().join("tests/demo/job.toml")).unwrap();
+    assert_eq!(settings(&read("kubernetes/overlays/cpu-demo/job.toml")), settings(&demo));
+}
