@@ -118,6 +118,13 @@ impl Adapter {
         Self::from_flat(self.config, self.layout, flat::copy(&flat.f_detach()?.f_to_device(self.flat.device())?.f_to_kind(Kind::Float)?)?)
     }
 
+    /// Returns the same adapter under another name, for another thread: what changes one changes the other.
+    ///
+    /// Errors: from libtorch.
+    pub fn alias(&self) -> Result<Self> {
+        Self::from_flat(self.config, self.layout, self.flat.shallow_clone())
+    }
+
     /// Overwrites the parameters in place with `flat` `[P]`.
     ///
     /// Errors: [`Error::Shape`] if the length differs.

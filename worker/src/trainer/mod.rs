@@ -4,6 +4,7 @@
 //! others. Only an abort breaks into one; then the step in flight is dropped and its samples wait for the source's word.
 
 mod control;
+mod copying;
 mod rounds;
 mod state;
 mod step;
@@ -31,6 +32,7 @@ use peapod_proto::message::{
 use tch::{Device, Kind, Tensor};
 
 pub use control::Control;
+use copying::Copying;
 pub use rounds::Drawn;
 use rounds::{Due, Rounds, Unfinished, means};
 pub use state::{Snapshot, TrainState};
@@ -191,6 +193,8 @@ struct Trainer {
     last_validation: Option<ValidationLosses>,
     /// Its other end is closed once the newest pictures are sent or given up.
     pending: Option<Receiver<()>>,
+    /// The checkpoint of the last step, while it is copied.
+    copying: Option<Copying>,
     /// A listener whose address is in the bootstrap of a generation.
     listener: Option<(Generation, Listener)>,
     /// Picture sizes and batch sizes that were computed before: the first time may take long.
@@ -224,6 +228,7 @@ impl Trainer {
             in_flight: None,
             last_validation: None,
             pending: None,
+            copying: None,
             listener: None,
             sizes_seen: BTreeSet::new(),
         })
@@ -276,6 +281,7 @@ impl Trainer {
             Ok(collective) => self.steps(assignment, &abort, collective),
             Err(ended) => ended,
         };
+        let ended = self.finish_copy().err().unwrap_or(ended);
         self.context.control.end();
         self.context.control.enter(Phase::Waiting);
         let (cause, reason, lost_member, stalled) = match ended {
@@ -428,7 +434,7 @@ impl Trainer {
 
         // 0. What is due of the weights as they are. The data threads read on meanwhile.
         let round = self.round(place, self.rounds.due(before))?;
-        let Some(state) = &mut self.state else { return Err(no_state()) };
+        let Some(state) = &self.state else { return Err(no_state()) };
         let step = before.next();
         let clock = Instant::now();
 
@@ -480,7 +486,9 @@ impl Trainer {
         }
 
         // 4. The update, only now that the sum is known to be whole.
+        self.finish_copy()?;
         self.context.control.enter(Phase::Update);
+        let state = self.state.as_mut().ok_or_else(no_state)?;
         gradient.copy_(&Tensor::from_slice(values));
         let learning_rate = self.schedule.rate(state.step.0);
         let updated = update(state, gradient, &outcome, learning_rate, self.context.job.train.max_grad_norm);
@@ -489,6 +497,7 @@ impl Trainer {
         state.generation = generation;
         self.context.control.set_step(step);
         let done = clock.elapsed();
+        tracing::debug!("applied step {step} in {generation}, of {} members", assignment.num_members);
 
         let record = StepRecord { validation, ..record(step, generation, &outcome, grad_norm, learning_rate, skipped) };
         let timings = StepTimings {
@@ -605,28 +614,33 @@ impl Trainer {
         Ok(outcome.validation)
     }
 
-    /// Tells the coordinator of an applied step, with a copy of the weights where one is due.
+    /// Tells the coordinator of an applied step; where a checkpoint is due, from the thread that copies the weights.
     fn report(&mut self, member: MemberIndex, record: StepRecord, timings: StepTimings) -> Result<(), Ended> {
-        let (step, generation) = (record.step, record.generation);
+        let (step, generation, began) = (record.step, record.generation, Instant::now());
         let scheduled = step.0.is_multiple_of(self.context.job.checkpoint.every_steps);
         let asked = self.context.control.take_snapshot_request(generation);
-        let mut digest = None;
-        if scheduled || asked {
-            self.context.control.enter(Phase::Snapshot);
-            digest = self.state.as_ref().map(TrainState::digest);
+        let report = StepReport { generation, step, record: Some(record), timings, snapshot: None };
+        if !scheduled && !asked {
+            self.event(TrainerEvent::Step(report));
+            return Ok(());
         }
-        let is_first = member == MemberIndex(0);
-        let report = StepReport { generation, step, record: Some(record), timings, snapshot: digest };
-        self.event(TrainerEvent::Step(report));
-        if is_first && digest.is_some() {
-            self.snapshot(generation).map_err(|error| Ended::Failed { phase: "snapshot", message: error.to_string() })?;
-        }
+        let state = self.state.as_ref().ok_or_else(no_state)?;
+        let failed = |message: String| Ended::Failed { phase: "snapshot", message };
+        let view = state.view(generation).map_err(|error| failed(error.to_string()))?;
+        let copying = Copying::start(view, report, member == MemberIndex(0), self.context.output.clone(), began);
+        self.copying = Some(copying.map_err(failed)?);
         Ok(())
+    }
+
+    fn finish_copy(&mut self) -> Result<(), Ended> {
+        let Some(copying) = self.copying.take() else { return Ok(()) };
+        self.context.control.enter(Phase::Snapshot);
+        copying.finish().map_err(|message| Ended::Failed { phase: "snapshot", message })
     }
 
     fn snapshot(&mut self, generation: Generation) -> peapod_model::Result<()> {
         if let Some(state) = &self.state {
-            (self.context.output)(Output::Snapshot(Box::new(state.snapshot(generation)?)));
+            (self.context.output)(Output::Snapshot(Box::new(state.view(generation)?.snapshot()?)));
         }
         Ok(())
     }

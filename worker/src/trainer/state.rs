@@ -82,14 +82,6 @@ impl TrainState {
         Ok(state)
     }
 
-    /// First 8 bytes of the SHA-256 of the adapter: equal on all ranks, or they have diverged.
-    #[must_use]
-    pub fn digest(&self) -> u64 {
-        let values = to_host(self.adapter.flat());
-        let digest = Sha256::digest(as_bytes(&values));
-        u64::from_le_bytes(digest.first_chunk::<8>().copied().unwrap_or_default())
-    }
-
     /// The adapter with the moving average for its weights, if the job keeps one.
     ///
     /// # Errors
@@ -98,19 +90,17 @@ impl TrainState {
         self.ema.as_ref().map(|ema| self.adapter.with_parameters(ema.flat())).transpose()
     }
 
-    /// Copies everything, so that training can go on while the copy is written.
+    /// Everything as it stands, without a copy: for another thread, while no update is made.
     ///
     /// # Errors
     /// From libtorch.
-    pub fn snapshot(&self, generation: Generation) -> Result<Snapshot> {
-        // A host tensor moved to the host is itself: only a clone of its values is a copy.
-        let host = |tensor: &Tensor| tensor.f_to_device(Device::Cpu).map(|tensor| tensor.copy());
-        Ok(Snapshot {
-            adapter: self.adapter.with_parameters(self.adapter.flat())?,
-            exp_avg: host(self.optimizer.exp_avg())?,
-            exp_avg_sq: host(self.optimizer.exp_avg_sq())?,
+    pub fn view(&self, generation: Generation) -> Result<View> {
+        Ok(View {
+            adapter: self.adapter.alias()?,
+            exp_avg: self.optimizer.exp_avg().shallow_clone(),
+            exp_avg_sq: self.optimizer.exp_avg_sq().shallow_clone(),
             num_updates: self.optimizer.num_steps(),
-            ema: self.average()?,
+            ema: self.ema.as_ref().map(|ema| ema.flat().shallow_clone()),
             step: self.step,
             generation,
         })
@@ -126,12 +116,14 @@ impl TrainState {
     /// Everything as bytes, for a member that lacks it: step, updates, then the flat buffers.
     #[must_use]
     pub fn to_bytes(&self) -> Vec<u8> {
-        let mut bytes = Vec::with_capacity(self.num_bytes());
-        bytes.extend(self.step.0.to_le_bytes());
-        bytes.extend(self.optimizer.num_steps().to_le_bytes());
+        let mut bytes = vec![0; self.num_bytes()];
+        let (header, values) = bytes.split_at_mut(HEADER_BYTES);
+        header[..8].copy_from_slice(&self.step.0.to_le_bytes());
+        header[8..].copy_from_slice(&self.optimizer.num_steps().to_le_bytes());
         let buffers = [self.adapter.flat(), self.optimizer.exp_avg(), self.optimizer.exp_avg_sq()];
-        for tensor in buffers.into_iter().chain(self.ema.as_ref().map(Ema::flat)) {
-            bytes.extend(as_bytes(&to_host(tensor)));
+        let places = values.chunks_exact_mut(self.adapter.num_parameters() * size_of::<f32>());
+        for (tensor, place) in buffers.into_iter().chain(self.ema.as_ref().map(Ema::flat)).zip(places) {
+            copy_bytes(tensor, place);
         }
         bytes
     }
@@ -147,16 +139,14 @@ impl TrainState {
         }
         let number = |at: usize| bytes[at..].first_chunk::<8>().map(|bytes| u64::from_le_bytes(*bytes)).unwrap_or_default();
         let buffer_bytes = self.adapter.num_parameters() * size_of::<f32>();
-        let mut buffers = bytes[HEADER_BYTES..].chunks_exact(buffer_bytes).map(|buffer| {
-            let values: Vec<f32> = buffer.as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
-            Tensor::from_slice(&values)
-        });
-        let mut next = || buffers.next().unwrap_or_default();
-        let (parameters, exp_avg, exp_avg_sq) = (next(), next(), next());
+        let shape = [self.adapter.num_parameters() as i64];
+        let mut buffers = bytes[HEADER_BYTES..].chunks_exact(buffer_bytes);
+        let mut next = || Tensor::f_from_data_size(buffers.next().unwrap_or_default(), &shape, Kind::Float);
+        let (parameters, exp_avg, exp_avg_sq) = (next()?, next()?, next()?);
         self.adapter.set_parameters(&parameters)?;
         self.optimizer.restore(number(8), &exp_avg, &exp_avg_sq)?;
         if let Some(ema) = &mut self.ema {
-            ema.restore(&next())?;
+            ema.restore(&next()?)?;
         }
         self.step = Step(number(0));
         Ok(())
@@ -165,6 +155,46 @@ impl TrainState {
 
 /// Step and number of updates.
 const HEADER_BYTES: usize = 16;
+
+/// The state after a step, in the tensors that the next update changes.
+pub struct View {
+    adapter: Adapter,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    num_updates: u64,
+    ema: Option<Tensor>,
+    step: Step,
+    generation: Generation,
+}
+
+impl View {
+    /// First 8 bytes of the SHA-256 of the adapter: equal on all ranks, or they have diverged.
+    #[must_use]
+    pub fn digest(&self) -> u64 {
+        let mut bytes = vec![0; self.adapter.num_parameters() * size_of::<f32>()];
+        copy_bytes(self.adapter.flat(), &mut bytes);
+        let digest = Sha256::digest(&bytes);
+        u64::from_le_bytes(digest.first_chunk::<8>().copied().unwrap_or_default())
+    }
+
+    /// Copies everything, so that training can go on while the copy is written.
+    ///
+    /// # Errors
+    /// From libtorch.
+    pub fn snapshot(&self) -> Result<Snapshot> {
+        // A host tensor moved to the host is itself: only a clone of its values is a copy.
+        let host = |tensor: &Tensor| tensor.f_to_device(Device::Cpu).map(|tensor| tensor.copy());
+        Ok(Snapshot {
+            adapter: self.adapter.with_parameters(self.adapter.flat())?,
+            exp_avg: host(&self.exp_avg)?,
+            exp_avg_sq: host(&self.exp_avg_sq)?,
+            num_updates: self.num_updates,
+            ema: self.ema.as_ref().map(|average| self.adapter.with_parameters(average)).transpose()?,
+            step: self.step,
+            generation: self.generation,
+        })
+    }
+}
 
 impl Snapshot {
     /// File of the adapter in a checkpoint.
@@ -205,15 +235,9 @@ impl Snapshot {
     }
 }
 
-/// The values of a flat `f32` tensor.
-fn to_host(tensor: &Tensor) -> Vec<f32> {
-    let mut values = vec![0.0; tensor.numel()];
-    tensor.to_device(Device::Cpu).to_kind(Kind::Float).copy_data(&mut values, tensor.numel());
-    values
-}
-
-fn as_bytes(values: &[f32]) -> Vec<u8> {
-    values.iter().flat_map(|value| value.to_le_bytes()).collect()
+/// Writes the values of a flat `f32` tensor, as the little-endian hosts that libtorch runs on hold them.
+fn copy_bytes(tensor: &Tensor, place: &mut [u8]) {
+    tensor.to_device(Device::Cpu).to_kind(Kind::Float).copy_data_u8(place, tensor.numel());
 }
 
 #[cfg(test)]
@@ -239,15 +263,25 @@ mod tests {
         state
     }
 
+    fn digest(state: &TrainState) -> u64 {
+        state.view(Generation(1)).unwrap().digest()
+    }
+
+    fn bytes_of(tensor: &Tensor) -> Vec<u8> {
+        let mut bytes = vec![0; tensor.numel() * size_of::<f32>()];
+        copy_bytes(tensor, &mut bytes);
+        bytes
+    }
+
     #[test]
     fn state_travels_whole_to_a_member_that_lacks_it() {
         for ema_decay in [0.0, 0.9] {
             let source = trained(ema_decay);
             let mut other = TrainState::fresh(config(), optimizer(), ema_decay, 99, Device::Cpu).unwrap();
-            assert_ne!(other.digest(), source.digest());
+            assert_ne!(digest(&other), digest(&source));
             other.restore(&source.to_bytes()).unwrap();
             assert_eq!(other.to_bytes(), source.to_bytes());
-            assert_eq!((other.digest(), other.step, other.optimizer.num_steps()), (source.digest(), Step(1), 1));
+            assert_eq!((digest(&other), other.step, other.optimizer.num_steps()), (digest(&source), Step(1), 1));
             assert!(other.restore(&[0; 7]).is_err());
         }
     }
@@ -256,7 +290,7 @@ mod tests {
     fn checkpoint_files_give_the_same_state_back() {
         for ema_decay in [0.0, 0.9] {
             let source = trained(ema_decay);
-            let files = source.snapshot(Generation(1)).unwrap().to_files(optimizer(), |_| Default::default()).unwrap();
+            let files = source.view(Generation(1)).unwrap().snapshot().unwrap().to_files(optimizer(), |_| Default::default()).unwrap();
             assert_eq!(files.len(), if ema_decay > 0.0 { 4 } else { 3 });
             let part = |name: &str| files.iter().find(|(file, _)| *file == name).map(|(_, bytes)| bytes.clone());
             let state = TrainState::from_checkpoint(config(), optimizer(), ema_decay, Device::Cpu, Step(1), part).unwrap();
@@ -269,10 +303,13 @@ mod tests {
     #[test]
     fn snapshot_does_not_change_with_training() {
         let mut state = trained(0.0);
-        let snapshot = state.snapshot(Generation(1)).unwrap();
-        let before = to_host(snapshot.adapter.flat());
+        let view = state.view(Generation(1)).unwrap();
+        let (snapshot, digest) = (view.snapshot().unwrap(), view.digest());
+        let before = bytes_of(snapshot.adapter.flat());
         let gradient = Tensor::ones_like(state.adapter.flat());
         state.optimizer.step(state.adapter.flat(), &gradient, 0.1).unwrap();
-        assert_eq!(to_host(snapshot.adapter.flat()), before);
+        assert_eq!(bytes_of(snapshot.adapter.flat()), before);
+        // The view does, which is why no update is made while it is in use.
+        assert_ne!(view.digest(), digest);
     }
 }
