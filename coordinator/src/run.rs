@@ -10,7 +10,7 @@ use anyhow::Context;
 use peapod_proto::ids::{Generation, Step};
 use peapod_proto::job::Job;
 use peapod_proto::v1;
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpSocket};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 use tonic::service::InterceptorLayer;
@@ -40,6 +40,8 @@ const MAX_REQUEST_BYTES: usize = 64 << 10;
 /// Calls at the same time on one connection. A worker has its stream, and a few transfers.
 const MAX_STREAMS: u32 = 64;
 const MAX_HEADER_BYTES: u32 = 16 << 10;
+/// Connections that may wait to be taken; the system may allow fewer (net.core.somaxconn). Those that find no place are tried again by their workers.
+const BACKLOG: u32 = 8192;
 /// How long connections may take to end after the job.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -128,7 +130,7 @@ pub async fn run(args: RunArgs, bar: Bar) -> anyhow::Result<Exit> {
     let validation = (!job.validation.shards.is_empty()).then(|| args.state_dir.join("validation.jsonl"));
     let mut logs = Logs::open(&args.state_dir.join("steps.jsonl"), args.sample_log.as_deref(), validation.as_deref())?;
     let gallery = Gallery::new(&args.state_dir.join("pictures"), &job)?;
-    let listener = TcpListener::bind(args.listen_address()).await.with_context(|| format!("cannot listen on {}", args.listen_address()))?;
+    let listener = listen(args.listen_address()).with_context(|| format!("cannot listen on {}", args.listen_address()))?;
     let http = web::listen(args.http_addr).await?;
     let listening = listener.local_addr()?;
     let secrets = match secrets(&args, listening) {
@@ -261,6 +263,15 @@ pub async fn run(args: RunArgs, bar: Bar) -> anyhow::Result<Exit> {
             Ok(Exit::Stopped { code })
         }
     }
+}
+
+/// Opens the port that all workers of a job come to at once.
+fn listen(address: SocketAddr) -> std::io::Result<TcpListener> {
+    let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
+    // The port of a coordinator that was just killed is free.
+    socket.set_reuseaddr(true)?;
+    socket.bind(address)?;
+    socket.listen(BACKLOG)
 }
 
 type Driven = (Ending, Observer);

@@ -178,6 +178,7 @@ impl Core {
         });
         out.push(Effect::Notice(Notice::Joined(worker.view(id, now, false))));
         self.workers.insert(id, worker);
+        self.next_silence = self.next_silence.min(now + self.config.heartbeat_timeout);
         self.last_arrival = now;
         if returns {
             self.has_returned(now);

@@ -207,6 +207,9 @@ pub struct Core {
     hung: Option<Generation>,
     /// When hangs are looked for again.
     next_look: Timestamp,
+    /// Nobody can have been silent for too long before: a sign of life only moves that moment further away, so that looking for it among all
+    /// workers when it has come is enough.
+    next_silence: Timestamp,
     stop_requested: Option<String>,
     next_announcement: Timestamp,
     /// When the last worker joined or became ready.
@@ -257,6 +260,7 @@ impl Core {
             setbacks: Setbacks::default(),
             hung: None,
             next_look: Duration::ZERO,
+            next_silence: Duration::ZERO,
             stop_requested: None,
             next_announcement: ANNOUNCE_EVERY,
             last_arrival: Duration::ZERO,
@@ -314,7 +318,7 @@ impl Core {
     /// When [`Event::Tick`] is next needed.
     #[must_use]
     pub fn next_deadline(&self) -> Option<Timestamp> {
-        let silence = self.workers.values().map(|worker| worker.last_seen + self.config.heartbeat_timeout).min();
+        let silence = (!self.workers.is_empty()).then_some(self.next_silence);
         let job = match &self.phase {
             // A coordinator that was started again after it was asked to stop.
             JobPhase::Gathering { .. } if self.stop_requested.is_some() => Some(Duration::ZERO),
@@ -450,14 +454,23 @@ impl Core {
         }
     }
 
-    fn tick(&mut self, now: Timestamp, out: &mut Vec<Effect>) {
-        let silent: Vec<WorkerId> =
-            self.workers.iter().filter(|(_, worker)| worker.last_seen + self.config.heartbeat_timeout <= now).map(|(&id, _)| id).collect();
-        for id in silent {
-            let cause = format!("no sign of life for {:.1} s", self.config.heartbeat_timeout.as_secs_f64());
+    fn look_for_silence(&mut self, now: Timestamp, out: &mut Vec<Effect>) {
+        if now < self.next_silence {
+            return;
+        }
+        let timeout = self.config.heartbeat_timeout;
+        let (silent, alive): (Vec<_>, Vec<_>) =
+            self.workers.iter().map(|(&id, worker)| (worker.last_seen + timeout, id)).partition(|&(at, _)| at <= now);
+        self.next_silence = alive.into_iter().map(|(at, _)| at).min().unwrap_or(now + timeout);
+        for (_, id) in silent {
+            let cause = format!("no sign of life for {:.1} s", timeout.as_secs_f64());
             out.push(Effect::Detach { worker: id });
             self.lose(now, id, &cause, out);
         }
+    }
+
+    fn tick(&mut self, now: Timestamp, out: &mut Vec<Effect>) {
+        self.look_for_silence(now, out);
         self.look_for_hangs(now, out);
         if self.setbacks.forgive(now) {
             self.admit(out);
