@@ -25,8 +25,8 @@ use tonic::{Request, Status};
 /// How long a connection may take from its first packet to its first call that is let in.
 const ADMISSION_TIMEOUT: Duration = Duration::from_secs(10);
 /// Connections that have not made such a call yet. A worker that finds no place tries again.
-const MAX_WAITING: usize = 512;
-/// Of these, from one address: one stranger cannot take all the places.
+const MAX_WAITING: usize = 2048;
+/// Of these, from one address that is not this machine's own: one stranger cannot take all the places.
 const MAX_WAITING_OF_ONE_ADDRESS: usize = 128;
 /// Refusals that are logged one by one within a period; the rest of it is counted.
 const LINES_PER_PERIOD: usize = 8;
@@ -101,7 +101,7 @@ impl Place {
         let permit = places.clone().try_acquire_owned().ok()?;
         let mut counts = waiting.lock().unwrap_or_else(PoisonError::into_inner);
         let count = counts.entry(address).or_default();
-        if *count >= MAX_WAITING_OF_ONE_ADDRESS {
+        if *count >= MAX_WAITING_OF_ONE_ADDRESS && !address.is_loopback() {
             return None;
         }
         *count += 1;

@@ -33,14 +33,15 @@ pub(super) struct Setbacks {
 }
 
 impl Setbacks {
-    /// A member died; says whether its host is to be left out from now on.
-    fn died(&mut self, now: Timestamp, generation: Generation, host: &str) -> bool {
+    /// A member died; says whether its host is to be left out from now on. It is not where no worker is on another one: the job would stay
+    /// small for it and gain nothing.
+    fn died(&mut self, now: Timestamp, generation: Generation, host: &str, has_others: bool) -> bool {
         self.deaths.retain(|(at, ..)| *at + WINDOW > now);
         if self.hosts.contains_key(host) || self.deaths.iter().any(|(_, of, on)| *of == generation && on == host) {
             return false;
         }
         self.deaths.push_back((now, generation, host.to_owned()));
-        if self.deaths.iter().filter(|(_, _, on)| on == host).count() < HABIT {
+        if self.deaths.iter().filter(|(_, _, on)| on == host).count() < HABIT || !has_others {
             return false;
         }
         self.deaths.retain(|(_, _, on)| on != host);
@@ -90,7 +91,8 @@ impl Setbacks {
 impl Core {
     /// A member of the current generation is lost.
     pub(super) fn note_death(&mut self, now: Timestamp, host: &str, out: &mut Vec<Effect>) {
-        if self.setbacks.died(now, self.generation, host) {
+        let has_others = self.workers.values().any(|worker| worker.host != host);
+        if self.setbacks.died(now, self.generation, host, has_others) {
             let what = format!("host {host}: its workers died in {HABIT} generations within {} minutes", WINDOW.as_secs() / 60);
             out.push(Effect::Notice(Notice::SetAside { what, lasts: ASIDE }));
         }

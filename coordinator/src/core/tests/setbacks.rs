@@ -74,6 +74,24 @@ fn host_on_which_workers_keep_dying_is_left_out_for_ten_minutes() {
 }
 
 #[test]
+fn only_host_of_a_job_is_never_left_out() {
+    let mut world = World::new(Config { min_world_size: 1, ..config(2) });
+    world.join_on("only");
+    let mut mortal = world.join_on("only");
+    for step in 1..=4 {
+        let members = world.train_a_step(step);
+        world.die(mortal);
+        let record = world.record(step, &[]);
+        world.stopped(members[0], step, StopCause::Aborted, vec![record]);
+        world.bootstrap(members[0]);
+        mortal = world.join_on("only");
+        world.stopped(members[0], step, StopCause::Planned, vec![]);
+    }
+    let planned = world.said.iter().filter(|effect| matches!(effect, Effect::Notice(Notice::Planned { .. }))).count();
+    assert_eq!((planned, set_aside(&world)), (4, vec![]), "who takes the place of the dead is let in each time");
+}
+
+#[test]
 fn host_that_loses_all_its_workers_at_once_has_failed_once() {
     let mut world = World::new(Config { min_world_size: 1, ..config(4) });
     let workers: Vec<WorkerId> = ["one", "two", "two", "two"].iter().map(|host| world.join_on(host)).collect();
