@@ -38,14 +38,18 @@ test-all: test ## all tests, with many more random worlds
 
 BENCH_CORES := 2
 BENCH_ROUNDS := 3
+BENCH_RANKS := 4
 
-bench: .bench/.installed ## time the coordinator with 400,000 shards, and the loader and `sample` against their Python peers, on an otherwise idle machine: BENCH_CORES (2), BENCH_ROUNDS (3)
+bench: .bench/.installed ## time recovery, the coordinator with 400,000 shards, the loader and `sample` against their Python peers, on an otherwise idle machine: BENCH_CORES (2), BENCH_ROUNDS (3), BENCH_RANKS (4)
 	cargo run --release -p peapod-coordinator --example shards_at_scale
 	cargo build --release -p peapod-data --example loader_throughput
-	cargo build --release -p peapod-worker --bin sample
+	cargo build --release -p peapod-worker --bins
+	cargo build --release -p peapod-coordinator --bins
 	.bench/venv/bin/python tests/peers/bench_loader.py target/release/examples/loader_throughput .bench/shards \
 	  --cores $(BENCH_CORES) --rounds $(BENCH_ROUNDS)
 	.bench/venv/bin/python tests/peers/bench_draw.py target/release/sample tests/demo/model --threads $(BENCH_CORES) --rounds $(BENCH_ROUNDS)
+	.bench/venv/bin/python tests/peers/bench_recovery.py target/release/coordinator target/release/worker \
+	  --ranks $(BENCH_RANKS) --rounds $(BENCH_ROUNDS)
 
 # The peer's packages (6 GB with the libraries torch brings along), once.
 .bench/.installed: tests/peers/requirements.txt
