@@ -44,10 +44,11 @@ bench: .bench/.installed ## time recovery, the coordinator with 400,000 shards, 
 	cargo run --release -p peapod-coordinator --example shards_at_scale
 	cargo build --release -p peapod-data --example loader_throughput
 	cargo build --release -p peapod-worker --bins
-	cargo build --release -p peapod-coordinator --bins
+	cargo build --release -p peapod-coordinator --bins --example workers_at_scale
 	.bench/venv/bin/python tests/peers/bench_loader.py target/release/examples/loader_throughput .bench/shards \
 	  --cores $(BENCH_CORES) --rounds $(BENCH_ROUNDS)
 	.bench/venv/bin/python tests/peers/bench_draw.py target/release/sample tests/demo/model --threads $(BENCH_CORES) --rounds $(BENCH_ROUNDS)
+	.bench/venv/bin/python tests/peers/bench_scale.py target/release/examples/workers_at_scale target/release/coordinator --rounds $(BENCH_ROUNDS)
 	.bench/venv/bin/python tests/peers/bench_recovery.py target/release/coordinator target/release/worker \
 	  --ranks $(BENCH_RANKS) --rounds $(BENCH_ROUNDS)
 
