@@ -1,6 +1,6 @@
 # `make demo` shows everything at once; `make help` lists the rest.
 SHELL := bash
-.PHONY: help setup build demo test test-all bench fuzz lint fmt clean
+.PHONY: help setup build demo test test-all bench bench-gpu fuzz lint fmt clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -51,6 +51,10 @@ bench: .bench/.installed ## time recovery, the coordinator with 400,000 shards, 
 	.bench/venv/bin/python tests/peers/bench_scale.py target/release/examples/workers_at_scale target/release/coordinator --rounds $(BENCH_ROUNDS)
 	.bench/venv/bin/python tests/peers/bench_recovery.py target/release/coordinator target/release/worker \
 	  --ranks $(BENCH_RANKS) --rounds $(BENCH_ROUNDS)
+	.bench/venv/bin/python tests/peers/bench_step.py target/release/worker tests/demo/model --threads $(BENCH_CORES) --rounds $(BENCH_ROUNDS)
+
+bench-gpu: ## time a training step on the GPU by its stages, after the tests that need one; MODEL and STUDENT name real models, else it is the demo's
+	@command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1 || { echo "bench-gpu: skipped: this machine has no NVIDIA GPU"; exit 0; } && tests/gpu/run.sh
 
 # The peer's packages (6 GB with the libraries torch brings along), once.
 .bench/.installed: tests/peers/requirements.txt

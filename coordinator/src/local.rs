@@ -118,6 +118,8 @@ impl Local {
             .process_group(0)
             // Idle threads of a pool sleep instead of spinning on cores that another worker needs. libgomp reads it as it is loaded.
             .env("OMP_WAIT_POLICY", "PASSIVE")
+            // Each takes a GPU of its own, where there are any.
+            .env("PEAPOD_LOCAL_RANK", rank.to_string())
             .kill_on_drop(true);
         // These are the coordinator's own, should its environment have any; and arguments could be read by other users.
         for variable in ["PEAPOD_TLS_CERT", "PEAPOD_TLS_KEY", "PEAPOD_TLS_CA", "PEAPOD_TOKEN_FILE", "PEAPOD_JOIN"] {

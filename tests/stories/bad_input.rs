@@ -309,11 +309,25 @@ fn arguments_that_cannot_work_are_refused_before_anything_starts() {
         ),
         ("worker", &["--coordinator", "somewhere:7733"], "http://master:7733"),
         ("worker", &["--coordinator", "https://127.0.0.1:7733"], "needs --join STRING"),
-        ("worker", &["--coordinator", "http://127.0.0.1:7733", "--device", "cuda:0"], "--device cpu"),
+        ("worker", &["--coordinator", "http://127.0.0.1:7733", "--device", "gpu"], "cuda:N"),
         ("worker", &["--coordinator", "http://127.0.0.1:7733", "--rank", "first"], "--rank"),
     ] {
         let mut process = Process::start(program, program, arguments);
         process.expect_exit(2);
         process.assert_said(words);
+    }
+}
+
+#[test]
+fn a_gpu_on_a_machine_without_one_is_refused_with_what_is_missing() {
+    if std::path::Path::new("/dev/nvidiactl").exists() {
+        eprintln!("skipped: this machine has an NVIDIA driver");
+        return;
+    }
+    for arguments in [&["--coordinator", "http://127.0.0.1:7733", "--device", "cuda:0"][..], &["check", "--device", "cuda:0"]] {
+        let mut process = Process::start("worker", "worker", arguments);
+        process.expect_exit(2);
+        process.assert_said("--device cuda:0: cannot use the NVIDIA driver");
+        process.assert_said("install NVIDIA driver 580 or newer");
     }
 }

@@ -13,6 +13,7 @@ use peapod_proto::DEFAULT_PORT;
 use peapod_proto::job::Job;
 use peapod_tests::harness::workspace;
 use peapod_worker::args::Cli as Worker;
+use peapod_worker::device::Choice;
 use peapod_worker::lifecycle::TRY_AGAIN;
 use peapod_worker::supervisor::BAD_ARGUMENTS;
 use serde_json::Value;
@@ -237,7 +238,7 @@ fn workers_take_the_arguments_and_variables_they_are_given() {
             .find(|service| coordinator == format!("https://{}:{DEFAULT_PORT}", service["metadata"]["name"].as_str().unwrap()));
         assert!(service.is_some(), "{}: {coordinator} is no Service", overlay.name);
         let has_gpu = container["resources"]["limits"]["nvidia.com/gpu"] == "1";
-        assert_eq!(has_gpu, cli.run.device.starts_with("cuda"), "{}", overlay.name);
+        assert_eq!(has_gpu, matches!(cli.run.device, Choice::Cuda(_)), "{}", overlay.name);
     }
 }
 
@@ -282,7 +283,7 @@ fn units_and_compose_start_the_programs_with_arguments_they_take() {
     assert_eq!((run.validate(), run.world_size, run.min_world_size()), (Ok(()), 8, 4));
     let mut line = command("systemd/worker@.service");
     line.push("--coordinator=http://a:1".into());
-    assert_eq!(Worker::try_parse_from(line).unwrap().run.device, "cuda:3");
+    assert_eq!(Worker::try_parse_from(line).unwrap().run.device, Choice::Cuda(Some(3)));
 
     let path = deploy("compose/compose.yaml");
     let Some(parsed) = check(std::slice::from_ref(&path)) else { return };

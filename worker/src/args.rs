@@ -7,6 +7,8 @@ use clap::{Parser, Subcommand};
 use peapod_proto::ids::Rank;
 use peapod_proto::secure::{Access, AccessArgs};
 
+use crate::bench;
+use crate::device::Choice;
 use crate::shards::{inspect, make};
 
 /// Trains with others on one device: start one for each GPU of a job.
@@ -29,9 +31,9 @@ pub enum Command {
         /// Job file
         #[arg(long, default_value = "job.toml")]
         job: PathBuf,
-        /// Device they would be loaded on
-        #[arg(long, default_value = "cpu")]
-        device: String,
+        /// Device they would be loaded on: auto, cpu, cuda or cuda:N
+        #[arg(long, default_value = "auto")]
+        device: Choice,
         /// Leave models that are not on this machine to the workers that see them
         #[arg(long)]
         partial: bool,
@@ -39,6 +41,8 @@ pub enum Command {
     /// Look into shards, or make them
     #[command(subcommand)]
     Shards(Shards),
+    /// Time a training step by its stages, on batches made beforehand
+    Bench(bench::Options),
 }
 
 /// What to do with shards.
@@ -62,9 +66,12 @@ pub struct Args {
     /// Rank to ask for; without it, any free one
     #[arg(long, env = "PEAPOD_RANK")]
     pub rank: Option<u32>,
-    /// Device to train on
-    #[arg(long, default_value = "cpu")]
-    pub device: String,
+    /// Device to train on: cpu, cuda:N, cuda (the GPU of PEAPOD_LOCAL_RANK, LOCAL_RANK or SLURM_LOCALID), or auto (that GPU if it can be used)
+    #[arg(long, env = "PEAPOD_DEVICE", default_value = "auto")]
+    pub device: Choice,
+    /// Lets two workers of a job train on the same GPU
+    #[arg(long, env = "PEAPOD_ALLOW_SHARED_GPU")]
+    pub allow_shared_gpu: bool,
     /// Threads for tensor work [default: all cores]
     #[arg(long)]
     pub threads: Option<u32>,
@@ -86,7 +93,6 @@ impl Args {
     /// One line that says what is wrong.
     pub fn validate(&self) -> Result<Access, String> {
         let access = Access::new(self.coordinator.as_deref(), &self.access)?;
-        check_device(&self.device)?;
         if self.threads == Some(0) {
             return Err("--threads must be at least 1".into());
         }
@@ -106,14 +112,6 @@ impl Args {
     }
 }
 
-/// Checks that a device is one that this build can use.
-///
-/// # Errors
-/// One line that says what to use instead.
-pub fn check_device(device: &str) -> Result<(), String> {
-    if device == "cpu" { Ok(()) } else { Err(format!("--device {device}: this build trains on the CPU only; use --device cpu")) }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -124,7 +122,8 @@ mod tests {
         assert!(parse(&["--coordinator", "http://a:1"]).is_ok());
         assert!(parse(&["--coordinator", "a:1"]).unwrap_err().contains("http://master:7733"));
         assert!(parse(&["--coordinator", "https://a:1"]).unwrap_err().contains("needs --join STRING"));
-        assert!(parse(&["--coordinator", "http://a:1", "--device", "cuda:0"]).unwrap_err().contains("--device cpu"));
+        let refused = Cli::try_parse_from(["worker", "--coordinator", "http://a:1", "--device", "gpu"]).unwrap_err().to_string();
+        assert!(refused.contains("cuda:N"), "{refused}");
     }
     #[test]
     fn training_needs_an_address_and_a_check_does_not() {

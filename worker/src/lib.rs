@@ -1,16 +1,20 @@
 //! The worker: trains an adapter with others, or draws with one.
 //!
 //! [`lifecycle`] holds the rules of a worker's life, [`trainer`] the thread that owns the tensors, [`client`] the calls to the
-//! coordinator; [`supervisor`] joins them. [`check`] looks at a job's models without loading them, [`shards`] into its data. [`draw`],
-//! [`grid`], [`picture`] and [`score`] serve the program `sample`. [`faults`] makes a worker fail on purpose.
+//! coordinator; [`supervisor`] joins them. [`device`] opens the device, [`bench`] times a step on it, [`check`] looks at a job's models without
+//! loading them, [`shards`] into its data. [`draw`], [`grid`], [`picture`] and [`score`] serve the program `sample`. [`faults`] makes a worker
+//! fail on purpose.
 
 pub mod args;
+pub mod bench;
 pub mod check;
 pub mod client;
+pub mod device;
 pub mod draw;
 pub mod faults;
 pub mod grid;
 pub mod lifecycle;
+pub mod loss_scale;
 pub mod picture;
 pub mod score;
 pub mod setup;

@@ -13,11 +13,12 @@ use peapod_model::text::StudentOptions;
 use peapod_model::weights;
 use peapod_proto::PROGRAM_VERSION;
 use peapod_proto::ids::Step;
-use peapod_proto::job::{self, Job, Preset, StudentSection};
+use peapod_proto::job::{self, Dtype, Job, Preset, StudentSection, VaeDtype};
 use sha2::{Digest, Sha256};
 use tch::{Device, Kind};
 
 use crate::draw::{CONTEXT_LENGTH_KEY, ENCODER_KEY, MASK_PADS_KEY, NORMALIZE_QUOTES_KEY, PROJECT_KEY};
+use crate::loss_scale::LossScale;
 
 /// Standard deviation of the constant part of the noise that SDXL is trained with; SD1.5 is trained without.
 const SDXL_NOISE_OFFSET: f64 = 0.5;
@@ -34,10 +35,38 @@ pub fn load_models(job: &Job, device: Device) -> peapod_model::Result<Distiller>
     let options = LoadOptions {
         distill: distill_config(job, model.architecture()),
         context_length: job.student.context_length.into(),
-        student: student_options(job, Kind::Float, device),
-        vae_kind: Kind::Float,
+        student: student_options(job, network_kind(job, device), device),
+        vae_kind: vae_kind(job, device),
     };
     Distiller::load(&model, &job.student.path, options)
+}
+
+/// The kind that UNet and text encoders compute in.
+#[must_use]
+pub fn network_kind(job: &Job, device: Device) -> Kind {
+    match (job.train.dtype, job.preset) {
+        (Dtype::F32, _) => Kind::Float,
+        (Dtype::Bf16, _) => Kind::BFloat16,
+        (Dtype::F16, _) => Kind::Half,
+        (Dtype::Auto, _) if !device.is_cuda() => Kind::Float,
+        (Dtype::Auto, Preset::Fixed) => Kind::BFloat16,
+        (Dtype::Auto, Preset::Reference) => Kind::Half,
+    }
+}
+
+/// The kind that the autoencoder computes in while training.
+fn vae_kind(job: &Job, device: Device) -> Kind {
+    match (job.model.vae_dtype, job.preset) {
+        (VaeDtype::Bf16, _) => Kind::BFloat16,
+        (VaeDtype::Auto, Preset::Fixed) if device.is_cuda() => Kind::BFloat16,
+        (VaeDtype::F32 | VaeDtype::Auto, _) => Kind::Float,
+    }
+}
+
+/// The scale of the loss that a fresh run begins with; `None` where the networks' numbers need none.
+#[must_use]
+pub fn first_loss_scale(job: &Job, device: Device) -> Option<LossScale> {
+    (network_kind(job, device) == Kind::Half).then(LossScale::default)
 }
 
 /// How a job's student encoder is loaded.
@@ -163,4 +192,33 @@ pub fn metadata(job: &Job, adapter: &AdapterConfig, step: Step, average: bool) -
         metadata.insert("ema_decay".into(), job.train.ema_decay.to_string());
     }
     metadata
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_are_those_of_the_device_unless_the_job_says_otherwise() {
+        let job = |preset: &str, dtype: &str, vae: &str| {
+            let text = format!(
+                "preset = \"{preset}\"\n[model]\npath = \"m\"\nvae_dtype = \"{vae}\"\n[student]\npath = \"s\"\n[data]\nshards = [\"a.tar\"]\n\
+                 [train]\nsteps = 1\ndtype = \"{dtype}\"\n"
+            );
+            Job::parse(&text).unwrap()
+        };
+        let (cpu, gpu) = (Device::Cpu, Device::Cuda(0));
+        for (job, device, network, vae) in [
+            (job("fixed", "auto", "auto"), cpu, Kind::Float, Kind::Float),
+            (job("fixed", "auto", "auto"), gpu, Kind::BFloat16, Kind::BFloat16),
+            (job("reference", "auto", "auto"), cpu, Kind::Float, Kind::Float),
+            (job("reference", "auto", "auto"), gpu, Kind::Half, Kind::Float),
+            (job("fixed", "f16", "f32"), cpu, Kind::Half, Kind::Float),
+            (job("reference", "bf16", "bf16"), gpu, Kind::BFloat16, Kind::BFloat16),
+            (job("fixed", "f32", "f32"), gpu, Kind::Float, Kind::Float),
+        ] {
+            assert_eq!((network_kind(&job, device), vae_kind(&job, device)), (network, vae), "{:?} {device:?}", job.preset);
+            assert_eq!(first_loss_scale(&job, device).is_some(), network == Kind::Half);
+        }
+    }
 }

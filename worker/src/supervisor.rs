@@ -18,6 +18,7 @@ use tonic::Streaming;
 
 use crate::args::Args;
 use crate::client::{self, ClientError};
+use crate::device;
 use crate::faults::Faults;
 use crate::lifecycle::{Action, Input, Lifecycle, TRY_AGAIN};
 use crate::setup;
@@ -45,6 +46,7 @@ type SharedChannel = Arc<Mutex<Option<(Link, WorkerId)>>>;
 struct Supervisor {
     args: Args,
     access: Access,
+    device: Device,
     incarnation: Incarnation,
     attempt: u32,
     life: Lifecycle,
@@ -69,8 +71,8 @@ struct Supervisor {
     silent: bool,
 }
 
-/// Runs a worker to its end.
-pub async fn run(args: Args) -> Exit {
+/// Runs a worker to its end, training on `device`.
+pub async fn run(args: Args, device: Device) -> Exit {
     let access = match args.validate() {
         Ok(access) => access,
         Err(problem) => return Exit { code: BAD_ARGUMENTS, message: problem },
@@ -87,6 +89,7 @@ pub async fn run(args: Args) -> Exit {
     let mut supervisor = Supervisor {
         args,
         access,
+        device,
         incarnation: Incarnation(u64::from_le_bytes(bytes)),
         attempt: 0,
         life: Lifecycle::new(),
@@ -179,7 +182,7 @@ impl Supervisor {
             requested_rank: self.life.identity().map(|(_, rank)| rank).or(self.args.requested_rank()),
             host: host_name(),
             pid: std::process::id(),
-            device: self.args.device.clone(),
+            device: device::name(self.device),
         });
         self.attempt += 1;
         let patience = self.args.patience(self.join_timeout);
@@ -323,7 +326,8 @@ impl Supervisor {
         let (channel, runtime) = (self.channel.clone(), tokio::runtime::Handle::current());
         let context = Context {
             job,
-            device: Device::Cpu,
+            device: self.device,
+            allow_shared_gpu: self.args.allow_shared_gpu,
             advertise: self.args.advertise.or(self.local_ip).unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST)),
             output: Arc::new(move |message| {
                 // The supervisor outlives the trainer but for the last moments of the process.

@@ -12,8 +12,8 @@ pub use captions::{CaptionRules, CaptionsSection, Language, NativeBy, Ranges, Sc
 pub use error::JobError;
 pub use preset::Preset;
 pub use sections::{
-    AdapterSection, CheckpointSection, DataSection, Decay, Filter, LossSection, ModelSection, PicturesSection, Precision, SourceSection,
-    StudentSection, TimeIdsOrder, TrainSection, ValidationSection,
+    AdapterSection, CheckpointSection, DataSection, Decay, Dtype, Filter, LossSection, ModelSection, PicturesSection, Precision,
+    SourceSection, StudentSection, TimeIdsOrder, TrainSection, VaeDtype, ValidationSection,
 };
 
 use serde::{Deserialize, Serialize};

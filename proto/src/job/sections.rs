@@ -21,6 +21,23 @@ pub struct ModelSection {
     /// Rounds pictures and the autoencoder's weights to f16 before they are used, as the published trainer does.
     #[serde(default)]
     pub vae_round_fp16: bool,
+    /// Numbers the autoencoder computes in while training. By default bf16 on GPUs, f32 on the CPU and in the preset `reference`. libtorch lets
+    /// newer GPUs compute the convolutions of f32 in TF32.
+    #[serde(default)]
+    pub vae_dtype: VaeDtype,
+}
+
+/// Numbers of the autoencoder; SDXL's overflows in f16.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum VaeDtype {
+    /// As the device and the preset suggest.
+    #[default]
+    Auto,
+    /// Single precision.
+    F32,
+    /// The range of single precision in half the bits.
+    Bf16,
 }
 
 /// The text encoder of the new language.
@@ -315,6 +332,21 @@ pub enum Decay {
     Polynomial,
 }
 
+/// Numbers of the frozen networks. Adapter, losses, gradients and optimiser are f32 whatever it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Dtype {
+    /// bf16 on GPUs (f16 in the preset `reference`), f32 on the CPU.
+    #[default]
+    Auto,
+    /// Single precision.
+    F32,
+    /// The range of single precision in half the bits.
+    Bf16,
+    /// Half precision; the loss is scaled to keep gradients in its range.
+    F16,
+}
+
 /// Batch, length and optimiser.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -356,6 +388,8 @@ pub struct TrainSection {
     pub max_skipped_steps: u32,
     /// Computes the UNet's activations again in the backward pass instead of keeping them: less memory, a third more work.
     pub gradient_checkpointing: bool,
+    /// Numbers the frozen networks compute in.
+    pub dtype: Dtype,
 }
 
 impl Default for TrainSection {
@@ -379,6 +413,7 @@ impl Default for TrainSection {
             ema_decay: 0.0,
             max_skipped_steps: 10,
             gradient_checkpointing: false,
+            dtype: Dtype::Auto,
         }
     }
 }

@@ -1,6 +1,7 @@
 //! Why a collective did not happen.
 
 use std::io;
+use std::time::Duration;
 
 use crate::{Announcement, Operation};
 
@@ -78,6 +79,29 @@ pub enum Error {
     Poisoned {
         /// The first error's text.
         first: String,
+    },
+
+    /// NCCL or the driver refused something, or one of their files is missing.
+    #[error("cannot {doing}: {answer}")]
+    Gpu {
+        /// What was tried, as a bare verb.
+        doing: &'static str,
+        /// The answer, and what to do about it where that is known.
+        answer: String,
+    },
+
+    /// NCCL did not come back from ending a communicator: the GPU may still be at work on it, and this process cannot go on.
+    #[error("NCCL did not come back from an abort within {after:?}: this worker must be started again")]
+    AbortHung {
+        /// How long it was waited for.
+        after: Duration,
+    },
+
+    /// The members cannot work together.
+    #[error("the members do not fit together: {reason}")]
+    Unfit {
+        /// Who differs, and what to do.
+        reason: String,
     },
 
     /// The operating system refused something that has nothing to do with a peer.

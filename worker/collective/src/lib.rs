@@ -11,20 +11,23 @@
 //! - A call ends: with the result, with the loss of a neighbour, at its deadline, or on abort.
 //! - The first error poisons the communicator: every later call fails. Its buffers then hold unspecified values, which the caller discards.
 //!
-//! [`SoloCollective`] is a world of one, [`tcp::TcpCollective`] a ring of sockets for CPU workers. Both pass the suite in `conformance`,
-//! which the feature of that name exports.
+//! [`SoloCollective`] is a world of one, [`tcp::TcpCollective`] a ring of sockets for CPU workers, [`nccl`] for GPUs. All pass the suite in
+//! `conformance`, which the feature of that name exports.
 
 mod abort;
+mod agreement;
 mod announcement;
 #[cfg(any(test, feature = "conformance"))]
 pub mod conformance;
 mod error;
+pub mod nccl;
 mod solo;
 pub mod tcp;
 
 use std::time::Instant;
 
 pub use abort::{AbortHandle, OnAbort};
+pub use agreement::{Footing, agree};
 pub use announcement::{Announcement, Operation};
 pub use error::Error;
 pub use solo::SoloCollective;

@@ -136,6 +136,22 @@ impl TcpCollective {
         Ok(Self { membership, ring, abort, sequence: 0, failure: None, stalled: None })
     }
 
+    /// Returns once every member has entered `operation` with the same length. Moves no data: for a backend that moves it in another way.
+    ///
+    /// Errors: those of a collective; [`Error::Mismatch`] if the members mean different things.
+    pub(crate) fn meet(&mut self, operation: Operation, num_bytes: usize, deadline: Instant) -> Result<(), Error> {
+        let Membership { member_index, num_members, .. } = self.membership;
+        self.run(operation, num_bytes, |ring, announcement, abort| {
+            let Ring { links, scratch, tokens, .. } = ring;
+            links.run(announcement, &mut RingSum::new(tokens, scratch, member_index as usize, num_members as usize), abort, deadline)
+        })
+    }
+
+    /// Fails if a neighbour has closed its link. Takes nothing of what it sent.
+    pub(crate) fn check_links(&self, during: Operation) -> Result<(), Error> {
+        self.ring.as_ref().map_or(Ok(()), |ring| ring.links.check(during))
+    }
+
     /// Runs one collective, unless the communicator has ended; an error ends it.
     fn run(
         &mut self,
@@ -214,11 +230,7 @@ impl Collective for TcpCollective {
     }
 
     fn barrier(&mut self, deadline: Instant) -> Result<(), Error> {
-        let Membership { member_index, num_members, .. } = self.membership;
-        self.run(Operation::Barrier, 0, |ring, announcement, abort| {
-            let Ring { links, scratch, tokens, .. } = ring;
-            links.run(announcement, &mut RingSum::new(tokens, scratch, member_index as usize, num_members as usize), abort, deadline)
-        })
+        self.meet(Operation::Barrier, 0, deadline)
     }
 
     fn stalled(&self) -> Option<Stall> {
@@ -244,4 +256,4 @@ impl fmt::Debug for TcpCollective {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -16,8 +16,9 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
+use peapod_collective::nccl::{self, NcclDevice};
 use peapod_collective::tcp::{Bootstrap, Listener, Membership, TcpCollective};
-use peapod_collective::{AbortHandle, Collective, SoloCollective};
+use peapod_collective::{AbortHandle, Collective, Footing, SoloCollective, agree};
 use peapod_data::{Loader, Share};
 use peapod_model::adapter::{Adapter, AdapterConfig};
 use peapod_model::distill::Distiller;
@@ -39,6 +40,7 @@ pub use state::{Snapshot, TrainState};
 
 use crate::faults::Faults;
 use crate::lifecycle::TrainerEvent;
+use crate::loss_scale::LossScale;
 use crate::setup;
 use crate::tail::{Contribution, Outcome, TailLayout, ValidationTotals, share_of};
 
@@ -105,6 +107,8 @@ pub struct Context {
     pub job: Job,
     /// Where it trains.
     pub device: Device,
+    /// Whether another member may train on the same GPU.
+    pub allow_shared_gpu: bool,
     /// Address under which the other members reach this one.
     pub advertise: IpAddr,
     /// Where its output goes.
@@ -125,6 +129,8 @@ enum Ended {
     Broken { reason: String, lost: Option<MemberIndex>, stalled: Option<Stall> },
     /// This worker cannot go on.
     Failed { phase: &'static str, message: String },
+    /// Nor can another in its place: the job's workers do not fit together.
+    Unfit(String),
 }
 
 impl Ended {
@@ -145,6 +151,8 @@ impl Ended {
     /// What an error of the collective means, and which neighbour is behind it as far as this member can see.
     fn by(error: peapod_collective::Error) -> Self {
         let lost = match &error {
+            peapod_collective::Error::Unfit { .. } => return Self::Unfit(error.to_string()),
+            peapod_collective::Error::AbortHung { .. } => return Self::Failed { phase: "collective", message: error.to_string() },
             peapod_collective::Error::PeerLost { member_index, .. } => Some(MemberIndex(*member_index)),
             peapod_collective::Error::Timeout { waiting_for, .. } => waiting_for.first().map(|&index| MemberIndex(index)),
             _ => None,
@@ -197,6 +205,8 @@ struct Trainer {
     copying: Option<Copying>,
     /// A listener whose address is in the bootstrap of a generation.
     listener: Option<(Generation, Listener)>,
+    /// Opened by the first generation that needs it.
+    gpu: Option<Arc<NcclDevice>>,
     /// Picture sizes and batch sizes that were computed before: the first time may take long.
     sizes_seen: BTreeSet<((u32, u32), usize)>,
 }
@@ -230,6 +240,7 @@ impl Trainer {
             pending: None,
             copying: None,
             listener: None,
+            gpu: None,
             sizes_seen: BTreeSet::new(),
         })
     }
@@ -288,6 +299,7 @@ impl Trainer {
             Ended::Orderly(cause, reason) => (cause, reason, None, None),
             Ended::Broken { reason, lost, stalled } => (StopCause::Aborted, reason, lost, stalled),
             Ended::Failed { phase, message } => return self.event(TrainerEvent::Failed { phase, message, permanent: false }),
+            Ended::Unfit(message) => return self.event(TrainerEvent::Failed { phase: "connecting", message, permanent: true }),
         };
         let applied = self.state.as_ref().map_or(Step(0), |state| state.step);
         let validation = self.last_validation.take();
@@ -324,7 +336,14 @@ impl Trainer {
             };
             let bootstrap = Bootstrap::from_bytes(&assignment.bootstrap).map_err(broken)?;
             let connected = Instant::now() + CONNECT_TIMEOUT;
-            Box::new(TcpCollective::connect(&bootstrap, membership, listener, abort.clone(), connected).map_err(broken)?)
+            let mut ring = TcpCollective::connect(&bootstrap, membership, listener, abort.clone(), connected).map_err(broken)?;
+            let gpu = self.open_gpu().map_err(broken)?;
+            let footing = gpu.as_ref().map_or(Footing::Cpu, |gpu| Footing::Gpu(gpu.uuid()));
+            agree(&mut ring, footing, self.context.allow_shared_gpu, connected).map_err(broken)?;
+            match gpu {
+                Some(gpu) => nccl::connect(ring, gpu, deadline).map_err(broken)?,
+                None => Box::new(ring),
+            }
         };
         collective = self.context.faults.over(collective, assignment.base_step);
         let held =
@@ -350,6 +369,14 @@ impl Trainer {
         }
     }
 
+    /// The GPU as NCCL uses it; `None` on the CPU.
+    fn open_gpu(&mut self) -> Result<Option<Arc<NcclDevice>>, peapod_collective::Error> {
+        if let (None, Device::Cuda(ordinal)) = (&self.gpu, self.context.device) {
+            self.gpu = Some(NcclDevice::open(ordinal)?);
+        }
+        Ok(self.gpu.clone())
+    }
+
     /// The state that nobody holds: of the checkpoint, or fresh.
     fn first_state(&self, assignment: &Assignment) -> Result<TrainState, Ended> {
         let failed = |message: String| Ended::Failed { phase: "resuming", message };
@@ -359,14 +386,19 @@ impl Trainer {
         };
         let files = (self.context.download)(step).map_err(failed)?;
         let part = |name: &str| files.iter().find(|(file, _)| file == name).map(|(_, bytes)| bytes.clone());
-        TrainState::from_checkpoint(self.adapter_config, optimizer, ema, self.context.device, step, part)
-            .map_err(|error| failed(format!("checkpoint of step {step}: {error}")))
+        let mut state = TrainState::from_checkpoint(self.adapter_config, optimizer, ema, self.context.device, step, part)
+            .map_err(|error| failed(format!("checkpoint of step {step}: {error}")))?;
+        // The networks' numbers may be others than before.
+        state.loss_scale = setup::first_loss_scale(&self.context.job, self.context.device).map(|first| state.loss_scale.unwrap_or(first));
+        Ok(state)
     }
 
     fn fresh_state(&self) -> Result<TrainState, String> {
         let (optimizer, ema) = (setup::adamw_config(&self.context.job), self.context.job.train.ema_decay);
-        TrainState::fresh(self.adapter_config, optimizer, ema, self.context.job.seed, self.context.device)
-            .map_err(|error| error.to_string())
+        let mut state = TrainState::fresh(self.adapter_config, optimizer, ema, self.context.job.seed, self.context.device)
+            .map_err(|error| error.to_string())?;
+        state.loss_scale = setup::first_loss_scale(&self.context.job, self.context.device);
+        Ok(state)
     }
 
     /// The source's state reaches those who lack it. Those who hold it take part and keep their own until the new one is whole.
@@ -456,8 +488,9 @@ impl Trainer {
         self.context.faults.in_compute(step);
         let share = &self.in_flight.insert((step, share)).1;
         let (models, adapter) = (&self.models, &state.adapter);
+        let scale = state.loss_scale.as_ref().map_or(1.0, LossScale::factor);
         let _ = gradient.zero_();
-        let result = guarded(|| step::accumulate(models, adapter, share, gradient));
+        let result = guarded(|| step::accumulate(models, adapter, share, gradient, scale));
         let mut contribution = match result {
             Ok(Ok(contribution)) => contribution,
             Ok(Err(error)) => return Err(Ended::Failed { phase: "compute", message: error.to_string() }),
@@ -590,6 +623,7 @@ impl Trainer {
             }
             Err(Ended::Broken { reason, .. }) => reason,
             Err(Ended::Failed { phase, message }) => format!("{phase}: {message}"),
+            Err(Ended::Unfit(message)) => message,
             Err(Ended::Orderly(..)) => String::new(),
         }
     }
@@ -703,6 +737,9 @@ fn update(
     let _ = gradient.f_div_scalar_(outcome.names.len() as f64)?;
     let limit = if max_grad_norm > 0.0 { max_grad_norm } else { f64::INFINITY };
     let norm = clip_grad_norm(gradient, limit)?;
+    if let Some(scale) = &mut state.loss_scale {
+        scale.update(!outcome.not_finite && norm.is_finite());
+    }
     if outcome.not_finite || !norm.is_finite() {
         return Ok((norm, true));
     }

@@ -7,6 +7,8 @@ use peapod_proto::ids::{Generation, Step};
 use sha2::{Digest, Sha256};
 use tch::{Device, Kind, Tensor};
 
+use crate::loss_scale::LossScale;
+
 /// The trained state after one step.
 pub struct TrainState {
     /// The adapter.
@@ -15,6 +17,8 @@ pub struct TrainState {
     pub optimizer: AdamW,
     /// Its moving average, if the job keeps one.
     pub ema: Option<Ema>,
+    /// What the loss is multiplied with, if the networks' numbers need it.
+    pub loss_scale: Option<LossScale>,
     /// The last applied step.
     pub step: Step,
     /// The generation that trained it; [`Generation::NONE`] if it is fresh or from a checkpoint.
@@ -33,6 +37,8 @@ pub struct Snapshot {
     pub num_updates: u64,
     /// The moving average.
     pub ema: Option<Adapter>,
+    /// The loss scale, if there is one.
+    pub loss_scale: Option<LossScale>,
     /// The step.
     pub step: Step,
     /// The generation it was copied in.
@@ -51,7 +57,7 @@ impl TrainState {
     fn with_adapter(adapter: Adapter, optimizer: AdamWConfig, ema_decay: f64, device: Device) -> Result<Self> {
         let optimizer = AdamW::new(optimizer, adapter.num_parameters() as i64, device);
         let ema = if ema_decay > 0.0 { Some(Ema::new(adapter.flat(), ema_decay)?) } else { None };
-        Ok(Self { adapter, optimizer, ema, step: Step(0), generation: Generation::NONE })
+        Ok(Self { adapter, optimizer, ema, loss_scale: None, step: Step(0), generation: Generation::NONE })
     }
 
     /// The state kept in a checkpoint's files. A moving average that the checkpoint lacks starts from its weights.
@@ -78,6 +84,11 @@ impl TrainState {
         if let (Some(ema), Some(bytes)) = (&mut state.ema, part(Snapshot::EMA)) {
             ema.restore(Adapter::from_safetensors(&bytes, device)?.flat())?;
         }
+        if let Some(bytes) = part(Snapshot::LOSS_SCALE) {
+            let scale = serde_json::from_slice(&bytes).ok().and_then(LossScale::checked);
+            let damaged = || Error::Invalid { path: Snapshot::LOSS_SCALE.into(), reason: "it holds no loss scale".into() };
+            state.loss_scale = Some(scale.ok_or_else(damaged)?);
+        }
         state.step = step;
         Ok(state)
     }
@@ -101,6 +112,7 @@ impl TrainState {
             exp_avg_sq: self.optimizer.exp_avg_sq().shallow_clone(),
             num_updates: self.optimizer.num_steps(),
             ema: self.ema.as_ref().map(|ema| ema.flat().shallow_clone()),
+            loss_scale: self.loss_scale,
             step: self.step,
             generation,
         })
@@ -113,13 +125,14 @@ impl TrainState {
         HEADER_BYTES + buffers * self.adapter.num_parameters() * size_of::<f32>()
     }
 
-    /// Everything as bytes, for a member that lacks it: step, updates, then the flat buffers.
+    /// Everything as bytes, for a member that lacks it: step, updates, loss scale, then the flat buffers.
     #[must_use]
     pub fn to_bytes(&self) -> Vec<u8> {
         let mut bytes = vec![0; self.num_bytes()];
         let (header, values) = bytes.split_at_mut(HEADER_BYTES);
         header[..8].copy_from_slice(&self.step.0.to_le_bytes());
-        header[8..].copy_from_slice(&self.optimizer.num_steps().to_le_bytes());
+        header[8..16].copy_from_slice(&self.optimizer.num_steps().to_le_bytes());
+        header[16..].copy_from_slice(&self.loss_scale.unwrap_or_default().to_bytes());
         let buffers = [self.adapter.flat(), self.optimizer.exp_avg(), self.optimizer.exp_avg_sq()];
         let places = values.chunks_exact_mut(self.adapter.num_parameters() * size_of::<f32>());
         for (tensor, place) in buffers.into_iter().chain(self.ema.as_ref().map(Ema::flat)).zip(places) {
@@ -148,13 +161,17 @@ impl TrainState {
         if let Some(ema) = &mut self.ema {
             ema.restore(&next()?)?;
         }
+        if let Some(scale) = &mut self.loss_scale {
+            let damaged = || Error::Shape { what: "TrainState::restore", detail: "no loss scale".into() };
+            *scale = LossScale::from_bytes(number(16).to_le_bytes()).ok_or_else(damaged)?;
+        }
         self.step = Step(number(0));
         Ok(())
     }
 }
 
-/// Step and number of updates.
-const HEADER_BYTES: usize = 16;
+/// Step, number of updates, loss scale.
+const HEADER_BYTES: usize = 16 + LossScale::NUM_BYTES;
 
 /// The state after a step, in the tensors that the next update changes.
 pub struct View {
@@ -163,6 +180,7 @@ pub struct View {
     exp_avg_sq: Tensor,
     num_updates: u64,
     ema: Option<Tensor>,
+    loss_scale: Option<LossScale>,
     step: Step,
     generation: Generation,
 }
@@ -190,6 +208,7 @@ impl View {
             exp_avg_sq: host(&self.exp_avg_sq)?,
             num_updates: self.num_updates,
             ema: self.ema.as_ref().map(|average| self.adapter.with_parameters(average)).transpose()?,
+            loss_scale: self.loss_scale,
             step: self.step,
             generation: self.generation,
         })
@@ -203,6 +222,8 @@ impl Snapshot {
     pub const OPTIMIZER: &str = "optimizer.safetensors";
     /// File of the moving average.
     pub const EMA: &str = "adapter_ema.safetensors";
+    /// File of the loss scale, where there is one.
+    pub const LOSS_SCALE: &str = "loss_scale.json";
     /// File of the adapter as the Python implementation saves and loads it, in f16: the average's where there is one.
     pub const PYTORCH: &str = "pytorch_model.bin";
 
@@ -220,6 +241,10 @@ impl Snapshot {
         let mut files = vec![(Self::ADAPTER, self.adapter.to_safetensors(&metadata(false))?), (Self::OPTIMIZER, moments.to_safetensors()?)];
         if let Some(ema) = &self.ema {
             files.push((Self::EMA, ema.to_safetensors(&metadata(true))?));
+        }
+        if let Some(scale) = &self.loss_scale {
+            let failed = |error: serde_json::Error| Error::Invalid { path: Self::LOSS_SCALE.into(), reason: error.to_string() };
+            files.push((Self::LOSS_SCALE, serde_json::to_vec(scale).map_err(failed)?));
         }
         let sampled = self.ema.as_ref().unwrap_or(&self.adapter);
         let bytes = sampled.to_pytorch(Kind::Half)?;
@@ -298,6 +323,25 @@ mod tests {
             let narrow = AdapterConfig { hidden: 4, ..config() };
             assert!(TrainState::from_checkpoint(narrow, optimizer(), ema_decay, Device::Cpu, Step(1), part).is_err());
         }
+    }
+
+    #[test]
+    fn loss_scale_travels_and_is_kept_in_checkpoints() {
+        let mut source = trained(0.0);
+        source.loss_scale = Some(LossScale::default());
+        source.loss_scale.iter_mut().for_each(|scale| scale.update(false));
+        let mut other = TrainState::fresh(config(), optimizer(), 0.0, 99, Device::Cpu).unwrap();
+        other.loss_scale = Some(LossScale::default());
+        other.restore(&source.to_bytes()).unwrap();
+        assert_eq!(other.loss_scale, source.loss_scale);
+        let files = source.view(Generation(1)).unwrap().snapshot().unwrap().to_files(optimizer(), |_| Default::default()).unwrap();
+        let part = |name: &str| files.iter().find(|(file, _)| *file == name).map(|(_, bytes)| bytes.clone());
+        let resume = |part: &dyn Fn(&str) -> Option<Vec<u8>>| {
+            TrainState::from_checkpoint(config(), optimizer(), 0.0, Device::Cpu, Step(1), part).map(|state| state.loss_scale)
+        };
+        assert_eq!(resume(&part).unwrap(), source.loss_scale);
+        assert!(resume(&|name| if name == Snapshot::LOSS_SCALE { Some(b"{}".to_vec()) } else { part(name) }).is_err());
+        assert_eq!(resume(&|name| part(name).filter(|_| name != Snapshot::LOSS_SCALE)).unwrap(), None);
     }
 
     #[test]

@@ -7,14 +7,20 @@ use tch::{Kind, Tensor};
 
 use crate::tail::{Contribution, LossTotals};
 
-/// Adds the gradient of every micro-batch of a share into `gradient` and sums up what the tail will say.
+/// Adds the gradient of every micro-batch of a share into `gradient`, computed at a loss scale, and sums up what the tail will say.
 ///
 /// # Errors
 /// The model crate's.
-pub fn accumulate(models: &Distiller, adapter: &Adapter, share: &Share, gradient: &mut Tensor) -> peapod_model::Result<Contribution> {
+pub fn accumulate(
+    models: &Distiller,
+    adapter: &Adapter,
+    share: &Share,
+    gradient: &mut Tensor,
+    scale: f64,
+) -> peapod_model::Result<Contribution> {
     let (mut task, mut logit, mut feature) = (0.0, 0.0, 0.0);
     for batch in &share.batches {
-        let sums = models.accumulate(adapter, &to_tensors(batch, models.vae().downscale()), gradient)?;
+        let sums = models.accumulate_scaled(adapter, &to_tensors(batch, models.vae().downscale()), gradient, scale)?;
         task += sums.task;
         logit += sums.logit;
         feature += sums.feature;

@@ -7,9 +7,9 @@ use std::time::Instant;
 use rustix::event::{PollFd, PollFlags};
 
 use super::exchange::Exchange;
-use super::socket::{try_read, try_write, wait};
+use super::socket::{try_read, try_write, unless_blocked, wait};
 use super::wire::{HEADER_BYTES, decode_header, encode_header, invalid};
-use crate::{AbortHandle, Announcement, Error, Stall};
+use crate::{AbortHandle, Announcement, Error, Operation, Stall};
 
 /// The links to both neighbours; data flows from the previous member to the next one. With two members both lead to the same peer.
 #[derive(Debug)]
@@ -32,6 +32,18 @@ impl Links {
             // Fails only where the connection is gone already.
             _ = link.stream.shutdown(Shutdown::Both);
         }
+    }
+
+    /// Fails if a connection is closed or broken. What lies in it stays there.
+    pub(super) fn check(&self, during: Operation) -> Result<(), Error> {
+        for link in [&self.previous, &self.next] {
+            let lost = |source| Error::PeerLost { member_index: link.member_index, during, source };
+            match unless_blocked(|| link.stream.peek(&mut [0])).map_err(lost)? {
+                Some(0) => return Err(lost(io::Error::new(io::ErrorKind::UnexpectedEof, "the peer closed the connection"))),
+                Some(_) | None => {}
+            }
+        }
+        Ok(())
     }
 
     /// Runs one collective. An error comes with where this member was in it.

@@ -35,7 +35,8 @@ fn start_all(at_zero: Listener, bootstrap: &Bootstrap, num_members: u32) -> Vec<
         .collect()
 }
 
-fn members(num_members: u32) -> Vec<TcpCollective> {
+/// A whole world in this process.
+pub(crate) fn members(num_members: u32) -> Vec<TcpCollective> {
     let at_zero = listener();
     let bootstrap = at_zero.bootstrap().unwrap();
     start_all(at_zero, &bootstrap, num_members).into_iter().map(|member| member.join().unwrap().unwrap()).collect()

@@ -161,6 +161,21 @@ struct Noising {
     weight: Option<Tensor>,
 }
 
+/// The stages of a step, in their order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Stage {
+    /// Pictures to noised latents.
+    Encode,
+    /// English text, and the teacher's pass.
+    Teacher,
+    /// The student's text and the adapter.
+    Text,
+    /// The student's pass and the losses; with gradient checkpointing, its backward pass too.
+    Student,
+    /// The backward pass to the adapter.
+    Backward,
+}
+
 /// What both passes of the UNet are given alike.
 struct Noised {
     /// Noised latents `[B, 4, h, w]`.
@@ -261,6 +276,24 @@ impl Distiller {
     /// Shapes: `gradient` f32 `[P]`, in the order of the adapter's parameters.
     /// Errors: [`Error::Shape`] if batch, adapter, gradient and models do not fit; [`Error::Torch`]. Nothing is added on an error.
     pub fn accumulate(&self, adapter: &Adapter, batch: &MicroBatch, gradient: &mut Tensor) -> Result<LossSums> {
+        self.accumulate_scaled(adapter, batch, gradient, 1.0)
+    }
+
+    /// As [`Distiller::accumulate`], with the loss multiplied by `scale` on the way back and the gradient divided by it at the end: keeps
+    /// small gradients within the range of networks in f16. What exceeds that range makes `gradient` infinite or NaN.
+    pub fn accumulate_scaled(&self, adapter: &Adapter, batch: &MicroBatch, gradient: &mut Tensor, scale: f64) -> Result<LossSums> {
+        self.accumulate_observed(adapter, batch, gradient, scale, &mut |_| {})
+    }
+
+    /// As [`Distiller::accumulate_scaled`]; calls `observe` at the end of each stage, whose work a GPU may still have before it.
+    pub fn accumulate_observed(
+        &self,
+        adapter: &Adapter,
+        batch: &MicroBatch,
+        gradient: &mut Tensor,
+        scale: f64,
+        observe: &mut dyn FnMut(Stage),
+    ) -> Result<LossSums> {
         let num_parameters: i64 = adapter.parameters().iter().map(|parameter| parameter.numel() as i64).sum();
         if gradient.size() != [num_parameters] || gradient.kind() != Kind::Float {
             let detail = format!("gradient is {:?} {:?}, wanted Float [{num_parameters}]", gradient.kind(), gradient.size());
@@ -269,19 +302,22 @@ impl Distiller {
         if batch.is_empty() {
             return Ok(LossSums::default());
         }
-        let (noised, flags, lesson) = self.prepare(adapter, batch)?;
+        let (noised, flags, lesson) = self.prepare(adapter, batch, observe)?;
         let conditioning = self.condition(adapter, batch, &noised, &flags, true)?;
+        observe(Stage::Text);
         let (scalar, sums) = match self.config.gradient_checkpointing {
-            true => self.study_again(&conditioning, &noised, &lesson, batch.len())?,
+            true => self.study_again(&conditioning, &noised, &lesson, batch.len(), scale)?,
             false => {
                 let losses = lesson.compare(&self.study(&conditioning, &noised)?)?;
-                (losses.total(self.config.feature_weight), losses.sums(batch.len())?)
+                (losses.total(self.config.feature_weight) * scale, losses.sums(batch.len())?)
             }
         };
+        observe(Stage::Student);
         let parts = Tensor::f_run_backward(&[scalar], adapter.parameters(), false, false)?;
         let flat: Vec<Tensor> = parts.iter().map(|part| part.flatten(0, -1)).collect();
         let _guard = no_grad_guard();
-        let _ = gradient.g_add_(&Tensor::f_cat(&flat, 0)?);
+        let _ = gradient.g_add_(&(Tensor::f_cat(&flat, 0)? / scale));
+        observe(Stage::Backward);
         Ok(sums)
     }
 
@@ -293,17 +329,18 @@ impl Distiller {
             return Ok(LossSums::default());
         }
         let _guard = no_grad_guard();
-        let (noised, flags, lesson) = self.prepare(adapter, batch)?;
+        let (noised, flags, lesson) = self.prepare(adapter, batch, &mut |_| {})?;
         let conditioning = self.condition(adapter, batch, &noised, &flags, false)?;
         lesson.compare(&self.study(&conditioning, &noised)?)?.sums(batch.len())
     }
 
     /// Everything that does not depend on the adapter: noised latents, and what the teacher says of them.
-    fn prepare(&self, adapter: &Adapter, batch: &MicroBatch) -> Result<(Noised, Flags, Lesson)> {
+    fn prepare(&self, adapter: &Adapter, batch: &MicroBatch, observe: &mut dyn FnMut(Stage)) -> Result<(Noised, Flags, Lesson)> {
         self.check_adapter(adapter)?;
         let _guard = no_grad_guard();
         let flags = batch.check(self.vae.config().latent_channels, self.vae.downscale(), self.num_timesteps())?;
         let noised = self.noise(batch)?;
+        observe(Stage::Encode);
 
         // Which samples each loss is summed over. Samples never mix in a network, so the teacher sees only those it is needed for.
         let (taught, untaught) = match (&self.teacher, self.config.hybrid) {
@@ -315,6 +352,7 @@ impl Distiller {
             Some(teacher) if !taught.is_empty() => Some(self.teach(teacher, batch, &noised, &taught)?),
             _ => None,
         };
+        observe(Stage::Teacher);
         let lesson = Lesson {
             target: untaught.select(&noised.target),
             untaught,
@@ -410,13 +448,20 @@ impl Distiller {
     }
 
     /// The student's pass without its graph, and back. Returns a scalar with the loss's gradient with respect to what the adapter made.
-    fn study_again(&self, conditioning: &Conditioning, noised: &Noised, lesson: &Lesson, count: usize) -> Result<(Tensor, LossSums)> {
+    fn study_again(
+        &self,
+        conditioning: &Conditioning,
+        noised: &Noised,
+        lesson: &Lesson,
+        count: usize,
+        scale: f64,
+    ) -> Result<(Tensor, LossSums)> {
         let Conditioning { sequence, pooled, mask } = conditioning;
         let added = added(conditioning, noised);
         let (gradients, sums) =
             self.unet.recompute(&noised.sample, &noised.timesteps, sequence, added.as_ref(), mask.as_ref(), |output| {
                 let losses = lesson.compare(output)?;
-                Ok((losses.total(self.config.feature_weight), losses.sums(count)?))
+                Ok((losses.total(self.config.feature_weight) * scale, losses.sums(count)?))
             })?;
         // The gradient of a product's sum with respect to one factor is the other.
         let along = |made: &Tensor, gradient: &Tensor| (made * gradient.to_kind(Kind::Float)).sum(Kind::Float);

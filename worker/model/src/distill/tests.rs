@@ -65,6 +65,39 @@ fn relative_distance(got: &Tensor, wanted: &Tensor) -> f64 {
     norm(&(got - wanted)) / norm(wanted)
 }
 
+/// Networks of fewer bits give the gradient of those in f32 up to their rounding: bf16 keeps 8 bits of a number, f16 11.
+#[test]
+fn gradients_in_few_bits_are_those_in_many_to_rounding() {
+    let batch = batch(&[true, false, false], &[false, false, true]);
+    let (wanted, exact) = with_default(|distiller| accumulate(distiller, &batch));
+    for (kind, scale, tolerance) in [(Kind::BFloat16, 1.0, 0.1), (Kind::Half, 1024.0, 0.02)] {
+        for gradient_checkpointing in [false, true] {
+            let options = LoadOptions {
+                distill: DistillConfig { gradient_checkpointing, ..DistillConfig::default() },
+                context_length: 24,
+                student: StudentOptions::new(kind, Device::Cpu),
+                vae_kind: Kind::Float,
+            };
+            let distiller = Distiller::load(&ModelSource::open(&demo(), None).unwrap(), &demo().join("text_encoder_zh"), options).unwrap();
+            let (adapter, mut gradient) = (adapter(), exact.zeros_like());
+            let sums = distiller.accumulate_scaled(&adapter, &batch, &mut gradient, scale).unwrap();
+            let distance = relative_distance(&gradient, &exact);
+            assert!(distance < tolerance && distance > 1e-6, "{kind:?}: {distance}");
+            assert!((sums.task / wanted.task - 1.0).abs() < tolerance && (sums.logit / wanted.logit - 1.0).abs() < 2.0 * tolerance);
+        }
+    }
+}
+
+/// A scale beyond the range of f16 is not hidden: the step is to be skipped and the scale to be halved.
+#[test]
+fn overflow_in_f16_reaches_the_gradient_and_not_the_losses() {
+    let distiller = distiller_of_kind(DistillConfig::default(), Kind::Half);
+    let (adapter, batch) = (adapter(), batch(&[true], &[false]));
+    let mut gradient = Tensor::zeros([adapter.num_parameters() as i64], (Kind::Float, Device::Cpu));
+    let sums = distiller.accumulate_scaled(&adapter, &batch, &mut gradient, 1e12).unwrap();
+    assert!(!norm(&gradient).is_finite() && sums.task.is_finite());
+}
+
 /// The demo's models with the default configuration, loaded once for all tests. A tensor may be sent, not shared: hence the lock.
 fn with_default<T>(test: impl FnOnce(&Distiller) -> T) -> T {
     static SHARED: OnceLock<std::sync::Mutex<Distiller>> = OnceLock::new();

@@ -1,0 +1,235 @@
+//! NCCL, for workers on GPUs.
+//!
+//! A ring of TCP connections ([`TcpCollective`]) stays beside the NCCL communicator for what NCCL does not do: it proves that members belong to
+//! the generation, carries NCCL's unique id, compares what each member is about to do, and tells at once that a neighbour is gone. Before an
+//! operation every member has entered it with the same length; after it nobody leaves while another is still inside.
+//!
+//! NCCL is never waited for in a call that blocks. What it was asked to do is polled, beside the links, the abort flag and the deadline; the
+//! caller gets its data only when the sum is known to be whole. A communicator that failed is aborted on a thread of its own, since that may
+//! hang: a process in which it does cannot go on ([`Error::AbortHung`]).
+
+mod gpu;
+mod library;
+#[cfg(test)]
+mod tests;
+
+use std::sync::{Arc, mpsc};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use gpu::{Comm, Fault, Gpu, Progress, UNIQUE_ID_BYTES};
+pub use library::{Driver, NcclDevice, memory, nccl_version_text};
+
+use crate::solo::check_root;
+use crate::tcp::TcpCollective;
+use crate::{AbortHandle, Collective, Error, Operation, Stall};
+
+/// Between two looks at what NCCL does. An all-reduce of an adapter takes about a millisecond.
+const LOOK_EVERY: Duration = Duration::from_micros(50);
+/// An abort that takes longer than this is taken for one that never ends.
+const ABORT_PATIENCE: Duration = Duration::from_secs(3);
+
+/// Forms the communicator of a generation on `device`; `control` is its members' ring. Returns when NCCL is ready on this member.
+///
+/// Errors: [`Error::Gpu`] with NCCL's answer; [`Error::PeerLost`] if a neighbour dies meanwhile; [`Error::Timeout`]; [`Error::Aborted`].
+pub fn connect(control: TcpCollective, device: Arc<NcclDevice>, deadline: Instant) -> Result<Box<dyn Collective>, Error> {
+    Ok(Box::new(Engine::connect(control, device, ABORT_PATIENCE, deadline)?))
+}
+
+/// One member's end of a communicator, whatever it runs on.
+struct Engine<G: Gpu> {
+    gpu: Arc<G>,
+    member_index: u32,
+    num_members: u32,
+    abort: AbortHandle,
+    abort_patience: Duration,
+    /// `None` once the communicator has failed: dropping it told the neighbours.
+    control: Option<TcpCollective>,
+    comm: Option<Comm>,
+    stalled: Option<Stall>,
+    failure: Option<String>,
+}
+
+impl<G: Gpu> Engine<G> {
+    fn connect(mut control: TcpCollective, gpu: Arc<G>, abort_patience: Duration, deadline: Instant) -> Result<Self, Error> {
+        let (member_index, num_members) = (control.member_index(), control.num_members());
+        let mut id = [0; UNIQUE_ID_BYTES];
+        if member_index == 0 {
+            id = gpu.unique_id().map_err(Error::from)?;
+        }
+        control.broadcast(&mut id, 0, deadline)?;
+        let mut engine = Self {
+            comm: Some(gpu.start(&id, num_members, member_index).map_err(Error::from)?),
+            gpu,
+            member_index,
+            num_members,
+            abort: control.abort_handle(),
+            abort_patience,
+            control: Some(control),
+            stalled: None,
+            failure: None,
+        };
+        let ready = engine.until_idle(Operation::Rendezvous, deadline).and_then(|()| engine.meet(Operation::Rendezvous, 0, deadline));
+        match ready {
+            Ok(()) => Ok(engine),
+            Err(error) => Err(engine.fail(error)),
+        }
+    }
+
+    /// Runs one operation on `data`, unless the communicator has ended; an error ends it. What the GPU is asked for is `launch`.
+    fn run(
+        &mut self,
+        operation: Operation,
+        data: &mut [u8],
+        deadline: Instant,
+        launch: impl FnOnce(&G, Comm) -> Result<(), Fault>,
+    ) -> Result<(), Error> {
+        self.abort.check()?;
+        if let Some(first) = &self.failure {
+            return Err(Error::Poisoned { first: first.clone() });
+        }
+        self.run_once(operation, data, deadline, launch).map_err(|error| self.fail(error))
+    }
+
+    fn run_once(
+        &mut self,
+        operation: Operation,
+        data: &mut [u8],
+        deadline: Instant,
+        launch: impl FnOnce(&G, Comm) -> Result<(), Fault>,
+    ) -> Result<(), Error> {
+        // 1. Everybody is here, and means the same.
+        self.meet(operation, data.len(), deadline)?;
+        if data.is_empty() {
+            return Ok(());
+        }
+        let Some(comm) = self.comm else { return Err(no_communicator()) };
+
+        // 2. NCCL may answer before its kernel is on the stream: a mark set then would be passed too early.
+        self.gpu.upload(data)?;
+        launch(&self.gpu, comm)?;
+        self.until_idle(operation, deadline)?;
+        self.gpu.mark()?;
+        self.until(operation, deadline, |gpu| Ok(gpu.progress(comm)? == Progress::Idle && gpu.is_past_mark()?))?;
+        self.gpu.download(data)?;
+
+        // 3. Nobody leaves, which closes links and frees buffers, while another is still inside.
+        self.meet(operation, data.len(), deadline)
+    }
+
+    /// Returns once every member has come here with the same operation and length.
+    fn meet(&mut self, operation: Operation, num_bytes: usize, deadline: Instant) -> Result<(), Error> {
+        let Some(control) = &mut self.control else { return Err(no_communicator()) };
+        let met = control.meet(operation, num_bytes, deadline);
+        self.stalled = control.stalled();
+        met
+    }
+
+    /// Polls until NCCL has nothing under way.
+    fn until_idle(&self, operation: Operation, deadline: Instant) -> Result<(), Error> {
+        let Some(comm) = self.comm else { return Err(no_communicator()) };
+        self.until(operation, deadline, |gpu| Ok(gpu.progress(comm)? == Progress::Idle))
+    }
+
+    /// Polls until `is_done`, an error, the loss of a neighbour, an abort or the deadline.
+    fn until(&self, operation: Operation, deadline: Instant, is_done: impl Fn(&G) -> Result<bool, Fault>) -> Result<(), Error> {
+        loop {
+            if is_done(&self.gpu)? {
+                return Ok(());
+            }
+            self.abort.check()?;
+            if let Some(control) = &self.control {
+                control.check_links(operation)?;
+            }
+            if Instant::now() >= deadline {
+                // NCCL does not say whom it waits for.
+                return Err(Error::Timeout { during: operation, waiting_for: Vec::new() });
+            }
+            thread::sleep(LOOK_EVERY);
+        }
+    }
+
+    /// Ends the communicator. The neighbours hear of it before NCCL does, whose abort may take long.
+    fn fail(&mut self, error: Error) -> Error {
+        self.failure = Some(error.to_string());
+        self.control = None;
+        let error = self.abort.check().err().unwrap_or(error);
+        match self.end() {
+            Ok(()) => error,
+            Err(hung) => {
+                tracing::error!(%error, "the communicator failed, and then its abort");
+                hung
+            }
+        }
+    }
+
+    /// Aborts NCCL's communicator, if it is still there.
+    fn end(&mut self) -> Result<(), Error> {
+        let Some(comm) = self.comm.take() else { return Ok(()) };
+        let (done, end) = mpsc::channel();
+        let gpu = Arc::clone(&self.gpu);
+        let aborting = move || {
+            // The receiver is gone when this took too long.
+            _ = done.send(gpu.abort(comm));
+        };
+        let thread = thread::Builder::new().name("nccl abort".into()).spawn(aborting);
+        thread.map_err(|source| Error::Io { doing: "start a thread", source })?;
+        match end.recv_timeout(self.abort_patience) {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(fault)) => {
+                tracing::warn!(fault = %Error::from(fault), "NCCL did not abort cleanly");
+                Ok(())
+            }
+            Err(_) => Err(Error::AbortHung { after: self.abort_patience }),
+        }
+    }
+}
+
+impl<G: Gpu> Drop for Engine<G> {
+    fn drop(&mut self) {
+        self.control = None;
+        if let Err(error) = self.end() {
+            tracing::error!(%error, "a communicator was left behind");
+        }
+    }
+}
+
+fn no_communicator() -> Error {
+    Error::Poisoned { first: "it has ended".into() }
+}
+
+impl<G: Gpu> Collective for Engine<G> {
+    fn member_index(&self) -> u32 {
+        self.member_index
+    }
+
+    fn num_members(&self) -> u32 {
+        self.num_members
+    }
+
+    fn all_reduce_sum(&mut self, data: &mut [f32], deadline: Instant) -> Result<(), Error> {
+        let num_values = data.len();
+        self.run(Operation::AllReduceSum, bytemuck::cast_slice_mut(data), deadline, |gpu, comm| gpu.all_reduce(comm, num_values))
+    }
+
+    fn broadcast(&mut self, data: &mut [u8], root: u32, deadline: Instant) -> Result<(), Error> {
+        let (num_bytes, num_members) = (data.len(), self.num_members);
+        self.abort.check()?;
+        if self.failure.is_none() {
+            check_root(root, num_members).map_err(|error| self.fail(error))?;
+        }
+        self.run(Operation::Broadcast { root }, data, deadline, |gpu, comm| gpu.broadcast(comm, num_bytes, root))
+    }
+
+    fn barrier(&mut self, deadline: Instant) -> Result<(), Error> {
+        self.run(Operation::Barrier, &mut [], deadline, |_, _| Ok(()))
+    }
+
+    fn stalled(&self) -> Option<Stall> {
+        self.stalled
+    }
+
+    fn abort_handle(&self) -> AbortHandle {
+        self.abort.clone()
+    }
+}

@@ -1,0 +1,401 @@
+//! `worker bench`: the time of a training step by its stages, on batches made beforehand. No data is read and nothing is sent: what is measured
+//! is what the models cost on this device.
+
+use std::fmt::Write as _;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use peapod_collective::nccl;
+use peapod_model::adapter::Adapter;
+use peapod_model::distill::{DistillConfig, Distiller, LoadOptions, MicroBatch, Stage};
+use peapod_model::optim::{AdamW, AdamWConfig};
+use peapod_model::source::{ModelSource, Part};
+use peapod_model::text::StudentOptions;
+use serde::Serialize;
+use tch::{Device, Kind, Tensor};
+
+use crate::device::{self, Choice};
+
+/// A training step's time.
+#[derive(Debug, Clone, clap::Args)]
+pub struct Options {
+    /// English model: a diffusers folder, one file, or a name in the hub's cache
+    #[arg(long, default_value = "tests/demo/model")]
+    pub model: PathBuf,
+    /// Text encoder of the new language
+    #[arg(long, default_value = "tests/demo/model/text_encoder_zh")]
+    pub student: PathBuf,
+    /// Tokens of a prompt of the student
+    #[arg(long, default_value_t = 24)]
+    pub context_length: u32,
+    /// Device: auto, cpu, cuda or cuda:N
+    #[arg(long, default_value = "auto")]
+    pub device: Choice,
+    /// Numbers of UNet and text encoders [default: bf16 on GPUs, f32 on the CPU]
+    #[arg(long, value_enum)]
+    pub dtype: Option<Numbers>,
+    /// Numbers of the autoencoder [default: bf16 on GPUs, f32 on the CPU]
+    #[arg(long, value_enum)]
+    pub vae_dtype: Option<Numbers>,
+    /// Samples in a step
+    #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=4096))]
+    pub batch: u32,
+    /// Samples among them with a native caption, which the teacher does not see
+    #[arg(long, default_value_t = 0)]
+    pub native: u32,
+    /// Width and height of the pictures [default: the model's own]
+    #[arg(long, num_args = 2, value_names = ["WIDTH", "HEIGHT"])]
+    pub size: Vec<i64>,
+    /// Steps that are timed
+    #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    pub steps: u32,
+    /// Steps before the clock starts
+    #[arg(long, default_value_t = 2)]
+    pub warmup: u32,
+    /// Threads for tensor work on the CPU
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=4096))]
+    pub threads: u32,
+    /// Computes the student's activations again in the backward pass
+    #[arg(long)]
+    pub gradient_checkpointing: bool,
+    /// How long the device multiplies matrices to find its peak; 0s: not at all
+    #[arg(long, default_value = "2s", value_parser = humantime::parse_duration)]
+    pub peak_time: Duration,
+    /// Prints JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Kinds to choose from.
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+pub enum Numbers {
+    /// Single precision.
+    F32,
+    /// The range of single precision in half the bits.
+    Bf16,
+    /// Half precision.
+    F16,
+}
+
+impl Numbers {
+    fn kind(self) -> Kind {
+        match self {
+            Self::F32 => Kind::Float,
+            Self::Bf16 => Kind::BFloat16,
+            Self::F16 => Kind::Half,
+        }
+    }
+}
+
+/// What was measured. Times are means over the timed steps, in milliseconds.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+struct Report {
+    model: String,
+    device: String,
+    dtype: String,
+    vae_dtype: String,
+    batch: u32,
+    native: u32,
+    size: [i64; 2],
+    threads: u32,
+    steps: u32,
+    encode_ms: f64,
+    teacher_ms: f64,
+    text_ms: f64,
+    student_ms: f64,
+    backward_ms: f64,
+    update_ms: f64,
+    step_ms: f64,
+    /// The longest of the timed steps.
+    slowest_step_ms: f64,
+    samples_per_second: f64,
+    /// 10^12 operations a sample by the method's counts; of the published sizes at 640x640 (SDXL) and 512x512 (SD1.5) alone.
+    tflop_per_sample: Option<f64>,
+    tflops: Option<f64>,
+    /// Of products of large matrices in `dtype` on the same device.
+    peak_tflops: Option<f64>,
+    share_of_peak: Option<f64>,
+    /// On a GPU, what is taken of its memory at the end, by all processes; on the CPU, the most this process ever held.
+    memory_bytes: Option<u64>,
+}
+
+/// Parameters of the published UNets, and operations of a sample with a teacher and without, in 10^12.
+///
+/// Source: the method's table of training step costs, with the empty prompt cached.
+const COUNTS: [(i64, [i64; 2], f64, f64); 2] = [(2_567_463_684, [640, 640], 9.48, 6.91), (859_520_964, [512, 512], 3.77, 3.77 - 0.803)];
+
+/// The places of the stages in a row of times; the update comes last.
+const NUM_PARTS: usize = 6;
+
+/// Runs the benchmark on a device that is open.
+///
+/// # Errors
+/// One line: what cannot be loaded or does not fit.
+pub fn run(options: &Options, device: Device) -> Result<String, String> {
+    tch::set_num_threads(options.threads.cast_signed());
+    if options.native > options.batch {
+        return Err(format!("--native {} must be at most --batch {}", options.native, options.batch));
+    }
+    let default = if device.is_cuda() { Kind::BFloat16 } else { Kind::Float };
+    let [kind, vae_kind] = [options.dtype, options.vae_dtype].map(|numbers| numbers.map_or(default, Numbers::kind));
+    let (models, num_parameters) = load(options, device, kind, vae_kind).map_err(|error| error.to_string())?;
+    let size = match options.size[..] {
+        [width, height] => [width, height],
+        _ => [models.native_side(); 2],
+    };
+    let scale = models.vae().downscale();
+    if size.iter().any(|side| *side <= 0 || side % scale != 0) {
+        return Err(format!("--size {} {} must be multiples of {scale}", size[0], size[1]));
+    }
+    let rows = measure(options, &models, device, kind, size).map_err(|error| error.to_string())?;
+    let tflop_per_sample = count(options, size, num_parameters);
+    let report = summarise(options, device, [kind, vae_kind], size, tflop_per_sample, &rows);
+    if options.json {
+        return serde_json::to_string_pretty(&report).map(|text| text + "\n").map_err(|error| error.to_string());
+    }
+    Ok(report.to_text())
+}
+
+/// The models, and the number of parameters of the UNet.
+fn load(options: &Options, device: Device, kind: Kind, vae_kind: Kind) -> peapod_model::Result<(Distiller, i64)> {
+    let model = ModelSource::open(&options.model, None)?;
+    let distill = DistillConfig { gradient_checkpointing: options.gradient_checkpointing, ..DistillConfig::default() };
+    let student = StudentOptions::new(kind, device);
+    let options_of_load = LoadOptions { distill, context_length: options.context_length.into(), student, vae_kind };
+    let num_parameters = model.survey(Part::Unet)?.num_parameters;
+    Ok((Distiller::load(&model, &options.student, options_of_load)?, num_parameters))
+}
+
+/// A batch of noise.
+fn synthetic(options: &Options, models: &Distiller, [width, height]: [i64; 2], device: Device) -> MicroBatch {
+    let count = i64::from(options.batch);
+    let (channels, scale) = (models.vae().config().latent_channels, models.vae().downscale());
+    let noise = |shape: &[i64]| Tensor::randn(shape, (Kind::Float, device));
+    let latents = [count, channels, height / scale, width / scale];
+    let numbers = 0..options.batch;
+    MicroBatch {
+        pixels: Tensor::randint(256, [count, 3, height, width], (Kind::Uint8, device)),
+        posterior: noise(&latents),
+        noise: noise(&latents),
+        offset: noise(&[count, channels]),
+        timesteps: Tensor::randint(models.num_timesteps(), [count], (Kind::Int64, device)),
+        drop: Tensor::zeros([count], (Kind::Bool, Device::Cpu)),
+        native: Tensor::from_slice(&numbers.clone().map(|index| index < options.native).collect::<Vec<bool>>()),
+        captions: numbers.clone().map(|index| format!("{index}个红色的圆形在白色背景上")).collect(),
+        english: numbers.clone().map(|index| format!("{index} red circles on a white background")).collect(),
+        original_size: vec![(width, height); options.batch as usize],
+        crop: vec![(0, 0); options.batch as usize],
+        text_dropout: numbers.map(u64::from).collect(),
+    }
+}
+
+/// One row of seconds for each timed step.
+fn measure(
+    options: &Options,
+    models: &Distiller,
+    device: Device,
+    kind: Kind,
+    size: [i64; 2],
+) -> peapod_model::Result<Vec<[f64; NUM_PARTS]>> {
+    let batch = synthetic(options, models, size, device);
+    let adapter = Adapter::fresh(models.adapter_config(1024, 3), 0, device)?;
+    let mut optimizer = AdamW::new(AdamWConfig::default(), adapter.num_parameters() as i64, device);
+    let mut gradient = adapter.flat().zeros_like();
+    let loss_scale = if kind == Kind::Half { 65_536.0 } else { 1.0 };
+    let mut rows = Vec::new();
+    for step in 0..options.warmup + options.steps {
+        let _ = gradient.zero_();
+        synchronise(device);
+        let (mut row, mut last) = ([0.0; NUM_PARTS], Instant::now());
+        let mut lap = |part: usize| {
+            synchronise(device);
+            let now = Instant::now();
+            row[part] = now.duration_since(last).as_secs_f64();
+            last = now;
+        };
+        models.accumulate_observed(&adapter, &batch, &mut gradient, loss_scale, &mut |stage| lap(stage as usize))?;
+        optimizer.step(adapter.flat(), &gradient, 1e-5)?;
+        lap(NUM_PARTS - 1);
+        if step >= options.warmup {
+            rows.push(row);
+        }
+    }
+    Ok(rows)
+}
+
+/// Waits for everything a GPU was given.
+fn synchronise(device: Device) {
+    if let Device::Cuda(ordinal) = device {
+        tch::Cuda::synchronize(ordinal as i64);
+    }
+}
+
+fn summarise(
+    options: &Options,
+    device: Device,
+    [kind, vae_kind]: [Kind; 2],
+    size: [i64; 2],
+    tflop_per_sample: Option<f64>,
+    rows: &[[f64; NUM_PARTS]],
+) -> Report {
+    let mean = |part: usize| rows.iter().map(|row| row[part]).sum::<f64>() / rows.len() as f64 * 1e3;
+    let steps: Vec<f64> = rows.iter().map(|row| row.iter().sum::<f64>() * 1e3).collect();
+    let step_ms = steps.iter().sum::<f64>() / steps.len() as f64;
+    let samples_per_second = f64::from(options.batch) / step_ms * 1e3;
+    let peak_tflops = (!options.peak_time.is_zero()).then(|| peak(device, kind, options.peak_time));
+    let tflops = tflop_per_sample.map(|tflop| tflop * samples_per_second);
+    Report {
+        model: options.model.display().to_string(),
+        device: device::name(device),
+        dtype: name(kind),
+        vae_dtype: name(vae_kind),
+        batch: options.batch,
+        native: options.native,
+        size,
+        threads: options.threads,
+        steps: options.steps,
+        encode_ms: mean(Stage::Encode as usize),
+        teacher_ms: mean(Stage::Teacher as usize),
+        text_ms: mean(Stage::Text as usize),
+        student_ms: mean(Stage::Student as usize),
+        backward_ms: mean(Stage::Backward as usize),
+        update_ms: mean(NUM_PARTS - 1),
+        step_ms,
+        slowest_step_ms: steps.iter().copied().fold(0.0, f64::max),
+        samples_per_second,
+        tflop_per_sample,
+        tflops,
+        peak_tflops,
+        share_of_peak: tflops.zip(peak_tflops).map(|(tflops, peak)| tflops / peak),
+        memory_bytes: memory(device),
+    }
+}
+
+/// Operations of a sample, where the method has counted them.
+fn count(options: &Options, size: [i64; 2], num_parameters: i64) -> Option<f64> {
+    let &(_, _, taught, untaught) = COUNTS.iter().find(|(parameters, counted, ..)| *parameters == num_parameters && *counted == size)?;
+    let native = f64::from(options.native) / f64::from(options.batch);
+    Some(native * untaught + (1.0 - native) * taught)
+}
+
+/// Operations a second of square products: large ones on a GPU, small ones on the CPU.
+fn peak(device: Device, kind: Kind, time: Duration) -> f64 {
+    let side: i64 = if device.is_cuda() { 8192 } else { 1024 };
+    let [left, right] = [0, 1].map(|_| Tensor::randn([side, side], (Kind::Float, device)).to_kind(kind));
+    let _ = left.matmul(&right);
+    synchronise(device);
+    let (clock, mut num_products) = (Instant::now(), 0);
+    while clock.elapsed() < time {
+        // A queue of a few keeps a GPU busy and the clock honest.
+        for _ in 0..4 {
+            let _ = left.matmul(&right);
+        }
+        num_products += 4;
+        synchronise(device);
+    }
+    2.0 * (side as f64).powi(3) * f64::from(num_products) / clock.elapsed().as_secs_f64() / 1e12
+}
+
+fn memory(device: Device) -> Option<u64> {
+    if let Device::Cuda(ordinal) = device {
+        return nccl::memory(ordinal).ok().map(|(free, total)| total - free);
+    }
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    peak.trim().trim_end_matches(" kB").parse::<u64>().ok().map(|kilobytes| kilobytes * 1024)
+}
+
+fn name(kind: Kind) -> String {
+    match kind {
+        Kind::Half => "f16",
+        Kind::BFloat16 => "bf16",
+        _ => "f32",
+    }
+    .into()
+}
+
+impl Report {
+    fn to_text(&self) -> String {
+        let mut text = String::new();
+        let [width, height] = self.size;
+        let _ = writeln!(
+            text,
+            "{} on {}: {} of {width}x{height} ({} native) a step, networks in {}, autoencoder in {}",
+            self.model, self.device, self.batch, self.native, self.dtype, self.vae_dtype
+        );
+        for (part, time) in [
+            ("pictures to latents", self.encode_ms),
+            ("teacher", self.teacher_ms),
+            ("text and adapter", self.text_ms),
+            ("student forward", self.student_ms),
+            ("backward", self.backward_ms),
+            ("update", self.update_ms),
+        ] {
+            let _ = writeln!(text, "  {part:<22}{time:>10.2} ms {:>5.1} %", 100.0 * time / self.step_ms);
+        }
+        let _ = writeln!(
+            text,
+            "  {:<22}{:>10.2} ms, the slowest {:.2} ms; {:.2} samples/s",
+            "step", self.step_ms, self.slowest_step_ms, self.samples_per_second
+        );
+        if let Some(tflops) = self.tflops {
+            let _ = writeln!(text, "  {tflops:.1} TFLOP/s by the method's counts");
+        }
+        if let Some(peak) = self.peak_tflops {
+            let share = self.share_of_peak.map_or(String::new(), |share| format!(", of which the step has {:.1} %", 100.0 * share));
+            let _ = writeln!(text, "  {peak:.2} TFLOP/s in products of large matrices{share}");
+        }
+        if let Some(bytes) = self.memory_bytes {
+            let _ = writeln!(text, "  {:.2} GB of memory", bytes as f64 / 1e9);
+        }
+        text
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        options: Options,
+    }
+
+    fn options(arguments: &str) -> Options {
+        let demo = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/demo/model");
+        let student = format!("{demo}/text_encoder_zh");
+        let line = ["bench", "--model", demo, "--student", &student].into_iter().chain(arguments.split_whitespace());
+        Line::try_parse_from(line).unwrap().options
+    }
+
+    #[test]
+    fn the_demo_is_timed_by_its_stages() {
+        let options = options("--batch 2 --native 1 --size 64 64 --steps 2 --warmup 0 --peak-time 0s --json");
+        let report: serde_json::Value = serde_json::from_str(&run(&options, Device::Cpu).unwrap()).unwrap();
+        let number = |key: &str| report[key].as_f64().unwrap();
+        let stages = ["encode_ms", "teacher_ms", "text_ms", "student_ms", "backward_ms", "update_ms"].map(number);
+        assert!(stages.iter().all(|&time| time > 0.0), "{report}");
+        assert!((stages.iter().sum::<f64>() / number("step_ms") - 1.0).abs() < 1e-6, "{report}");
+        assert!((number("samples_per_second") * number("step_ms") / 2000.0 - 1.0).abs() < 1e-6, "{report}");
+        assert!(number("memory_bytes") > 1e7 && report["tflops"].is_null(), "{report}");
+    }
+
+    #[test]
+    fn operations_are_told_where_they_were_counted_and_weighed_by_native_samples() {
+        let count = |arguments, size, parameters| count(&options(arguments), size, parameters);
+        assert_eq!(count("--batch 4", [640, 640], 2_567_463_684), Some(9.48));
+        assert_eq!(count("--batch 4 --native 2", [640, 640], 2_567_463_684), Some((9.48 + 6.91) / 2.0));
+        assert_eq!(count("--batch 4", [512, 512], 2_567_463_684), None);
+        assert_eq!(count("--batch 4", [640, 640], 5_205_636), None);
+    }
+
+    #[test]
+    fn arguments_that_do_not_fit_are_refused() {
+        let refused = |arguments| run(&options(arguments), Device::Cpu).unwrap_err();
+        assert!(refused("--batch 2 --native 3").contains("--native 3"));
+        assert!(refused("--size 65 64").contains("multiples of"));
+    }
+}
