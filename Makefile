@@ -65,12 +65,13 @@ bench-gpu: ## time a training step on the GPU by its stages, after the tests tha
 
 FUZZ_MODEL := torch_file safetensors_file sentencepiece adapter_file
 FUZZ_DATA := tar picture json_sample shard_list
+FUZZ_COORDINATOR := request worker_stream join_string
 FUZZ_SECONDS := 60
 
-fuzz: setup ## look for inputs that crash the readers of foreign files: FUZZ_SECONDS (60) for each reader, not counting the build
+fuzz: setup ## look for inputs that crash the readers of foreign files and of what comes over the network: FUZZ_SECONDS (60) for each reader, not counting the build
 	@command -v cargo-fuzz >/dev/null || { echo "cargo-fuzz is missing; install it (a C++ compiler is needed too): cargo install cargo-fuzz" >&2; exit 2; }
-	@for target in $(FUZZ_MODEL:%=model/%) $(FUZZ_DATA:%=data/%); do \
-	  cd $(CURDIR)/worker/$${target%/*} && target=$${target#*/} && mkdir -p fuzz/found/$$target && \
+	@for target in $(FUZZ_MODEL:%=worker/model/%) $(FUZZ_DATA:%=worker/data/%) $(FUZZ_COORDINATOR:%=coordinator/%); do \
+	  cd $(CURDIR)/$${target%/*} && target=$${target##*/} && mkdir -p fuzz/found/$$target && \
 	  cargo fuzz run --sanitizer none $$target fuzz/found/$$target fuzz/corpus/$$target -- -max_total_time=$(FUZZ_SECONDS) -rss_limit_mb=4096 || exit 1; \
 	done
 

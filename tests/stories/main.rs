@@ -20,6 +20,7 @@ mod observability;
 mod restart;
 mod resume;
 mod rounds;
+mod security;
 mod shards;
 mod simulation;
 mod slurm;

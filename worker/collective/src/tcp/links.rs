@@ -38,9 +38,8 @@ impl Links {
     pub(super) fn check(&self, during: Operation) -> Result<(), Error> {
         for link in [&self.previous, &self.next] {
             let lost = |source| Error::PeerLost { member_index: link.member_index, during, source };
-            match unless_blocked(|| link.stream.peek(&mut [0])).map_err(lost)? {
-                Some(0) => return Err(lost(io::Error::new(io::ErrorKind::UnexpectedEof, "the peer closed the connection"))),
-                Some(_) | None => {}
+            if unless_blocked(|| link.stream.peek(&mut [0])).map_err(lost)? == Some(0) {
+                return Err(lost(io::Error::new(io::ErrorKind::UnexpectedEof, "the peer closed the connection")));
             }
         }
         Ok(())
