@@ -364,6 +364,15 @@ impl Core {
         out: &mut Vec<Effect>,
     ) -> Result<(), CoreError> {
         self.fence(continuing.generation)?;
+        let (known, beyond) = (self.progress.final_step(), continuing.applied.0.saturating_sub(self.progress.final_step().0));
+        if beyond > continuing.records.len() as u64 {
+            let why = format!(
+                "it holds step {}, {known} is final, and it names the samples of {} steps",
+                continuing.applied,
+                continuing.records.len()
+            );
+            return Err(CoreError::Unexpected { what: "continuing", worker: id, why });
+        }
         let is_member = self.last_members.iter().any(|member| member.worker == id);
         let JobPhase::Returning { said, .. } = &mut self.phase else {
             // The wait for the others was over before it spoke: they leave their generation, and so must it.

@@ -87,6 +87,21 @@ fn members_that_are_all_cut_off_at_once_come_back_and_nothing_is_trained_again()
 }
 
 #[test]
+fn member_that_claims_steps_without_their_samples_is_not_believed() {
+    let (mut world, workers) = World::running(1);
+    world.report(workers[0], 1, Some(&[]));
+    world.die(workers[0]);
+    let back = world.hello(None, 1000, 1).unwrap();
+    world.ready(back);
+    let records = vec![world.record(2, &[])];
+    let continuing = |applied| FromWorker::Continuing(Continuing { generation: Generation(1), applied, records: records.clone() });
+    let refused = world.say(back, continuing(Step(u64::MAX)));
+    assert!(matches!(refused, Err(CoreError::Unexpected { what: "continuing", .. })), "{refused:?}");
+    world.say(back, continuing(Step(2))).unwrap();
+    assert_eq!((world.core.state().as_str(), world.core.final_step()), ("training", Step(2)));
+}
+
+#[test]
 fn holder_that_is_cut_off_while_others_are_missing_comes_back_with_what_it_holds() {
     let (mut world, workers) = World::running(2);
     let record = world.record(1, &[]);
