@@ -7,7 +7,7 @@ use std::time::Duration;
 use futures::{Stream, StreamExt};
 use peapod_proto::ids::{Epoch, Generation, Rank, Step, WorkerId};
 use peapod_proto::message::{FromWorker, ToWorker, ValidationLosses};
-use peapod_proto::v1;
+use peapod_proto::{RETRY_FOR_MS, v1};
 use sha2::Digest;
 use tokio::sync::{mpsc, oneshot};
 use tokio_stream::wrappers::ReceiverStream;
@@ -63,7 +63,12 @@ impl From<CoreError> for Status {
         let message = error.to_string();
         match error {
             CoreError::NoSuchRank { .. } => Self::invalid_argument(message),
-            CoreError::RankTaken { .. } | CoreError::NoRankLeft => Self::already_exists(message),
+            CoreError::RankTaken { retry_for, .. } => {
+                let mut metadata = tonic::metadata::MetadataMap::new();
+                metadata.insert(RETRY_FOR_MS, (retry_for.as_millis() as u64).into());
+                Self::with_metadata(tonic::Code::AlreadyExists, message, metadata)
+            }
+            CoreError::NoRankLeft => Self::already_exists(message),
             CoreError::Version { .. } | CoreError::ModelsDiffer { .. } | CoreError::Ending(_) | CoreError::Unexpected { .. } => {
                 Self::failed_precondition(message)
             }

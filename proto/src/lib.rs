@@ -14,6 +14,9 @@ pub mod v1 {
     tonic::include_proto!("peapod.v1");
 }
 
+/// Metadata of a refusal that may be over by itself: for how many milliseconds another try is worth it.
+pub const RETRY_FOR_MS: &str = "peapod-retry-for-ms";
+
 /// Version of the protocol: raised whenever an older peer could misunderstand a message.
 pub const PROTOCOL_VERSION: u32 = 5;
 

@@ -41,8 +41,9 @@ fn frozen_worker_whose_place_was_taken_leaves_with_one_line() {
     let [mut steady, mut frozen] = [0, 1].map(|rank| coordinator.worker_of_rank(rank));
     coordinator.wait_for_step(2);
     frozen.signal(Signal::STOP);
-    coordinator.wait_for(" lost at step ");
+    // Started at once: until the other is known to be dead its rank is taken.
     let mut replacement = coordinator.worker_of_rank(1);
+    coordinator.wait_for(" lost at step ");
     coordinator.wait_for("g000002: 2 workers train from step ");
     frozen.signal(Signal::CONT);
     frozen.expect_exit(75);
@@ -50,6 +51,7 @@ fn frozen_worker_whose_place_was_taken_leaves_with_one_line() {
     coordinator.expect_exit(0);
     steady.expect_exit(0);
     replacement.expect_exit(0);
+    replacement.assert_said("trying for 2 s, as it may have died unnoticed");
     assert_trained_once(&cluster.trained_samples(), &SIZES);
 }
 

@@ -7,7 +7,7 @@ use futures::StreamExt;
 use peapod_proto::ids::{Generation, Step, WorkerId};
 use peapod_proto::message::{FromWorker, ToWorker};
 use peapod_proto::secure::{Access, AccessError, Link, refusal};
-use peapod_proto::v1;
+use peapod_proto::{RETRY_FOR_MS, v1};
 use sha2::{Digest, Sha256};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -90,6 +90,7 @@ pub async fn join(access: &Access, hello: FromWorker, patience: Duration, return
         .keep_alive_while_idle(true);
     let started = std::time::Instant::now();
     let mut wait = FIRST_WAIT;
+    let mut taken_since = None;
     let longest = if returning { LONGEST_WAIT_OF_A_MEMBER } else { LONGEST_WAIT };
     loop {
         let last = match attempt(access, &endpoint, hello.clone()).await {
@@ -98,6 +99,18 @@ pub async fn join(access: &Access, hello: FromWorker, patience: Duration, return
                 return Ok(stream);
             }
             Err(Attempt::Refused { message, bad_arguments }) => return Err(ClientError::Refused { message, bad_arguments }),
+            // Whoever had the rank may have died a moment ago, and this worker be the one in its place; unless it is the one that was replaced.
+            Err(Attempt::Taken { message, retry_for }) => {
+                let since = *taken_since.get_or_insert_with(|| {
+                    tracing::info!("{message}; trying for {:.0} s, as it may have died unnoticed", retry_for.as_secs_f64());
+                    std::time::Instant::now()
+                });
+                if returning || since.elapsed() > retry_for + LONGEST_WAIT_OF_A_MEMBER {
+                    return Err(ClientError::Refused { message, bad_arguments: true });
+                }
+                tokio::time::sleep(LONGEST_WAIT_OF_A_MEMBER.mul_f64(jitter())).await;
+                continue;
+            }
             Err(Attempt::Failed(last)) => last,
         };
         if started.elapsed() + wait > patience {
@@ -110,6 +123,7 @@ pub async fn join(access: &Access, hello: FromWorker, patience: Duration, return
 
 enum Attempt {
     Refused { message: String, bad_arguments: bool },
+    Taken { message: String, retry_for: Duration },
     Failed(String),
 }
 
@@ -130,9 +144,11 @@ async fn attempt(access: &Access, endpoint: &Endpoint, hello: FromWorker) -> Res
     if let Some(message) = refusal(&status) {
         return Err(Attempt::Refused { message, bad_arguments: true });
     }
-    Err(match status.code() {
-        Code::InvalidArgument | Code::AlreadyExists => Attempt::Refused { message: status.message().into(), bad_arguments: true },
-        Code::FailedPrecondition | Code::Unimplemented => Attempt::Refused { message: status.message().into(), bad_arguments: false },
+    let retry_for = status.metadata().get(RETRY_FOR_MS).and_then(|value| value.to_str().ok()?.parse().ok()).map(Duration::from_millis);
+    Err(match (status.code(), retry_for) {
+        (Code::AlreadyExists, Some(retry_for)) => Attempt::Taken { message: status.message().into(), retry_for },
+        (Code::InvalidArgument | Code::AlreadyExists, _) => Attempt::Refused { message: status.message().into(), bad_arguments: true },
+        (Code::FailedPrecondition | Code::Unimplemented, _) => Attempt::Refused { message: status.message().into(), bad_arguments: false },
         _ => Attempt::Failed(status.message().into()),
     })
 }

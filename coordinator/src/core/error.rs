@@ -1,5 +1,7 @@
 //! Why an event is refused.
 
+use std::time::Duration;
+
 use peapod_proto::ids::{Generation, Rank, WorkerId};
 
 /// An event that is refused. Nothing has changed.
@@ -34,6 +36,8 @@ pub enum CoreError {
         rank: Rank,
         /// Who has it.
         holder: String,
+        /// How long it takes until its holder is known to be dead, if it is.
+        retry_for: Duration,
     },
     /// No rank is free, not even for a spare.
     #[error("no rank is left for another worker")]

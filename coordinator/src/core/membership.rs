@@ -190,7 +190,10 @@ impl Core {
         let holder = |rank: Rank| self.workers.values().find(|worker| worker.rank == rank);
         if let Some(rank) = requested {
             return match holder(rank) {
-                Some(worker) => Err(CoreError::RankTaken { rank, holder: format!("pid {} on {}", worker.pid, worker.host) }),
+                Some(worker) => {
+                    let holder = format!("pid {} on {}", worker.pid, worker.host);
+                    Err(CoreError::RankTaken { rank, holder, retry_for: self.config.heartbeat_timeout })
+                }
                 None => Ok(rank),
             };
         }
