@@ -1,5 +1,7 @@
 //! Workers that live and do not get on: they are named with what they do, and the job goes on without them.
 
+use std::time::Duration;
+
 use peapod_tests::harness::{Cluster, Fault, FaultPlan, FileServer, Habits, Point, Signal, assert_trained_once, demo_samples, tar_of};
 
 const SIZES: [usize; 4] = [48, 48, 48, 48];
@@ -53,6 +55,23 @@ fn frozen_worker_whose_place_was_taken_leaves_with_one_line() {
     replacement.expect_exit(0);
     replacement.assert_said("trying for 2 s, as it may have died unnoticed");
     assert_trained_once(&cluster.trained_samples(), &SIZES);
+}
+
+#[test]
+fn coordinator_that_stood_still_takes_nobody_for_dead() {
+    let mut cluster = twelve_steps();
+    cluster.job.set("train.epochs", 4);
+    let mut coordinator = cluster.coordinator(2, &["--heartbeat-timeout", "1s"]);
+    let mut workers = [0, 1].map(|rank| coordinator.worker_of_rank(rank));
+    coordinator.wait_for_step(2);
+    coordinator.signal(Signal::STOP);
+    // Longer than any worker may be silent, and shorter than their patience with a connection.
+    std::thread::sleep(Duration::from_millis(2500));
+    coordinator.signal(Signal::CONT);
+    coordinator.expect_exit(0);
+    workers.iter_mut().for_each(|worker| worker.expect_exit(0));
+    coordinator.assert_said("the coordinator stood still for ");
+    assert!(coordinator.lines_with(" lost at step ").is_empty() && coordinator.lines_with("g000002").is_empty());
 }
 
 #[test]

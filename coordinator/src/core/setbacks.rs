@@ -29,6 +29,7 @@ pub(super) struct Setbacks {
     broken: VecDeque<(Timestamp, WorkerId, WorkerId)>,
     hosts: BTreeMap<String, Timestamp>,
     workers: BTreeMap<WorkerId, Timestamp>,
+    /// Generations that broke since a step was final.
     barren: u32,
 }
 
@@ -127,9 +128,9 @@ impl Core {
         }
     }
 
-    /// A generation broke; says why the job ends if too many did so before they had done anything.
-    pub(super) fn note_breakage(&mut self, has_progressed: bool) -> Option<String> {
-        self.setbacks.barren = if has_progressed { 0 } else { self.setbacks.barren + 1 };
+    /// A generation broke; says why the job ends if too many did so without a step in between.
+    pub(super) fn note_breakage(&mut self) -> Option<String> {
+        self.setbacks.barren += 1;
         let first = self.first_failure().unwrap_or("see the log").to_owned();
         (self.setbacks.barren >= MAX_BARREN)
             .then(|| format!("{MAX_BARREN} generations in a row broke before their first step was done; the first failure: {first}"))

@@ -120,11 +120,11 @@ impl Core {
         // Most advanced first; the lowest id among equals.
         let source = members.iter().copied().max_by_key(|id| (stopped[id].applied, std::cmp::Reverse(*id)));
         let source = source.and_then(|id| stopped.remove(&id).map(|said| (id, said))).filter(|(_, said)| said.applied >= least);
-        let has_progressed = source.as_ref().is_some_and(|(_, said)| said.applied > base);
         if let Some((one, other)) = broken {
             self.note_broken(now, one, other, out);
         }
-        if is_broken && let Some(reason) = self.note_breakage(has_progressed) {
+        // What of it becomes final below starts the count again.
+        if is_broken && let Some(reason) = self.note_breakage() {
             return self.fail(reason, out);
         }
         let Some((source, said)) = source else {
