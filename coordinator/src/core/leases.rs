@@ -64,13 +64,17 @@ struct Held {
     read: bool,
     /// Its holder was asked to give back the rest.
     asked: bool,
-    /// It is what another gave back; it is not passed on once more, or the last shard would go round among idle members for ever.
-    is_rest: bool,
+    /// How many times an idle member was given it, or what it was cut from.
+    num_passed: u8,
 }
+
+/// Times a part is passed on to an idle member. Twice, because whoever is asked first may not have begun, and then gives back all of it and is
+/// the idle one itself. Not without end, or the last shard would go round among idle members.
+const MAX_PASSES: u8 = 2;
 
 impl Held {
     fn can_be_asked(&self) -> bool {
-        !self.read && !self.asked && !self.is_rest
+        !self.read && !self.asked && self.num_passed < MAX_PASSES
     }
 }
 
@@ -145,8 +149,8 @@ pub struct Leases {
     by_shard: BTreeSet<(Epoch, ShardId, LeaseId)>,
     by_holder: BTreeMap<WorkerId, Holding>,
     /// What was given back, or jumped over when the membership changed: whoever asks first gets it. To each first index of a part its end, and
-    /// whether it is a rest.
-    returned: BTreeMap<(Position, u32), (u32, bool)>,
+    /// how many times it was passed on.
+    returned: BTreeMap<(Position, u32), (u32, u8)>,
     /// Positions below are held, done, or in `returned`, unless they are still ahead of their member below.
     base: Position,
     /// For each member, how many rounds from `base` it was dealt.
@@ -193,7 +197,7 @@ impl Leases {
             let jumped =
                 self.rounds.iter().enumerate().flat_map(|(index, &rounds)| (next(index, rounds)..frontier).step_by(members as usize));
             for position in jumped.collect::<Vec<_>>() {
-                self.give_up(position, Part::WHOLE, false);
+                self.give_up(position, Part::WHOLE, 0);
             }
             self.base = frontier;
         }
@@ -241,7 +245,7 @@ impl Leases {
         for lease in held {
             let HeldLease { holder, part, read, .. } = lease;
             let Some(position) = self.order.position_of(lease.epoch, lease.shard) else { continue };
-            self.hold(lease.granted(), Held { holder, position, part, read, asked: false, is_rest: false });
+            self.hold(lease.granted(), Held { holder, position, part, read, asked: false, num_passed: 0 });
         }
     }
 
@@ -253,15 +257,15 @@ impl Leases {
     pub fn grant(&mut self, holder: WorkerId, member: MemberIndex, num: u32, is_idle: bool, ledger: &Ledger) -> Grant {
         let mut leases = Vec::new();
         while leases.len() < num as usize {
-            let returned = self.returned.pop_first().map(|((position, from), (to, is_rest))| (position, Part { from, to }, is_rest));
-            let next = returned.or_else(|| Some((self.deal(member.0 as usize)?, Part::WHOLE, false)));
-            let Some((position, part, is_rest)) = next else { break };
-            leases.extend(self.lease(holder, position, part, is_rest, ledger));
+            let returned = self.returned.pop_first().map(|((position, from), (to, num_passed))| (position, Part { from, to }, num_passed));
+            let next = returned.or_else(|| Some((self.deal(member.0 as usize)?, Part::WHOLE, 0)));
+            let Some((position, part, num_passed)) = next else { break };
+            leases.extend(self.lease(holder, position, part, num_passed, ledger));
         }
         let has_read = self.by_holder.get(&holder).is_none_or(|holding| holding.num_unread == 0);
         while leases.is_empty() && has_read {
             let Some(position) = self.take_over() else { break };
-            leases.extend(self.lease(holder, position, Part::WHOLE, false, ledger));
+            leases.extend(self.lease(holder, position, Part::WHOLE, 0, ledger));
         }
         let left = self.any_left();
         if leases.is_empty() && left {
@@ -281,7 +285,7 @@ impl Leases {
     }
 
     /// A lease on what of a part is neither done nor being read.
-    fn lease(&mut self, holder: WorkerId, position: Position, part: Part, is_rest: bool, ledger: &Ledger) -> Option<Granted> {
+    fn lease(&mut self, holder: WorkerId, position: Position, part: Part, num_passed: u8, ledger: &Ledger) -> Option<Granted> {
         let (epoch, shard) = self.order.place(position);
         if ledger.is_done(epoch, shard) {
             return None;
@@ -289,11 +293,11 @@ impl Leases {
         let mut free = self.free_parts(epoch, shard, part).into_iter();
         let first = free.next()?;
         for other in free {
-            self.give_up(position, other, is_rest);
+            self.give_up(position, other, num_passed);
         }
         let granted = Granted { id: LeaseId(self.next_id), epoch, shard, part: first };
         self.next_id += 1;
-        self.hold(granted, Held { holder, position, part: first, read: false, asked: false, is_rest });
+        self.hold(granted, Held { holder, position, part: first, read: false, asked: false, num_passed });
         Some(granted)
     }
 
@@ -326,16 +330,16 @@ impl Leases {
     }
 
     /// Puts a part back among what anybody may have, together with what lies beside it.
-    fn give_up(&mut self, position: Position, mut part: Part, mut is_rest: bool) {
+    fn give_up(&mut self, position: Position, mut part: Part, mut num_passed: u8) {
         let of_shard = self.returned.range((position, 0)..=(position, Part::OPEN));
         let beside = of_shard.filter(|&(&(_, from), &(to, _))| from <= part.to && part.from <= to).map(|(&key, _)| key);
         for key in beside.collect::<Vec<_>>() {
-            if let Some((to, was_rest)) = self.returned.remove(&key) {
+            if let Some((to, times)) = self.returned.remove(&key) {
                 part = Part { from: part.from.min(key.1), to: part.to.max(to) };
-                is_rest |= was_rest;
+                num_passed = num_passed.max(times);
             }
         }
-        self.returned.insert((position, part.from), (part.to, is_rest));
+        self.returned.insert((position, part.from), (part.to, num_passed));
     }
 
     /// Whom an idle member asks for what: the last lease of whoever has most to read.
@@ -365,14 +369,14 @@ impl Leases {
     pub fn give_back(&mut self, id: LeaseId, from: u32) {
         self.set_read(id);
         let Some(held) = self.held.get_mut(&id) else { return };
-        let Held { position, part, asked, .. } = *held;
+        let Held { position, part, asked, num_passed, .. } = *held;
         let (kept, rest) = part.split(from);
         held.part = kept;
         if kept.is_empty() {
             self.end(id);
         }
         if !rest.is_empty() {
-            self.give_up(position, rest, asked);
+            self.give_up(position, rest, num_passed + u8::from(asked));
         }
     }
 
@@ -387,7 +391,7 @@ impl Leases {
     pub fn release(&mut self, holder: WorkerId) {
         for id in self.held_by(holder) {
             if let Some(held) = self.end(id) {
-                self.give_up(held.position, held.part, false);
+                self.give_up(held.position, held.part, 0);
             }
         }
     }

@@ -100,6 +100,12 @@ impl Loader {
         (self.is_asked, self.is_starving, self.outlook) = (false, false, outlook);
     }
 
+    fn expect_rest(&mut self) {
+        if self.outlook == Outlook::Nothing {
+            self.outlook = Outlook::WhenIdle;
+        }
+    }
+
     /// Leaves the rest of a lease to others: the first index left and what was passed over before, unless the lease is read to its end.
     pub fn give_back(&mut self, lease: LeaseId) -> Option<(u32, Option<ShardReport>)> {
         if !self.held.contains(&lease) {
@@ -110,9 +116,11 @@ impl Loader {
             self.waiting.remove(place);
             self.held.remove(&lease);
             self.refused.insert(lease);
+            self.expect_rest();
             return Some((0, None));
         }
         let reading = self.reading.take_if(|reading| reading.lease.id == lease)?;
+        self.expect_rest();
         // What was read ahead of the shares goes too.
         let mut from = reading.next;
         while let Some(sample) = self.buffer.back().filter(|sample| sample.lease == lease && !sample.decoded) {

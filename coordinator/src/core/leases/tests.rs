@@ -69,6 +69,31 @@ fn idle_member_takes_over_what_others_have_left_but_never_their_first() {
     assert_eq!(rest, Grant::Now { leases: vec![], none_left: true, when_idle: true }, "the other still reads what it took over");
 }
 
+/// What a member gets that has nothing left to train.
+fn when_idle(leases: &mut Leases, member: u32, ledger: &Ledger) -> Grant {
+    leases.grant(WorkerId(member.into()), MemberIndex(member), 1, true, ledger)
+}
+
+#[test]
+fn who_gave_back_all_before_it_began_is_given_the_rest_in_turn_and_then_nobody() {
+    let ledger = Ledger::new(1);
+    let mut leases = Leases::new(1, &[Source::unnamed(1)], Some(1), &ledger);
+    leases.deal_among(2);
+    let first = take(&mut leases, 0, 1, &ledger)[0].id;
+    assert_eq!(when_idle(&mut leases, 1, &ledger), Grant::AskBack { holder: WorkerId(0), lease: first });
+    leases.give_back(first, 0);
+    assert_eq!(leases.held_by(WorkerId(0)), []);
+    let whole = take(&mut leases, 1, 1, &ledger)[0];
+    assert_eq!(whole.part, Part::WHOLE);
+
+    assert_eq!(when_idle(&mut leases, 0, &ledger), Grant::AskBack { holder: WorkerId(1), lease: whole.id });
+    leases.give_back(whole.id, 5);
+    let rest = take(&mut leases, 0, 1, &ledger)[0];
+    assert_eq!(rest.part, Part { from: 5, to: Part::OPEN });
+    assert_eq!(leases.unread_by(WorkerId(1)), []);
+    assert_eq!(when_idle(&mut leases, 1, &ledger), Grant::Now { leases: vec![], none_left: true, when_idle: false }, "round and round");
+}
+
 #[test]
 fn a_dead_holders_shards_go_to_the_next_who_asks() {
     let ledger = Ledger::new(4);

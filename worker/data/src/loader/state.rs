@@ -195,17 +195,26 @@ impl State {
             self.held.remove(&lease);
             // A coordinator that was started again may have sent it once more before it hears of this.
             self.refused.insert(lease);
+            self.expect_rest();
             return Some(0);
         }
         let reading = self.reading.as_mut().filter(|reading| reading.lease == lease && !reading.is_cut)?;
         reading.is_cut = true;
         let next = reading.next;
+        self.expect_rest();
         // Samples of one lease are together in the stream, those of the lease that is read at its end.
         let kept = self.stream.iter().position(|sample| sample.lease == lease).unwrap_or(self.stream.len());
         let from = self.stream.get(kept).map_or(next, |sample| sample.name.index);
         self.stream.truncate(kept);
         self.stream_bytes = self.stream.iter().map(Pooled::num_bytes).sum();
         Some(from)
+    }
+
+    /// Others read now what this one was to read: once it has nothing to do it may be given some of it.
+    fn expect_rest(&mut self) {
+        if self.outlook == Outlook::Nothing {
+            self.outlook = Outlook::WhenIdle;
+        }
     }
 
     /// The next lease to read.
