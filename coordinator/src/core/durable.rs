@@ -212,7 +212,7 @@ impl Core {
             (id, Reader { holder, epoch, shard, part, read })
         };
         State {
-            next_worker: self.next_worker,
+            next_worker: self.reserved_ids,
             next_lease: self.leases.next_id(),
             generation: self.generation,
             members: self.last_members.clone(),
@@ -245,6 +245,7 @@ impl Core {
         let from_checkpoint = state.members.is_empty();
         let mut core = Self {
             next_worker: state.next_worker,
+            reserved_ids: state.next_worker,
             generation: state.generation.max(fresh.generation),
             phase,
             last_members: state.members,

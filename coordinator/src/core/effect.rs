@@ -88,7 +88,7 @@ pub enum Effect {
 /// What a restarted coordinator must know. [`State::apply`](super::State::apply) says what each comes to.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum Fact {
-    /// A worker has this id, which no other will have.
+    /// Workers have ids up to this one, or are about to: no other worker will have them.
     Joined(WorkerId),
     /// A membership was formed.
     Generation {

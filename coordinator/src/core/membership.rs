@@ -13,6 +13,9 @@ use super::{Core, CoreError, Effect, Fact, JobPhase, Notice, StreamId, Timestamp
 /// Ranks are below this, those of spares too.
 const MAX_RANKS: u32 = 1 << 17;
 
+/// Ids that are written down at a time: a write that waits for the disk for each of thousands of workers would keep them waiting for seconds.
+const IDS_AT_ONCE: u64 = 64;
+
 /// A worker process that has a stream.
 #[derive(Debug, Clone)]
 pub(super) struct Worker {
@@ -141,7 +144,10 @@ impl Core {
                     out.push(Effect::Persist(Fact::Replaced(replaced)));
                 }
                 self.next_worker += 1;
-                out.push(Effect::Persist(Fact::Joined(id)));
+                if id.0 >= self.reserved_ids {
+                    self.reserved_ids = id.0 + IDS_AT_ONCE;
+                    out.push(Effect::Persist(Fact::Joined(WorkerId(self.reserved_ids - 1))));
+                }
                 (id, rank)
             }
         };

@@ -178,6 +178,8 @@ const ANNOUNCE_EVERY: Duration = Duration::from_secs(5);
 pub struct Core {
     config: Config,
     next_worker: u64,
+    /// Ids below this are written down as given out, some of them ahead of their workers.
+    reserved_ids: u64,
     workers: BTreeMap<WorkerId, Worker>,
     generation: Generation,
     /// Members of the last generation, while any of them may hold what it came to.
@@ -233,6 +235,7 @@ impl Core {
         let next_due = config.checkpoint_every;
         Self {
             next_worker: 1,
+            reserved_ids: 1,
             workers: BTreeMap::new(),
             generation: resume.as_ref().map_or(Generation::NONE, |resume| resume.generation),
             last_members: Vec::new(),
