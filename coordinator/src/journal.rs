@@ -66,7 +66,7 @@ pub enum JournalError {
 /// What to do about a journal that is of no use.
 fn hint(what: &str) -> &'static str {
     match what {
-        "written" => "",
+        "written" => "; once it can be, the same command goes on with the job",
         _ => "; to go on from the newest checkpoint without it, move this file away",
     }
 }
@@ -130,6 +130,11 @@ impl Disk {
         // A damaged file can make the library panic where it trusts what it reads.
         let opened = std::panic::catch_unwind(|| Database::create(path).map_err(|error| error.to_string()));
         let database = opened.unwrap_or_else(|_| Err("it is damaged".into())).map_err(fail("opened"))?;
+        Self::read(database, path)
+    }
+
+    fn read(database: Database, path: &Path) -> Result<(Self, Option<Found>), JournalError> {
+        let fail = |what| move |reason: String| JournalError::File { path: path.to_owned(), what, reason };
         let read = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| read(&database)));
         let (found, next, num_facts) = match read.unwrap_or_else(|_| Err(ReadError::Damaged("its pages make no sense".into()))) {
             Ok(read) => read,
@@ -270,130 +275,4 @@ fn read(database: &Database) -> Result<(Option<Found>, u64, u64), ReadError> {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::sync::Arc;
-
-    use peapod_proto::ids::{Epoch, Generation, SampleName, ShardId, Step, WorkerId};
-
-    use super::*;
-    use crate::core::order::Source;
-    use crate::core::{Config, Core, Outcome};
-
-    fn state() -> State {
-        let config = Config {
-            world_size: 1,
-            min_world_size: 1,
-            global_batch: 16,
-            scale_batch: false,
-            heartbeat_timeout: Duration::from_secs(3),
-            join_timeout: Duration::from_secs(60),
-            data_patience: Duration::from_secs(60),
-            job_id: "job".into(),
-            job_toml: String::new(),
-            seed: 1,
-            shards: Arc::new(["a.tar".into()]),
-            sources: Arc::new([Source::unnamed(1)]),
-            epochs: Some(1),
-            last_step: None,
-            checkpoint_every: Duration::from_secs(60),
-            max_bad_fraction: 0.1,
-            max_skipped_steps: 1,
-        };
-        Core::new(config, None).durable()
-    }
-
-    fn run() -> Run {
-        Run { job_id: "7".into(), term: 3, world_size: 1, job: "toml".into(), shards: "digest".into() }
-    }
-
-    fn commit(step: u32) -> Fact {
-        let name = SampleName { epoch: Epoch(0), shard: ShardId(0), index: step };
-        Fact::Commit { step: Step(step.into()), generation: Generation(1), names: vec![name], skipped: false }
-    }
-
-    fn reopen(path: &Path) -> Found {
-        Disk::open(path).unwrap().1.unwrap()
-    }
-
-    #[test]
-    fn facts_are_found_again_and_those_that_may_be_late_come_with_the_next_that_may_not() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("journal.redb");
-        let (mut journal, found) = Disk::open(&path).unwrap();
-        assert_eq!(found, None);
-        journal.begin(&run(), &state()).unwrap();
-        journal.append(&commit(1)).unwrap();
-        assert!(journal.flush_at().is_some_and(|at| at <= Instant::now() + LATEST));
-        drop(journal);
-        assert_eq!(reopen(&path), Found { run: run(), state: state() }, "it was not on disk yet");
-
-        let (mut journal, _) = Disk::open(&path).unwrap();
-        journal.append(&commit(1)).unwrap();
-        journal.append(&Fact::Joined(WorkerId(1))).unwrap();
-        assert_eq!(journal.flush_at(), None);
-        journal.append(&commit(2)).unwrap();
-        journal.flush().unwrap();
-        drop(journal);
-        let mut expected = state();
-        for fact in [commit(1), Fact::Joined(WorkerId(1)), commit(2)] {
-            expected.apply(fact).unwrap();
-        }
-        assert_eq!(reopen(&path).state, expected);
-        assert_eq!(reopen(&path).state, expected, "reading changes nothing");
-    }
-
-    #[test]
-    fn snapshot_stands_for_the_facts_before_it() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("journal.redb");
-        let (mut journal, _) = Disk::open(&path).unwrap();
-        journal.begin(&run(), &state()).unwrap();
-        let mut expected = state();
-        for step in 1..=3 {
-            journal.append(&commit(step)).unwrap();
-            expected.apply(commit(step)).unwrap();
-        }
-        assert!(!journal.is_long());
-        journal.append(&Fact::Checkpoint(Step(3))).unwrap();
-        assert!(journal.is_long());
-        journal.compact(&expected).unwrap();
-        assert!(!journal.is_long() && journal.flush_at().is_none());
-        journal.append(&commit(4)).unwrap();
-        journal.append(&Fact::Ended(Outcome::Finished)).unwrap();
-        drop(journal);
-        expected.apply(commit(4)).unwrap();
-        expected.apply(Fact::Ended(Outcome::Finished)).unwrap();
-        let found = reopen(&path);
-        assert_eq!((found.state.outcome(), &found.state), (Some(&Outcome::Finished), &expected));
-    }
-
-    #[test]
-    fn journal_of_no_use_is_named_with_what_to_do() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("journal.redb");
-        let refused = |path: &Path| Disk::open(path).unwrap_err().to_string();
-        std::fs::write(&path, b"no journal").unwrap();
-        let error = refused(&path);
-        assert!(error.contains("journal.redb cannot be opened: ") && error.ends_with("move this file away"), "{error}");
-        assert!(refused(&folder.path().join("nowhere/journal.redb")).contains("cannot be opened: "));
-
-        // Facts that contradict each other are damage, too.
-        std::fs::remove_file(&path).unwrap();
-        let (mut journal, _) = Disk::open(&path).unwrap();
-        journal.begin(&run(), &state()).unwrap();
-        journal.append(&commit(1)).unwrap();
-        journal.append(&commit(1)).unwrap();
-        journal.flush().unwrap();
-        drop(journal);
-        let error = refused(&path);
-        assert!(error.contains("journal.redb is damaged: fact 1: sample 0/0/1 was trained twice"), "{error}");
-    }
-
-    #[test]
-    fn second_process_is_refused() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("journal.redb");
-        let _first = Disk::open(&path).unwrap();
-        assert!(Disk::open(&path).is_err());
-    }
-}
+mod tests;
