@@ -16,6 +16,8 @@ use crate::observe::Observer;
 
 /// Messages that may wait for one worker before it counts as stuck.
 pub const OUTBOUND_CAPACITY: usize = 1024;
+/// Times in a heartbeat timeout that the driver looks at the clock at least: only so does it know for how long it stood still.
+const LOOKS: u32 = 12;
 /// Frozen ledgers that wait for their parts; older ones are of uploads that never came.
 const MAX_FROZEN: usize = 4;
 
@@ -191,7 +193,8 @@ impl Driver {
         let mut woke = self.now();
         loop {
             let flush_at = self.journal.flush_at();
-            let sleep = self.core.next_deadline().map_or(Duration::from_secs(3600), |at| at.saturating_sub(self.now()));
+            let look_every = self.core.heartbeat_timeout() / LOOKS;
+            let sleep = self.core.next_deadline().map_or(look_every, |at| at.saturating_sub(self.now()).min(look_every));
             let turn = tokio::select! {
                 command = self.commands.recv() => Turn::Command(command),
                 () = sleep_until(flush_at) => Turn::Flush,

@@ -1,7 +1,8 @@
 //! Which checkpoints there are, which are on their way, and the last one of all.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use std::time::Duration;
 
 use peapod_proto::ids::{Generation, Step, WorkerId};
 use peapod_proto::message::ToWorker;
@@ -10,7 +11,13 @@ use super::ledger::Ledger;
 use super::{Core, Effect, Fact, JobPhase, Notice, Outcome, Resume, Timestamp};
 
 /// How often the last checkpoint is tried.
-const FINAL_CHECKPOINT_ATTEMPTS: u32 = 3;
+const FINAL_CHECKPOINT_ATTEMPTS: u32 = 5;
+/// So many copies are asked of the last holder of a step before it may leave all the same.
+const FAREWELLS: u32 = 3;
+/// Time from the first failure of the last checkpoint to the next attempt; each later one waits twice as long.
+const RETRY_AFTER: Duration = Duration::from_secs(2);
+/// A copy of the last step that has not arrived after this long is lost, or its sender hangs.
+const LAST_COPY: Duration = Duration::from_secs(120);
 
 /// Which checkpoints there are and which are on their way.
 #[derive(Debug, Clone)]
@@ -20,6 +27,8 @@ pub(super) struct Checkpoint {
     pub frozen: BTreeMap<(Step, Generation), Arc<Ledger>>,
     /// Who sends them.
     pub senders: BTreeMap<(Step, Generation), WorkerId>,
+    /// Of whom the copy of the last step has not arrived.
+    pub silent: BTreeSet<WorkerId>,
     pub next_due: Timestamp,
     pub asked: bool,
     /// How often the newest weights were asked for before their last holder leaves.
@@ -66,7 +75,8 @@ impl Core {
             if attempts >= FINAL_CHECKPOINT_ATTEMPTS {
                 return self.fail(format!("the last checkpoint (step {step}) could not be stored in {attempts} attempts: {error}"), out);
             }
-            self.ask_for_last_checkpoint(now, outcome, attempts + 1, out);
+            let deadline = now + RETRY_AFTER * (1 << (attempts - 1));
+            self.phase = JobPhase::Finishing { outcome, attempts: attempts + 1, deadline };
         }
         if let JobPhase::Gathering { .. } = self.phase {
             self.let_leavers_go(now, out);
@@ -75,10 +85,10 @@ impl Core {
 
     /// Ends the job with a checkpoint of the truth, by one who holds it; at once where there is nothing new to keep.
     ///
-    /// A copy that does not arrive within the join timeout is lost: whoever sent it may have lost its connection before its step was final, and a
+    /// A copy that does not arrive in time is lost: whoever sent it may have lost its connection before its step was final, and a
     /// failure of that time says nothing here.
     pub(super) fn ask_for_last_checkpoint(&mut self, now: Timestamp, outcome: Outcome, attempts: u32, out: &mut Vec<Effect>) {
-        let deadline = now + self.config.join_timeout;
+        let deadline = now + self.config.join_timeout.min(LAST_COPY);
         if self.checkpoint_step() == Some(self.truth.step) || self.truth.step == Step(0) {
             return self.finish(outcome, out);
         }
@@ -88,13 +98,26 @@ impl Core {
             self.phase = JobPhase::Finishing { outcome, attempts, deadline };
             return;
         }
-        let Some(&holder) = self.truth.holders.iter().find(|holder| self.workers.contains_key(holder)) else {
+        let mut holders: Vec<WorkerId> = self.truth.holders.iter().copied().filter(|holder| self.workers.contains_key(holder)).collect();
+        // Who has not sent it may hang.
+        holders.sort_by_key(|holder| self.checkpoint.silent.contains(holder));
+        let Some(&holder) = holders.first() else {
             let reason = self.first_failure().unwrap_or_default().to_owned();
             let kept = self.checkpoint_step().map_or_else(|| "nothing is kept".to_owned(), |step| format!("step {step} is kept"));
             return self.fail(format!("every worker that held step {} is gone, {kept}: {reason}", self.truth.step), out);
         };
         self.ask_for_truth(holder, out);
         self.phase = JobPhase::Finishing { outcome, attempts, deadline };
+    }
+
+    /// The pause after a failure is over, or the copy that was asked for has not come in time.
+    pub(super) fn last_checkpoint_is_due(&mut self, now: Timestamp, outcome: Outcome, attempts: u32, out: &mut Vec<Effect>) {
+        let (step, generation) = (self.truth.step, self.generation);
+        let Some(&sender) = self.checkpoint.senders.get(&(step, generation)) else {
+            return self.ask_for_last_checkpoint(now, outcome, attempts, out);
+        };
+        self.checkpoint.silent.insert(sender);
+        self.checkpoint_failed(now, step, generation, "its copy has not arrived", out);
     }
 
     /// Asks a holder of the newest weights, which is in no generation, for a checkpoint of them.
@@ -136,7 +159,7 @@ impl Core {
         let leaves = |id: &WorkerId| self.workers.get(id).is_none_or(|worker| worker.leaving.is_some());
         let waits = matches!(self.phase, JobPhase::Gathering { .. });
         let is_kept = self.checkpoint_step() >= Some(self.truth.step) || self.truth.step == Step(0);
-        if !waits || is_kept || self.checkpoint.farewells >= FINAL_CHECKPOINT_ATTEMPTS || !self.truth.holders.iter().all(leaves) {
+        if !waits || is_kept || self.checkpoint.farewells >= FAREWELLS || !self.truth.holders.iter().all(leaves) {
             return None;
         }
         self.truth.holders.iter().find(|holder| self.workers.contains_key(holder)).copied()

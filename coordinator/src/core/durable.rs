@@ -142,7 +142,11 @@ impl State {
                 }
             }
             Fact::Replaced(worker) => self.members.retain(|member| member.worker != worker),
-            Fact::Released(holders) => self.readers.retain(|_, reader| !holders.contains(&reader.holder)),
+            Fact::Released(holders) => {
+                self.readers.retain(|_, reader| !holders.contains(&reader.holder));
+                // What they read others will read: should they come back, it is not to go on with it.
+                self.members.retain(|member| !holders.contains(&member.worker));
+            }
             Fact::GaveBack { lease, from } => {
                 let Some(reader) = self.readers.get_mut(&lease) else { return Ok(()) };
                 (reader.read, reader.part) = (true, reader.part.split(from).0);

@@ -67,6 +67,7 @@ impl Core {
             // Its last step came back from the store.
             return self.ask_for_last_checkpoint(now, Outcome::Finished, 1, out);
         }
+        self.release_leases_outside(&members, out);
         self.generation = self.generation.next();
         let message = ToWorker::MakeBootstrap { generation: self.generation, num_members: members.len() as u32 };
         let member = |id: &WorkerId| {

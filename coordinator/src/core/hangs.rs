@@ -1,8 +1,8 @@
 //! Members that live and do not get on.
 //!
-//! How long a step may take is learnt from the job's own steps. In a data-parallel step everybody ends up in the all-reduce, waiting for
-//! whoever is not in it yet: that one is the culprit, and is given up as if it had died. Where all are in it and none gets out, it is the
-//! network between them, and the generation is left.
+//! How long a step may take is learnt from the job's own steps. In a data-parallel step everybody ends up in the all-reduce, and before the
+//! first one in meeting the others, waiting for whoever is not there yet: that one is the culprit, and is given up as if it had died. Where
+//! all are there and none gets on, it is the network between them, and the generation is left.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -126,21 +126,23 @@ impl Core {
         let stuck_loading = self.workers.iter().filter(|(_, worker)| worker.state == WorkerState::Loading && overdue(worker));
         let mut stuck: Vec<WorkerId> = stuck_loading.map(|(&id, _)| id).collect();
         if let JobPhase::Running { members, .. } = &self.phase {
-            // Who waits for shards waits for others.
+            let waits = |worker: &Worker| members.len() > 1 && matches!(worker.phase, Phase::Connecting | Phase::Collective);
+            // Who waits for shards waits for others, too.
             let is_culprit = |id: &WorkerId, worker: &Worker| {
-                worker.phase != Phase::Collective
-                    && overdue(worker)
-                    && !(worker.phase == Phase::Data && self.lease_requests.contains_key(id))
+                overdue(worker) && !waits(worker) && !(worker.phase == Phase::Data && self.lease_requests.contains_key(id))
             };
             let known = || members.iter().filter_map(|id| Some((id, self.workers.get(id)?)));
             stuck.extend(known().filter(|(id, worker)| is_culprit(id, worker)).map(|(&id, _)| id));
-            let all_wait = members.len() > 1 && known().all(|(_, worker)| worker.phase == Phase::Collective && overdue(worker));
+            let all_wait = known().all(|(_, worker)| waits(worker) && overdue(worker));
             if all_wait {
                 let since = known().map(|(_, worker)| worker.motion.since).max().unwrap_or(now);
+                let what = match known().all(|(_, worker)| worker.phase == Phase::Collective) {
+                    true => format!("in the all-reduce of step {}", self.progress.final_step().next()),
+                    false => format!("opening their connections for {}", self.generation),
+                };
                 let reason = format!(
-                    "all {} members are in the all-reduce of step {} and none has left it for {:.1} s: the network between them hangs",
+                    "all {} members are {what} and none has got on for {:.1} s: the network between them hangs",
                     members.len(),
-                    self.progress.final_step().next(),
                     (now - since).as_secs_f64()
                 );
                 self.note_failure(reason.clone());
@@ -169,9 +171,26 @@ impl Core {
             stuck_for.as_secs_f64(),
             limit.as_secs_f64(),
         );
-        out.push(Effect::Send { worker: id, message: ToWorker::Stop { reason: StopReason::GivenUp, message: cause.clone() } });
+        self.dismiss(now, id, &cause, out);
+    }
+
+    /// A worker that lives has not done in time what it was told to. It may not have heard of it, or be in the middle of a long step: it comes back
+    /// by itself. But not time and again.
+    pub(super) fn did_not_answer(&mut self, now: Timestamp, id: WorkerId, cause: &str, out: &mut Vec<Effect>) {
+        let Some(incarnation) = self.workers.get(&id).map(|worker| worker.incarnation) else { return };
+        if self.mute.insert(incarnation) {
+            out.push(Effect::Detach { worker: id });
+            self.lose(now, id, cause, out);
+        } else {
+            self.dismiss(now, id, cause, out);
+        }
+    }
+
+    /// Sends a worker away for good: its process may be alive and would come back to do no better.
+    pub(super) fn dismiss(&mut self, now: Timestamp, id: WorkerId, cause: &str, out: &mut Vec<Effect>) {
+        out.push(Effect::Send { worker: id, message: ToWorker::Stop { reason: StopReason::GivenUp, message: cause.to_owned() } });
         out.push(Effect::Detach { worker: id });
         self.gone.insert(id);
-        self.lose(now, id, &cause, out);
+        self.lose(now, id, cause, out);
     }
 }

@@ -151,6 +151,9 @@ pub struct Leases {
     /// What was given back, or jumped over when the membership changed: whoever asks first gets it. To each first index of a part its end, and
     /// how many times it was passed on.
     returned: BTreeMap<(Position, u32), (u32, u8)>,
+    /// The same of shards that are left for later: nobody gets them while there is anything else.
+    later: BTreeMap<(Position, u32), (u32, u8)>,
+    aside: BTreeSet<Position>,
     /// Positions below are held, done, or in `returned`, unless they are still ahead of their member below.
     base: Position,
     /// For each member, how many rounds from `base` it was dealt.
@@ -181,6 +184,8 @@ impl Leases {
             by_shard: BTreeSet::new(),
             by_holder: BTreeMap::new(),
             returned: BTreeMap::new(),
+            later: BTreeMap::new(),
+            aside: BTreeSet::new(),
             rounds: Vec::new(),
             leaving: BTreeSet::new(),
             members: Vec::new(),
@@ -215,6 +220,8 @@ impl Leases {
         self.by_shard.clear();
         self.by_holder.clear();
         self.returned.clear();
+        self.later.clear();
+        self.aside.clear();
         self.base = start(&self.order, ledger);
         self.rounds = vec![0; self.rounds.len()];
         self.leaving.clear();
@@ -249,7 +256,8 @@ impl Leases {
         }
     }
 
-    /// Gives the member up to `num` shards that are not done: what was given back first, then its own deal.
+    /// Gives the member up to `num` shards that are not done: what was given back first, then its own deal, and what was set aside once there is
+    /// nothing else.
     ///
     /// Once its own deal is exhausted, which happens in the last epoch only, and it has read all it holds, it takes over one shard
     /// of another member's deal, never that member's first: reading ahead must not leave anybody without work. If it `is_idle`, with nothing
@@ -266,6 +274,10 @@ impl Leases {
         while leases.is_empty() && has_read {
             let Some(position) = self.take_over() else { break };
             leases.extend(self.lease(holder, position, Part::WHOLE, 0, ledger));
+        }
+        while leases.is_empty() && has_read && !self.any_left_now() {
+            let Some(((position, from), (to, num_passed))) = self.later.pop_first() else { break };
+            leases.extend(self.lease(holder, position, Part { from, to }, num_passed, ledger));
         }
         let left = self.any_left();
         if leases.is_empty() && left {
@@ -331,15 +343,16 @@ impl Leases {
 
     /// Puts a part back among what anybody may have, together with what lies beside it.
     fn give_up(&mut self, position: Position, mut part: Part, mut num_passed: u8) {
-        let of_shard = self.returned.range((position, 0)..=(position, Part::OPEN));
+        let parts = if self.aside.contains(&position) { &mut self.later } else { &mut self.returned };
+        let of_shard = parts.range((position, 0)..=(position, Part::OPEN));
         let beside = of_shard.filter(|&(&(_, from), &(to, _))| from <= part.to && part.from <= to).map(|(&key, _)| key);
         for key in beside.collect::<Vec<_>>() {
-            if let Some((to, times)) = self.returned.remove(&key) {
+            if let Some((to, times)) = parts.remove(&key) {
                 part = Part { from: part.from.min(key.1), to: part.to.max(to) };
                 num_passed = num_passed.max(times);
             }
         }
-        self.returned.insert((position, part.from), (part.to, num_passed));
+        parts.insert((position, part.from), (part.to, num_passed));
     }
 
     /// Whom an idle member asks for what: the last lease of whoever has most to read.
@@ -378,6 +391,17 @@ impl Leases {
         if !rest.is_empty() {
             self.give_up(position, rest, num_passed + u8::from(asked));
         }
+    }
+
+    /// What is given back of a shard from now on is left for later, until it is [taken up](Self::take_up).
+    pub fn set_aside(&mut self, epoch: Epoch, shard: ShardId) {
+        self.aside.extend(self.order.position_of(epoch, shard));
+    }
+
+    /// A shard that was left for later is as good as any other.
+    pub fn take_up(&mut self, epoch: Epoch, shard: ShardId) {
+        let Some(position) = self.order.position_of(epoch, shard).filter(|position| self.aside.remove(position)) else { return };
+        self.returned.extend(self.later.extract_if((position, 0)..=(position, Part::OPEN), |_, _| true));
     }
 
     /// Ends the leases on a shard that is done.
@@ -491,6 +515,11 @@ impl Leases {
     /// Whether something is still to be given out, or may be, as long as nothing is dealt.
     #[must_use]
     pub fn any_left(&self) -> bool {
+        self.any_left_now() || !self.later.is_empty()
+    }
+
+    /// The same but for shards that are left for later.
+    fn any_left_now(&self) -> bool {
         let undealt = self.rounds.is_empty() && self.base < self.order.end();
         undealt || !self.returned.is_empty() || (0..self.rounds.len()).any(|member| self.next_of(member).is_some())
     }

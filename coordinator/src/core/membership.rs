@@ -256,7 +256,7 @@ impl Core {
         // What it was sending may still arrive, or not: somebody else is asked.
         self.checkpoint.senders.retain(|_, sender| *sender != id);
         if self.members().contains(&id) {
-            self.note_death(now, &worker.host, out);
+            self.note_death(now, id, &worker.host, out);
         }
         match &mut self.phase {
             JobPhase::Gathering { .. } | JobPhase::Done(_) => {}

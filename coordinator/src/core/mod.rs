@@ -31,7 +31,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use peapod_proto::ids::{Generation, MemberIndex, ShardId, Step, WorkerId};
+use peapod_proto::ids::{Generation, Incarnation, MemberIndex, ShardId, Step, WorkerId};
 use peapod_proto::message::{Continuing, FromWorker, Stopped, ToWorker, ValidationLosses};
 
 pub use activity::Activity;
@@ -190,6 +190,8 @@ pub struct Core {
     cut_off: BTreeSet<WorkerId>,
     /// Workers whose process is known to have ended: they are not waited for.
     gone: BTreeSet<WorkerId>,
+    /// Those that have not answered in time since a step was final.
+    mute: BTreeSet<Incarnation>,
     /// Whom leases given out before a restart may not have reached: its first request is answered with all that it holds.
     grant_again: BTreeSet<WorkerId>,
     phase: JobPhase,
@@ -242,6 +244,7 @@ impl Core {
             num_formed: 0,
             cut_off: BTreeSet::new(),
             gone: BTreeSet::new(),
+            mute: BTreeSet::new(),
             grant_again: BTreeSet::new(),
             phase: JobPhase::Gathering { since: Duration::ZERO },
             truth: Truth { step, generation: Generation::NONE, holders: BTreeSet::new() },
@@ -253,6 +256,7 @@ impl Core {
                 last: resume,
                 frozen: BTreeMap::new(),
                 senders: BTreeMap::new(),
+                silent: BTreeSet::new(),
                 next_due,
                 asked: false,
                 farewells: 0,
@@ -478,6 +482,11 @@ impl Core {
         if self.setbacks.forgive(now) {
             self.admit(out);
         }
+        let shards = self.setbacks.forgive_shards(now);
+        if !shards.is_empty() {
+            shards.into_iter().for_each(|(epoch, shard)| self.leases.take_up(epoch, shard));
+            self.answer_lease_requests(out);
+        }
         match &self.phase {
             JobPhase::Gathering { .. } if self.stop_requested.is_some() => {
                 let reason = self.stop_requested.clone().unwrap_or_default();
@@ -507,20 +516,18 @@ impl Core {
                 out.push(Effect::Send { worker: members[0], message });
             }
             JobPhase::Returning { deadline, .. } if *deadline <= now => self.wait_ended(now, out),
-            JobPhase::Finishing { deadline, .. } if *deadline <= now => {
-                let (step, generation) = (self.truth.step, self.generation);
-                self.checkpoint_failed(now, step, generation, "its copy has not arrived (--join-timeout)", out);
+            JobPhase::Finishing { outcome, attempts, deadline } if *deadline <= now => {
+                let (outcome, attempts) = (outcome.clone(), *attempts);
+                self.last_checkpoint_is_due(now, outcome, attempts, out);
             }
             JobPhase::Forming { deadline, members } if *deadline <= now => {
                 let id = members[0];
-                out.push(Effect::Detach { worker: id });
-                self.lose(now, id, "did not open its end of the collective in time", out);
+                self.did_not_answer(now, id, "did not open its end of the collective in time", out);
             }
             JobPhase::Stopping { members, stopped, deadline, .. } if *deadline <= now => {
                 let mute: Vec<WorkerId> = members.iter().copied().filter(|member| !stopped.contains_key(member)).collect();
                 for id in mute {
-                    out.push(Effect::Detach { worker: id });
-                    self.lose(now, id, "did not leave its collective in time", out);
+                    self.did_not_answer(now, id, "did not leave its collective in time", out);
                 }
             }
             _ => {}

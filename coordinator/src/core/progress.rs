@@ -201,6 +201,7 @@ impl Core {
         }
         self.pace.step(now, timings);
         self.setbacks.progressed();
+        self.mute.clear();
         let validation = record.validation;
         out.push(Effect::Committed { record, timings });
         if let Some(losses) = validation {

@@ -1,12 +1,12 @@
 //! What keeps failing is left out for a while, where the job can do without it.
 //!
 //! A host on which workers die again and again, or one of two workers whose connection keeps breaking though both live, would end every
-//! generation that it is part of. And a job of which no generation gets as far as one step is told to its user instead of going round for ever.
+//! generation that it is part of, and so would a shard that kills its readers. And a job of which no generation gets as far as one step is told to its user instead of going round for ever.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
-use peapod_proto::ids::{Generation, MemberIndex, WorkerId};
+use peapod_proto::ids::{Epoch, Generation, MemberIndex, ShardId, WorkerId};
 use peapod_proto::message::Stopped;
 
 use super::{Core, Effect, Notice, Timestamp};
@@ -29,6 +29,9 @@ pub(super) struct Setbacks {
     broken: VecDeque<(Timestamp, WorkerId, WorkerId)>,
     hosts: BTreeMap<String, Timestamp>,
     workers: BTreeMap<WorkerId, Timestamp>,
+    /// Shards that were held at the last death, at how many in a row, and when.
+    held: BTreeMap<(Epoch, ShardId), (usize, Timestamp)>,
+    shards: BTreeMap<(Epoch, ShardId), Timestamp>,
     /// Generations that broke since a step was final.
     barren: u32,
 }
@@ -48,6 +51,18 @@ impl Setbacks {
         self.deaths.retain(|(_, _, on)| on != host);
         self.hosts.insert(host.to_owned(), now + ASIDE);
         true
+    }
+
+    /// A member died that held these shards; gives those that are to be left for later from now on.
+    fn died_holding(&mut self, now: Timestamp, held: &BTreeSet<(Epoch, ShardId)>) -> Vec<(Epoch, ShardId)> {
+        self.held.retain(|shard, (_, at)| held.contains(shard) && *at + WINDOW > now);
+        for &shard in held {
+            let (times, at) = self.held.entry(shard).or_default();
+            (*times, *at) = (*times + 1, now);
+        }
+        let habit: Vec<_> = self.held.extract_if(.., |_, (times, _)| *times >= HABIT).map(|(shard, _)| shard).collect();
+        self.shards.extend(habit.iter().map(|&shard| (shard, now + ASIDE)));
+        habit
     }
 
     /// Two members lost each other; says which of them is to be left out from now on: who lost others more often, or came later.
@@ -72,7 +87,7 @@ impl Setbacks {
 
     /// When something is next given another chance.
     pub fn next_end(&self) -> Option<Timestamp> {
-        self.hosts.values().chain(self.workers.values()).min().copied()
+        self.hosts.values().chain(self.workers.values()).chain(self.shards.values()).min().copied()
     }
 
     /// Gives another chance to whatever has been left out long enough; says whether there was any.
@@ -83,6 +98,11 @@ impl Setbacks {
         self.hosts.len() + self.workers.len() < before
     }
 
+    /// The shards that have been left for later long enough.
+    pub fn forgive_shards(&mut self, now: Timestamp) -> Vec<(Epoch, ShardId)> {
+        self.shards.extract_if(.., |_, until| *until <= now).map(|(shard, _)| shard).collect()
+    }
+
     /// A step is final.
     pub fn progressed(&mut self) {
         self.barren = 0;
@@ -91,10 +111,17 @@ impl Setbacks {
 
 impl Core {
     /// A member of the current generation is lost.
-    pub(super) fn note_death(&mut self, now: Timestamp, host: &str, out: &mut Vec<Effect>) {
+    pub(super) fn note_death(&mut self, now: Timestamp, id: WorkerId, host: &str, out: &mut Vec<Effect>) {
         let has_others = self.workers.values().any(|worker| worker.host != host);
         if self.setbacks.died(now, self.generation, host, has_others) {
             let what = format!("host {host}: its workers died in {HABIT} generations within {} minutes", WINDOW.as_secs() / 60);
+            out.push(Effect::Notice(Notice::SetAside { what, lasts: ASIDE }));
+        }
+        let held: BTreeSet<_> = self.leases.held_by(id).into_iter().filter_map(|lease| self.leases.shard_of(lease, id)).collect();
+        for (epoch, shard) in self.setbacks.died_holding(now, &held) {
+            self.leases.set_aside(epoch, shard);
+            let url = &self.config.shards[shard.0 as usize];
+            let what = format!("shard {url} of epoch {epoch}: {HABIT} workers in a row died while they held it");
             out.push(Effect::Notice(Notice::SetAside { what, lasts: ASIDE }));
         }
     }

@@ -32,6 +32,8 @@ impl Core {
             let message = ToWorker::Abort { generation: self.generation, reason: reason.to_owned() };
             out.push(Effect::Send { worker, message });
         }
+        // What becomes final now did not take as long as a step takes.
+        self.pace.pause();
         let deadline = now + self.config.heartbeat_timeout;
         self.phase = JobPhase::Stopping { members, stopped: BTreeMap::new(), deadline, aborted: true };
         self.settle_if_all_stopped(now, out);
@@ -199,12 +201,24 @@ impl Core {
     }
 
     pub(super) fn release_leases_of_the_gone(&mut self, out: &mut Vec<Effect>) {
-        let gone: BTreeSet<WorkerId> = self.leases.holders().into_iter().filter(|holder| !self.workers.contains_key(holder)).collect();
-        if gone.is_empty() {
+        self.keep_leases_of(|core, holder| core.workers.contains_key(&holder), out);
+    }
+
+    /// Takes back what those hold who are not in the generation that begins: nobody would read it. And whoever comes back into a later one
+    /// cannot know whether the share it had in flight was trained.
+    pub(super) fn release_leases_outside(&mut self, members: &[WorkerId], out: &mut Vec<Effect>) {
+        let members: BTreeSet<&WorkerId> = members.iter().collect();
+        self.keep_leases_of(|_, holder| members.contains(&holder), out);
+    }
+
+    fn keep_leases_of(&mut self, keeps: impl Fn(&Self, WorkerId) -> bool, out: &mut Vec<Effect>) {
+        let released: BTreeSet<WorkerId> = self.leases.holders().into_iter().filter(|&holder| !keeps(self, holder)).collect();
+        if released.is_empty() {
             return;
         }
-        gone.iter().for_each(|&holder| self.leases.release(holder));
-        out.push(Effect::Persist(Fact::Released(gone)));
+        released.iter().for_each(|&holder| self.leases.release(holder));
+        self.last_members.retain(|member| !released.contains(&member.worker));
+        out.push(Effect::Persist(Fact::Released(released)));
     }
 
     /// With nobody left who holds the newest weights, the newest checkpoint is the truth, and its ledger the ledger.

@@ -182,7 +182,7 @@ impl World {
     /// The job fails: only where everybody who held its weights was disturbed.
     pub(super) fn explain_failure(&self, reason: &str, first_failure: Option<&str>) -> Result<(), String> {
         let step = self.checks.last;
-        let is_gone = reason.starts_with("every worker that held step ");
+        let is_gone = reason.starts_with("every worker that held step ") || reason.ends_with("its copy has not arrived");
         match self.well_holder(step).filter(|_| is_gone) {
             None if is_gone => Ok(()),
             Some(process) => Err(format!("the job failed though p{process} holds step {step} and is well: {reason}")),

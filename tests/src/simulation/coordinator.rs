@@ -124,9 +124,9 @@ impl World {
     fn config(&self, world_size: u32, job_id: String) -> Config {
         Config {
             world_size,
-            min_world_size: world_size,
+            min_world_size: self.plan.min_world_size.min(world_size),
             heartbeat_timeout: self.plan.heartbeat_timeout,
-            join_timeout: Duration::from_secs(60),
+            join_timeout: self.plan.join_timeout,
             data_patience: Duration::from_secs(60),
             job_id,
             job_toml: String::new(),
@@ -136,7 +136,7 @@ impl World {
             epochs: self.plan.epochs,
             last_step: self.plan.last_step,
             global_batch: self.plan.global_batch,
-            scale_batch: false,
+            scale_batch: self.plan.scale_batch,
             checkpoint_every: self.plan.checkpoint_every,
             max_bad_fraction: 1.0,
             max_skipped_steps: 1000,
@@ -217,6 +217,13 @@ impl World {
             self.tell(CoreEvent::Tick);
         }
         self.set_alarms();
+    }
+
+    /// The driver sees that it stood still, before it looks at anything else.
+    pub(super) fn thaw(&mut self, term: u64, stood_still: Duration) {
+        if self.term() == Some(term) && stood_still > self.plan.heartbeat_timeout / 3 {
+            self.tell(CoreEvent::Stalled { by: stood_still });
+        }
     }
 
     pub(super) fn flush(&mut self, term: u64) {

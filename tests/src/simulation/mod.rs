@@ -41,8 +41,10 @@ use worker::Process;
 /// A worker process by its place among all of a simulation.
 type ProcessId = usize;
 
+/// Seeds from here on are elastic jobs: fewer workers may be enough, others stand by, trainers may hang.
+pub const ELASTIC: u64 = 1_000_000;
 /// How much longer than without faults a job may take after the last of them.
-const PATIENCE: Duration = Duration::from_secs(90);
+const PATIENCE: Duration = Duration::from_secs(200);
 /// Events after which a simulation goes round in circles.
 const MOST_EVENTS: u64 = 2_000_000;
 /// Lines of a trace that are shown with a failure.
@@ -50,23 +52,70 @@ const SHOWN: usize = 60;
 
 /// What happens.
 enum Event {
-    Hello { process: ProcessId, attempt: u64 },
-    Refused { process: ProcessId, attempt: u64, answer: Answer },
-    Up { stream: StreamKey, up: Up },
-    Down { stream: StreamKey, down: Down },
-    Beat { process: ProcessId, beat: u64 },
-    Output { process: ProcessId },
-    Serve { process: ProcessId },
-    Trainer { process: ProcessId, token: u64, wake: Wake },
-    Read { process: ProcessId },
-    Close { process: ProcessId },
-    Tick { term: u64, at: Time },
-    Flush { term: u64 },
-    Upload { upload: usize, stage: Stage },
-    Crash { term: u64 },
+    Hello {
+        process: ProcessId,
+        attempt: u64,
+    },
+    Refused {
+        process: ProcessId,
+        attempt: u64,
+        answer: Answer,
+    },
+    Up {
+        stream: StreamKey,
+        up: Up,
+    },
+    Down {
+        stream: StreamKey,
+        down: Down,
+    },
+    Beat {
+        process: ProcessId,
+        beat: u64,
+    },
+    Output {
+        process: ProcessId,
+    },
+    Serve {
+        process: ProcessId,
+    },
+    Trainer {
+        process: ProcessId,
+        token: u64,
+        wake: Wake,
+    },
+    Read {
+        process: ProcessId,
+    },
+    Close {
+        process: ProcessId,
+    },
+    Tick {
+        term: u64,
+        at: Time,
+    },
+    Flush {
+        term: u64,
+    },
+    Upload {
+        upload: usize,
+        stage: Stage,
+    },
+    Crash {
+        term: u64,
+    },
     StartCoordinator,
-    StartWorker { slot: usize },
-    Fault { fault: Fault },
+    StartWorker {
+        slot: usize,
+    },
+    Fault {
+        fault: Fault,
+    },
+    /// The coordinator goes on after it stood still for so long.
+    Thaw {
+        term: u64,
+        stood_still: Duration,
+    },
 }
 
 /// A cluster.
@@ -155,7 +204,7 @@ impl World {
     fn new(seed: u64, traced: bool) -> Self {
         let mut random = Random::new(seed);
         Self {
-            plan: Plan::of(&mut random),
+            plan: Plan::of(&mut random, seed >= ELASTIC),
             random,
             now: Time::ZERO,
             queue: Queue::default(),
@@ -227,7 +276,8 @@ impl World {
             _ => None,
         };
         if let Some(process) = process {
-            return Some(self.processes[process].paused_until).filter(|&until| until > self.now);
+            let hangs = self.processes[process].hangs && matches!(event, Event::Serve { .. } | Event::Trainer { .. });
+            return if hangs { Some(Time::MAX) } else { Some(self.processes[process].paused_until).filter(|&until| until > self.now) };
         }
         let coordinator = self.coordinator.as_ref()?;
         let (until, wait) = coordinator.paused_until;
@@ -268,6 +318,7 @@ impl World {
             Event::StartCoordinator => self.start_coordinator(),
             Event::StartWorker { slot } => self.start_worker(slot),
             Event::Fault { fault } => self.strike(fault),
+            Event::Thaw { term, stood_still } => self.thaw(term, stood_still),
         }
     }
 

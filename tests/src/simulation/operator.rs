@@ -42,11 +42,16 @@ impl World {
         self.start_missing_workers((ms(0), ms(400)));
     }
 
+    /// Places for workers, those that stand by among them.
+    fn num_slots(&self) -> usize {
+        (self.operator.world_size + self.plan.spares) as usize
+    }
+
     /// Starts a worker in each place that has none.
     fn start_missing_workers(&mut self, within: (Duration, Duration)) {
-        let world_size = self.operator.world_size as usize;
-        self.operator.slots.resize(self.operator.slots.len().max(world_size), None);
-        for slot in 0..world_size {
+        let num_slots = self.num_slots();
+        self.operator.slots.resize(self.operator.slots.len().max(num_slots), None);
+        for slot in 0..num_slots {
             let runs = self.operator.slots[slot].is_some_and(|process| self.processes[process].is_running());
             if !runs {
                 let at = self.now + self.random.between(within);
@@ -57,10 +62,11 @@ impl World {
 
     pub(super) fn start_worker(&mut self, slot: usize) {
         let runs = self.operator.slots[slot].is_some_and(|process| self.processes[process].is_running());
-        if runs || slot >= self.operator.world_size as usize || self.operator.resize.is_some() {
+        if runs || slot >= self.num_slots() || self.operator.resize.is_some() {
             return;
         }
-        let rank = self.plan.asks_for_ranks.then_some(Rank(slot as u32));
+        let is_spare = slot >= self.operator.world_size as usize;
+        let rank = (self.plan.asks_for_ranks && !is_spare).then_some(Rank(slot as u32));
         let process = self.start_process(slot, rank);
         self.operator.slots[slot] = Some(process);
     }
@@ -142,6 +148,14 @@ impl World {
                     self.processes[process].stalled_until = self.now + time;
                 }
             }
+            Fault::Hang(slot) => {
+                if let Some(process) = self.process_in(slot) {
+                    // Without enough steps to learn from, or when it is asked for the last checkpoint, it takes this long to be noticed.
+                    self.disturb(process, self.now + 4 * self.plan.join_timeout);
+                    self.processes[process].disturbed_at = Some(Time::MAX);
+                    self.processes[process].hangs = true;
+                }
+            }
             Fault::Break(slot) => {
                 if let Some(process) = self.process_in(slot) {
                     self.break_off(process);
@@ -187,8 +201,9 @@ impl World {
                 let wait = Duration::from_micros(self.random.below(2));
                 if let Some(coordinator) = self.coordinator.as_mut().filter(|coordinator| coordinator.paused_until.0 < self.now) {
                     coordinator.paused_until = (until, wait);
-                    let all: Vec<ProcessId> = (0..self.operator.slots.len()).filter_map(|slot| self.process_in(slot)).collect();
-                    all.into_iter().for_each(|process| self.disturb(process, until));
+                    let term = coordinator.term;
+                    self.queue.push(until, Event::Thaw { term, stood_still: time });
+                    self.operator.quiet_from = self.operator.quiet_from.max(until);
                 }
             }
             Fault::Resize(world_size, pause) => {

@@ -35,6 +35,8 @@ pub enum Fault {
     Pause(usize, Duration),
     /// Nothing passes between a worker and the coordinator for a while.
     Stall(usize, Duration),
+    /// A worker's trainer stands still for good, while its process gives signs of life.
+    Hang(usize),
     /// A worker's stream breaks.
     Break(usize),
     /// All workers' streams break.
@@ -75,6 +77,12 @@ pub enum When {
 pub struct Plan {
     /// Workers at the start.
     pub world_size: u32,
+    /// Workers that are enough.
+    pub min_world_size: u32,
+    /// Workers beyond the world that stand by.
+    pub spares: u32,
+    /// Whether a smaller world takes smaller steps.
+    pub scale_batch: bool,
     /// Whether each worker is started with its rank.
     pub asks_for_ranks: bool,
     /// The samples of each shard.
@@ -93,6 +101,8 @@ pub struct Plan {
     pub keep: usize,
     /// Silence after which a worker is dead.
     pub heartbeat_timeout: Duration,
+    /// How long the coordinator waits for missing workers.
+    pub join_timeout: Duration,
     /// How long a message takes, mostly.
     pub latency: (Duration, Duration),
     /// How long a share takes.
@@ -106,8 +116,9 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// The plan of a seed: a fifth of them are variants of one long story, the others are drawn freely.
-    pub fn of(random: &mut Random) -> Self {
+    /// The plan of a seed: a fifth of them are variants of one long story, the others are drawn freely. Where it `is_elastic` fewer workers may
+    /// be enough, others stand by, and trainers may hang.
+    pub fn of(random: &mut Random, is_elastic: bool) -> Self {
         let story = random.one_in(5);
         let world_size = if story { 3 } else { random.pick(&[1, 2, 2, 3, 3, 4, MOST_WORKERS]) };
         let (low, high) = random.pick(&[(3, 12), (8, 24), (20, 60)]);
@@ -137,6 +148,9 @@ impl Plan {
         let step_time = random.pick(&[10, 40, 120]);
         let mut plan = Self {
             world_size,
+            min_world_size: world_size,
+            spares: 0,
+            scale_batch: false,
             asks_for_ranks: random.one_in(2),
             shards,
             epochs: (!in_steps).then_some(epochs),
@@ -146,6 +160,7 @@ impl Plan {
             checkpoint_every: random.pick(&[ms(1500), ms(6000), Duration::from_secs(300)]),
             keep: random.pick(&[1, 2, 3]),
             heartbeat_timeout: random.pick(&[ms(1200), ms(3000)]),
+            join_timeout: Duration::from_secs(60),
             latency: random.pick(&[(ms(0), ms(2)), (ms(1), ms(20)), (ms(20), ms(80))]),
             compute: (ms(step_time), ms(step_time * random.within(1, 3))),
             reading: random.pick(&[(ms(0), ms(2)), (ms(2), ms(40))]),
@@ -153,7 +168,24 @@ impl Plan {
             faults: Vec::new(),
         };
         plan.faults = if story { plan.story(random, steps) } else { plan.free(random, steps) };
+        if is_elastic {
+            plan.stretch(random, steps);
+        }
         plan
+    }
+
+    /// What an elastic job has beside a fixed one.
+    fn stretch(&mut self, random: &mut Random, steps: u64) {
+        self.min_world_size = random.within(1, self.world_size.into()) as u32;
+        // With ranks given out by hand, one that stands by without a rank would take that of a worker that comes late.
+        self.spares = if self.asks_for_ranks { 0 } else { random.pick(&[0, 1, 1, 2]) };
+        self.scale_batch = random.one_in(3);
+        // Longer than it can take to notice a hang.
+        self.join_timeout = Duration::from_secs(1200);
+        for _ in 0..random.pick(&[0, 0, 1, 2]) {
+            let worker = random.below(u64::from(self.world_size + self.spares)) as usize;
+            self.faults.push((When::Step(Step(random.within(1, steps.max(1)))), Fault::Hang(worker)));
+        }
     }
 
     /// One worker killed twice and replaced, the coordinator stopped and started, the job stopped and resumed with one worker and then with four.
@@ -222,7 +254,8 @@ impl Plan {
     /// Far more time than the job takes when nothing goes wrong.
     pub fn ample_time(&self) -> Duration {
         let num_samples: u64 = self.shards.iter().map(|shard| shard.len() as u64).sum();
-        let from_epochs = self.epochs.map_or(0, |epochs| num_samples * u64::from(epochs) / u64::from(self.global_batch) * 2 + 20);
+        let smallest = if self.scale_batch { 1 } else { u64::from(self.global_batch) };
+        let from_epochs = self.epochs.map_or(0, |epochs| num_samples * u64::from(epochs) / smallest * 2 + 20);
         let steps = from_epochs.max(self.last_step.map_or(0, |step| step.0)) as u32;
         let step = self.compute.1 + self.latency.1 * 4 + self.reading.1 * (self.global_batch + 2) + ms(150);
         step * steps + self.loading.1

@@ -216,7 +216,7 @@ impl World {
         let in_flight = self.trainer(process).in_flight.take();
         self.settle_data(process, in_flight.filter(|(step, _)| *step > assignment.base_step).map(|(_, share)| share));
 
-        let layout = TailLayout::new(assignment.num_members, self.plan.global_batch);
+        let layout = TailLayout::new(assignment.num_members, assignment.global_batch);
         let index = assignment.member_index.0;
         let listener = self.trainer(process).listener.take().filter(|(made_for, _)| *made_for == generation).map(|(_, group)| group);
         let bootstrap: [u8; 8] = assignment.bootstrap.clone().try_into().unwrap_or_default();
@@ -318,8 +318,7 @@ impl World {
 
     /// Something about the samples has changed, which the trainer may be waiting for.
     pub(super) fn look_for_share(&mut self, process: ProcessId) {
-        let owed = self.processes[process].trainer.owed(self.plan.global_batch);
-        let Some(owed) = owed else { return };
+        let Some(owed) = self.processes[process].trainer.owed() else { return };
         let Some(loader) = &mut self.processes[process].loader else { return };
         if loader.is_cancelled {
             return self.end(process, Ended::Broken("aborted while waiting for samples".into()));
@@ -484,8 +483,8 @@ impl World {
 
 impl Trainer {
     /// The share it waits for, if it does.
-    fn owed(&self, global_batch: u32) -> Option<usize> {
+    fn owed(&self) -> Option<usize> {
         let Membership { assignment, .. } = self.membership.as_ref().filter(|_| self.doing == Doing::WaitingForSamples)?;
-        Some(share_of(global_batch, assignment.member_index, assignment.num_members) as usize)
+        Some(share_of(assignment.global_batch, assignment.member_index, assignment.num_members) as usize)
     }
 }

@@ -99,6 +99,8 @@ pub struct Process {
     pub life: Life,
     /// It is stopped until then.
     pub paused_until: Time,
+    /// Its trainer does nothing any more.
+    pub hangs: bool,
     /// Nothing passes between it and the coordinator until then.
     pub stalled_until: Time,
     /// When something last happened to it that the coordinator may take for its death.
@@ -146,6 +148,7 @@ impl World {
             reads: false,
             life: Life::Running,
             paused_until: Time::ZERO,
+            hangs: false,
             stalled_until: Time::ZERO,
             disturbed_at: None,
             lose_abort: false,

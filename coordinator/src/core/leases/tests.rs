@@ -95,6 +95,26 @@ fn who_gave_back_all_before_it_began_is_given_the_rest_in_turn_and_then_nobody()
 }
 
 #[test]
+fn shard_that_is_set_aside_comes_when_there_is_nothing_else_or_when_it_is_taken_up() {
+    for is_taken_up in [false, true] {
+        let ledger = Ledger::new(4);
+        let mut leases = Leases::new(1, &[Source::unnamed(4)], Some(1), &ledger);
+        leases.deal_among(1);
+        let first = take(&mut leases, 0, 1, &ledger)[0];
+        leases.set_aside(first.epoch, first.shard);
+        leases.release(WorkerId(0));
+        leases.deal_among(1);
+        if is_taken_up {
+            leases.take_up(first.epoch, first.shard);
+        }
+        let order: Vec<ShardId> = drain(&mut leases, 1, &ledger)[0].iter().map(|&(_, shard)| ShardId(shard)).collect();
+        assert_eq!(order.len(), 4);
+        assert_eq!(order.iter().position(|&shard| shard == first.shard), Some(if is_taken_up { 0 } else { 3 }));
+        assert!(!leases.any_left());
+    }
+}
+
+#[test]
 fn a_dead_holders_shards_go_to_the_next_who_asks() {
     let ledger = Ledger::new(4);
     let mut leases = Leases::new(1, &[Source::unnamed(4)], Some(1), &ledger);

@@ -57,16 +57,21 @@ fn epochs_end_only_when_every_shard_is_accounted_for() {
 }
 
 #[test]
-fn last_checkpoint_that_cannot_be_stored_fails_the_job_after_three_tries() {
+fn last_checkpoint_that_cannot_be_stored_fails_the_job_after_five_tries_over_half_a_minute() {
     let (mut world, workers) = World::running(1);
     world.report(workers[0], 1, Some(&[]));
     world.stopped(workers[0], 1, StopCause::StepsDone, vec![]);
-    for _ in 0..3 {
-        assert_eq!(world.outcome(), None);
+    let num_asked = |world: &World| {
+        let is_asked = |message: &&ToWorker| matches!(message, ToWorker::TakeSnapshot { .. });
+        world.sent(workers[0]).iter().filter(is_asked).count()
+    };
+    for (attempt, pause) in [2, 4, 8, 16, 0].into_iter().enumerate() {
+        assert_eq!((world.outcome(), num_asked(&world)), (None, attempt + 1));
         world.event(Event::CheckpointFailed { step: Step(1), generation: Generation(1), error: "disk full".into() }).unwrap();
+        world.pass(pause, &workers);
     }
     let Some(Outcome::Failed { reason }) = world.outcome() else { panic!() };
-    assert!(reason.contains("disk full") && reason.contains("3 attempts"), "{reason}");
+    assert!(reason.contains("disk full") && reason.contains("5 attempts"), "{reason}");
 }
 
 #[test]

@@ -190,11 +190,12 @@ fn last_copy_that_was_cut_off_before_its_step_was_final_is_asked_for_again() {
     world.report_with(workers[1], 1, None, Some(7)).unwrap();
     workers.iter().for_each(|&worker| world.stopped(worker, 1, StopCause::StepsDone, vec![]));
     assert_eq!(world.core.state(), "storing the last checkpoint");
-    let asked = |world: &World| world.sent(workers[0]).iter().filter(|sent| matches!(sent, ToWorker::TakeSnapshot { .. })).count();
-    world.pass(59, &workers);
-    assert_eq!(asked(&world), 0, "it may be on its way");
-    world.pass(1, &workers);
-    assert_eq!(asked(&world), 1);
+    let is_asked = |message: &ToWorker| matches!(message, ToWorker::TakeSnapshot { .. });
+    let asked = |world: &World| workers.iter().map(|&id| world.sent(id).iter().filter(|&sent| is_asked(sent)).count()).collect::<Vec<_>>();
+    world.pass(61, &workers);
+    assert_eq!(asked(&world), [0, 0], "it may be on its way");
+    world.pass(2, &workers);
+    assert_eq!(asked(&world), [0, 1], "of the other one, for the first may hang");
     world.event(Event::CheckpointStored { step: Step(1), generation: Generation(1) }).unwrap();
     assert_eq!(world.outcome(), Some(Outcome::Finished));
 }
@@ -210,4 +211,56 @@ fn job_given_in_steps_is_not_done_because_its_last_worker_is_given_nothing_more(
     assert_eq!((world.outcome(), world.core.state().as_str()), (None, "waiting for rank 0, rank 0 stores step 1 before it leaves"));
     world.event(Event::CheckpointStored { step: Step(1), generation: Generation(1) }).unwrap();
     assert_eq!((world.outcome(), world.core.state().as_str()), (None, "waiting for rank 0"));
+}
+
+#[test]
+fn who_comes_back_while_others_begin_anew_holds_no_shard_any_more() {
+    // It may have trained a step that did not count, and the others have made one of the same number since: it could not tell.
+    let config = Config { min_world_size: 2, ..config(3) };
+    let mut world = World::new(config.clone());
+    let workers: Vec<WorkerId> = (0..3).map(|rank| world.join(Some(rank)).unwrap()).collect();
+    workers.iter().for_each(|&worker| world.ready(worker));
+    world.bootstrap(workers[0]);
+    let (leases, _) = world.lease(workers[2], 1);
+    for (index, &worker) in workers.iter().enumerate() {
+        world.report(worker, 1, (index == 0).then_some(&[][..]));
+    }
+    let incarnations: Vec<u64> = workers.iter().map(|id| world.core.workers[id].incarnation.0).collect();
+    // After a restart of the coordinator it is there in time, but still leaves what it was in when the others begin.
+    world.core = Core::restore(config, None, world.core.durable());
+    world.said.clear();
+    for (rank, &incarnation) in (0..).zip(&incarnations) {
+        world.hello(Some(rank), incarnation, 1).unwrap();
+    }
+    assert_eq!(world.core.leases.held_by(workers[2]), [leases[0].id]);
+    for &worker in &workers[..2] {
+        world.ready(worker);
+        world.stopped(worker, 1, StopCause::Aborted, vec![]);
+    }
+    world.pass(20, &workers);
+    assert_eq!((world.core.state(), world.core.last_members.len()), ("forming".into(), 2));
+    assert_eq!(world.core.leases.held_by(workers[2]), []);
+}
+
+#[test]
+fn who_holds_shards_that_others_were_given_does_not_go_on_with_them_after_a_restart() {
+    let (mut world, workers) = World::running(1);
+    world.lease(workers[0], 1);
+    let incarnation = world.core.workers[&workers[0]].incarnation;
+    world.die(workers[0]);
+    // The coordinator dies when it has written that these shards are free, and nothing after that.
+    let mut state = Core::new(config(1), None).durable();
+    for effect in &world.said {
+        if let Effect::Persist(fact) = effect {
+            state.apply(fact.clone()).unwrap();
+            if matches!(fact, Fact::Released(_)) {
+                break;
+            }
+        }
+    }
+    world.core = Core::restore(config(1), None, state);
+    world.said.clear();
+    let id = world.hello(Some(0), incarnation.0, 1).unwrap();
+    let welcome = world.sent(id).into_iter().find(|message| matches!(message, ToWorker::Welcome { .. }));
+    assert!(matches!(welcome, Some(ToWorker::Welcome { continues: Generation::NONE, .. })), "{welcome:?}");
 }

@@ -144,12 +144,33 @@ fn network_that_hangs_under_all_members_ends_the_generation_and_blames_none() {
     world.spend(8, &doing);
     assert_eq!(world.lost(), None);
     let failure = world.core.first_failure().unwrap();
-    assert!(failure.starts_with("all 2 members are in the all-reduce of step 6 and none has left it for"), "{failure}");
+    assert!(failure.starts_with("all 2 members are in the all-reduce of step 6 and none has got on for"), "{failure}");
     for &worker in &workers {
         assert!(world.sent(worker).iter().any(|message| matches!(message, ToWorker::Abort { .. })));
         world.stopped(worker, 5, StopCause::Aborted, vec![]);
     }
     assert_eq!(world.core.state(), "forming");
+}
+
+#[test]
+fn member_that_does_not_come_to_meet_the_others_is_given_up_and_they_are_not() {
+    let (mut world, workers) = World::running(3);
+    // Nothing is known about the job's steps, and all have been at it for as long.
+    world.spend(602, &[(workers[0], 0, Phase::Connecting, 0), (workers[1], 0, Phase::Waiting, 0), (workers[2], 0, Phase::Connecting, 0)]);
+    assert!(world.lost().unwrap().starts_with("rank 1 "), "{:?}", world.lost());
+    for &well in &[workers[0], workers[2]] {
+        assert!(world.sent(well).iter().all(|message| !matches!(message, ToWorker::Stop { .. })));
+        world.stopped(well, 0, StopCause::Aborted, vec![]);
+    }
+}
+
+#[test]
+fn network_through_which_nobody_can_connect_is_named_and_blames_none() {
+    let (mut world, workers) = World::running(2);
+    world.spend(602, &[(workers[0], 0, Phase::Connecting, 0), (workers[1], 0, Phase::Connecting, 0)]);
+    assert_eq!(world.lost(), None);
+    let failure = world.core.first_failure().unwrap();
+    assert!(failure.starts_with("all 2 members are opening their connections for g000001 and none has got on for"), "{failure}");
 }
 
 #[test]

@@ -47,6 +47,36 @@ impl World {
 }
 
 #[test]
+fn shard_whose_readers_keep_dying_is_left_for_later_and_its_samples_are_not_lost() {
+    let mut world = World::new(config(2));
+    let steady = world.join(Some(0)).unwrap();
+    world.ready(steady);
+    let mut held: Vec<BTreeSet<ShardId>> = Vec::new();
+    for step in 1..=3 {
+        let victim = world.join(Some(1)).unwrap();
+        world.ready(victim);
+        world.train_a_step(step);
+        held.push(world.lease(victim, 2).0.iter().map(|lease| lease.shard).collect());
+        assert!(set_aside(&world).is_empty());
+        world.die(victim);
+        let record = world.record(step, &[]);
+        world.stopped(steady, step, StopCause::Aborted, vec![record]);
+    }
+    let always: BTreeSet<ShardId> = &(&held[0] & &held[1]) & &held[2];
+    assert!(!always.is_empty(), "{held:?}: what was given back comes first");
+    let what = set_aside(&world);
+    assert!(what.len() == always.len() && what[0].ends_with("3 workers in a row died while they held it"), "{what:?}");
+    // The next gets another one, and these after ten minutes.
+    let next = world.join(Some(1)).unwrap();
+    world.ready(next);
+    world.train_a_step(4);
+    assert!(!always.contains(&world.lease(next, 1).0[0].shard));
+    world.pass(600, &[steady, next]);
+    let (leases, _) = world.lease(next, 8);
+    assert!(always.is_subset(&leases.iter().map(|lease| lease.shard).collect()), "{leases:?}");
+}
+
+#[test]
 fn host_on_which_workers_keep_dying_is_left_out_for_ten_minutes() {
     let mut world = World::new(Config { min_world_size: 1, ..config(2) });
     world.join_on("good");
