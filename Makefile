@@ -1,6 +1,6 @@
 # `make demo` shows everything at once; `make help` lists the rest.
 SHELL := bash
-.PHONY: help setup build demo test test-all bench bench-gpu fuzz lint fmt clean
+.PHONY: help setup build demo test test-all soak bench bench-gpu fuzz lint fmt clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -35,6 +35,13 @@ test-all: test ## all tests, with many more random worlds
 .bench/manifests/.installed: tests/manifests/requirements.txt
 	@python3 -m venv .bench/manifests && .bench/manifests/bin/pip install --quiet --disable-pip-version-check -r $< && touch $@ || \
 	  { rm -rf .bench/manifests; echo "manifests: kubernetes-validate cannot be installed: deploy/ is not checked against Kubernetes' schemas"; }
+
+PEAPOD_SOAK_SECONDS := 600
+
+soak: export OMP_NUM_THREADS = 1
+soak: build ## the demo job under a random fault every few seconds, then three times without: PEAPOD_SOAK_SECONDS (600), PEAPOD_SOAK_SEED
+	PEAPOD_SOAK_SECONDS=$(PEAPOD_SOAK_SECONDS) cargo test --workspace --test stories -- --ignored --exact --nocapture \
+	  soak::demo_job_under_random_faults_trains_each_sample_of_each_epoch_once_and_as_well_as_without_them
 
 BENCH_CORES := 2
 BENCH_ROUNDS := 3

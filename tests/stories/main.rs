@@ -24,5 +24,6 @@ mod security;
 mod shards;
 mod simulation;
 mod slurm;
+mod soak;
 mod sources;
 mod training;
