@@ -125,12 +125,11 @@ impl Soak<'_> {
         for slot in &mut self.slots {
             let runs = slot.process.as_mut().is_some_and(|process| process.is_running());
             match &mut slot.process {
-                Some(process) if runs => {
-                    if slot.thaw_at.is_some_and(|at| at <= now) {
-                        process.signal(Signal::CONT);
-                        slot.thaw_at = None;
-                    }
+                Some(process) if runs && slot.thaw_at.is_some_and(|at| at <= now) => {
+                    process.signal(Signal::CONT);
+                    slot.thaw_at = None;
                 }
+                Some(_) if runs => {}
                 Some(process) => {
                     let code = process.wait().code();
                     let lines = process.lines();

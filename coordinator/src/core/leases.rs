@@ -401,7 +401,9 @@ impl Leases {
     /// A shard that was left for later is as good as any other.
     pub fn take_up(&mut self, epoch: Epoch, shard: ShardId) {
         let Some(position) = self.order.position_of(epoch, shard).filter(|position| self.aside.remove(position)) else { return };
-        self.returned.extend(self.later.extract_if((position, 0)..=(position, Part::OPEN), |_, _| true));
+        let parts: Vec<_> = self.later.range((position, 0)..=(position, Part::OPEN)).map(|(&key, &part)| (key, part)).collect();
+        self.later.retain(|&(of, _), _| of != position);
+        self.returned.extend(parts);
     }
 
     /// Ends the leases on a shard that is done.

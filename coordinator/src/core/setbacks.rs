@@ -60,7 +60,8 @@ impl Setbacks {
             let (times, at) = self.held.entry(shard).or_default();
             (*times, *at) = (*times + 1, now);
         }
-        let habit: Vec<_> = self.held.extract_if(.., |_, (times, _)| *times >= HABIT).map(|(shard, _)| shard).collect();
+        let habit: Vec<_> = self.held.iter().filter(|(_, (times, _))| *times >= HABIT).map(|(&shard, _)| shard).collect();
+        self.held.retain(|_, (times, _)| *times < HABIT);
         self.shards.extend(habit.iter().map(|&shard| (shard, now + ASIDE)));
         habit
     }
@@ -100,7 +101,9 @@ impl Setbacks {
 
     /// The shards that have been left for later long enough.
     pub fn forgive_shards(&mut self, now: Timestamp) -> Vec<(Epoch, ShardId)> {
-        self.shards.extract_if(.., |_, until| *until <= now).map(|(shard, _)| shard).collect()
+        let forgiven = self.shards.iter().filter(|(_, until)| **until <= now).map(|(&shard, _)| shard).collect();
+        self.shards.retain(|_, until| *until > now);
+        forgiven
     }
 
     /// A step is final.
