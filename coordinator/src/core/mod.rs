@@ -401,14 +401,16 @@ impl Core {
             FromWorker::ShardReport(report) => self.shard_report(id, report, out),
             FromWorker::Failure { phase, message, permanent } => {
                 let cause = format!("failed in phase {phase}: {message}");
-                let name = worker.name();
-                if permanent {
+                let failure = format!("{} {cause}", worker.name());
+                out.push(Effect::Detach { worker: id });
+                if permanent && !self.can_do_without(id) {
                     self.workers.remove(&id);
-                    out.push(Effect::Detach { worker: id });
-                    self.note_failure(format!("{name} {cause}"));
-                    self.fail(format!("{name} {cause}"), out);
+                    self.note_failure(failure.clone());
+                    self.fail(failure, out);
                 } else {
-                    out.push(Effect::Detach { worker: id });
+                    if permanent {
+                        self.note_bad_host(now, id, &failure, out);
+                    }
                     self.gone.insert(id);
                     self.lose(now, id, &cause, out);
                 }

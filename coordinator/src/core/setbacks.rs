@@ -66,6 +66,11 @@ impl Setbacks {
         habit
     }
 
+    /// A host is of no use whoever comes from it; says whether that is new.
+    fn is_bad(&mut self, now: Timestamp, host: &str) -> bool {
+        self.hosts.insert(host.to_owned(), now + ASIDE).is_none()
+    }
+
     /// Two members lost each other; says which of them is to be left out from now on: who lost others more often, or came later.
     fn broke(&mut self, now: Timestamp, one: WorkerId, other: WorkerId) -> Option<WorkerId> {
         self.broken.retain(|(at, ..)| *at + WINDOW > now);
@@ -126,6 +131,28 @@ impl Core {
             let url = &self.config.shards[shard.0 as usize];
             let what = format!("shard {url} of epoch {epoch}: {HABIT} workers in a row died while they held it");
             out.push(Effect::Notice(Notice::SetAside { what, lasts: ASIDE }));
+        }
+    }
+
+    /// Whether the job does without a worker that has failed in a way that no other start cures.
+    ///
+    /// A member's failure is the job's: what it met in training awaits the others too. Who has never trained is no part of a job that has
+    /// members; before there are any, it is left out while the others are enough. If all share what it failed of, the job ends with the one
+    /// that leaves too few.
+    pub(super) fn can_do_without(&self, id: WorkerId) -> bool {
+        if self.last_members.iter().any(|member| member.worker == id) || self.truth.holders.contains(&id) {
+            return false;
+        }
+        let others = self.workers.iter().filter(|(other, worker)| **other != id && worker.leaving.is_none()).count();
+        !self.last_members.is_empty() || others >= self.config.min_world_size as usize
+    }
+
+    /// A worker that the job does without has failed for good: whoever is started on its host would too, unless others there are well.
+    pub(super) fn note_bad_host(&mut self, now: Timestamp, id: WorkerId, failure: &str, out: &mut Vec<Effect>) {
+        let Some(host) = self.workers.get(&id).map(|worker| worker.host.clone()) else { return };
+        let is_well = |(other, worker): (&WorkerId, &super::Worker)| *other != id && worker.host == host && worker.is_ready();
+        if !self.workers.iter().any(is_well) && self.setbacks.is_bad(now, &host) {
+            out.push(Effect::Notice(Notice::SetAside { what: format!("host {host}: {failure}"), lasts: ASIDE }));
         }
     }
 

@@ -12,6 +12,13 @@ fn set_aside(world: &World) -> Vec<String> {
 
 impl World {
     fn join_on(&mut self, host: &str) -> WorkerId {
+        let worker = self.load_on(host);
+        self.ready(worker);
+        worker
+    }
+
+    /// A worker that has joined and loads its models.
+    fn load_on(&mut self, host: &str) -> WorkerId {
         self.streams += 1;
         let stream = StreamId(self.streams);
         let hello = Hello {
@@ -27,8 +34,12 @@ impl World {
         self.event(Event::Hello { stream, hello }).unwrap();
         let worker = self.core.workers.iter().find(|(_, worker)| worker.stream == stream).map(|(&id, _)| id).unwrap();
         self.stream_of.insert(worker, stream);
-        self.ready(worker);
         worker
+    }
+
+    fn fail_for_good(&mut self, worker: WorkerId) {
+        let failure = FromWorker::Failure { phase: "loading".into(), message: "no such file".into(), permanent: true };
+        self.say(worker, failure).unwrap();
     }
 
     /// The generation forms and its first step is done by all.
@@ -230,4 +241,64 @@ fn job_of_which_no_generation_gets_anywhere_ends_and_says_why() {
     }
     let Some(Outcome::Failed { reason }) = world.outcome() else { panic!("{}", world.core.state()) };
     assert!(reason.starts_with("20 generations in a row broke before their first step was done; the first failure: rank 0"), "{reason}");
+}
+
+#[test]
+fn spare_that_fails_for_good_is_left_out_with_its_host_and_the_job_goes_on() {
+    let mut world = World::new(Config { min_world_size: 1, ..config(2) });
+    let members = ["a", "b"].map(|host| world.join_on(host));
+    world.train_a_step(1);
+    let spare = world.load_on("bad");
+    world.fail_for_good(spare);
+    assert_eq!((world.outcome(), world.core.state().as_str()), (None, "training"));
+    assert_eq!(set_aside(&world), ["host bad: rank 2 (pid 1 on bad) failed in phase loading: no such file"]);
+    assert!(!world.core.workers.contains_key(&spare) && world.core.failure().is_none(), "it is nothing to the job");
+    let again = world.load_on("bad");
+    world.fail_for_good(again);
+    assert_eq!(set_aside(&world).len(), 1, "said once");
+
+    // A third one loads; it may not stand in for a member that dies while the other is enough.
+    let third = world.join_on("bad");
+    world.die(members[1]);
+    let record = world.record(1, &[]);
+    world.stopped(members[0], 1, StopCause::Aborted, vec![record]);
+    assert_eq!(world.train_a_step(2), [members[0]]);
+    world.pass(601, &[members[0], third]);
+    let joins = |effect: &Effect| matches!(effect, Effect::Notice(Notice::Planned { reason }) if reason == "rank 2 joins");
+    assert!(world.said.iter().any(joins), "its time is over");
+}
+
+#[test]
+fn one_that_takes_a_dead_members_place_and_fails_for_good_does_not_end_the_job_of_the_others() {
+    let (mut world, workers) = World::running(2);
+    world.report(workers[0], 1, Some(&[]));
+    world.die(workers[1]);
+    let record = world.record(1, &[]);
+    world.stopped(workers[0], 1, StopCause::Aborted, vec![record]);
+    let newcomer = world.load_on("bad");
+    world.fail_for_good(newcomer);
+    assert_eq!((world.outcome(), world.core.state().as_str()), (None, "waiting for rank 1"));
+    world.join_on("good");
+    assert_eq!(world.core.state(), "forming");
+}
+
+#[test]
+fn failure_that_leaves_too_few_to_begin_ends_the_job() {
+    let mut world = World::new(Config { min_world_size: 2, ..config(3) });
+    let workers = ["a", "b", "c"].map(|host| world.load_on(host));
+    world.fail_for_good(workers[0]);
+    assert_eq!(world.outcome(), None, "two are enough");
+    world.fail_for_good(workers[1]);
+    let Some(Outcome::Failed { reason }) = world.outcome() else { panic!("{}", world.core.state()) };
+    assert_eq!(reason, "rank 1 (pid 1 on b) failed in phase loading: no such file");
+}
+
+#[test]
+fn host_on_which_another_worker_is_well_is_not_left_out_for_one_that_failed() {
+    let mut world = World::new(config(1));
+    world.join_on("host");
+    world.train_a_step(1);
+    let spare = world.load_on("host");
+    world.fail_for_good(spare);
+    assert_eq!((world.outcome(), set_aside(&world)), (None, vec![]));
 }
