@@ -1,6 +1,6 @@
 # `make demo` shows everything at once; `make help` lists the rest.
 SHELL := bash
-.PHONY: help setup build demo test test-all soak bench bench-gpu fuzz lint fmt clean
+.PHONY: help setup build demo test test-all soak bench bench-gpu fuzz man lint fmt clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -10,6 +10,9 @@ setup: ## install libtorch into .libtorch (once)
 
 build: setup ## build every program
 	cargo build --workspace
+
+man: build ## write manual pages of all programs to target/man: MANPATH=target/man man coordinator
+	@for program in coordinator worker sample; do target/debug/$$program man --out target/man/man1; done && ls target/man/man1
 
 demo: build ## train the demo adapter with two workers on this machine, then draw with it (about four minutes after the build)
 	rm -rf demo-out
@@ -29,6 +32,7 @@ test-all: test ## all tests, with many more random worlds
 	PROPTEST_CASES=10000 cargo test --workspace --lib -- exactly_once replay
 	cargo test --workspace --test stories -- --ignored --exact simulation::clusters_of_ten_thousand_seeds_lose_and_double_no_sample --nocapture
 	cargo test --workspace --test stories -- --ignored --exact observability::page_is_whole_in_a_browser_at_both_widths_and_in_both_colours --nocapture
+	cargo test -p peapod-proto --features otlp --test otlp
 	tests/containers/run.sh
 
 # The schemas that the manifests in deploy/ are checked against (140 MB), once. Without them those stories skip.

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 use peapod_proto::DEFAULT_PORT;
+use peapod_proto::program::{LogArgs, Pages};
 use peapod_proto::secure::AccessArgs;
 
 use crate::web::HttpAddr;
@@ -33,27 +34,9 @@ pub struct Cli {
     /// How to run a job.
     #[command(flatten)]
     pub run: RunArgs,
-    /// Log lines for people, or JSON, one object a line
-    #[arg(
-        long,
-        global = true,
-        env = "PEAPOD_LOG_FORMAT",
-        value_enum,
-        default_value_t,
-        hide_possible_values = true,
-        value_name = "pretty|json"
-    )]
-    pub log_format: LogFormat,
-}
-
-/// How log lines look.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
-pub enum LogFormat {
-    /// For people.
-    #[default]
-    Pretty,
-    /// For machines.
-    Json,
+    /// How log lines look.
+    #[command(flatten)]
+    pub logs: LogArgs,
 }
 
 /// Everything but running a job.
@@ -83,11 +66,9 @@ pub enum Command {
     /// The same as `checkpoints export`
     #[command(hide = true)]
     Export(ExportArgs),
-    /// Print completions for a shell, to be sourced: `source <(coordinator completions bash)`
-    Completions {
-        /// Which shell
-        shell: clap_complete::Shell,
-    },
+    /// Completions and manual pages
+    #[command(flatten)]
+    Pages(Pages),
     /// Show what a running job is doing
     Status {
         /// Which coordinator
@@ -241,6 +222,9 @@ pub struct RunArgs {
     /// With --local: how often dead workers are started again between two checkpoints
     #[arg(long, default_value_t = 3)]
     pub max_restarts: u32,
+    /// Stay after the end of the job, with page and status, until a signal: where a controller would start the coordinator again at once
+    #[arg(long, conflicts_with = "local")]
+    pub stay: bool,
     /// Write one line for each trained sample: step, epoch, shard, index
     #[arg(long)]
     pub sample_log: Option<PathBuf>,
@@ -327,6 +311,7 @@ mod tests {
             (&["--world-size", "2", "--tls-cert", "c.pem"], "--tls-key"),
             (&["--world-size", "2", "--local", "--tls-client-ca", "ca.pem"], "no certificates of their own"),
             (&["--world-size", "2", "--heartbeat-timeout", "soon"], "--heartbeat-timeout"),
+            (&["--world-size", "2", "--stay", "--local"], "cannot be used with"),
         ] {
             let error = run(arguments).unwrap_err();
             assert!(error.contains(words), "{arguments:?}: {error}");

@@ -1,7 +1,7 @@
 //! `status`, `stop` and `drain`: talking to a running coordinator.
 
 use std::fmt::Write as _;
-use std::io::{IsTerminal, Write};
+use std::io::{self, IsTerminal, Write};
 use std::time::Duration;
 
 use anyhow::Result;
@@ -58,15 +58,14 @@ pub async fn status(target: &Target, json: bool) -> Result<String> {
     Ok(if json { to_json(&reply) } else { to_table(&reply) })
 }
 
-/// Prints what the job is doing every second, over what was printed before if that is a terminal, until the coordinator is gone.
+/// Prints what the job is doing every second, over what was printed before on a terminal, until the coordinator is gone.
 ///
 /// # Errors
-/// If no coordinator answers, or standard output takes no more.
-pub async fn watch(target: &Target, json: bool) -> Result<()> {
-    let mut out = std::io::stdout();
+/// If no coordinator answers, or `out` takes no more.
+pub async fn watch(target: &Target, json: bool, out: &mut impl Write) -> Result<()> {
+    let clear = if io::stdout().is_terminal() { "\x1b[H\x1b[J" } else { "" };
     loop {
         let text = status(target, json).await?;
-        let clear = if out.is_terminal() { "\x1b[H\x1b[J" } else { "" };
         writeln!(out, "{clear}{text}")?;
         out.flush()?;
         tokio::time::sleep(WATCH_EVERY).await;
@@ -77,7 +76,7 @@ pub async fn watch(target: &Target, json: bool) -> Result<()> {
 ///
 /// # Errors
 /// If no coordinator answers, no source has that name, or `out` takes no more.
-pub async fn shards(target: &Target, source: Option<&str>, json: bool, out: &mut impl std::io::Write) -> Result<()> {
+pub async fn shards(target: &Target, source: Option<&str>, json: bool, out: &mut impl Write) -> Result<()> {
     let mut client = connect(target).await?;
     let sources = client.status(v1::StatusRequest {}).await.map_err(said)?.into_inner().sources;
     if let Some(name) = source

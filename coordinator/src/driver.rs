@@ -12,7 +12,7 @@ use crate::core::ledger::{Ledger, Totals};
 use crate::core::{Core, CoreError, Effect, Event, Failure, Outcome, ShardPage, SourceView, StreamId, Timestamp, WorkerView};
 use crate::history::History;
 use crate::journal::{Journal, JournalError};
-use crate::observe::Observer;
+use crate::observe::{Observer, Summary};
 
 /// Messages that may wait for one worker before it counts as stuck.
 pub const OUTBOUND_CAPACITY: usize = 1024;
@@ -84,6 +84,13 @@ pub enum Command {
         /// The picture.
         png: bytes::Bytes,
     },
+    /// Another one, as part of a piece of work.
+    Within {
+        /// The work.
+        span: tracing::Span,
+        /// The command.
+        command: Box<Command>,
+    },
     /// The coordinator goes, the job stays: workers keep what they hold and look for another one.
     GoAway,
     /// How far the shards of a source are.
@@ -106,6 +113,15 @@ pub enum Command {
         /// Whether there is such a worker.
         reply: oneshot::Sender<Result<(), CoreError>>,
     },
+}
+
+impl Command {
+    /// As part of the work that is under way where this is called.
+    #[must_use]
+    pub fn within_current(self) -> Self {
+        let span = tracing::Span::current();
+        if span.is_none() { self } else { Self::Within { span, command: Box::new(self) } }
+    }
 }
 
 /// What a driver woke up for.
@@ -189,7 +205,16 @@ impl Driver {
     }
 
     /// Runs until the job is over, or the coordinator is to go.
-    pub async fn run(mut self) -> (Ending, Observer) {
+    pub async fn run(mut self) -> (Ending, Self) {
+        let ending = self.run_to_its_end().await;
+        (ending, self)
+    }
+
+    async fn run_to_its_end(&mut self) -> Ending {
+        if let Some(outcome) = self.core.outcome() {
+            // Of a run before this one.
+            return Ending::Over(outcome.clone());
+        }
         let mut woke = self.now();
         loop {
             let flush_at = self.journal.flush_at();
@@ -207,16 +232,15 @@ impl Driver {
             if late > self.core.heartbeat_timeout() / 3 {
                 tracing::warn!("the coordinator stood still for {:.1} s: nobody's silence meanwhile counts", late.as_secs_f64());
                 if let Some(outcome) = self.tell(Event::Stalled { by: late }) {
-                    return (Ending::Over(outcome), self.observer);
+                    return Ending::Over(outcome);
                 }
             }
             let outcome = match turn {
                 Turn::Command(Some(Command::GoAway)) => {
-                    let ending = match self.journal.flush() {
+                    return match self.journal.flush() {
                         Ok(()) => Ending::Away,
                         Err(error) => Ending::Over(not_written(&error)),
                     };
-                    return (ending, self.observer);
                 }
                 Turn::Command(Some(command)) => self.handle(command),
                 Turn::Command(None) => Some(Outcome::Failed { reason: "the coordinator's services ended".into() }),
@@ -227,9 +251,24 @@ impl Driver {
             let is_due = self.journal.flush_at().is_some_and(|at| at <= Instant::now());
             let flushed = if is_due { self.journal.flush() } else { Ok(()) };
             if let Some(outcome) = outcome.or_else(|| flushed.err().map(|error| not_written(&error))) {
-                return (Ending::Over(outcome), self.observer);
+                return Ending::Over(outcome);
             }
         }
+    }
+
+    /// Answers who asks about a job that is over, for as long as anybody can ask. Workers that come now are told that none is needed.
+    pub async fn answer(&mut self) {
+        // Those that are still connected have read why they are to leave.
+        self.streams.clear();
+        while let Some(command) = self.commands.recv().await {
+            self.handle(command);
+        }
+    }
+
+    /// Ends the display: what the job came to, if a step became final.
+    #[must_use]
+    pub fn summary(&self) -> Option<Summary> {
+        self.observer.finish()
     }
 
     fn now(&self) -> Timestamp {
@@ -254,6 +293,7 @@ impl Driver {
                 let _ = reply.send(answer);
                 outcome
             }
+            Command::Within { span, command } => span.in_scope(|| self.handle(*command)),
             Command::Tell(event) => self.tell(event),
             // Taken before it gets here.
             Command::GoAway => None,

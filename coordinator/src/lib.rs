@@ -22,6 +22,7 @@ mod oom;
 pub mod run;
 pub mod secrets;
 pub mod service;
+pub mod shutdown;
 pub mod store;
 pub mod tensorboard;
 pub mod web;

@@ -121,8 +121,9 @@ impl Local {
             // Each takes a GPU of its own, where there are any.
             .env("PEAPOD_LOCAL_RANK", rank.to_string())
             .kill_on_drop(true);
-        // These are the coordinator's own, should its environment have any; and arguments could be read by other users.
-        for variable in ["PEAPOD_TLS_CERT", "PEAPOD_TLS_KEY", "PEAPOD_TLS_CA", "PEAPOD_TOKEN_FILE", "PEAPOD_JOIN"] {
+        // These are the coordinator's own, should its environment have any; and arguments could be read by other users. Workers' lines go into
+        // the coordinator's, which are for machines already where that is asked for.
+        for variable in ["PEAPOD_TLS_CERT", "PEAPOD_TLS_KEY", "PEAPOD_TLS_CA", "PEAPOD_TOKEN_FILE", "PEAPOD_JOIN", "PEAPOD_LOG_FORMAT"] {
             process.env_remove(variable);
         }
         if let Some(join) = &self.join {

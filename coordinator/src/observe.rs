@@ -372,7 +372,7 @@ impl Observer {
 
     /// Ends the display; nothing if no step became final.
     #[must_use]
-    pub fn finish(self) -> Option<Summary> {
+    pub fn finish(&self) -> Option<Summary> {
         self.bar.0.finish_and_clear();
         let tenth = self.losses.len().div_ceil(10);
         let (first, last) = (*self.losses.first()?, &self.losses[self.losses.len() - tenth..]);

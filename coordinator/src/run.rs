@@ -1,6 +1,7 @@
 //! Running a job: everything put together, from the job file to the exit code.
 
 use std::fs::File;
+use std::io::Write;
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
@@ -11,15 +12,14 @@ use peapod_proto::ids::{Generation, Step};
 use peapod_proto::job::Job;
 use peapod_proto::v1;
 use tokio::net::{TcpListener, TcpSocket};
-use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 use tonic::service::InterceptorLayer;
 use tonic::transport::Server;
 
 use crate::check::{self, LoadedJob};
 use crate::config::RunArgs;
-use crate::core::{Config, Core, Event, Outcome, Resume};
-use crate::driver::{Command, Driver, Ending};
+use crate::core::{Config, Core, Outcome, Resume};
+use crate::driver::{Driver, Ending};
 use crate::gallery::{Gallery, MAX_PNG_BYTES};
 use crate::gate::{self, Guard, Refusals};
 use crate::journal::{Disk, Found, Run};
@@ -28,6 +28,7 @@ use crate::local::Local;
 use crate::observe::{Bar, Logs, Observer, Summary};
 use crate::secrets::{JOIN, Secrets, write_secret};
 use crate::service::{JobFacts, Service};
+use crate::shutdown::Signals;
 use crate::store::{Store, hex, sha256};
 use crate::web;
 
@@ -122,10 +123,56 @@ pub async fn run(args: RunArgs, bar: Bar) -> anyhow::Result<Exit> {
         }
         None => true,
     });
-    if let Some(last) = job.last_step().filter(|&last| step.0 >= last) {
-        tracing::info!("the job is finished already: its checkpoint in {} is of step {step}, train.steps is {last}", checkpoints.display());
-        return Ok(Exit::Finished);
+    let job_id = match &found {
+        Some(found) => found.run.job_id.clone(),
+        None => format!("{:016x}", random()?),
+    };
+    let run = Run { job_id: job_id.clone(), term: found.as_ref().map_or(1, |found| found.run.term + 1), ..run };
+    let config = Config {
+        world_size: args.world_size,
+        min_world_size: args.min_world_size(),
+        heartbeat_timeout: args.heartbeat_timeout,
+        join_timeout: args.join_timeout,
+        // It gives up by itself when the store has failed for so long, after a last wait for an answer.
+        data_patience: job.data.give_up_after + 2 * job.data.read_timeout + MARGIN,
+        job_id: job_id.clone(),
+        job_toml: toml.clone(),
+        seed: job.seed,
+        shards: shards.clone(),
+        sources,
+        epochs: job.train.epochs,
+        last_step: job.last_step().map(Step),
+        global_batch: job.train.global_batch,
+        scale_batch: job.train.scale_batch,
+        checkpoint_every: job.checkpoint.every,
+        max_bad_fraction: job.data.max_bad_fraction,
+        max_skipped_steps: job.train.max_skipped_steps,
+    };
+    let core = Core::new(config.clone(), resume.clone()).after(last_generation);
+    let is_finished = core.is_complete();
+    if is_finished {
+        let (steps, epochs) = (job.last_step(), job.train.epochs);
+        let goal = steps.map(|last| format!("train.steps is {last}")).or(epochs.map(|epochs| format!("train.epochs is {epochs}")));
+        let goal = goal.unwrap_or_default();
+        tracing::info!("the job is finished already: its checkpoint in {} is of step {step}, {goal}", checkpoints.display());
+        if !args.stay {
+            return Ok(Exit::Finished);
+        }
     }
+    let core = match found {
+        _ if is_finished => core.over(),
+        Some(found) => {
+            let core = Core::restore(config, resume, found.state);
+            tracing::info!(
+                "going on with the run of {}, start {}: its workers hold step {} or a later one",
+                journal_path.display(),
+                run.term,
+                core.final_step()
+            );
+            core
+        }
+        None => core,
+    };
     let signals = Signals::catch()?;
     let validation = (!job.validation.shards.is_empty()).then(|| args.state_dir.join("validation.jsonl"));
     let mut logs = Logs::open(&args.state_dir.join("steps.jsonl"), args.sample_log.as_deref(), validation.as_deref())?;
@@ -138,12 +185,12 @@ pub async fn run(args: RunArgs, bar: Bar) -> anyhow::Result<Exit> {
         Err(problem) => return Ok(Exit::Refused(problem)),
     };
     announce(&args, &job, listening, shards.len(), secrets.as_ref());
+    if is_finished {
+        tracing::info!("nothing is left to train: start no workers");
+    } else {
+        say_how_to_join(&args, listening, secrets.as_ref());
+    }
 
-    let job_id = match &found {
-        Some(found) => found.run.job_id.clone(),
-        None => format!("{:016x}", random()?),
-    };
-    let run = Run { job_id: job_id.clone(), term: found.as_ref().map_or(1, |found| found.run.term + 1), ..run };
     let facts = JobFacts {
         job_id: job_id.clone(),
         name: job.name.clone(),
@@ -162,44 +209,12 @@ pub async fn run(args: RunArgs, bar: Bar) -> anyhow::Result<Exit> {
         heartbeat_timeout: args.heartbeat_timeout,
         pictures: args.state_dir.join("pictures"),
     };
-    let config = Config {
-        world_size: args.world_size,
-        min_world_size: args.min_world_size(),
-        heartbeat_timeout: args.heartbeat_timeout,
-        join_timeout: args.join_timeout,
-        // It gives up by itself when the store has failed for so long, after a last wait for an answer.
-        data_patience: job.data.give_up_after + 2 * job.data.read_timeout + MARGIN,
-        job_id,
-        job_toml: toml,
-        seed: job.seed,
-        shards,
-        sources,
-        epochs: job.train.epochs,
-        last_step: job.last_step().map(Step),
-        global_batch: job.train.global_batch,
-        scale_batch: job.train.scale_batch,
-        checkpoint_every: job.checkpoint.every,
-        max_bad_fraction: job.data.max_bad_fraction,
-        max_skipped_steps: job.train.max_skipped_steps,
-    };
-    let core = match found {
-        Some(found) => {
-            let core = Core::restore(config, resume, found.state);
-            tracing::info!(
-                "going on with the run of {}, start {}: its workers hold step {} or a later one",
-                journal_path.display(),
-                run.term,
-                core.final_step()
-            );
-            core
-        }
-        None => Core::new(config, resume).after(last_generation),
-    };
     let step = core.final_step();
     if goes_back {
         logs.go_back_to(step).context("cannot bring the logs in --state-dir and --sample-log to where the job goes on")?;
     }
-    if let Err(error) = journal.begin(&run, &core.durable()) {
+    // A run that has ended stays in the journal as it is.
+    if !is_finished && let Err(error) = journal.begin(&run, &core.durable()) {
         return Ok(Exit::Failed(error.to_string()));
     }
     let observer = Observer::new(bar, logs, (&job).into(), step, job.last_step()).with_curves(&args.state_dir, step)?;
@@ -246,7 +261,18 @@ pub async fn run(args: RunArgs, bar: Bar) -> anyhow::Result<Exit> {
         Some(local) => run_with_children(driver, local, &over).await?,
         None => driver.await.context("driver")?,
     };
-    let (ending, observer) = ended;
+    let (ending, mut driver) = ended;
+    let (code, mut signals) = after_signals(signals, Signals::catch()?).await?;
+    if let Ending::Over(outcome) = &ending {
+        print_summary(driver.summary(), &store).await?;
+        if args.stay && code == 0 && !matches!(outcome, Outcome::Failed { .. }) {
+            tracing::info!("the job is {}: page and status stay until a signal (--stay)", outcome.as_str());
+            tokio::select! {
+                () = driver.answer() => {}
+                (name, _) = signals.next() => tracing::info!("{name}: the coordinator ends"),
+            }
+        }
+    }
     let _ = over.send(true);
     // The last messages to the workers are on their way; a connection that does not end by itself is cut.
     let _ = tokio::time::timeout(CLOSE_TIMEOUT, server).await;
@@ -254,15 +280,27 @@ pub async fn run(args: RunArgs, bar: Bar) -> anyhow::Result<Exit> {
         // A browser keeps its connection open: it is cut.
         page.abort();
     }
-    let code = if signals.is_finished() { signals.await.context("signals")? } else { 0 };
-    let summary = observer.finish();
-    match ending {
-        Ending::Over(outcome) => conclude(outcome, code, summary, &store).await,
+    Ok(match ending {
+        Ending::Over(Outcome::Finished) => Exit::Finished,
+        Ending::Over(Outcome::Stopped { reason }) => {
+            tracing::info!("stopped: {reason}");
+            Exit::Stopped { code }
+        }
+        Ending::Over(Outcome::Failed { reason }) => Exit::Failed(reason),
         Ending::Away => {
             tracing::info!("stopped alone: the workers keep what they hold and wait; the same command goes on with the job");
-            Ok(Exit::Stopped { code })
+            Exit::Stopped { code }
         }
+    })
+}
+
+/// The exit code of the signal that ended the job, 0 if none did, and ears for the next one; `fresh` hears whatever comes from here on.
+async fn after_signals(watching: tokio::task::JoinHandle<u8>, fresh: Signals) -> anyhow::Result<(u8, Signals)> {
+    if watching.is_finished() {
+        return Ok((watching.await.context("signals")?, fresh));
     }
+    watching.abort();
+    Ok((0, fresh))
 }
 
 /// Opens the port that all workers of a job come to at once.
@@ -274,7 +312,7 @@ fn listen(address: SocketAddr) -> std::io::Result<TcpListener> {
     socket.listen(BACKLOG)
 }
 
-type Driven = (Ending, Observer);
+type Driven = (Ending, Driver);
 
 /// A worker's own deadlines come first by this much.
 const MARGIN: Duration = Duration::from_secs(10);
@@ -335,21 +373,14 @@ async fn run_with_children(
     }
 }
 
-async fn conclude(outcome: Outcome, code: u8, summary: Option<Summary>, store: &Store) -> anyhow::Result<Exit> {
+async fn print_summary(summary: Option<Summary>, store: &Store) -> anyhow::Result<()> {
     if let Some(summary) = &summary {
-        println!("{summary}");
+        print_line(&summary.to_string());
     }
     if let Some(manifest) = store.list().await?.pop() {
-        println!("checkpoint  {}", store.location(manifest.step, manifest.generation));
+        print_line(&format!("checkpoint  {}", store.location(manifest.step, manifest.generation)));
     }
-    Ok(match outcome {
-        Outcome::Finished => Exit::Finished,
-        Outcome::Stopped { reason } => {
-            tracing::info!("stopped: {reason}");
-            Exit::Stopped { code }
-        }
-        Outcome::Failed { reason } => Exit::Failed(reason),
-    })
+    Ok(())
 }
 
 /// Certificate and token, where clients need them, with the join string left in the state folder for commands on this machine.
@@ -380,6 +411,9 @@ fn announce(args: &RunArgs, job: &Job, listening: SocketAddr, num_shards: usize,
     if args.security.insecure {
         tracing::warn!("--insecure: anyone who reaches {scheme}://{listening} can join, stop or replace this job");
     }
+}
+
+fn say_how_to_join(args: &RunArgs, listening: SocketAddr, secrets: Option<&Secrets>) {
     let reached = authority_for_workers(listening, &host_name());
     match secrets {
         _ if args.local => {}
@@ -387,7 +421,9 @@ fn announce(args: &RunArgs, job: &Job, listening: SocketAddr, num_shards: usize,
         Some(secrets) if secrets.is_new => {
             tracing::info!("start on each host, once a GPU (whoever knows the string can join and stop the job; it is not shown again):");
             // Not a line of the log: logs are collected, and this is a secret.
-            println!("worker --join {}", secrets.join_string(reached).reveal());
+            if !print_line(&format!("worker --join {}", secrets.join_string(reached).reveal())) {
+                tracing::warn!("nobody reads standard output; the string is in {} too", args.state_dir.join(JOIN).display());
+            }
         }
         Some(secrets) if secrets.is_own_token => {
             tracing::info!("start on each host, once a GPU:  worker --coordinator https://{reached} --tls-ca FILE --token-file FILE");
@@ -397,6 +433,11 @@ fn announce(args: &RunArgs, job: &Job, listening: SocketAddr, num_shards: usize,
             args.state_dir.join(JOIN).display()
         ),
     }
+}
+
+/// Prints for whoever reads; a job goes on where nobody does. Says whether it was printed.
+fn print_line(line: &str) -> bool {
+    writeln!(std::io::stdout(), "{line}").is_ok()
 }
 
 /// What workers are to be told: "any address" is one to listen on, not to connect to.
@@ -447,47 +488,6 @@ async fn resume(store: &Store, job: &Job) -> anyhow::Result<Result<Option<Resume
 async fn wait_for(mut over: watch::Receiver<bool>) {
     // The sender lives as long as the run.
     let _ = over.wait_for(|&over| over).await;
-}
-
-/// Ctrl-C and SIGTERM, caught before anyone hears of the coordinator.
-struct Signals {
-    interrupt: Signal,
-    terminate: Signal,
-}
-
-impl Signals {
-    fn catch() -> anyhow::Result<Self> {
-        let catch = |kind| signal(kind).context("cannot catch signals");
-        Ok(Self { interrupt: catch(SignalKind::interrupt())?, terminate: catch(SignalKind::terminate())? })
-    }
-
-    /// Turns the first signal into an orderly stop and the second into an end; returns the exit code of the first.
-    ///
-    /// SIGTERM is what a service manager sends before it starts the coordinator again, here or elsewhere: the job stays, unless the workers are this
-    /// process's own and would die with it.
-    async fn watch(mut self, commands: mpsc::Sender<Command>, local: bool) -> u8 {
-        let (name, code) = self.next().await;
-        if name == "SIGTERM" && !local {
-            tracing::info!("SIGTERM: leaving the job to its workers and the next coordinator");
-            let _ = commands.send(Command::GoAway).await;
-            return code;
-        }
-        tracing::info!("{name}: ending the job with a checkpoint; once more to end it at once");
-        let _ = commands.send(Command::Tell(Event::Stop { reason: name.into() })).await;
-        tokio::spawn(async move {
-            self.next().await;
-            tracing::error!("ended at once, without a checkpoint");
-            std::process::exit(code.into());
-        });
-        code
-    }
-
-    async fn next(&mut self) -> (&'static str, u8) {
-        tokio::select! {
-            _ = self.interrupt.recv() => ("Ctrl-C", 130),
-            _ = self.terminate.recv() => ("SIGTERM", 143),
-        }
-    }
 }
 
 fn random() -> anyhow::Result<u64> {

@@ -7,11 +7,14 @@ use std::time::Duration;
 use futures::{Stream, StreamExt};
 use peapod_proto::ids::{Epoch, Generation, Rank, Step, WorkerId};
 use peapod_proto::message::{FromWorker, ToWorker, ValidationLosses};
-use peapod_proto::{RETRY_FOR_MS, v1};
+use peapod_proto::trace::Trace;
+use peapod_proto::{JOB_IS_OVER, RETRY_FOR_MS, v1, work_span};
 use sha2::Digest;
 use tokio::sync::{mpsc, oneshot};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
+use tracing::field::Empty;
+use tracing::{Instrument, Span};
 
 use crate::core::ledger::Totals;
 use crate::core::{CoreError, Event, ShardState, ShardView, SourceView, StreamId};
@@ -68,6 +71,11 @@ impl From<CoreError> for Status {
                 metadata.insert(RETRY_FOR_MS, (retry_for.as_millis() as u64).into());
                 Self::with_metadata(tonic::Code::AlreadyExists, message, metadata)
             }
+            CoreError::Over(_) => {
+                let mut metadata = tonic::metadata::MetadataMap::new();
+                metadata.insert(JOB_IS_OVER, 1.into());
+                Self::with_metadata(tonic::Code::FailedPrecondition, message, metadata)
+            }
             CoreError::NoRankLeft => Self::already_exists(message),
             CoreError::Version { .. } | CoreError::ModelsDiffer { .. } | CoreError::Ending(_) | CoreError::Unexpected { .. } => {
                 Self::failed_precondition(message)
@@ -92,7 +100,7 @@ impl Service {
 
     async fn ask<T>(&self, command: impl FnOnce(oneshot::Sender<T>) -> Command) -> Result<T, Status> {
         let (reply, answer) = oneshot::channel();
-        self.commands.send(command(reply)).await.map_err(|_| over())?;
+        self.commands.send(command(reply).within_current()).await.map_err(|_| over())?;
         answer.await.map_err(|_| over())
     }
 }
@@ -105,7 +113,14 @@ impl v1::membership_server::Membership for Service {
     type JoinStream = Outbound;
 
     async fn join(&self, request: Request<Streaming<v1::FromWorker>>) -> Result<Response<Outbound>, Status> {
-        let mut inbound = request.into_inner();
+        let trace = Trace::follow(work_span!("session", host = Empty, pid = Empty), request.metadata());
+        let span = trace.span().clone();
+        self.welcome(request.into_inner(), trace).instrument(span).await
+    }
+}
+
+impl Service {
+    async fn welcome(&self, mut inbound: Streaming<v1::FromWorker>, trace: Trace) -> Result<Response<Outbound>, Status> {
         let first = tokio::time::timeout(HELLO_TIMEOUT, inbound.message())
             .await
             .map_err(|_| Status::deadline_exceeded(format!("no hello within {} s", HELLO_TIMEOUT.as_secs())))??
@@ -113,16 +128,24 @@ impl v1::membership_server::Membership for Service {
         let FromWorker::Hello(hello) = FromWorker::try_from(first).map_err(|error| Status::invalid_argument(error.to_string()))? else {
             return Err(Status::invalid_argument("the first message of a stream is a hello"));
         };
+        trace.span().record("host", &hello.host).record("pid", hello.pid);
         let (outbound, messages) = mpsc::channel::<ToWorker>(OUTBOUND_CAPACITY);
         let (worker, stream) = self.ask(|reply| Command::Hello { hello, outbound, reply }).await??;
-        tokio::spawn(read_worker(inbound, self.commands.clone(), worker, stream));
+        let span = trace.span().clone();
+        tokio::spawn(read_worker(inbound, self.commands.clone(), worker, stream, trace).instrument(span));
         let messages = ReceiverStream::new(messages).map(|message| Ok(v1::ToWorker::from(message)));
         Ok(Response::new(Box::pin(messages)))
     }
 }
 
 /// Hands on what a worker says until its stream ends; the end is its death notice.
-async fn read_worker(mut inbound: Streaming<v1::FromWorker>, commands: mpsc::Sender<Command>, worker: WorkerId, stream: StreamId) {
+async fn read_worker(
+    mut inbound: Streaming<v1::FromWorker>,
+    commands: mpsc::Sender<Command>,
+    worker: WorkerId,
+    stream: StreamId,
+    session: Trace,
+) {
     let cause = loop {
         let message = match inbound.message().await {
             Ok(Some(message)) => message,
@@ -133,12 +156,20 @@ async fn read_worker(mut inbound: Streaming<v1::FromWorker>, commands: mpsc::Sen
             Ok(message) => message,
             Err(error) => break error.to_string(),
         };
-        if commands.send(Command::Tell(Event::Message { worker, stream, message })).await.is_err() {
+        let part = match &message {
+            FromWorker::LeaseRequest { num_leases, .. } => {
+                session.child(work_span!(parent: session.span(), "lease request", num = *num_leases)).span().clone()
+            }
+            _ => session.span().clone(),
+        };
+        let command = part.in_scope(|| Command::Tell(Event::Message { worker, stream, message }).within_current());
+        drop(part);
+        if commands.send(command).await.is_err() {
             return;
         }
     };
     // The driver may be gone: then the job is over and nobody needs to know.
-    let _ = commands.send(Command::Tell(Event::Closed { worker, stream, cause })).await;
+    let _ = commands.send(Command::Tell(Event::Closed { worker, stream, cause }).within_current()).await;
 }
 
 /// The transport's reason without its layers of wrapping.
@@ -160,18 +191,37 @@ type Downloads = std::pin::Pin<Box<dyn Stream<Item = Result<v1::DownloadMessage,
 #[tonic::async_trait]
 impl v1::checkpoints_server::Checkpoints for Service {
     async fn upload(&self, request: Request<Streaming<v1::UploadMessage>>) -> Result<Response<v1::UploadReceipt>, Status> {
-        let mut messages = request.into_inner();
+        let trace = Trace::follow(work_span!("upload", step = Empty), request.metadata());
+        self.take_upload(request.into_inner()).instrument(trace.span().clone()).await
+    }
+
+    type DownloadStream = Downloads;
+
+    async fn download(&self, request: Request<v1::DownloadRequest>) -> Result<Response<Downloads>, Status> {
+        let step = Step(request.get_ref().step);
+        let trace = Trace::follow(work_span!("download", step = step.0), request.metadata());
+        let manifest = self.store.find(step).await.map_err(store_failed)?;
+        let manifest = manifest.ok_or_else(|| Status::not_found(format!("there is no checkpoint of step {step}")))?;
+        let (sender, receiver) = mpsc::channel(4);
+        tokio::spawn(send_checkpoint(self.store.clone(), manifest, sender).instrument(trace.span().clone()));
+        Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
+    }
+}
+
+impl Service {
+    async fn take_upload(&self, mut messages: Streaming<v1::UploadMessage>) -> Result<Response<v1::UploadReceipt>, Status> {
         let header = match messages.message().await?.and_then(|message| message.message) {
             Some(v1::upload_message::Message::Header(header)) => header,
             _ => return Err(Status::invalid_argument("an upload begins with its header")),
         };
         let header = Header::try_from(header)?;
         let (step, generation) = (header.step, header.generation);
+        Span::current().record("step", step.0);
         let location = match self.receive(&header, &mut messages).await {
             Ok(location) => location,
             Err(status) => {
                 let event = Event::CheckpointFailed { step, generation, error: status.message().to_owned() };
-                let _ = self.commands.send(Command::Tell(event)).await;
+                let _ = self.commands.send(Command::Tell(event).within_current()).await;
                 return Err(status);
             }
         };
@@ -183,17 +233,6 @@ impl v1::checkpoints_server::Checkpoints for Service {
             tracing::warn!("old checkpoints stay: {error}");
         }
         Ok(Response::new(v1::UploadReceipt { location }))
-    }
-
-    type DownloadStream = Downloads;
-
-    async fn download(&self, request: Request<v1::DownloadRequest>) -> Result<Response<Downloads>, Status> {
-        let step = Step(request.into_inner().step);
-        let manifest = self.store.find(step).await.map_err(store_failed)?;
-        let manifest = manifest.ok_or_else(|| Status::not_found(format!("there is no checkpoint of step {step}")))?;
-        let (sender, receiver) = mpsc::channel(4);
-        tokio::spawn(send_checkpoint(self.store.clone(), manifest, sender));
-        Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
     }
 }
 
@@ -323,9 +362,12 @@ impl From<GalleryError> for Status {
 #[tonic::async_trait]
 impl v1::pictures_server::Pictures for Service {
     async fn keep(&self, request: Request<v1::KeepPicture>) -> Result<Response<v1::PictureKept>, Status> {
+        let trace =
+            Trace::follow(work_span!("picture", step = request.get_ref().step, index = request.get_ref().index), request.metadata());
         let v1::KeepPicture { generation, step, index, png } = request.into_inner();
         let png = bytes::Bytes::from(png);
-        let location = self.gallery.keep(Step(step), Generation(generation), index, png.clone()).await?;
+        let kept = self.gallery.keep(Step(step), Generation(generation), index, png.clone()).instrument(trace.span().clone());
+        let location = kept.await?;
         self.commands.send(Command::Drawn { step: Step(step), index, png }).await.map_err(|_| over())?;
         Ok(Response::new(v1::PictureKept { location }))
     }

@@ -3,6 +3,7 @@
 # usage: assemble.sh libtorch cuda|cpu [DIR]   libtorch's shared libraries: from DIR (torch/ beside nvidia/), or from the pinned PyPI wheels
 #        assemble.sh coordinator [DIR]         the program: DIR/coordinator, or built here
 #        assemble.sh worker cuda|cpu [DIR]     the programs: DIR/worker and DIR/sample, or built here with /libtorch
+# What is built here has the features that $FEATURES names: aws,gcp,azure,otlp.
 set -eu
 
 # Where both kinds of images run as: nobody in particular, and the owner of what the coordinator writes.
@@ -16,7 +17,7 @@ programs() { # DIR PACKAGE NAME...: from DIR, or built
   if [ -z "$from" ]; then
     bins=$(printf -- '--bin %s ' "$@")
     # shellcheck disable=SC2086
-    cargo build --release --locked -p "$package" $bins
+    cargo build --release --locked -p "$package" $bins ${FEATURES:+--features "$FEATURES"}
     from=target/release
   fi
   for name; do

@@ -14,6 +14,8 @@ FROM ${BUILDER} AS build
 ARG PROGRAMS=
 # For `--version`: --build-arg PEAPOD_COMMIT=$(git rev-parse HEAD)
 ARG PEAPOD_COMMIT
+# Of what is built here: aws,gcp,azure for stores, otlp for spans
+ARG FEATURES=
 WORKDIR /src
 COPY . .
 RUN deploy/images/assemble.sh coordinator "${PROGRAMS}"

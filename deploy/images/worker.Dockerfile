@@ -24,6 +24,8 @@ RUN deploy/images/assemble.sh libtorch "${VARIANT}" "${LIBTORCH:+/given}"
 ARG PROGRAMS=
 # For `--version`: --build-arg PEAPOD_COMMIT=$(git rev-parse HEAD)
 ARG PEAPOD_COMMIT
+# Of what is built here: aws,gcp,azure for stores, otlp for spans
+ARG FEATURES=
 COPY . .
 RUN deploy/images/assemble.sh worker "${VARIANT}" "${PROGRAMS}"
 

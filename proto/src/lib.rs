@@ -6,7 +6,12 @@ pub mod convert;
 pub mod ids;
 pub mod job;
 pub mod message;
+pub mod program;
 pub mod secure;
+pub mod trace;
+
+#[doc(hidden)]
+pub use tracing;
 
 /// The generated wire types of package `peapod.v1`.
 #[allow(missing_docs, clippy::all, clippy::unwrap_used, clippy::expect_used, rustdoc::all)]
@@ -16,6 +21,9 @@ pub mod v1 {
 
 /// Metadata of a refusal that may be over by itself: for how many milliseconds another try is worth it.
 pub const RETRY_FOR_MS: &str = "peapod-retry-for-ms";
+
+/// Metadata of a refusal whose cause is that the job has ended as it should: there is nothing left to join.
+pub const JOB_IS_OVER: &str = "peapod-job-is-over";
 
 /// Version of the protocol: raised whenever an older peer could misunderstand a message.
 pub const PROTOCOL_VERSION: u32 = 5;

@@ -3,6 +3,7 @@
 // clippy.toml's exemption covers test functions only; in a test binary helpers may panic too.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod after_the_end;
 mod bad_data;
 mod bad_input;
 mod classifier;
@@ -12,11 +13,13 @@ mod faults;
 mod golden;
 mod hangs;
 mod leases;
+mod logs;
 mod manifests;
 mod membership;
 mod method;
 mod models;
 mod observability;
+mod output;
 mod restart;
 mod resume;
 mod rounds;

@@ -171,6 +171,15 @@ fn world_is_as_large_as_the_workers_job() {
 }
 
 #[test]
+fn coordinator_stays_after_the_job_where_it_would_be_started_again() {
+    for overlay in all().unwrap_or_default() {
+        // A JobSet is complete when its coordinator has ended.
+        let starts_again = overlay.of_kind("StatefulSet").next().is_some();
+        assert_eq!(overlay.run_args().stay, starts_again, "{}", overlay.name);
+    }
+}
+
+#[test]
 fn nobody_is_let_in_without_token_and_certificate() {
     for overlay in all().unwrap_or_default() {
         let given = command_line(&overlay.coordinator_pod()["containers"][0]);

@@ -263,17 +263,6 @@ fn completions_and_the_facts_of_the_build_are_there() {
     version.assert_said("rustc");
 }
 
-#[test]
-fn log_lines_are_json_where_that_is_asked_for() {
-    let cluster = Cluster::new();
-    let mut coordinator = cluster.coordinator(1, &["--log-format", "json"]);
-    let line = coordinator.wait_for("live page and metrics on");
-    coordinator.signal(Signal::INT);
-    coordinator.expect_exit(130);
-    let line: Value = serde_json::from_str(&line[line.find('{').unwrap()..]).unwrap();
-    assert_eq!(line["level"], "INFO");
-}
-
 /// The folder for the pictures is named by $PEAPOD_SCREENSHOTS, to look at them.
 #[test]
 #[ignore = "needs chromium and node; part of make test-all"]

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use clap::{Parser, Subcommand};
 use peapod_proto::ids::Rank;
+use peapod_proto::program::{LogArgs, Pages};
 use peapod_proto::secure::{Access, AccessArgs};
 
 use crate::bench;
@@ -21,6 +22,9 @@ pub struct Cli {
     /// How to train.
     #[command(flatten)]
     pub run: Args,
+    /// How log lines look.
+    #[command(flatten)]
+    pub logs: LogArgs,
 }
 
 /// Everything but training.
@@ -43,6 +47,9 @@ pub enum Command {
     Shards(Shards),
     /// Time a training step by its stages, on batches made beforehand
     Bench(bench::Options),
+    /// Completions and manual pages
+    #[command(flatten)]
+    Pages(Pages),
 }
 
 /// What to do with shards.

@@ -7,7 +7,8 @@ use futures::StreamExt;
 use peapod_proto::ids::{Generation, Step, WorkerId};
 use peapod_proto::message::{FromWorker, ToWorker};
 use peapod_proto::secure::{Access, AccessError, Link, refusal};
-use peapod_proto::{RETRY_FOR_MS, v1};
+use peapod_proto::trace::Trace;
+use peapod_proto::{JOB_IS_OVER, RETRY_FOR_MS, v1, work_span};
 use sha2::{Digest, Sha256};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -46,6 +47,9 @@ pub enum ClientError {
         /// The last attempt's error.
         last: String,
     },
+    /// The job has ended as it should, without this worker.
+    #[error("{0}")]
+    Over(String),
     /// The coordinator refuses this worker for good.
     #[error("{message}")]
     Refused {
@@ -74,12 +78,14 @@ pub struct Stream {
     pub channel: Link,
     /// This host's address on the way to the coordinator.
     pub local_ip: Option<IpAddr>,
+    /// What happens in this session.
+    pub trace: Trace,
 }
 
 /// Opens a membership stream, trying for `patience`; more often where `returning`.
 ///
 /// # Errors
-/// [`ClientError::Unreachable`] after that time; [`ClientError::Refused`] at once.
+/// [`ClientError::Unreachable`] after that time; [`ClientError::Refused`] and [`ClientError::Over`] at once.
 pub async fn join(access: &Access, hello: FromWorker, patience: Duration, returning: bool) -> Result<Stream, ClientError> {
     let endpoint = access.endpoint().map_err(ClientError::Address)?;
     let endpoint = endpoint
@@ -98,6 +104,7 @@ pub async fn join(access: &Access, hello: FromWorker, patience: Duration, return
                 stream.local_ip = local_ip(access.url()).await;
                 return Ok(stream);
             }
+            Err(Attempt::Over(message)) => return Err(ClientError::Over(message)),
             Err(Attempt::Refused { message, bad_arguments }) => return Err(ClientError::Refused { message, bad_arguments }),
             // Whoever had the rank may have died a moment ago, and this worker be the one in its place; unless it is the one that was replaced.
             Err(Attempt::Taken { message, retry_for }) => {
@@ -122,6 +129,7 @@ pub async fn join(access: &Access, hello: FromWorker, patience: Duration, return
 }
 
 enum Attempt {
+    Over(String),
     Refused { message: String, bad_arguments: bool },
     Taken { message: String, retry_for: Duration },
     Failed(String),
@@ -136,13 +144,17 @@ async fn attempt(access: &Access, endpoint: &Endpoint, hello: FromWorker) -> Res
     // The channel has room: nothing is in it yet.
     let _ = outbound.try_send(hello);
     let messages = ReceiverStream::new(messages).map(v1::FromWorker::from);
-    let reply = v1::membership_client::MembershipClient::new(channel.clone()).join(messages).await;
+    let trace = Trace::begin(work_span!("session", rank = tracing::field::Empty));
+    let reply = v1::membership_client::MembershipClient::new(channel.clone()).join(trace.request(messages)).await;
     let status = match reply {
-        Ok(reply) => return Ok(Stream { outbound, inbound: reply.into_inner(), channel, local_ip: None }),
+        Ok(reply) => return Ok(Stream { outbound, inbound: reply.into_inner(), channel, local_ip: None, trace }),
         Err(status) => status,
     };
     if let Some(message) = refusal(&status) {
         return Err(Attempt::Refused { message, bad_arguments: true });
+    }
+    if status.metadata().contains_key(JOB_IS_OVER) {
+        return Err(Attempt::Over(status.message().into()));
     }
     let retry_for = status.metadata().get(RETRY_FOR_MS).and_then(|value| value.to_str().ok()?.parse().ok()).map(Duration::from_millis);
     Err(match (status.code(), retry_for) {
@@ -194,12 +206,13 @@ pub async fn next(inbound: &mut Streaming<v1::ToWorker>) -> Result<ToWorker, Str
     }
 }
 
-/// Sends a checkpoint's files.
+/// Sends a checkpoint's files, as the work of `trace`.
 ///
 /// # Errors
 /// [`ClientError::Transfer`] with the coordinator's words.
 pub async fn upload(
     channel: Link,
+    trace: &Trace,
     worker: WorkerId,
     generation: Generation,
     step: Step,
@@ -220,34 +233,41 @@ pub async fn upload(
     drop(files);
     let messages: Vec<v1::UploadMessage> = messages.into_iter().map(|message| v1::UploadMessage { message: Some(message) }).collect();
     let messages = futures::stream::iter(messages);
-    let reply = v1::checkpoints_client::CheckpointsClient::new(channel).upload(messages).await;
+    let reply = v1::checkpoints_client::CheckpointsClient::new(channel).upload(trace.request(messages)).await;
     let reply = reply.map_err(|status| ClientError::Transfer { what: "checkpoint not stored", message: status.message().into() })?;
     Ok(reply.into_inner().location)
 }
 
-/// Sends a picture; returns where it is kept.
+/// Sends a picture, as the work of `trace`; returns where it is kept.
 ///
 /// # Errors
 /// [`ClientError::Transfer`] with the coordinator's words, or when it does not answer in a minute.
-pub async fn send_picture(channel: Link, generation: Generation, step: Step, index: u32, png: Vec<u8>) -> Result<String, ClientError> {
+pub async fn send_picture(
+    channel: Link,
+    trace: &Trace,
+    generation: Generation,
+    step: Step,
+    index: u32,
+    png: Vec<u8>,
+) -> Result<String, ClientError> {
     let failed = |message: String| ClientError::Transfer { what: "not stored", message };
     let picture = v1::KeepPicture { generation: generation.0, step: step.0, index, png };
     let mut client = v1::pictures_client::PicturesClient::new(channel);
-    let reply = tokio::time::timeout(PICTURE_TIMEOUT, client.keep(picture)).await;
+    let reply = tokio::time::timeout(PICTURE_TIMEOUT, client.keep(trace.request(picture))).await;
     let reply = reply.map_err(|_| failed(format!("no answer within {} s", PICTURE_TIMEOUT.as_secs())))?;
     Ok(reply.map_err(|status| failed(status.message().into()))?.into_inner().location)
 }
 
-/// Fetches a checkpoint's files and checks each against its SHA-256.
+/// Fetches a checkpoint's files, as the work of `trace`, and checks each against its SHA-256.
 ///
 /// # Errors
 /// [`ClientError::Transfer`].
-pub async fn download(channel: Link, worker: WorkerId, step: Step) -> Result<Vec<(String, Vec<u8>)>, ClientError> {
+pub async fn download(channel: Link, trace: &Trace, worker: WorkerId, step: Step) -> Result<Vec<(String, Vec<u8>)>, ClientError> {
     use v1::download_message::Message;
     let failed = |message: String| ClientError::Transfer { what: "checkpoint not received", message };
     let request = v1::DownloadRequest { worker_id: worker.0, step: step.0 };
     let mut client = v1::checkpoints_client::CheckpointsClient::new(channel);
-    let mut messages = client.download(request).await.map_err(|status| failed(status.message().into()))?.into_inner();
+    let mut messages = client.download(trace.request(request)).await.map_err(|status| failed(status.message().into()))?.into_inner();
     let mut next = async || messages.message().await.map(|message| message.and_then(|message| message.message));
     let header = match next().await.map_err(|status| failed(status.message().into()))? {
         Some(Message::Header(header)) => header,

@@ -10,11 +10,13 @@ use peapod_proto::ids::{Incarnation, Step, WorkerId};
 use peapod_proto::job::Job;
 use peapod_proto::message::{FromWorker, Hello, ToWorker};
 use peapod_proto::secure::{Access, Link};
-use peapod_proto::{PROGRAM_VERSION, PROTOCOL_VERSION, v1};
+use peapod_proto::trace::Trace;
+use peapod_proto::{PROGRAM_VERSION, PROTOCOL_VERSION, v1, work_span};
 use tch::Device;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tonic::Streaming;
+use tracing::Instrument;
 
 use crate::args::Args;
 use crate::client::{self, ClientError};
@@ -41,7 +43,14 @@ pub struct Exit {
 }
 
 /// The connection that the trainer's thread uses for downloads; it changes with every reconnect.
-type SharedChannel = Arc<Mutex<Option<(Link, WorkerId)>>>;
+type SharedChannel = Arc<Mutex<Option<Session>>>;
+
+#[derive(Clone)]
+struct Session {
+    channel: Link,
+    worker: WorkerId,
+    trace: Trace,
+}
 
 struct Supervisor {
     args: Args,
@@ -192,7 +201,7 @@ impl Supervisor {
                 self.outbound = Some(stream.outbound);
                 self.inbound = Some(stream.inbound);
                 self.local_ip = stream.local_ip;
-                *lock(&self.channel) = Some((stream.channel, WorkerId(0)));
+                *lock(&self.channel) = Some(Session { channel: stream.channel, worker: WorkerId(0), trace: stream.trace });
                 Ok(())
             }
             Err(error) => {
@@ -204,6 +213,7 @@ impl Supervisor {
                     ClientError::Address(_) | ClientError::Refused { bad_arguments: true, .. } => {
                         Exit { code: BAD_ARGUMENTS, message: error.to_string() }
                     }
+                    ClientError::Over(message) => Exit { code: 0, message },
                     // The coordinator may come yet, or come back.
                     ClientError::Unreachable { .. } => Exit { code: TRY_AGAIN, message: error.to_string() },
                     _ => Exit { code: 1, message: error.to_string() },
@@ -213,8 +223,9 @@ impl Supervisor {
     }
 
     fn remember_identity(&self) {
-        if let (Some((_, id)), Some((worker, _))) = (lock(&self.channel).as_mut(), self.life.identity()) {
-            *id = worker;
+        if let (Some(session), Some((worker, rank))) = (lock(&self.channel).as_mut(), self.life.identity()) {
+            session.worker = worker;
+            session.trace.span().record("rank", rank.0);
         }
     }
 
@@ -336,8 +347,10 @@ impl Supervisor {
             control: self.control.clone(),
             faults: self.faults.clone(),
             download: Box::new(move |step| {
-                let (channel, worker) = lock(&channel).clone().ok_or("no connection to the coordinator")?;
-                runtime.block_on(client::download(channel, worker, step)).map_err(|error| error.to_string())
+                let Session { channel, worker, trace } = lock(&channel).clone().ok_or("no connection to the coordinator")?;
+                let trace = trace.child(work_span!(parent: trace.span(), "download", step = step.0));
+                let files = client::download(channel, &trace, worker, step).instrument(trace.span().clone());
+                runtime.block_on(files).map_err(|error| error.to_string())
             }),
         };
         if let Some(threads) = self.args.threads {
@@ -350,12 +363,14 @@ impl Supervisor {
 
     /// Sends a checkpoint on a call of its own, off both threads.
     fn upload(&mut self, snapshot: Snapshot) {
-        let (Some((channel, worker)), Some(job)) = (lock(&self.channel).clone(), self.job.clone()) else { return };
+        let (Some(Session { channel, worker, trace }), Some(job)) = (lock(&self.channel).clone(), self.job.clone()) else { return };
         let (generation, step) = (snapshot.generation, snapshot.step);
-        self.uploads.spawn(async move {
+        let trace = trace.child(work_span!(parent: trace.span(), "upload", step = step.0));
+        let span = trace.span().clone();
+        let upload = async move {
             let files = tokio::task::spawn_blocking(move || files_of(&job, &snapshot, step)).await;
             let result = match files {
-                Ok(Ok(files)) => client::upload(channel, worker, generation, step, files).await.map_err(|error| error.to_string()),
+                Ok(Ok(files)) => client::upload(channel, &trace, worker, generation, step, files).await.map_err(|error| error.to_string()),
                 Ok(Err(error)) => Err(error.to_string()),
                 Err(error) => Err(error.to_string()),
             };
@@ -363,20 +378,24 @@ impl Supervisor {
                 Ok(location) => tracing::debug!("checkpoint of step {step} stored at {location}"),
                 Err(error) => tracing::error!("checkpoint of step {step}: {error}"),
             }
-        });
+        };
+        self.uploads.spawn(upload.instrument(span));
     }
 
     /// Sends a picture on a call of its own, off both threads. Nothing depends on its arrival.
     fn send_picture(&mut self, drawn: Drawn) {
-        let Some((channel, _)) = lock(&self.channel).clone() else { return };
-        self.uploads.spawn(async move {
+        let Some(Session { channel, trace, .. }) = lock(&self.channel).clone() else { return };
+        let trace = trace.child(work_span!(parent: trace.span(), "picture", step = drawn.step.0, index = drawn.index));
+        let span = trace.span().clone();
+        let send = async move {
             let Drawn { generation, step, index, png, sent } = drawn;
-            match client::send_picture(channel, generation, step, index, png).await {
+            match client::send_picture(channel, &trace, generation, step, index, png).await {
                 Ok(location) => tracing::debug!("picture {index} of step {step} stored at {location}"),
                 Err(error) => tracing::warn!("picture {index} of step {step}: {error}"),
             }
             drop(sent);
-        });
+        };
+        self.uploads.spawn(send.instrument(span));
     }
 
     /// Ends what is under way, each part with its time.
@@ -391,6 +410,7 @@ impl Supervisor {
         }
         // Dropping the sender ends the stream once everything in it is sent; the coordinator closes its side in answer.
         self.outbound = None;
+        *lock(&self.channel) = None;
         let drained = async { while next_message(&mut self.inbound, false).await.is_ok() {} };
         let _ = tokio::time::timeout(Duration::from_secs(1), drained).await;
         if let Some(trainer) = self.trainer.take() {
@@ -413,7 +433,7 @@ async fn next_message(inbound: &mut Option<Streaming<v1::ToWorker>>, cut: bool) 
     }
 }
 
-fn lock(channel: &SharedChannel) -> std::sync::MutexGuard<'_, Option<(Link, WorkerId)>> {
+fn lock(channel: &SharedChannel) -> std::sync::MutexGuard<'_, Option<Session>> {
     channel.lock().unwrap_or_else(PoisonError::into_inner)
 }
 

@@ -30,6 +30,18 @@ pub enum Outcome {
     },
 }
 
+impl Outcome {
+    /// In one word.
+    #[must_use]
+    pub fn as_str(&self) -> &'static str {
+        match self {
+            Self::Finished => "finished",
+            Self::Stopped { .. } => "stopped",
+            Self::Failed { .. } => "failed",
+        }
+    }
+}
+
 /// What the driver is to do, in this order.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Effect {

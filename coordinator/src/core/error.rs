@@ -45,9 +45,12 @@ pub enum CoreError {
     /// Free ranks are kept for workers that may come back.
     #[error("the coordinator was started again and waits for {0} workers to come back; their ranks are theirs until then")]
     NotYet(usize),
-    /// The job ends.
-    #[error("the job is ending ({0}): no worker can join any more")]
+    /// The job has failed.
+    #[error("the job has failed ({0}): no worker can join any more")]
     Ending(String),
+    /// The job has ended as it should.
+    #[error("the job is {0}: no worker is needed any more")]
+    Over(&'static str),
     /// Models or validation samples differ between workers.
     #[error("{worker} loaded other models or validation samples than {other}: every worker must see the same files")]
     ModelsDiffer {

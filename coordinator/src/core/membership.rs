@@ -8,7 +8,7 @@ use peapod_proto::message::{Hello, Phase, StopReason, ToWorker};
 use peapod_proto::{PROGRAM_VERSION, PROTOCOL_VERSION};
 
 use super::hangs::Motion;
-use super::{Core, CoreError, Effect, Fact, JobPhase, Notice, StreamId, Timestamp};
+use super::{Core, CoreError, Effect, Fact, JobPhase, Notice, Outcome, StreamId, Timestamp};
 
 /// Ranks are below this, those of spares too.
 const MAX_RANKS: u32 = 1 << 17;
@@ -110,8 +110,10 @@ impl Core {
             });
         }
         // While the last checkpoint is on its way a newcomer is welcome: should its sender die, the job goes on.
-        if let JobPhase::Done(_) = self.phase {
-            return Err(CoreError::Ending(self.state()));
+        match &self.phase {
+            JobPhase::Done(Outcome::Failed { reason }) => return Err(CoreError::Ending(reason.clone())),
+            JobPhase::Done(outcome) => return Err(CoreError::Over(outcome.as_str())),
+            _ => {}
         }
         let world_size = self.config.world_size;
         // A spare has a rank beyond the world and keeps it on every later stream; nobody asks for one at first.

@@ -602,6 +602,29 @@ impl Core {
         }
     }
 
+    /// Whether nothing is left to train: the weights are those of the last step, or every sample of every epoch is in them.
+    #[must_use]
+    pub fn is_complete(&self) -> bool {
+        let at_its_last_step = self.config.last_step.is_some_and(|last| self.truth.step >= last);
+        at_its_last_step || (self.config.epochs.is_some() && self.unaccounted().is_none())
+    }
+
+    /// A job that came to its end before this coordinator was started: it can be asked about, and nobody joins it.
+    #[must_use]
+    pub fn over(mut self) -> Self {
+        self.phase = JobPhase::Done(Outcome::Finished);
+        self
+    }
+
+    /// How the job ended, if it has.
+    #[must_use]
+    pub fn outcome(&self) -> Option<&Outcome> {
+        match &self.phase {
+            JobPhase::Done(outcome) => Some(outcome),
+            _ => None,
+        }
+    }
+
     /// Silence after which a worker is dead.
     #[must_use]
     pub fn heartbeat_timeout(&self) -> Duration {
@@ -652,9 +675,7 @@ impl Core {
             JobPhase::Running { planned: true, .. } => "training, to meet after this step".into(),
             JobPhase::Stopping { .. } => "regrouping".into(),
             JobPhase::Finishing { .. } => "storing the last checkpoint".into(),
-            JobPhase::Done(Outcome::Finished) => "finished".into(),
-            JobPhase::Done(Outcome::Stopped { .. }) => "stopped".into(),
-            JobPhase::Done(Outcome::Failed { .. }) => "failed".into(),
+            JobPhase::Done(outcome) => outcome.as_str().into(),
         }
     }
 

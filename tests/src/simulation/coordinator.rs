@@ -254,6 +254,7 @@ impl World {
             Err(error @ (CoreError::NoSuchRank { .. } | CoreError::RankTaken { .. } | CoreError::NoRankLeft)) => {
                 return refuse(2, error);
             }
+            Err(error @ CoreError::Over(_)) => return refuse(0, error),
             Err(error @ (CoreError::Version { .. } | CoreError::ModelsDiffer { .. } | CoreError::Ending(_))) => return refuse(1, error),
             Err(error) => self.say(|| format!("p{process} may not join now: {error}")),
         }

@@ -1,26 +1,31 @@
 //! `worker`: parse, run, exit.
 
+use std::fmt::Display;
+use std::io::{self, Write};
 use std::process::ExitCode;
 
-use clap::Parser;
+use clap::{CommandFactory, Parser};
+use peapod_proto::program;
 use peapod_worker::args::{Cli, Command, Shards};
 use peapod_worker::shards::{inspect, make};
 use peapod_worker::{bench, check, device, supervisor};
-use tracing_subscriber::EnvFilter;
 
 fn main() -> ExitCode {
-    let Cli { command, run } = Cli::parse();
-    tracing_subscriber::fmt()
-        .with_env_filter(EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info")))
-        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
-        .with_target(false)
-        .with_writer(std::io::stderr)
-        .init();
+    let Cli { command, run, logs } = Cli::parse();
+    if let Some(Command::Pages(pages)) = &command {
+        return match pages.answer(Cli::command()) {
+            Err(error) if !program::nobody_reads(&error) => fail(error, 1),
+            _ => ExitCode::SUCCESS,
+        };
+    }
+    if let Err(problem) = program::start("worker", logs, io::stderr) {
+        return fail(problem, supervisor::BAD_ARGUMENTS);
+    }
     let (choice, share_gpus) = match &command {
         None => (run.device, run.allow_shared_gpu),
         Some(Command::Check { device, .. }) => (*device, false),
         Some(Command::Bench(options)) => (options.device, false),
-        Some(Command::Shards(_)) => (device::Choice::Cpu, false),
+        Some(Command::Shards(_) | Command::Pages(_)) => (device::Choice::Cpu, false),
     };
     if share_gpus && std::env::var_os("NCCL_HOSTID").is_none() {
         // NCCL refuses two members on one GPU of a host: to it, each worker is a host of its own.
@@ -31,10 +36,7 @@ fn main() -> ExitCode {
     let opened = if command.is_none() { run.validate().map(|_| ()) } else { Ok(()) }.and_then(|()| device::open(choice, share_gpus));
     let device = match opened {
         Ok(device) => device,
-        Err(problem) => {
-            eprintln!("worker: {problem}");
-            return ExitCode::from(supervisor::BAD_ARGUMENTS);
-        }
+        Err(problem) => return fail(problem, supervisor::BAD_ARGUMENTS),
     };
     // libtorch reads these before its first tensor; pools of several threads each would spin against the other workers'.
     tch::set_num_interop_threads(1);
@@ -45,29 +47,31 @@ fn main() -> ExitCode {
             Command::Bench(options) => bench::run(&options, device),
             Command::Shards(Shards::Inspect(options)) => inspect::run(&options),
             Command::Shards(Shards::Make(options)) => make::run(&options),
+            // Answered above.
+            Command::Pages(_) => Ok(String::new()),
         };
         return match report {
-            Ok(report) => {
-                print!("{report}");
-                ExitCode::SUCCESS
-            }
-            Err(problem) => {
-                eprintln!("worker: {problem}");
-                ExitCode::from(supervisor::BAD_ARGUMENTS)
-            }
+            Ok(report) => match io::stdout().write_all(report.as_bytes()) {
+                Err(error) if !program::nobody_reads(&error) => fail(format_args!("cannot print: {error}"), 1),
+                _ => ExitCode::SUCCESS,
+            },
+            Err(problem) => fail(problem, supervisor::BAD_ARGUMENTS),
         };
     }
     let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build() {
         Ok(runtime) => runtime,
-        Err(error) => {
-            eprintln!("worker: cannot start: {error}");
-            return ExitCode::FAILURE;
-        }
+        Err(error) => return fail(format_args!("cannot start: {error}"), 1),
     };
     let exit = runtime.block_on(supervisor::run(run, device));
     if !exit.message.is_empty() {
-        eprintln!("worker: {}", exit.message);
+        program::say(format_args!("worker: {}", exit.message));
     }
+    program::otlp::finish();
     // Threads in libtorch cannot be interrupted; the process does not wait for them.
     std::process::exit(exit.code.into());
+}
+
+fn fail(problem: impl Display, code: u8) -> ExitCode {
+    program::say(format_args!("worker: {problem}"));
+    ExitCode::from(code)
 }

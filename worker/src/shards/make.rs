@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use image::codecs::jpeg::JpegEncoder;
 use image::{ImageReader, RgbImage};
 use peapod_data::image::{MAX_PIXELS, decode};
+use peapod_proto::program::say;
 use serde_json::{Map, Value};
 
 use super::{progress_bar, size};
@@ -71,7 +72,7 @@ pub fn run(options: &Options) -> Result<String, String> {
                 Ok(sample) => writer.add(row.number, &sample)?,
                 Err(problem) => {
                     num_skipped += 1;
-                    bar.suspend(|| eprintln!("worker: row {} is left out: {problem}", row.number));
+                    bar.suspend(|| say(format_args!("worker: row {} is left out: {problem}", row.number)));
                 }
             }
         }

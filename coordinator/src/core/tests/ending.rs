@@ -14,7 +14,7 @@ fn stop_meets_after_a_step_keeps_a_checkpoint_and_ends() {
     assert!(matches!(world.sent(workers[0]).last(), Some(ToWorker::TakeSnapshot { .. })));
     world.event(Event::CheckpointStored { step: Step(1), generation: Generation(1) }).unwrap();
     assert_eq!(world.outcome(), Some(Outcome::Stopped { reason: "Ctrl-C".into() }));
-    assert!(matches!(world.join(None), Err(CoreError::Ending(_))));
+    assert_eq!(world.join(None), Err(CoreError::Over("stopped")));
 }
 
 #[test]

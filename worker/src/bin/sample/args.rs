@@ -12,7 +12,7 @@ use tch::Kind;
 /// With --adapter, prompts are in the adapter's language. Without it they are in English and go through the model's own encoders. With
 /// --compare, both are drawn side by side from the same noise.
 #[derive(Debug, Parser)]
-#[command(version)]
+#[command(name = "sample", version)]
 pub struct Args {
     /// The model: a folder as diffusers saves it, a checkpoint that is one file, or ORG/NAME of the hub's local cache
     #[arg(long, value_name = "MODEL", help_heading = "Models")]

@@ -1,7 +1,10 @@
 //! The scores of a comparison, a line a column on standard output.
 
+use std::io::{self, Write};
+
 use anyhow::Context;
 use peapod_model::text::ClipScorer;
+use peapod_proto::program::nobody_reads;
 use peapod_worker::grid::Row;
 use peapod_worker::score::similarity;
 use tch::{Device, Kind, Tensor};
@@ -34,7 +37,11 @@ pub fn print(plan: &Plan, rows: &[Row]) -> anyhow::Result<()> {
             }
         }
         if !scores.is_empty() {
-            println!("{title}\t{}", scores.join("\t"));
+            match writeln!(io::stdout(), "{title}\t{}", scores.join("\t")) {
+                // The sheet is still to be written.
+                Err(error) if nobody_reads(&error) => return Ok(()),
+                printed => printed.context("cannot print the scores")?,
+            }
         }
     }
     Ok(())

@@ -10,8 +10,9 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
-use clap::Parser;
+use clap::{CommandFactory, FromArgMatches, Subcommand};
 use peapod_model::sample::SampleOptions;
+use peapod_proto::program::{Pages, nobody_reads, say};
 use peapod_worker::draw::{Painter, Road, write_latents};
 use peapod_worker::grid::{Grid, Row};
 use peapod_worker::picture::Picture;
@@ -22,25 +23,33 @@ use self::plan::{Asked, Plan, Target, plan};
 use self::report::Reporter;
 
 fn main() -> ExitCode {
-    let args = Args::parse();
+    // What draws needs a model; what every program has does not.
+    let commands = Pages::augment_subcommands(Args::command()).subcommand_negates_reqs(true).args_conflicts_with_subcommands(true);
+    let matches = commands.clone().get_matches();
+    if let Ok(pages) = Pages::from_arg_matches(&matches) {
+        return match pages.answer(commands) {
+            Err(error) if !nobody_reads(&error) => fail(&error.into(), 1),
+            _ => ExitCode::SUCCESS,
+        };
+    }
+    let args = Args::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
     // Before the first tensor: libtorch sizes its pools once.
     let threads = args.threads.map_or_else(|| std::thread::available_parallelism().map_or(1, |n| n.get() as i32), i32::from);
     tch::set_num_threads(threads);
     tch::set_num_interop_threads(1);
     let plan = match plan(args) {
         Ok(plan) => plan,
-        Err(error) => {
-            eprintln!("sample: {error:#}");
-            return ExitCode::from(2);
-        }
+        Err(error) => return fail(&error, 2),
     };
     match run(&plan) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("sample: {error:#}");
-            ExitCode::FAILURE
-        }
+        Err(error) => fail(&error, 1),
     }
+}
+
+fn fail(error: &anyhow::Error, code: u8) -> ExitCode {
+    say(format_args!("sample: {error:#}"));
+    ExitCode::from(code)
 }
 
 /// Loads the models, draws, and writes the files.

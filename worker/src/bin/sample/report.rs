@@ -4,6 +4,7 @@ use std::io::IsTerminal;
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use peapod_proto::program::say;
 use peapod_worker::draw::memory::peak_bytes;
 
 pub struct Reporter {
@@ -26,7 +27,7 @@ impl Reporter {
         if self.terminal {
             self.bar.println(line);
         } else {
-            eprintln!("{line}");
+            say(line);
         }
     }
 
@@ -36,13 +37,13 @@ impl Reporter {
 
     pub fn drew(&self, done: usize, all: usize) {
         if !self.terminal && all > 1 {
-            eprintln!("drew {done} of {all} prompts");
+            say(format_args!("drew {done} of {all} prompts"));
         }
     }
 
     pub fn finish(&self, num_pictures: usize, took: Duration) {
         self.bar.finish_and_clear();
-        eprintln!("{}", summary(num_pictures, took, peak_bytes()));
+        say(summary(num_pictures, took, peak_bytes()));
     }
 }
 

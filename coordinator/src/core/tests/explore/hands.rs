@@ -78,7 +78,7 @@ impl Moment {
         hand.attempt += 1;
         match self.tell(job, Event::Hello { stream, hello }, None)? {
             Ok(()) => {}
-            Err(CoreError::RankTaken { .. } | CoreError::Ending(_)) => {
+            Err(CoreError::RankTaken { .. } | CoreError::Ending(_) | CoreError::Over(_)) => {
                 self.streams -= 1;
                 let hand = &mut self.hands[place];
                 (hand.alive, hand.stream) = (false, None);

@@ -1,0 +1,54 @@
+//! The signals that end a coordinator.
+
+use anyhow::Context;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::mpsc;
+
+use crate::core::Event;
+use crate::driver::Command;
+
+/// Ctrl-C and SIGTERM, caught before anyone hears of the coordinator.
+pub struct Signals {
+    interrupt: Signal,
+    terminate: Signal,
+}
+
+impl Signals {
+    /// From here on they end nothing by themselves.
+    ///
+    /// # Errors
+    /// If the system does not let them be caught.
+    pub fn catch() -> anyhow::Result<Self> {
+        let catch = |kind| signal(kind).context("cannot catch signals");
+        Ok(Self { interrupt: catch(SignalKind::interrupt())?, terminate: catch(SignalKind::terminate())? })
+    }
+
+    /// Turns the first signal into an orderly stop and the second into an end; returns the exit code of the first.
+    ///
+    /// SIGTERM is what a service manager sends before it starts the coordinator again, here or elsewhere: the job stays, unless the workers are this
+    /// process's own and would die with it.
+    pub async fn watch(mut self, commands: mpsc::Sender<Command>, local: bool) -> u8 {
+        let (name, code) = self.next().await;
+        if name == "SIGTERM" && !local {
+            tracing::info!("SIGTERM: leaving the job to its workers and the next coordinator");
+            let _ = commands.send(Command::GoAway).await;
+            return code;
+        }
+        tracing::info!("{name}: ending the job with a checkpoint; once more to end it at once");
+        let _ = commands.send(Command::Tell(Event::Stop { reason: name.into() })).await;
+        tokio::spawn(async move {
+            self.next().await;
+            tracing::error!("ended at once, without a checkpoint");
+            std::process::exit(code.into());
+        });
+        code
+    }
+
+    /// The next one by name, and the exit code it stands for.
+    pub async fn next(&mut self) -> (&'static str, u8) {
+        tokio::select! {
+            _ = self.interrupt.recv() => ("Ctrl-C", 130),
+            _ = self.terminate.recv() => ("SIGTERM", 143),
+        }
+    }
+}

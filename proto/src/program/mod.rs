@@ -1,0 +1,22 @@
+//! What the programs have in common at their edges: log lines, what they print, manual pages.
+
+mod logs;
+pub mod otlp;
+mod pages;
+
+use std::fmt::Display;
+use std::io::{self, Write};
+
+pub use logs::{LogArgs, LogFormat, start};
+pub use pages::Pages;
+
+/// Says a line on standard error. It may be that nobody listens any more, which is no reason to end otherwise than one would.
+pub fn say(line: impl Display) {
+    let _ = writeln!(io::stderr().lock(), "{line}");
+}
+
+/// Whether whoever read what was written has had enough: `| head`, or a pager that was left. To go on would help nobody, and nothing went wrong.
+#[must_use]
+pub fn nobody_reads(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::BrokenPipe
+}

@@ -1,0 +1,69 @@
+//! Log lines for machines, and the work of two programs told as one.
+
+use peapod_tests::harness::{Cluster, Process};
+use serde_json::Value;
+
+/// Each line of a process that is one of its log: JSON, all of them but the summary on standard output and the last line for people.
+fn lines_of(process: &Process) -> Vec<Value> {
+    process.lines().iter().filter_map(|line| serde_json::from_str(line).ok()).collect()
+}
+
+/// The trace that a line is of, and the innermost span.
+#[track_caller]
+fn trace_of(line: &Value) -> (String, &Value) {
+    let spans = line["spans"].as_array().unwrap_or_else(|| panic!("no spans: {line}"));
+    let trace = |span: &Value| span["trace_id"].as_str().unwrap_or_else(|| panic!("no trace: {line}")).to_owned();
+    assert!(spans.iter().all(|span| trace(span) == trace(&spans[0])), "{line}");
+    (trace(&spans[0]), &line["span"])
+}
+
+#[track_caller]
+fn line_with<'a>(lines: &'a [Value], words: &str) -> &'a Value {
+    lines.iter().find(|line| line["message"].as_str().is_some_and(|message| message.contains(words))).unwrap_or_else(|| panic!("{words}"))
+}
+
+#[test]
+fn lines_of_coordinator_and_worker_for_machines_name_the_session_that_they_are_of() {
+    let mut cluster = Cluster::new();
+    cluster.job.set_steps(2);
+    let mut coordinator = cluster.coordinator(1, &["--log-format", "json"]);
+    let line: Value = serde_json::from_str(&coordinator.wait_for("listening on http://")).unwrap();
+    assert_eq!(line["level"], "INFO");
+    let url = line["message"].as_str().unwrap().split_once("listening on ").unwrap().1.to_owned();
+    let arguments = ["--coordinator", &url, "--threads", "1", "--log-format", "json"];
+    let mut worker = Process::start_with("worker", "worker", &arguments, &[("RUST_LOG", "info,peapod_worker=debug".into())]);
+    worker.expect_exit(0);
+    coordinator.expect_exit(0);
+
+    let (of_coordinator, of_worker) = (lines_of(&coordinator), lines_of(&worker));
+    let (session, span) = trace_of(line_with(&of_coordinator, "rank 0 (pid "));
+    assert_eq!((&span["name"], &span["pid"]), (&"session".into(), &worker.id().into()));
+    let stored = line_with(&of_worker, "checkpoint of step 2 stored at ");
+    let (upload, span) = trace_of(stored);
+    assert_eq!((&span["name"], &span["step"], upload), (&"upload".into(), &2.into(), session.clone()));
+    assert_eq!(stored["spans"][0]["rank"], 0);
+    let (upload, span) = trace_of(line_with(&of_coordinator, "checkpoint of step 2 stored"));
+    assert_eq!((&span["name"], upload), (&"upload".into(), session));
+}
+
+#[test]
+fn people_see_no_traces_and_children_speak_to_them() {
+    let mut cluster = Cluster::new();
+    cluster.job.set_steps(1);
+    let environment = [("PEAPOD_LOG_FORMAT", "json".to_owned())];
+    let mut pretty = cluster.coordinator(1, &["--local"]);
+    pretty.expect_exit(0);
+    assert!(pretty.lines().iter().all(|line| !line.contains("trace_id")), "{:#?}", pretty.lines());
+
+    let mut cluster = Cluster::new();
+    cluster.job.set_steps(1);
+    let job = cluster.folder().join("job.toml");
+    std::fs::write(&job, cluster.job.to_string()).unwrap();
+    let [job, state] = [job, cluster.state_dir()].map(|path| path.to_str().unwrap().to_owned());
+    let arguments = ["--world-size", "1", "--local", "--job", &job, "--state-dir", &state, "--http-addr", "off"];
+    let mut json = Process::start_with("coordinator", "coordinator", &arguments, &environment);
+    json.expect_exit(0);
+    let lines = lines_of(&json);
+    let child = line_with(&lines, "[0] ");
+    assert!(!child["message"].as_str().unwrap().contains('{'), "a worker's line in the coordinator's is not JSON again: {child}");
+}
