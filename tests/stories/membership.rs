@@ -2,7 +2,7 @@
 
 use std::net::TcpListener;
 
-use peapod_tests::harness::{Cluster, Coordinator, Process, Signal, assert_trained_once, kill};
+use peapod_tests::harness::{Cluster, Coordinator, Process, Signal, assert_trained_once, kill, workspace};
 
 const SIZES: [usize; 4] = [48, 48, 48, 48];
 
@@ -229,6 +229,27 @@ fn worker_beyond_the_world_waits_as_a_spare_and_stands_in_for_a_dead_one() {
     survivor.expect_exit(0);
     spare.expect_exit(0);
     coordinator.assert_said("g000002: 2 workers train from step ");
+    assert_whole(&cluster);
+}
+
+#[test]
+fn spare_on_whose_disk_the_model_is_missing_is_no_end_to_the_job() {
+    let mut cluster = twelve_steps();
+    let model = cluster.folder().join("model");
+    std::os::unix::fs::symlink(workspace().join("tests/demo/model"), &model).unwrap();
+    cluster.job.set("model.path", model.to_str().unwrap());
+    let mut coordinator = cluster.coordinator(1, &[]);
+    let mut worker = coordinator.worker_of_rank(0);
+    coordinator.wait_for(" is ready");
+    std::fs::remove_file(&model).unwrap();
+    coordinator.allow_error(" lost at step ");
+    let mut spare = coordinator.worker("spare", &[]);
+    spare.expect_exit(1);
+    coordinator.wait_for("rank 1 (pid ");
+    coordinator.wait_for(" failed in phase loading: ");
+    coordinator.expect_exit(0);
+    worker.expect_exit(0);
+    assert!(coordinator.lines_with("first failure").is_empty());
     assert_whole(&cluster);
 }
 
