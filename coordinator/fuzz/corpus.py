@@ -35,6 +35,7 @@ def message(*fields):
 name = message((1, 0), (2, 1), (3, 2))
 losses = message((1, 0.5), (2, 0.25), (5, 1e-4))
 record = message((1, 1), (2, 1), (3, name), (5, losses))
+minus_zero = message((1, 1), (2, 1), (3, name), (5, message((1, -0.0), (2, 0.25))))
 validation = message((1, 1), (2, 8), (3, 0.5))
 
 # By the field of FromWorker that holds them (proto/peapod/v1/membership.proto).
@@ -44,6 +45,7 @@ from_worker = {
     "heartbeat": (3, message((1, 1), (2, 5), (3, 1))),
     "bootstrap": (4, message((1, 1), (2, b"\1"))),
     "report": (5, message((1, 1), (2, 1), (3, record), (4, message((1, 0.5))))),
+    "report-of-minus-zero": (5, message((1, 1), (2, 1), (3, minus_zero))),
     "report-without-record": (5, message((1, 1), (2, 1), (5, 1))),
     "stopped": (6, message((1, 1), (2, 1), (3, 1), (4, record), (5, "peer lost"), (6, validation), (7, 1), (8, 1))),
     "stopped-far": (6, message((1, 1), (2, 2**64 - 1), (3, 2), (7, 1))),

@@ -5,6 +5,11 @@ use peapod_proto::message::FromWorker;
 use peapod_proto::v1;
 use prost::Message;
 
+/// A message's words: a loss may be NaN, which equals nothing, or a negative zero, which is left out of the encoding as any zero.
+fn words(message: &FromWorker) -> String {
+    format!("{message:?}").replace("-0.0,", "0.0,").replace("-0.0 }", "0.0 }")
+}
+
 libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
     let Some((kind, bytes)) = bytes.split_first() else { return };
     match kind % 8 {
@@ -13,8 +18,7 @@ libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
             let Ok(message) = FromWorker::try_from(wire) else { return };
             let again = v1::FromWorker::from(message.clone());
             let again = v1::FromWorker::decode(again.encode_to_vec().as_slice()).expect("what was encoded is decoded");
-            // By its words: a loss may be NaN, which equals nothing.
-            assert_eq!(format!("{:?}", FromWorker::try_from(again)), format!("{:?}", Ok::<_, ()>(message)));
+            assert_eq!(words(&FromWorker::try_from(again).expect("what was taken is taken again")), words(&message));
         }
         1 => drop(v1::UploadMessage::decode(bytes)),
         2 => drop(v1::DownloadRequest::decode(bytes)),
