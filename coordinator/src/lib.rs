@@ -4,6 +4,7 @@
 //! keeps checkpoints, [`gallery`] pictures; [`history`] what happened, which [`web`] shows; [`gate`] lets clients in, by the [`secrets`];
 //! [`run`](mod@run) puts them together. The coordinator knows nothing of tensors.
 
+mod announce;
 pub mod build;
 pub mod check;
 pub mod config;

@@ -1,7 +1,6 @@
 //! Running a job: everything put together, from the job file to the exit code.
 
 use std::fs::File;
-use std::io::Write;
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
@@ -16,6 +15,7 @@ use tokio::sync::{mpsc, watch};
 use tonic::service::InterceptorLayer;
 use tonic::transport::Server;
 
+use crate::announce::{announce, authority_for_workers, host_name, print_line, say_how_to_join, scheme};
 use crate::check::{self, LoadedJob};
 use crate::config::RunArgs;
 use crate::core::{Config, Core, Outcome, Resume};
@@ -397,58 +397,6 @@ fn secrets(args: &RunArgs, listening: SocketAddr) -> Result<Option<Secrets>, Str
     Ok(Some(secrets))
 }
 
-fn scheme(is_secure: bool) -> &'static str {
-    if is_secure { "https" } else { "http" }
-}
-
-fn announce(args: &RunArgs, job: &Job, listening: SocketAddr, num_shards: usize, secrets: Option<&Secrets>) {
-    let scheme = scheme(secrets.is_some());
-    let workers = match args.min_world_size() {
-        min if min < args.world_size => format!("{min} to {} workers", args.world_size),
-        _ => format!("{} workers", args.world_size),
-    };
-    tracing::info!("job {}: {workers}, {num_shards} shards, listening on {scheme}://{listening}", job.name);
-    if args.security.insecure {
-        tracing::warn!("--insecure: anyone who reaches {scheme}://{listening} can join, stop or replace this job");
-    }
-}
-
-fn say_how_to_join(args: &RunArgs, listening: SocketAddr, secrets: Option<&Secrets>) {
-    let reached = authority_for_workers(listening, &host_name());
-    match secrets {
-        _ if args.local => {}
-        None => tracing::info!("start on each host, once a GPU:  worker --coordinator http://{reached}"),
-        Some(secrets) if secrets.is_new => {
-            tracing::info!("start on each host, once a GPU (whoever knows the string can join and stop the job; it is not shown again):");
-            // Not a line of the log: logs are collected, and this is a secret.
-            if !print_line(&format!("worker --join {}", secrets.join_string(reached).reveal())) {
-                tracing::warn!("nobody reads standard output; the string is in {} too", args.state_dir.join(JOIN).display());
-            }
-        }
-        Some(secrets) if secrets.is_own_token => {
-            tracing::info!("start on each host, once a GPU:  worker --coordinator https://{reached} --tls-ca FILE --token-file FILE");
-        }
-        Some(_) => tracing::info!(
-            "start on each host, once a GPU:  worker --join STRING  (the string is in {})",
-            args.state_dir.join(JOIN).display()
-        ),
-    }
-}
-
-/// Prints for whoever reads; a job goes on where nobody does. Says whether it was printed.
-fn print_line(line: &str) -> bool {
-    writeln!(std::io::stdout(), "{line}").is_ok()
-}
-
-/// What workers are to be told: "any address" is one to listen on, not to connect to.
-fn authority_for_workers(listening: SocketAddr, host_name: &str) -> String {
-    if listening.ip().is_unspecified() { format!("{host_name}:{}", listening.port()) } else { listening.to_string() }
-}
-
-fn host_name() -> String {
-    std::fs::read_to_string("/proc/sys/kernel/hostname").map_or_else(|_| "MASTER".into(), |name| name.trim().to_owned())
-}
-
 /// Keeps a second coordinator out of the folder.
 fn lock(state_dir: &Path) -> anyhow::Result<Result<File, String>> {
     std::fs::create_dir_all(state_dir).with_context(|| format!("cannot make --state-dir {}", state_dir.display()))?;
@@ -494,18 +442,4 @@ fn random() -> anyhow::Result<u64> {
     let mut bytes = [0; 8];
     getrandom::fill(&mut bytes).map_err(|error| anyhow::anyhow!("no randomness from the system: {error}"))?;
     Ok(u64::from_le_bytes(bytes))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn workers_are_told_an_address_they_can_reach() {
-        let told = |listening: &str| authority_for_workers(listening.parse().unwrap(), "master");
-        assert_eq!(told("0.0.0.0:7733"), "master:7733");
-        assert_eq!(told("[::]:7733"), "master:7733");
-        assert_eq!(told("10.0.0.1:7733"), "10.0.0.1:7733");
-        assert_eq!(told("[::1]:7733"), "[::1]:7733");
-    }
 }

@@ -42,6 +42,7 @@ fn lines_of_coordinator_and_worker_for_machines_name_the_session_that_they_are_o
     let (upload, span) = trace_of(stored);
     assert_eq!((&span["name"], &span["step"], upload), (&"upload".into(), &2.into(), session.clone()));
     assert_eq!(stored["spans"][0]["rank"], 0);
+    assert_eq!(trace_of(line_with(&of_worker, "joined as rank 0")).0, session);
     let (upload, span) = trace_of(line_with(&of_coordinator, "checkpoint of step 2 stored"));
     assert_eq!((&span["name"], upload), (&"upload".into(), session));
 }

@@ -16,7 +16,7 @@ use tch::Device;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tonic::Streaming;
-use tracing::Instrument;
+use tracing::{Instrument, Span};
 
 use crate::args::Args;
 use crate::client::{self, ClientError};
@@ -314,7 +314,10 @@ impl Supervisor {
             }
             // The loop sees that there is no stream.
             Action::Reconnect => {}
-            Action::Log { text } => tracing::info!("{text}"),
+            Action::Log { text } => {
+                let session = lock(&self.channel).as_ref().map_or_else(Span::none, |session| session.trace.span().clone());
+                session.in_scope(|| tracing::info!("{text}"));
+            }
             Action::Exit { code, message } => return Some(Exit { code, message }),
         }
         None

@@ -1,0 +1,79 @@
+//! What a coordinator tells people when it starts.
+
+use std::io::Write;
+use std::net::SocketAddr;
+
+use peapod_proto::job::Job;
+
+use crate::config::RunArgs;
+use crate::secrets::{JOIN, Secrets};
+
+/// Of the control port's address.
+pub fn scheme(is_secure: bool) -> &'static str {
+    if is_secure { "https" } else { "http" }
+}
+
+/// Says which job this is, and where.
+pub fn announce(args: &RunArgs, job: &Job, listening: SocketAddr, num_shards: usize, secrets: Option<&Secrets>) {
+    let scheme = scheme(secrets.is_some());
+    let workers = match args.min_world_size() {
+        min if min < args.world_size => format!("{min} to {} workers", args.world_size),
+        _ => format!("{} workers", args.world_size),
+    };
+    tracing::info!("job {}: {workers}, {num_shards} shards, listening on {scheme}://{listening}", job.name);
+    if args.security.insecure {
+        tracing::warn!("--insecure: anyone who reaches {scheme}://{listening} can join, stop or replace this job");
+    }
+}
+
+/// Says what to start on each host.
+pub fn say_how_to_join(args: &RunArgs, listening: SocketAddr, secrets: Option<&Secrets>) {
+    let reached = authority_for_workers(listening, &host_name());
+    match secrets {
+        _ if args.local => {}
+        None => tracing::info!("start on each host, once a GPU:  worker --coordinator http://{reached}"),
+        Some(secrets) if secrets.is_new => {
+            tracing::info!("start on each host, once a GPU (whoever knows the string can join and stop the job; it is not shown again):");
+            // Not a line of the log: logs are collected, and this is a secret.
+            if !print_line(&format!("worker --join {}", secrets.join_string(reached).reveal())) {
+                tracing::warn!("nobody reads standard output; the string is in {} too", args.state_dir.join(JOIN).display());
+            }
+        }
+        Some(secrets) if secrets.is_own_token => {
+            tracing::info!("start on each host, once a GPU:  worker --coordinator https://{reached} --tls-ca FILE --token-file FILE");
+        }
+        Some(_) => tracing::info!(
+            "start on each host, once a GPU:  worker --join STRING  (the string is in {})",
+            args.state_dir.join(JOIN).display()
+        ),
+    }
+}
+
+/// Prints for whoever reads; a job goes on where nobody does. Says whether it was printed.
+pub fn print_line(line: &str) -> bool {
+    writeln!(std::io::stdout(), "{line}").is_ok()
+}
+
+/// What workers are to be told: "any address" is one to listen on, not to connect to.
+pub fn authority_for_workers(listening: SocketAddr, host_name: &str) -> String {
+    if listening.ip().is_unspecified() { format!("{host_name}:{}", listening.port()) } else { listening.to_string() }
+}
+
+/// This machine, as its kernel calls it.
+pub fn host_name() -> String {
+    std::fs::read_to_string("/proc/sys/kernel/hostname").map_or_else(|_| "MASTER".into(), |name| name.trim().to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn workers_are_told_an_address_they_can_reach() {
+        let told = |listening: &str| authority_for_workers(listening.parse().unwrap(), "master");
+        assert_eq!(told("0.0.0.0:7733"), "master:7733");
+        assert_eq!(told("[::]:7733"), "master:7733");
+        assert_eq!(told("10.0.0.1:7733"), "10.0.0.1:7733");
+        assert_eq!(told("[::1]:7733"), "[::1]:7733");
+    }
+}
