@@ -57,6 +57,8 @@ pub enum Command {
         #[arg(long, default_value = "job.toml")]
         job: PathBuf,
     },
+    /// Print the reference of the job file: every key with its type, default, range and meaning (Markdown)
+    Reference,
     /// List a job's checkpoints, or copy an adapter out of one
     Checkpoints {
         /// What to do with them.

@@ -10,7 +10,7 @@ use peapod_coordinator::local::Local;
 use peapod_coordinator::observe::Bar;
 use peapod_coordinator::run::{Exit, run};
 use peapod_coordinator::{check, control, export};
-use peapod_proto::job::TEMPLATE;
+use peapod_proto::job::{self, TEMPLATE};
 use peapod_proto::program;
 
 /// Bad arguments, job file or checkpoint.
@@ -55,6 +55,7 @@ async fn answer(command: Command, out: &mut impl Write) -> anyhow::Result<Exit> 
             Ok(report) => write!(out, "{report}")?,
             Err(problem) => return Ok(Exit::Refused(problem)),
         },
+        Command::Reference => write!(out, "{}", job::reference())?,
         Command::Checkpoints { command: Checkpoints::List { store, json } } => match export::list(&store.checkpoints, json).await {
             Ok(list) => write!(out, "{list}")?,
             Err(problem) => return Ok(Exit::Refused(problem)),

@@ -309,13 +309,8 @@ fn units_and_compose_start_the_programs_with_arguments_they_take() {
 }
 
 #[test]
-fn job_files_to_start_from_are_jobs() {
-    for entry in std::fs::read_dir(deploy("jobs")).unwrap() {
-        let path = entry.unwrap().path();
-        let text = std::fs::read_to_string(&path).unwrap();
-        assert!(Job::parse(&text).is_ok(), "{}", path.display());
-    }
-    // The demo on a cluster is the demo: the image of the worker has the files at the same paths.
+fn demo_on_a_cluster_is_the_demo() {
+    // The image of the worker has the files at the same paths.
     let settings = |text: &str| text.lines().skip_while(|line| line.starts_with('#')).collect::<Vec<_>>().join("\n");
     let demo = std::fs::read_to_string(workspace().join("tests/demo/job.toml")).unwrap();
     assert_eq!(settings(&read("kubernetes/overlays/cpu-demo/job.toml")), settings(&demo));

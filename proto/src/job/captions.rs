@@ -1,9 +1,12 @@
 //! Which captions of a sample count, and what cleaning leaves of them: a language's defaults, each of which a job file may replace.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::checks::Checks;
+
 /// A language whose defaults are known.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Language {
     /// Chinese: the rules of the published trainer, to the letter.
@@ -20,7 +23,7 @@ pub enum Language {
 }
 
 /// How a native caption is known.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum NativeBy {
     /// By a character of the language's script in it.
@@ -30,11 +33,11 @@ pub enum NativeBy {
 }
 
 /// Some characters: a script's name, or the first and the last of a range of code points.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(untagged)]
 pub enum Script {
     /// One of [`Script::NAMES`].
-    Name(String),
+    Name(#[schemars(extend("enum" = Script::NAMES))] String),
     /// Code points, both ends included.
     Range([u32; 2]),
 }
@@ -43,7 +46,7 @@ pub enum Script {
 pub type Ranges = Vec<[u32; 2]>;
 
 /// The captions of a job's samples. A field that is left out is the language's.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct CaptionsSection {
     /// Whose defaults the other fields have.
@@ -52,13 +55,13 @@ pub struct CaptionsSection {
     pub native_keys: Option<Vec<Vec<String>>>,
     /// How such a caption is known to be in the language.
     pub native_by: Option<NativeBy>,
-    /// Characters of which one makes a caption native.
+    /// Characters of which one makes a caption native: scripts by name, or the first and the last of some code points.
     pub script: Option<Vec<Script>>,
     /// Key of the caption that says the same as `english_key`, mostly translated by machine.
     pub parallel_key: Option<String>,
     /// Key of the English caption.
     pub english_key: Option<String>,
-    /// Characters of a native caption that cleaning keeps.
+    /// Characters of a native caption that cleaning keeps, as in `script`.
     pub keep: Option<Vec<Script>>,
     /// Further characters that it keeps. With a space among them, white space is one space wherever it stands between words.
     pub keep_punctuation: Option<String>,
@@ -233,38 +236,37 @@ impl CaptionsSection {
         }
     }
 
-    pub(super) fn validate(&self, problems: &mut Vec<String>) {
+    pub(super) fn check(&self, checks: &mut Checks) {
         for (field, scripts) in [("script", &self.script), ("keep", &self.keep)] {
             for problem in scripts.iter().flatten().filter_map(Script::problem) {
-                problems.push(format!("data.captions.{field}: {problem}"));
+                checks.problem(format!("data.captions.{field}: {problem}"));
             }
         }
         let rules = self.rules();
         if rules.native_by == NativeBy::Script && rules.script.is_empty() && self.script.as_ref().is_some_and(Vec::is_empty) {
-            problems.push("data.captions.script is empty: no caption would be native; leave it out for the language's own, or set native_by = \"key\"".into());
+            checks.problem("data.captions.script is empty: no caption would be native; leave it out for the language's own, or set native_by = \"key\"");
         }
         if rules.keep.is_empty() && self.keep.as_ref().is_some_and(Vec::is_empty) {
-            problems
-                .push("data.captions.keep is empty: cleaning would empty every native caption; leave it out for the language's own".into());
+            checks.problem("data.captions.keep is empty: cleaning would empty every native caption; leave it out for the language's own");
         }
         if rules.native_keys.iter().any(Vec::is_empty) {
-            problems.push(
-                "data.captions.native_keys has an empty list: name a key in each, as in [[\"caption_ori\", \"caption_ori_zh\"]]".into(),
-            );
+            checks
+                .problem("data.captions.native_keys has an empty list: name a key in each, as in [[\"caption_ori\", \"caption_ori_zh\"]]");
         }
         for (field, key) in [("parallel_key", &rules.parallel_key), ("english_key", &rules.english_key)] {
             if key.is_empty() {
-                problems.push(format!("data.captions.{field} is empty: name a key of the samples' json, or leave it out"));
+                checks.problem(format!("data.captions.{field} is empty: name a key of the samples' json, or leave it out"));
             }
         }
         if rules.parallel_key == rules.english_key {
             let key = &rules.english_key;
-            problems
-                .push(format!("data.captions.parallel_key and english_key are both `{key}`: the teacher would read the student's caption"));
+            checks.problem(format!(
+                "data.captions.parallel_key and english_key are both `{key}`: the teacher would read the student's caption"
+            ));
         }
         if rules.native_by == NativeBy::Key && rules.native_keys.iter().flatten().any(|key| *key == rules.english_key) {
             let key = &rules.english_key;
-            problems.push(format!(
+            checks.problem(format!(
                 "data.captions.native_keys has `{key}`, the English caption: with native_by = \"key\" it would count as native"
             ));
         }
@@ -280,9 +282,9 @@ mod tests {
     }
 
     fn problems(text: &str) -> Vec<String> {
-        let mut problems = Vec::new();
-        section(text).validate(&mut problems);
-        problems
+        let mut checks = Checks::default();
+        section(text).check(&mut checks);
+        checks.problems
     }
 
     #[test]
