@@ -1,6 +1,6 @@
 # `make demo` shows everything at once; `make help` lists the rest.
 SHELL := bash
-.PHONY: help setup build demo test test-all soak bench bench-gpu fuzz man lint fmt clean
+.PHONY: help setup build demo test test-all soak bench bench-gpu fuzz man lint lint-deps fmt clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -28,7 +28,7 @@ test: build .bench/manifests/.installed ## all tests that need no GPU, no root a
 	cargo test --workspace --test stories -- --ignored --exact demo::trained_adapter_draws_what_chinese_prompts_name --nocapture
 
 test-all: export OMP_NUM_THREADS = 1
-test-all: test ## all tests, with many more random worlds
+test-all: test lint-deps ## all tests, with many more random worlds, and what the programs are made of
 	PROPTEST_CASES=10000 cargo test --workspace --lib -- exactly_once replay
 	cargo test --workspace --test stories -- --ignored --exact simulation::clusters_of_ten_thousand_seeds_lose_and_double_no_sample --nocapture
 	cargo test --workspace --test stories -- --ignored --exact observability::page_is_whole_in_a_browser_at_both_widths_and_in_both_colours --nocapture
@@ -89,6 +89,12 @@ fuzz: setup ## look for inputs that crash the readers of foreign files and of wh
 lint: setup ## formatting and clippy, warnings denied
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets -- -D warnings
+
+lint-deps: ## licences, sources and banned crates of all dependencies, and those nobody uses: cargo-deny and cargo-machete, where they are installed
+	@command -v cargo-deny >/dev/null || { echo "lint-deps: licences not checked: cargo-deny is missing (cargo install cargo-deny)"; exit 0; } && \
+	  cargo deny --all-features check --hide-inclusion-graph bans licenses sources
+	@command -v cargo-machete >/dev/null || { echo "lint-deps: unused crates not looked for: cargo-machete is missing (cargo install cargo-machete)"; exit 0; } && \
+	  cargo machete --skip-target-dir
 
 fmt: ## format the code
 	cargo fmt --all
