@@ -1,6 +1,6 @@
 # `make demo` shows everything at once; `make help` lists the rest.
 SHELL := bash
-.PHONY: help setup build demo test test-all soak bench bench-gpu fuzz man lint lint-deps fmt clean
+.PHONY: help setup build demo test test-all soak bench bench-gpu cold-start fuzz man lint lint-deps fmt clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -66,6 +66,9 @@ bench: .bench/.installed ## time recovery, the coordinator with 400,000 shards, 
 
 bench-gpu: ## time a training step on the GPU by its stages, after the tests that need one; MODEL and STUDENT name real models, else it is the demo's
 	@command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1 || { echo "bench-gpu: skipped: this machine has no NVIDIA GPU"; exit 0; } && tests/gpu/run.sh
+
+cold-start: ## time README's two commands and `make test` by part, in a fresh clone without caches (15 GB, half an hour)
+	@tests/cold_start.sh
 
 # The peer's packages (6 GB with the libraries torch brings along), once.
 .bench/.installed: tests/peers/requirements.txt
