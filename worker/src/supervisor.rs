@@ -5,7 +5,7 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use peapod_data::{LeasedShard, Outlook};
+use peapod_data::Outlook;
 use peapod_proto::ids::{Incarnation, Step, WorkerId};
 use peapod_proto::job::Job;
 use peapod_proto::message::{FromWorker, Hello, ToWorker};
@@ -285,21 +285,9 @@ impl Supervisor {
                 }
             }
             Action::Grant { leases, none_left, ask_when_idle } => {
-                let leases = leases.into_iter().map(|lease| LeasedShard {
-                    lease: lease.id,
-                    epoch: lease.epoch,
-                    shard: lease.shard,
-                    url: lease.url,
-                    done: lease.done,
-                    end: lease.end,
-                });
-                let outlook = match (none_left, ask_when_idle) {
-                    (false, _) => Outlook::More,
-                    (true, true) => Outlook::WhenIdle,
-                    (true, false) => Outlook::Nothing,
-                };
                 if let Some(loader) = self.control.loader() {
-                    loader.answer(leases.collect(), outlook);
+                    let leases = leases.into_iter().map(Into::into).collect();
+                    loader.answer(leases, Outlook::of_grant(none_left, ask_when_idle));
                 }
             }
             Action::GiveBack { leases } => {

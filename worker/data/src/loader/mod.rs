@@ -11,7 +11,7 @@
 //!   to the same mark before a batch is drawn from it.
 //! - What is left at the end of an epoch stays buffered and is trained with the samples of the next.
 
-mod state;
+pub mod state;
 mod threads;
 
 use std::sync::Arc;
@@ -20,6 +20,7 @@ use std::thread::JoinHandle;
 
 use peapod_proto::ids::{Bitmap, Epoch, LeaseId, SampleName, ShardId};
 use peapod_proto::job::DataSection;
+use peapod_proto::message::Lease;
 
 use crate::caption::Cleaner;
 use crate::draws::{DrawShape, Draws};
@@ -50,6 +51,12 @@ pub struct LeasedShard {
     pub end: Option<u32>,
 }
 
+impl From<Lease> for LeasedShard {
+    fn from(Lease { id, epoch, shard, url, done, end }: Lease) -> Self {
+        Self { lease: id, epoch, shard, url, done, end }
+    }
+}
+
 /// What a loader may expect after an answer to its request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Outlook {
@@ -59,6 +66,18 @@ pub enum Outlook {
     WhenIdle,
     /// Nothing. Shares are cut short when the buffers run dry.
     Nothing,
+}
+
+impl Outlook {
+    /// From what a grant says: none is left for now, and whether to ask again when idle.
+    #[must_use]
+    pub fn of_grant(none_left: bool, ask_when_idle: bool) -> Self {
+        match (none_left, ask_when_idle) {
+            (false, _) => Self::More,
+            (true, true) => Self::WhenIdle,
+            (true, false) => Self::Nothing,
+        }
+    }
 }
 
 /// What the loader needs of a job.

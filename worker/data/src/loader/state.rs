@@ -1,4 +1,4 @@
-//! What the loader's threads share: leases, buffers and the plan. No thread, clock or I/O in here.
+//! What the loader's threads share: leases, buffers and the plan. No thread, clock or I/O in here, so that a simulation can drive it.
 
 use std::collections::{HashSet, VecDeque};
 
@@ -22,10 +22,13 @@ const SAMPLE_OVERHEAD: u64 = 256;
 /// A sample whose picture is not decoded yet.
 #[derive(Debug)]
 pub struct Buffered {
+    /// Its name.
     pub name: SampleName,
+    /// The lease it was read under.
     pub lease: LeaseId,
     /// Its key in the tar, for reports.
     pub key: String,
+    /// What it is.
     pub encoded: Encoded,
 }
 
@@ -49,6 +52,7 @@ impl Pooled for Buffered {
 pub struct Job {
     /// Where the result belongs.
     pub ticket: Ticket,
+    /// Whose picture it is.
     pub sample: Buffered,
 }
 
@@ -118,11 +122,14 @@ pub struct State {
 
     /// Why the reader has ended, if a shard could not be had.
     pub failure: Option<StoreError>,
+    /// Waits for shares break off.
     pub is_cancelled: bool,
+    /// The threads end.
     pub is_stopping: bool,
 }
 
 impl State {
+    /// Nothing granted, nothing read.
     pub fn new(config: &LoaderConfig) -> Self {
         let data = &config.data;
         // A quarter of the bytes lets the reader run ahead of the pool.
@@ -153,6 +160,7 @@ impl State {
 
     // ---- leases ----
 
+    /// Takes in leases, but for those it has or has given back, and what to expect after them.
     pub fn grant(&mut self, leases: Vec<LeasedShard>, outlook: Outlook) {
         for lease in leases {
             if !self.refused.contains(&lease.lease) && self.held.insert(lease.lease) {
@@ -164,6 +172,7 @@ impl State {
         self.outlook = outlook;
     }
 
+    /// Forgets that leases were asked for, or that none were left.
     pub fn forget_answer(&mut self) {
         self.grant(Vec::new(), Outlook::More);
     }
@@ -224,6 +233,7 @@ impl State {
         Some(lease)
     }
 
+    /// Whether the lease is still this loader's.
     pub fn is_held(&self, lease: LeaseId) -> bool {
         self.held.contains(&lease)
     }
@@ -233,10 +243,12 @@ impl State {
         self.reading.is_some_and(|reading| reading.is_cut)
     }
 
+    /// Nothing more comes of the lease that is read.
     pub fn end_lease(&mut self) {
         self.reading = None;
     }
 
+    /// Drops all that is of other leases, and stops reading those.
     pub fn retain_leases(&mut self, held: &[LeaseId]) {
         let held: HashSet<LeaseId> = held.iter().copied().collect();
         self.held.retain(|lease| held.contains(lease));
@@ -438,6 +450,7 @@ impl State {
         Share { batches }
     }
 
+    /// Takes back the share of a void step, without what is of leases that are gone.
     pub fn put_back(&mut self, share: Share) {
         for batch in share.batches.into_iter().rev() {
             let samples: Vec<Prepared> = batch.samples.into_iter().filter(|sample| self.held.contains(&sample.lease)).collect();
@@ -449,6 +462,7 @@ impl State {
         self.cuts.restart(self.cuts.share(), self.num_planned());
     }
 
+    /// How full the buffers are.
     pub fn stats(&self) -> Stats {
         Stats {
             buffered_samples: self.stream.len() + self.pool.len(),
