@@ -1,0 +1,345 @@
+//! A generation's steps, what is done of the weights between them, and what is left to do after the last.
+
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::time::{Duration, Instant};
+
+use peapod_collective::{AbortHandle, Collective};
+use peapod_model::optim::clip_grad_norm;
+use peapod_proto::ids::{Generation, MemberIndex, Step};
+use peapod_proto::message::{Assignment, Phase, StepLosses, StepRecord, StepReport, StepTimings, StopCause};
+use tch::{Device, Kind, Tensor};
+
+use super::copying::Copying;
+use super::ended::Ended;
+use super::rounds::{Drawn, Due, Unfinished, means};
+use super::state::TrainState;
+use super::{Output, Trainer, guarded, step};
+use crate::lifecycle::TrainerEvent;
+use crate::loss_scale::LossScale;
+use crate::tail::{Contribution, Outcome, TailLayout, ValidationTotals, share_of};
+
+/// A collective that takes longer than this is stuck for a reason that nobody else noticed.
+pub const COLLECTIVE_TIMEOUT: Duration = Duration::from_secs(600);
+/// As much longer it may take for each validation or set of pictures before it: a member with less to do waits in it for the others.
+const ROUND_TIMEOUT: Duration = Duration::from_secs(600);
+/// Pictures on their way hold up the end of a generation for this long at most: less than the others are waited for.
+const LAST_PICTURES_TIMEOUT: Duration = Duration::from_secs(5);
+/// Between two looks at whether the wait for them is broken off.
+const LOOK_EVERY: Duration = Duration::from_millis(50);
+
+/// A member's place in a generation.
+#[derive(Clone, Copy)]
+struct Place<'a> {
+    assignment: &'a Assignment,
+    abort: &'a AbortHandle,
+    layout: TailLayout,
+}
+
+/// What was done of the weights between two steps.
+#[derive(Default)]
+struct Round {
+    due: Due,
+    validation: ValidationTotals,
+    validating: Duration,
+    sampling: Duration,
+}
+
+impl Round {
+    /// Until when the all-reduce after it may take.
+    fn deadline(&self) -> Instant {
+        Instant::now() + COLLECTIVE_TIMEOUT + ROUND_TIMEOUT * self.due.count()
+    }
+}
+
+/// Waits until nobody can send any more, for a while or until the generation is aborted.
+fn wait_for_the_other_end(pending: &Receiver<()>, abort: &AbortHandle) {
+    let deadline = Instant::now() + LAST_PICTURES_TIMEOUT;
+    while pending.recv_timeout(LOOK_EVERY) == Err(RecvTimeoutError::Timeout) && abort.reason().is_none() {
+        if Instant::now() >= deadline {
+            tracing::warn!("the last pictures are still being sent and are not waited for");
+            return;
+        }
+    }
+}
+
+impl Trainer {
+    /// Steps until the generation ends.
+    pub(super) fn steps(&mut self, assignment: &Assignment, abort: &AbortHandle, mut collective: Box<dyn Collective>) -> Ended {
+        let layout = TailLayout::new(assignment.num_members, assignment.global_batch);
+        let place = Place { assignment, abort, layout };
+        let num_parameters = self.state.as_ref().map_or(0, |state| state.adapter.num_parameters());
+        let mut gradient = Tensor::zeros([num_parameters as i64], (Kind::Float, self.context.device));
+        let mut wire = vec![0.0_f32; num_parameters + layout.len()];
+        loop {
+            match self.step(place, collective.as_mut(), &mut gradient, &mut wire) {
+                Ok(None) => {}
+                Ok(Some(cause)) => return Ended::Orderly(cause, self.finish(place, collective.as_mut(), &mut wire, cause)),
+                Err(ended) => return ended,
+            }
+        }
+    }
+
+    /// One step; says when it was the generation's last.
+    fn step(
+        &mut self,
+        place: Place<'_>,
+        collective: &mut dyn Collective,
+        gradient: &mut Tensor,
+        wire: &mut [f32],
+    ) -> Result<Option<StopCause>, Ended> {
+        let Place { assignment, layout, .. } = place;
+        let generation = assignment.generation;
+        let owed = share_of(assignment.global_batch, assignment.member_index, assignment.num_members) as usize;
+        let before = self.state.as_ref().map_or(Step(0), |state| state.step);
+
+        // 0. What is due of the weights as they are. The data threads read on meanwhile.
+        let round = self.round(place, self.rounds.due(before))?;
+        let Some(state) = &self.state else { return Err(Ended::no_state()) };
+        let step = before.next();
+        let clock = Instant::now();
+
+        // 1. Samples.
+        self.context.control.enter(Phase::Data);
+        self.context.faults.in_data(step, place.abort);
+        let share = self.loader.next_share(owed).map_err(|error| match error {
+            peapod_data::Error::Cancelled => Ended::broken("aborted while waiting for samples".into()),
+            error => Ended::Failed { phase: "data", message: error.to_string() },
+        })?;
+        let data = clock.elapsed();
+
+        // 2. Gradient of this share. From here until the sum has arrived, the share is in flight.
+        let mut is_new = false;
+        for batch in &share.batches {
+            is_new |= self.sizes_seen.insert((batch.bucket, batch.samples.len()));
+        }
+        self.context.control.enter(if is_new { Phase::Warming } else { Phase::Compute });
+        self.context.faults.in_compute(step);
+        let share = &self.in_flight.insert((step, share)).1;
+        let (models, adapter) = (&self.models, &state.adapter);
+        let scale = state.loss_scale.as_ref().map_or(1.0, LossScale::factor);
+        let _ = gradient.zero_();
+        let result = guarded(|| step::accumulate(models, adapter, share, gradient, scale));
+        let mut contribution = match result {
+            Ok(Ok(contribution)) => contribution,
+            Ok(Err(error)) => return Err(Ended::Failed { phase: "compute", message: error.to_string() }),
+            Err(panic) => return Err(Ended::Failed { phase: "compute", message: panic }),
+        };
+        contribution.change = self.context.control.change_is_asked(generation);
+        contribution.validation = round.validation;
+        let num_parameters = gradient.numel();
+        let (values, tail) = wire.split_at_mut(num_parameters);
+        gradient.to_device(Device::Cpu).copy_data(values, num_parameters);
+        layout.write(tail, step, assignment.member_index, &contribution);
+        let compute = clock.elapsed();
+
+        // 3. The sum over all members.
+        self.context.control.enter(Phase::Collective);
+        let reduced = collective.all_reduce_sum(wire, round.deadline());
+        reduced.map_err(|error| Ended::within(collective, error))?;
+        let (values, tail) = wire.split_at(num_parameters);
+        let outcome = layout.read(tail, step).map_err(|error| Ended::broken(error.to_string()))?;
+        self.in_flight = None;
+        let reduced = clock.elapsed();
+        let validation = means(before, &outcome.validation);
+        if outcome.names.is_empty() {
+            self.last_validation = validation;
+            return Ok(Some(StopCause::DataDone));
+        }
+
+        // 4. The update, only now that the sum is known to be whole.
+        self.finish_copy()?;
+        self.context.control.enter(Phase::Update);
+        let state = self.state.as_mut().ok_or_else(Ended::no_state)?;
+        gradient.copy_(&Tensor::from_slice(values));
+        let learning_rate = self.schedule.rate(state.step.0);
+        let updated = update(state, gradient, &outcome, learning_rate, self.context.job.train.max_grad_norm);
+        let (grad_norm, skipped) = updated.map_err(|error| Ended::Failed { phase: "update", message: error.to_string() })?;
+        state.step = step;
+        state.generation = generation;
+        self.context.control.set_step(step);
+        let done = clock.elapsed();
+        tracing::debug!("applied step {step} in {generation}, of {} members", assignment.num_members);
+
+        let record = StepRecord { validation, ..record(step, generation, &outcome, grad_norm, learning_rate, skipped) };
+        let timings = StepTimings {
+            data: data.as_secs_f32(),
+            compute: (compute - data).as_secs_f32(),
+            collective: (reduced - compute).as_secs_f32(),
+            update: (done - reduced).as_secs_f32(),
+            validation: round.validating.as_secs_f32(),
+            sampling: round.sampling.as_secs_f32(),
+        };
+        self.report(assignment.member_index, record, timings)?;
+        if self.context.job.last_step() == Some(step.0) {
+            return Ok(Some(StopCause::StepsDone));
+        }
+        Ok(outcome.change.then_some(StopCause::Planned))
+    }
+
+    /// Does what is due of the weights between two steps.
+    fn round(&mut self, place: Place<'_>, due: Due) -> Result<Round, Ended> {
+        let mut round = Round { due, ..Round::default() };
+        if due == Due::default() {
+            return Ok(round);
+        }
+        let Place { assignment, abort, .. } = place;
+        let state = self.state.as_ref().ok_or_else(Ended::no_state)?;
+        let go_on = || abort.reason().is_none();
+        let broken_off = || Ended::broken(abort.reason().unwrap_or("aborted").to_owned());
+        let average = state.average().map_err(|error| Ended::Failed { phase: "validating", message: error.to_string() })?;
+        let (models, adapter) = (&self.models, average.as_ref().unwrap_or(&state.adapter));
+        if due.validation {
+            self.context.control.enter(Phase::Validating);
+            let clock = Instant::now();
+            let failed = |message| Ended::Failed { phase: "validating", message };
+            match guarded(|| self.rounds.validate(models, adapter, assignment, go_on)) {
+                Ok(Ok(totals)) => round.validation = totals,
+                Ok(Err(Unfinished::BrokenOff)) => return Err(broken_off()),
+                Ok(Err(Unfinished::Failed(error))) => return Err(failed(error.to_string())),
+                Err(panic) => return Err(failed(panic)),
+            }
+            round.validating = clock.elapsed();
+        }
+        if due.pictures {
+            self.context.control.enter(Phase::Sampling);
+            let clock = Instant::now();
+            let (sent, pending) = channel();
+            let keep = |index, png| {
+                let drawn = Drawn { generation: assignment.generation, step: state.step, index, png, sent: sent.clone() };
+                (self.context.output)(Output::Picture(Box::new(drawn)));
+            };
+            let message = match guarded(|| self.rounds.draw(models, adapter, state.step, assignment, go_on, keep)) {
+                Ok(Ok(())) => None,
+                Ok(Err(Unfinished::BrokenOff)) => return Err(broken_off()),
+                Ok(Err(Unfinished::Failed(error))) => Some(error.to_string()),
+                Err(panic) => Some(panic),
+            };
+            // Training needs no picture: the next time may go better.
+            if let Some(message) = message {
+                let first = message.lines().next().unwrap_or_default();
+                tracing::warn!("pictures of step {} are not drawn: {first}", state.step);
+            }
+            round.sampling = clock.elapsed();
+            self.pending = Some(pending);
+        }
+        Ok(round)
+    }
+
+    /// What is left to do after a generation's last step; returns what went wrong in it.
+    ///
+    /// The weights are final whatever happens here: nothing of it may look like a step that failed.
+    fn finish(&mut self, place: Place<'_>, collective: &mut dyn Collective, wire: &mut [f32], cause: StopCause) -> String {
+        let step = self.state.as_ref().map_or(Step(0), |state| state.step);
+        // The number of the exchange is one that no all-reduce of this generation has had.
+        let (due, number) = match cause {
+            StopCause::StepsDone => (self.rounds.due_at_the_end(), step.next()),
+            // The all-reduce that found no sample left has carried what was due anyway.
+            StopCause::DataDone => (self.rounds.due_at_the_end().without(self.rounds.due(step)), step.next().next()),
+            StopCause::Planned | StopCause::Aborted => (Due::default(), step),
+        };
+        let round = self.round(place, due);
+        if let Some(pending) = self.pending.take() {
+            wait_for_the_other_end(&pending, place.abort);
+        }
+        if due == Due::default() {
+            return String::new();
+        }
+        match round.and_then(|round| self.last_exchange(place, collective, wire, number, &round)) {
+            Ok(totals) => {
+                self.last_validation = means(step, &totals).or(self.last_validation.take());
+                String::new()
+            }
+            Err(Ended::Broken { reason, .. }) => reason,
+            Err(Ended::Failed { phase, message }) => format!("{phase}: {message}"),
+            Err(Ended::Unfit(message)) => message,
+            Err(Ended::Orderly(..)) => String::new(),
+        }
+    }
+
+    /// An all-reduce that carries no sample and no gradient, only what the members found out about the last weights. It also keeps them
+    /// together until the slowest has drawn its pictures.
+    fn last_exchange(
+        &self,
+        place: Place<'_>,
+        collective: &mut dyn Collective,
+        wire: &mut [f32],
+        number: Step,
+        round: &Round,
+    ) -> Result<ValidationTotals, Ended> {
+        self.context.control.enter(Phase::Collective);
+        let tail_start = wire.len() - place.layout.len();
+        wire.fill(0.0);
+        let contribution = Contribution { validation: round.validation, ..Contribution::default() };
+        place.layout.write(&mut wire[tail_start..], number, place.assignment.member_index, &contribution);
+        collective.all_reduce_sum(wire, round.deadline()).map_err(Ended::by)?;
+        let outcome = place.layout.read(&wire[tail_start..], number).map_err(|error| Ended::broken(error.to_string()))?;
+        Ok(outcome.validation)
+    }
+
+    /// Tells the coordinator of an applied step; where a checkpoint is due, from the thread that copies the weights.
+    fn report(&mut self, member: MemberIndex, record: StepRecord, timings: StepTimings) -> Result<(), Ended> {
+        let (step, generation, began) = (record.step, record.generation, Instant::now());
+        let scheduled = step.0.is_multiple_of(self.context.job.checkpoint.every_steps);
+        let asked = self.context.control.take_snapshot_request(generation);
+        let report = StepReport { generation, step, record: Some(record), timings, snapshot: None };
+        if !scheduled && !asked {
+            self.event(TrainerEvent::Step(report));
+            return Ok(());
+        }
+        let state = self.state.as_ref().ok_or_else(Ended::no_state)?;
+        let failed = |message: String| Ended::Failed { phase: "snapshot", message };
+        let view = state.view(generation).map_err(|error| failed(error.to_string()))?;
+        let copying = Copying::start(view, report, member == MemberIndex(0), self.context.output.clone(), began);
+        self.copying = Some(copying.map_err(failed)?);
+        Ok(())
+    }
+
+    pub(super) fn finish_copy(&mut self) -> Result<(), Ended> {
+        let Some(copying) = self.copying.take() else { return Ok(()) };
+        self.context.control.enter(Phase::Snapshot);
+        copying.finish().map_err(|message| Ended::Failed { phase: "snapshot", message })
+    }
+}
+
+/// Applies the mean gradient; a step that is not finite leaves the weights as they are, on all ranks alike.
+fn update(
+    state: &mut TrainState,
+    gradient: &mut Tensor,
+    outcome: &Outcome,
+    learning_rate: f64,
+    max_grad_norm: f64,
+) -> peapod_model::Result<(f64, bool)> {
+    let _ = gradient.f_div_scalar_(outcome.names.len() as f64)?;
+    let limit = if max_grad_norm > 0.0 { max_grad_norm } else { f64::INFINITY };
+    let norm = clip_grad_norm(gradient, limit)?;
+    if let Some(scale) = &mut state.loss_scale {
+        scale.update(!outcome.not_finite && norm.is_finite());
+    }
+    if outcome.not_finite || !norm.is_finite() {
+        return Ok((norm, true));
+    }
+    state.optimizer.step(state.adapter.flat(), gradient, learning_rate)?;
+    if let Some(ema) = &mut state.ema {
+        ema.update(state.adapter.flat())?;
+    }
+    Ok((norm, false))
+}
+
+fn record(step: Step, generation: Generation, outcome: &Outcome, grad_norm: f64, learning_rate: f64, skipped: bool) -> StepRecord {
+    let count = outcome.names.len() as f32;
+    StepRecord {
+        step,
+        generation,
+        names: outcome.names.clone(),
+        native: outcome.native,
+        skipped,
+        losses: StepLosses {
+            task: outcome.losses.task / count,
+            logit: outcome.losses.logit / count,
+            feature: outcome.losses.feature / count,
+            grad_norm: grad_norm as f32,
+            learning_rate: learning_rate as f32,
+        },
+        validation: None,
+    }
+}
