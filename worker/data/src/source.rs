@@ -14,6 +14,8 @@ pub(crate) mod expand;
 mod http;
 #[cfg(any(feature = "aws", feature = "azure", feature = "gcp"))]
 mod object;
+mod patience;
+mod pieces;
 mod remote;
 
 use std::fs::File;

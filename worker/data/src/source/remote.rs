@@ -3,11 +3,10 @@
 //! One runtime thread does the waiting; the data threads read from a channel.
 
 use std::collections::VecDeque;
-use std::hash::{BuildHasher, RandomState};
 use std::io::{self, Read};
 use std::ops::Range;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
-use std::sync::{Arc, Mutex, Once, PoisonError};
+use std::sync::{Arc, Mutex, Once};
 use std::time::Duration;
 
 use bytes::{Buf, Bytes};
@@ -15,8 +14,9 @@ use futures::StreamExt;
 use futures::stream::BoxStream;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinHandle;
-use tokio::time::{Instant, timeout};
 
+use super::patience::{Patience, pause};
+use super::pieces::{Pieces, within};
 use super::{Halt, Location, Seen, SourceOptions, Stopped, http};
 use crate::error::StoreError;
 use crate::{Error, Result};
@@ -26,12 +26,6 @@ const CHUNKS: usize = 3;
 
 /// How often a thread that waits for bytes asks whether it still should.
 const CANCEL_POLL: Duration = Duration::from_millis(50);
-
-/// Longest pause between two attempts.
-const MAX_PAUSE: Duration = Duration::from_secs(30);
-
-/// How often a store that stays away is in the log.
-const WARN_EVERY: Duration = Duration::from_secs(60);
 
 /// Shards that are looked at side by side.
 const LOOKS: usize = 32;
@@ -49,7 +43,7 @@ pub struct Identity {
 
 impl Identity {
     /// Whether anything that both know is different.
-    fn differs(&self, other: &Self) -> bool {
+    pub fn differs(&self, other: &Self) -> bool {
         let text = |here: &Option<String>, there: &Option<String>| here.is_some() && there.is_some() && here != there;
         let size = self.size.is_some() && other.size.is_some() && self.size != other.size;
         // Servers of one object behind one address may disagree on its time, but not on its tag.
@@ -104,7 +98,7 @@ pub enum Object {
 }
 
 impl Object {
-    async fn get(&self, range: Option<Range<u64>>, identity: &Identity) -> Result<Answer, Failure> {
+    pub async fn get(&self, range: Option<Range<u64>>, identity: &Identity) -> Result<Answer, Failure> {
         match self {
             Self::Http { client, url } => http::get(client, url, range, identity).await,
             #[cfg(any(feature = "aws", feature = "azure", feature = "gcp"))]
@@ -459,164 +453,9 @@ async fn permit(permits: Arc<Semaphore>) -> Result<OwnedSemaphorePermit, Failure
     permits.acquire_owned().await.map_err(|_| Failure::Lasting("interrupted".into()))
 }
 
-/// The bytes of an object from one place to another, in order, by however many answers they come.
-struct Pieces {
-    object: Arc<Object>,
-    patience: Arc<Patience>,
-    identity: Identity,
-    /// The next byte.
-    at: u64,
-    /// Behind the last byte; `None`: where the body ends.
-    end: Option<u64>,
-    in_parts: bool,
-    /// The open answer, and where its next byte lies.
-    answer: Option<(BoxStream<'static, Result<Bytes, Failure>>, u64)>,
-    failing: Option<Failing>,
-}
-
-impl Pieces {
-    /// Waits for the first answer; returns which version it is of and whether parts are to be had.
-    async fn begin(&mut self) -> Result<(Identity, bool), Failure> {
-        loop {
-            match self.connect().await {
-                Err(Failure::Passing(reason)) => self.patience.hold_out(&mut self.failing, &reason).await?,
-                answer => return answer,
-            }
-        }
-    }
-
-    /// The next bytes; `None` at the end.
-    async fn next(&mut self) -> Result<Option<Bytes>, Failure> {
-        while self.end.is_none_or(|end| self.at < end) {
-            match self.attempt().await {
-                Ok(None) => break,
-                Ok(Some(piece)) if piece.is_empty() => {}
-                Ok(Some(piece)) => {
-                    self.at += piece.len() as u64;
-                    self.failing = None;
-                    return Ok(Some(piece));
-                }
-                Err(Failure::Passing(reason)) => {
-                    self.answer = None;
-                    self.patience.hold_out(&mut self.failing, &reason).await?;
-                }
-                Err(failure) => return Err(failure),
-            }
-        }
-        Ok(None)
-    }
-
-    /// The next bytes of the open answer, less those that are known already: that can leave none.
-    async fn attempt(&mut self) -> Result<Option<Bytes>, Failure> {
-        if self.answer.is_none() {
-            self.connect().await?;
-        }
-        let Some((body, position)) = &mut self.answer else { return Err(Failure::Passing("no answer".into())) };
-        let deadline = self.patience.options.read_timeout;
-        let next = timeout(deadline, body.next()).await;
-        let next = next.map_err(|_| Failure::Passing(format!("no bytes came for {deadline:?} at byte {}", self.at)))?;
-        match next {
-            Some(piece) => {
-                let mut piece = piece?;
-                let known = self.at.saturating_sub(*position).min(piece.len() as u64);
-                *position += piece.len() as u64;
-                piece.advance(known as usize);
-                if let Some(end) = self.end {
-                    piece.truncate(usize::try_from(end - self.at).unwrap_or(usize::MAX));
-                }
-                Ok(Some(piece))
-            }
-            None if self.end.is_none() => Ok(None),
-            None => Err(Failure::Passing(format!("the answer breaks off at byte {}", self.at))),
-        }
-    }
-
-    /// Asks for what is missing.
-    async fn connect(&mut self) -> Result<(Identity, bool), Failure> {
-        let range = self.end.filter(|_| self.in_parts).map(|end| self.at..end);
-        let answer = within(self.patience.options.read_timeout, self.object.get(range, &self.identity)).await?;
-        if self.identity.differs(&answer.identity) {
-            return Err(Failure::Changed);
-        }
-        if answer.start > self.at {
-            return Err(Failure::Lasting(format!("asked for byte {}, the server answers from byte {} on", self.at, answer.start)));
-        }
-        self.answer = Some((answer.body, answer.start));
-        Ok((answer.identity, answer.is_part))
-    }
-}
-
-async fn within<T>(deadline: Duration, request: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
-    timeout(deadline, request).await.unwrap_or_else(|_| Err(Failure::Passing(format!("no answer within {deadline:?}"))))
-}
-
-/// Failures in a row.
-#[derive(Debug)]
-struct Failing {
-    since: Instant,
-    count: u32,
-}
-
-/// How long a shard's store is waited for.
-struct Patience {
-    url: String,
-    options: SourceOptions,
-    /// When the log last said that it is waited for.
-    warned: Mutex<Option<Instant>>,
-}
-
-impl Patience {
-    /// Waits before the next attempt.
-    ///
-    /// Errors: [`Failure::Lasting`] when it has been long enough.
-    async fn hold_out(&self, failing: &mut Option<Failing>, reason: &str) -> Result<(), Failure> {
-        let SourceOptions { retries, give_up_after, first_pause, .. } = self.options;
-        let failing = failing.get_or_insert_with(|| Failing { since: Instant::now(), count: 0 });
-        failing.count += 1;
-        let lasted = failing.since.elapsed();
-        if failing.count > retries {
-            if lasted >= give_up_after {
-                let attempts = failing.count;
-                return Err(Failure::Lasting(format!("{reason}; given up after {attempts} attempts in {:.1} s", lasted.as_secs_f64())));
-            }
-            let mut warned = self.warned.lock().unwrap_or_else(PoisonError::into_inner);
-            if warned.is_none_or(|last| last.elapsed() >= WARN_EVERY) {
-                *warned = Some(Instant::now());
-                tracing::warn!(
-                    "shard {} cannot be read for {:.0} s: {reason}; it is tried for up to {:.0} s",
-                    self.url,
-                    lasted.as_secs_f64(),
-                    give_up_after.as_secs_f64()
-                );
-            }
-        }
-        tokio::time::sleep(pause(first_pause, failing.count - 1)).await;
-        Ok(())
-    }
-}
-
-/// The pause after `attempt` earlier ones: twice as long each time, and a random part of it, lest many workers ask in step.
-fn pause(first: Duration, attempt: u32) -> Duration {
-    let longest = first.saturating_mul(1 << attempt.min(20)).min(MAX_PAUSE);
-    // The standard library's only source of chance; what matters is that no two processes agree.
-    let chance = RandomState::new().hash_one(attempt) % 1024;
-    longest / 2 + longest * chance as u32 / 2048
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn pauses_double_up_to_a_limit_and_differ() {
-        let first = Duration::from_millis(200);
-        for attempt in 0..40 {
-            let longest = Duration::from_millis(200 << attempt.min(20)).min(MAX_PAUSE);
-            let pause = pause(first, attempt);
-            assert!(pause >= longest / 2 && pause <= longest, "{attempt}: {pause:?}");
-        }
-        assert!((0..20).any(|_| pause(first, 3) != pause(first, 3)));
-    }
 
     #[test]
     fn versions_differ_by_what_both_servers_tell() {

@@ -1,0 +1,82 @@
+use super::*;
+
+fn validation(step: u64) -> ValidationLosses {
+    ValidationLosses { step: Step(step), samples: 5, task: 0.5, logit: 0.25, feature: 3.0 }
+}
+
+fn record(step: u64) -> StepRecord {
+    StepRecord {
+        step: Step(step),
+        generation: Generation(2),
+        names: vec![SampleName { epoch: Epoch(1), shard: ShardId(3), index: 7 }],
+        native: 1,
+        skipped: false,
+        losses: StepLosses { task: 1.0, ..StepLosses::default() },
+        validation: Some(validation(step - 1)),
+    }
+}
+
+#[test]
+fn typed_messages_survive_the_wire() {
+    let up = [
+        FromWorker::StepReport(StepReport {
+            generation: Generation(2),
+            step: Step(9),
+            record: Some(record(9)),
+            timings: StepTimings { data: 0.1, validation: 2.0, sampling: 3.0, ..StepTimings::default() },
+            snapshot: Some(77),
+        }),
+        FromWorker::Stopped(Stopped {
+            generation: Generation(2),
+            applied: Step(9),
+            cause: StopCause::Planned,
+            records: vec![record(8), record(9)],
+            reason: String::new(),
+            validation: Some(validation(9)),
+            trained_in: Generation(2),
+            lost_member: Some(MemberIndex(1)),
+            stalled: Some(Stall { waiting_for: MemberIndex(2), received_bytes: 77 }),
+        }),
+        FromWorker::Continuing(Continuing { generation: Generation(2), applied: Step(9), records: vec![record(9)] }),
+        FromWorker::Heartbeat(Heartbeat { step: Step(9), phase: Phase::Validating, generation: Generation(2), samples_read: 7 }),
+        FromWorker::Heartbeat(Heartbeat { step: Step(9), phase: Phase::Warming, generation: Generation(2), samples_read: 0 }),
+        FromWorker::LeaseRequest { generation: Generation(2), num_leases: 1, is_idle: true },
+        FromWorker::GaveBack { lease: LeaseId(4), from: 17 },
+        FromWorker::ShardReport(ShardReport {
+            lease: LeaseId(4),
+            skipped: vec![SkippedSample { index: 3, reason: SkipReason::Bad, key: "k".into(), detail: "no jpg".into() }],
+            num_samples: Some(10),
+            truncated: String::new(),
+        }),
+    ];
+    for message in up {
+        assert_eq!(FromWorker::try_from(v1::FromWorker::from(message.clone())), Ok(message));
+    }
+}
+
+#[test]
+fn gate_refuses_what_no_honest_peer_sends() {
+    assert!(FromWorker::try_from(v1::FromWorker { message: None }).is_err());
+    let mut wire = v1::FromWorker::from(FromWorker::StepReport(StepReport {
+        generation: Generation(2),
+        step: Step(10),
+        record: Some(record(9)),
+        timings: StepTimings::default(),
+        snapshot: None,
+    }));
+    assert!(FromWorker::try_from(wire.clone()).unwrap_err().to_string().contains("step_report.record"));
+    if let Some(v1::from_worker::Message::StepReport(report)) = &mut wire.message {
+        report.step = 9;
+        report.record.as_mut().unwrap().names[0].index = 1 << 24;
+    }
+    assert!(FromWorker::try_from(wire.clone()).unwrap_err().to_string().contains("step_record.names"));
+    if let Some(v1::from_worker::Message::StepReport(report)) = &mut wire.message {
+        report.record.as_mut().unwrap().names.clear();
+        report.record.as_mut().unwrap().validation.as_mut().unwrap().samples = 0;
+    }
+    assert!(FromWorker::try_from(wire).unwrap_err().to_string().contains("validation.samples"));
+    let index = v1::ToWorker {
+        message: Some(v1::to_worker::Message::Assignment(v1::Assignment { member_index: 2, num_members: 2, ..Default::default() })),
+    };
+    assert!(ToWorker::try_from(index).is_err());
+}
