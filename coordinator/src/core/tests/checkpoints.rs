@@ -79,6 +79,18 @@ fn resumed_job_starts_from_the_checkpoints_ledger() {
     assert_eq!(world.core.final_step(), Step(41));
 }
 
+#[test]
+fn job_whose_last_step_is_stored_has_nothing_left_to_train() {
+    for (step, is_over) in [(99, false), (100, true)] {
+        let mut world = World::new(config(1));
+        let resume = Resume { step: Step(step), ledger: Arc::new(Ledger::new(4)), generation: Generation(3) };
+        world.core = Core::new(config(1), Some(resume));
+        let worker = world.join(None).unwrap();
+        world.ready(worker);
+        assert_eq!(world.outcome().is_some(), is_over, "from step {step} of 100");
+    }
+}
+
 fn let_go(world: &World, worker: WorkerId) -> bool {
     world.sent(worker).iter().any(|message| matches!(message, ToWorker::Stop { reason: StopReason::Drained, .. }))
 }

@@ -180,3 +180,17 @@ fn drained_worker_leaves_after_the_step_and_the_others_wait() {
     assert_eq!((world.core.state().as_str(), world.core.first_failure()), ("waiting for rank 1", None));
     assert_eq!(world.event(Event::Drain { rank: Rank(1) }), Err(CoreError::NobodyHasRank(Rank(1))));
 }
+
+#[test]
+fn missing_ranks_that_follow_each_other_are_named_as_a_span() {
+    for (present, text) in
+        [(&[1][..], "waiting for ranks 0, 2-4"), (&[0, 1, 2, 4], "waiting for rank 3"), (&[1, 3], "waiting for ranks 0, 2, 4")]
+    {
+        let mut world = World::new(config(5));
+        present.iter().for_each(|&rank| {
+            let worker = world.join(Some(rank)).unwrap();
+            world.ready(worker);
+        });
+        assert_eq!(world.core.waiting_for(), text);
+    }
+}

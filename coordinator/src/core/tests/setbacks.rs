@@ -57,6 +57,32 @@ impl World {
     }
 }
 
+impl World {
+    /// Two members lose each other in the step after `step`; whoever else is there names one of them.
+    fn lose_each_other(&mut self, workers: &[WorkerId], step: u64, pair: [u32; 2]) {
+        let record = self.record(step, &[]);
+        let generation = self.core.generation();
+        for (index, &worker) in workers.iter().enumerate() {
+            // Whoever fails closes its connections: the others name one that is well.
+            let lost = if index as u32 == pair[0] { pair[1] } else { pair[0] };
+            let stopped = Stopped {
+                applied: Step(step),
+                records: vec![record.clone()],
+                reason: format!("lost member {lost}"),
+                trained_in: generation,
+                lost_member: Some(MemberIndex(lost)),
+                ..Stopped::empty_handed(generation)
+            };
+            self.say(worker, FromWorker::Stopped(stopped)).unwrap();
+        }
+    }
+
+    /// How often somebody was to be let in.
+    fn num_planned(&self) -> usize {
+        self.said.iter().filter(|effect| matches!(effect, Effect::Notice(Notice::Planned { .. }))).count()
+    }
+}
+
 #[test]
 fn shard_whose_readers_keep_dying_is_left_for_later_and_its_samples_are_not_lost() {
     let mut world = World::new(config(2));
@@ -106,12 +132,12 @@ fn host_on_which_workers_keep_dying_is_left_out_for_ten_minutes() {
         }
     }
     assert_eq!(set_aside(&world), ["host bad: its workers died in 3 generations within 10 minutes"]);
-    let planned = world.said.iter().filter(|effect| matches!(effect, Effect::Notice(Notice::Planned { .. }))).count();
-    assert_eq!((planned, world.core.state().as_str()), (2, "training"), "it is not let in a third time");
+    assert_eq!((world.num_planned(), world.core.state().as_str()), (2, "training"), "it is not let in a third time");
     let alive: Vec<WorkerId> = world.core.workers.keys().copied().collect();
-    world.pass(601, &alive);
-    let planned = world.said.iter().filter(|effect| matches!(effect, Effect::Notice(Notice::Planned { .. }))).count();
-    assert_eq!(planned, 3, "its time is over");
+    world.pass(595, &alive);
+    assert_eq!(world.num_planned(), 2, "nor before its time is over");
+    world.pass(6, &alive);
+    assert_eq!(world.num_planned(), 3, "its time is over");
 }
 
 #[test]
@@ -128,8 +154,7 @@ fn only_host_of_a_job_is_never_left_out() {
         mortal = world.join_on("only");
         world.stopped(members[0], step, StopCause::Planned, vec![]);
     }
-    let planned = world.said.iter().filter(|effect| matches!(effect, Effect::Notice(Notice::Planned { .. }))).count();
-    assert_eq!((planned, set_aside(&world)), (4, vec![]), "who takes the place of the dead is let in each time");
+    assert_eq!((world.num_planned(), set_aside(&world)), (4, vec![]), "who takes the place of the dead is let in each time");
 }
 
 #[test]
@@ -163,29 +188,76 @@ fn one_of_two_workers_that_keep_losing_each_other_is_left_out() {
     let workers: Vec<WorkerId> = ["a", "b", "c"].iter().map(|host| world.join_on(host)).collect();
     for step in 1..=3 {
         world.train_a_step(step);
-        let record = world.record(step, &[]);
-        let (generation, trained_in) = (world.core.generation(), world.core.generation());
-        let stopped = |reason: &str, lost_member| Stopped {
-            generation,
-            applied: Step(step),
-            cause: StopCause::Aborted,
-            records: vec![record.clone()],
-            reason: reason.into(),
-            validation: None,
-            trained_in,
-            lost_member,
-            stalled: None,
-        };
-        // Whoever fails closes its connections: the first member names the second, which is well.
-        for (worker, lost) in [(0, 1), (1, 2), (2, 1)] {
-            let lost = stopped(&format!("lost member {lost}"), Some(MemberIndex(lost)));
-            world.say(workers[worker], FromWorker::Stopped(lost)).unwrap();
-        }
+        world.lose_each_other(&workers, step, [1, 2]);
     }
     let name = |rank| format!("rank {rank} (pid 1 on {})", ["a", "b", "c"][rank]);
     let expected = format!("{}: its connection with {} broke 3 times within 10 minutes though both live", name(2), name(1));
     assert_eq!(set_aside(&world), [expected]);
     assert_eq!(world.train_a_step(4), workers[..2], "the others go on without it");
+}
+
+#[test]
+fn host_is_left_out_where_the_others_are_just_enough() {
+    let mut world = World::new(Config { min_world_size: 2, ..config(3) });
+    let good = [world.join_on("one"), world.join_on("two")];
+    let mut bad = world.join_on("bad");
+    for step in 1..=3 {
+        assert_eq!(world.train_a_step(step).len(), 3, "step {step}");
+        world.die(bad);
+        let record = world.record(step, &[]);
+        good.iter().for_each(|&worker| world.stopped(worker, step, StopCause::Aborted, vec![record.clone()]));
+        world.bootstrap(good[0]);
+        bad = world.join_on("bad");
+        if step < 3 {
+            good.iter().for_each(|&worker| world.stopped(worker, step, StopCause::Planned, vec![]));
+        }
+    }
+    assert_eq!((set_aside(&world).len(), world.num_planned(), world.core.members()), (1, 2, &good[..]));
+}
+
+#[test]
+fn who_loses_others_more_often_is_the_one_left_out() {
+    let mut world = World::new(Config { min_world_size: 1, ..config(3) });
+    let workers: Vec<WorkerId> = ["a", "b", "c"].iter().map(|host| world.join_on(host)).collect();
+    for (step, pair) in [[0, 2], [0, 2], [0, 1], [0, 1], [0, 1]].into_iter().enumerate() {
+        assert_eq!(set_aside(&world), [""; 0], "before round {step}");
+        assert_eq!(world.train_a_step(step as u64 + 1), workers);
+        world.lose_each_other(&workers, step as u64 + 1, pair);
+    }
+    let expected = "rank 0 (pid 1 on a): its connection with rank 1 (pid 1 on b) broke 3 times within 10 minutes though both live";
+    assert_eq!(set_aside(&world), [expected]);
+    assert_eq!(world.train_a_step(6), workers[1..]);
+}
+
+#[test]
+fn what_failed_ten_minutes_ago_is_forgotten() {
+    let mut world = World::new(Config { min_world_size: 1, ..config(2) });
+    let workers = [world.join_on("a"), world.join_on("b")];
+    for step in 1..=3 {
+        world.train_a_step(step);
+        if step == 3 {
+            world.now += Duration::from_secs(600);
+        }
+        world.lose_each_other(&workers, step, [0, 1]);
+    }
+    assert_eq!(set_aside(&world), [""; 0], "twice then, and once now");
+}
+
+#[test]
+fn members_that_received_little_are_not_blamed_where_nothing_hung() {
+    let mut world = World::new(Config { min_world_size: 1, ..config(2) });
+    let workers = [world.join_on("a"), world.join_on("b")];
+    for step in 1..=4 {
+        world.train_a_step(step);
+        let (record, generation) = (world.record(step, &[]), world.core.generation());
+        for (index, &worker) in workers.iter().enumerate() {
+            let stalled = Some(peapod_proto::message::Stall { waiting_for: MemberIndex(1 - index as u32), received_bytes: index as u64 });
+            let (applied, records) = (Step(step), vec![record.clone()]);
+            let stopped = Stopped { applied, records, trained_in: generation, stalled, ..Stopped::empty_handed(generation) };
+            world.say(worker, FromWorker::Stopped(stopped)).unwrap();
+        }
+    }
+    assert_eq!(set_aside(&world), [""; 0]);
 }
 
 #[test]
@@ -301,4 +373,19 @@ fn host_on_which_another_worker_is_well_is_not_left_out_for_one_that_failed() {
     let spare = world.load_on("host");
     world.fail_for_good(spare);
     assert_eq!((world.outcome(), set_aside(&world)), (None, vec![]));
+}
+
+#[test]
+fn job_that_gets_a_step_on_now_and_then_goes_on() {
+    let (mut world, workers) = World::running(2);
+    for round in 1..=40 {
+        let step = round / 19;
+        if round % 19 == 0 {
+            world.report(workers[0], step, Some(&[]));
+            world.report(workers[1], step, None);
+        }
+        workers.iter().for_each(|&worker| world.stopped(worker, step, StopCause::Aborted, vec![]));
+        assert_eq!(world.outcome(), None, "after {round} generations");
+        world.bootstrap(workers[0]);
+    }
 }

@@ -126,3 +126,35 @@ fn durable_steps_are_told_with_the_next_heartbeat() {
     world.pass(1, &workers);
     assert_eq!(world.sent(workers[0]).pop(), Some(ToWorker::Durable { generation: Generation(1), step: Step(1) }));
 }
+
+fn said(step: u64, collective: f32, record: Option<StepRecord>) -> StepReport {
+    let timings = StepTimings { collective, ..StepTimings::default() };
+    StepReport { generation: Generation(1), step: Step(step), record, timings, snapshot: None }
+}
+
+#[test]
+fn collective_of_a_step_takes_what_the_shortest_stay_in_it_takes_whoever_reports_first() {
+    let world = World::new(config(2));
+    for stays in [[5.0, 3.0], [3.0, 5.0]] {
+        let mut progress = Progress::start(Step(0), 2);
+        progress.report(MemberIndex(0), said(1, stays[0], Some(world.record(1, &[]))));
+        progress.report(MemberIndex(1), said(1, stays[1], None));
+        assert_eq!(progress.next_final().unwrap().timings.collective, 3.0, "{stays:?}");
+    }
+}
+
+#[test]
+fn steps_done_while_nobody_listened_are_final_once_all_have_told_of_them() {
+    let world = World::new(config(2));
+    let records = |steps: std::ops::RangeInclusive<u64>| steps.map(|step| world.record(step, &[])).collect::<Vec<_>>();
+    let mut progress = Progress::start(Step(0), 2);
+    // One that says more of what was in a step than it says that it holds is not believed in that.
+    progress.catch_up(MemberIndex(0), Step(2), records(1..=3));
+    assert!(progress.next_final().is_some(), "it reported the next one too");
+    assert!(progress.next_final().is_none(), "the other may not have step 2");
+    progress.catch_up(MemberIndex(1), Step(2), vec![]);
+    assert_eq!(progress.next_final().unwrap().record.step, Step(2));
+    progress.report(MemberIndex(0), said(3, 0.0, None));
+    progress.report(MemberIndex(1), said(3, 0.0, None));
+    assert!(progress.next_final().is_none(), "nobody who holds step 3 has told its samples");
+}
