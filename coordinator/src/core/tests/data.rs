@@ -19,6 +19,27 @@ fn too_much_bad_data_ends_the_job_and_the_first_are_shown() {
 }
 
 #[test]
+fn samples_that_the_method_leaves_out_are_not_shown_as_broken_and_none_is_shown_twice() {
+    let (mut world, workers) = World::running(1);
+    let (leases, _) = world.lease(workers[0], 1);
+    let sample = |index, reason| SkippedSample { index, reason, key: format!("k{index}"), detail: "too_small: 8 x 8".into() };
+    let filtered = (0..200).map(|index| sample(index, SkipReason::Filtered));
+    let skipped: Vec<SkippedSample> = filtered.chain([sample(200, SkipReason::Bad), sample(201, SkipReason::Bad)]).collect();
+    let report = ShardReport { lease: leases[0].id, skipped, num_samples: None, truncated: String::new() };
+    for _ in 0..2 {
+        // As a worker says again after its stream broke.
+        world.say(workers[0], FromWorker::ShardReport(report.clone())).unwrap();
+    }
+    let shown = |effect: &Effect| match effect {
+        Effect::Notice(Notice::BadData { key, .. }) => Some(key.clone()),
+        _ => None,
+    };
+    assert_eq!(world.said.iter().filter_map(shown).collect::<Vec<_>>(), ["k200", "k201"]);
+    let totals = world.core.ledger().totals();
+    assert_eq!((totals.filtered, totals.bad, world.outcome()), (200, 2, None));
+}
+
+#[test]
 fn truncated_shard_is_shown_and_one_that_cannot_be_read_counts_as_a_share_of_all() {
     let (mut world, workers) = World::running(1);
     let (leases, _) = world.lease(workers[0], 2);

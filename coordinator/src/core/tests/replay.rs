@@ -325,6 +325,23 @@ fn replaying_twice_gives_the_same_state() {
 }
 
 #[test]
+fn only_a_shard_of_which_nothing_could_be_read_is_unreadable_after_a_restart_too() {
+    let mut rig = Rig::new();
+    (0..WORLD_SIZE).for_each(|_| rig.join());
+    rig.bootstrap();
+    let worker = rig.holders[0].id;
+    let (leases, _) = rig.world.lease(worker, 3);
+    // Empty, cut off behind its fifth sample, not there.
+    for (lease, (num, why)) in leases.iter().zip([(0, ""), (5, "it breaks off"), (0, "no such file")]) {
+        let report = ShardReport { lease: lease.id, skipped: vec![], num_samples: Some(num), truncated: why.into() };
+        rig.tell(worker, FromWorker::ShardReport(report));
+    }
+    let Some(Outcome::Failed { reason }) = rig.world.outcome() else { panic!("{}", rig.world.core.state()) };
+    assert!(reason.starts_with("1 of 4 shards cannot be read at all"), "{reason}");
+    assert_eq!(rig.state.outcome(), rig.world.outcome().as_ref(), "a coordinator that is started again has failed too");
+}
+
+#[test]
 fn facts_that_cannot_follow_are_refused() {
     let (mut world, workers) = World::running(1);
     world.lease(workers[0], 1);

@@ -194,15 +194,23 @@ fn one_of_two_workers_that_keep_losing_each_other_is_left_out() {
     let expected = format!("{}: its connection with {} broke 3 times within 10 minutes though both live", name(2), name(1));
     assert_eq!(set_aside(&world), [expected]);
     assert_eq!(world.train_a_step(4), workers[..2], "the others go on without it");
+    world.now += Duration::from_secs(1);
+    for &worker in &workers {
+        let beat = Heartbeat { step: Step(4), phase: Phase::Waiting, generation: Generation::NONE, samples_read: 0 };
+        world.say(worker, FromWorker::Heartbeat(beat)).unwrap();
+    }
+    world.event(Event::Tick).unwrap();
+    workers[..2].iter().for_each(|&worker| world.stopped(worker, 4, StopCause::Aborted, vec![]));
+    assert_eq!(world.train_a_step(5), workers[..2], "and still do a while later");
 }
 
 #[test]
 fn host_is_left_out_where_the_others_are_just_enough() {
-    let mut world = World::new(Config { min_world_size: 2, ..config(3) });
-    let good = [world.join_on("one"), world.join_on("two")];
+    let mut world = World::new(Config { min_world_size: 3, ..config(4) });
+    let good = [world.join_on("one"), world.join_on("two"), world.join_on("three")];
     let mut bad = world.join_on("bad");
     for step in 1..=3 {
-        assert_eq!(world.train_a_step(step).len(), 3, "step {step}");
+        assert_eq!(world.train_a_step(step).len(), 4, "step {step}");
         world.die(bad);
         let record = world.record(step, &[]);
         good.iter().for_each(|&worker| world.stopped(worker, step, StopCause::Aborted, vec![record.clone()]));
@@ -213,6 +221,9 @@ fn host_is_left_out_where_the_others_are_just_enough() {
         }
     }
     assert_eq!((set_aside(&world).len(), world.num_planned(), world.core.members()), (1, 2, &good[..]));
+    // They meet again for another reason.
+    good.iter().for_each(|&worker| world.stopped(worker, 3, StopCause::Aborted, vec![]));
+    assert_eq!(world.train_a_step(4), good);
 }
 
 #[test]
