@@ -154,3 +154,41 @@ fn permanent_failure_of_one_worker_ends_the_job_at_once() {
     assert_eq!(reason, "rank 1 (pid 1 on host) failed in phase loading: no such file");
     assert!(matches!(world.sent(workers[0]).last(), Some(ToWorker::Stop { reason: StopReason::Failed, .. })));
 }
+
+#[test]
+fn whoever_gives_up_names_what_failed_first() {
+    for (died, expected) in [(false, "no restart is left"), (true, "rank 1 (pid 1 on host) lost at step 0")] {
+        let (mut world, workers) = World::running(2);
+        if died {
+            world.die(workers[1]);
+        }
+        world.event(Event::GiveUp { reason: "no restart is left".into() }).unwrap();
+        let Some(Outcome::Failed { reason }) = world.outcome() else { panic!("{}", world.core.state()) };
+        assert!(reason.starts_with(expected) && reason.ends_with("no restart is left"), "{reason}");
+    }
+}
+
+#[test]
+fn stop_of_a_job_that_has_not_begun_ends_it_at_once() {
+    let mut world = World::new(config(2));
+    let worker = world.join(None).unwrap();
+    world.ready(worker);
+    for reason in ["enough", "once more"] {
+        world.event(Event::Stop { reason: reason.into() }).unwrap();
+    }
+    assert_eq!(world.outcome(), Some(Outcome::Stopped { reason: "enough".into() }));
+    let written = world.said.iter().filter(|effect| matches!(effect, Effect::Persist(Fact::Stop(_)))).count();
+    assert_eq!(written, 1, "only the first counts");
+}
+
+#[test]
+fn failure_of_a_worker_that_another_may_do_without_is_its_death_with_its_own_words() {
+    let (mut world, workers) = World::running(2);
+    let failure = FromWorker::Failure { phase: "data".into(), message: "the disk is gone".into(), permanent: false };
+    world.say(workers[1], failure).unwrap();
+    let failure = world.core.first_failure().unwrap();
+    assert!(failure.starts_with("rank 1") && failure.ends_with("failed in phase data: the disk is gone"), "{failure}");
+    assert!(world.sent(workers[0]).iter().any(|message| matches!(message, ToWorker::Abort { .. })));
+    assert!(world.said.iter().any(|effect| matches!(effect, Effect::Detach { worker } if *worker == workers[1])));
+    assert_eq!((world.outcome(), world.core.state().as_str()), (None, "regrouping"));
+}

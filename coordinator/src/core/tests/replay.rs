@@ -477,3 +477,56 @@ fn stop_while_workers_are_awaited_ends_the_job_with_what_they_hold() {
     }
     assert_eq!(world.core.state(), "storing the last checkpoint");
 }
+
+#[test]
+fn one_that_goes_on_is_told_so_when_the_wait_for_the_others_is_over() {
+    let (mut world, _) = restarted();
+    let [first, late] = [1000, 1001].map(|incarnation| come_back(&mut world, incarnation));
+    holds(&mut world, first, 1, vec![]);
+    world.pass(11, &[first, late]);
+    assert_ne!(world.core.state(), "waiting for the workers to come back");
+    let said = FromWorker::Continuing(Continuing { generation: Generation(1), applied: Step(1), records: vec![] });
+    world.say(late, said).unwrap();
+    let sent = world.sent(late);
+    assert!(matches!(&sent[..], [.., ToWorker::Abort { generation: Generation(1), reason }] if reason == "it is over"), "{sent:?}");
+}
+
+#[test]
+fn stop_before_the_coordinator_died_is_carried_out_with_those_that_went_on() {
+    let (mut world, _) = World::running(2);
+    world.event(Event::Stop { reason: "enough".into() }).unwrap();
+    world.core = Core::restore(config(2), None, world.core.durable());
+    world.said.clear();
+    let workers = [come_back(&mut world, 1000), come_back(&mut world, 1001)];
+    for &worker in &workers {
+        let said = Continuing { generation: Generation(1), applied: Step(0), records: vec![] };
+        world.say(worker, FromWorker::Continuing(said)).unwrap();
+    }
+    assert_eq!(world.core.state(), "training, to meet after this step");
+    for &worker in &workers {
+        assert!(world.sent(worker).iter().any(|message| matches!(message, ToWorker::PlanChange { reason, .. } if reason == "enough")));
+    }
+}
+
+#[test]
+fn newcomer_may_leave_while_members_are_awaited_and_a_member_that_is_back_may_not() {
+    let (mut world, _) = restarted();
+    let newcomer = world.join(Some(1)).unwrap();
+    let back = come_back(&mut world, 1000);
+    let is_sent_away = |world: &World, worker| {
+        world.sent(worker).iter().any(|message| matches!(message, ToWorker::Stop { reason: StopReason::Drained, .. }))
+    };
+    for worker in [newcomer, back] {
+        world.say(worker, FromWorker::Leaving { reason: "SIGTERM".into() }).unwrap();
+    }
+    assert!(is_sent_away(&world, newcomer) && !is_sent_away(&world, back), "what the member holds is to be said first");
+}
+
+#[test]
+fn job_that_has_ended_has_ended_for_a_coordinator_that_is_started_again() {
+    let (mut world, _) = World::running(1);
+    world.event(Event::GiveUp { reason: "no restart is left".into() }).unwrap();
+    world.core = Core::restore(config(1), None, world.core.durable());
+    assert_eq!(world.core.state(), "failed");
+    assert!(matches!(world.join(None), Err(CoreError::Ending(_))), "nobody can join it any more");
+}
