@@ -53,6 +53,21 @@ fn deal_does_not_depend_on_who_asks_first() {
 }
 
 #[test]
+fn parts_that_touch_are_one_again_and_parts_that_do_not_stay_apart() {
+    let returned = |parts: &[(u32, u32)]| {
+        let mut leases = Leases::new(1, &[Source::unnamed(1)], Some(1), &Ledger::new(1));
+        parts.iter().for_each(|&(from, to)| leases.give_up(0, Part { from, to }, 0));
+        leases.returned.iter().map(|(&(_, from), &(to, _))| (from, to)).collect::<Vec<_>>()
+    };
+    for parts in [[(0, 5), (5, 9), (12, 20), (9, 12)], [(9, 12), (12, 20), (5, 9), (0, 5)], [(0, 5), (12, 20), (9, 12), (5, 9)]] {
+        assert_eq!(returned(&parts), [(0, 20)], "{parts:?}");
+    }
+    for parts in [[(0, 5), (6, 9)], [(6, 9), (0, 5)]] {
+        assert_eq!(returned(&parts), [(0, 5), (6, 9)], "{parts:?}");
+    }
+}
+
+#[test]
 fn idle_member_takes_over_what_others_have_left_but_never_their_first() {
     let ledger = Ledger::new(4);
     let mut leases = Leases::new(1, &[Source::unnamed(4)], Some(1), &ledger);
