@@ -257,7 +257,7 @@ fn store_that_fails_at_the_end_fails_the_job() {
     let mut coordinator = cluster.coordinator(1, &["--local"]);
     coordinator.expect_exit(1);
     let reason = coordinator.lines_with("coordinator: ").pop().unwrap();
-    assert!(reason.contains("the last checkpoint (step 4) could not be stored in 3 attempts: checkpoint store "), "{reason}");
+    assert!(reason.contains("the last checkpoint (step 4) could not be stored in 5 attempts: checkpoint store "), "{reason}");
 }
 
 fn block(cluster: &Cluster, step: u64) {

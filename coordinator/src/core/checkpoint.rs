@@ -27,6 +27,8 @@ pub(super) struct Checkpoint {
     pub frozen: BTreeMap<(Step, Generation), Arc<Ledger>>,
     /// Who sends them.
     pub senders: BTreeMap<(Step, Generation), WorkerId>,
+    /// Until when a copy is waited for that keeps the last holder from leaving.
+    pub farewell_until: Option<Timestamp>,
     /// Of whom the copy of the last step has not arrived.
     pub silent: BTreeSet<WorkerId>,
     pub next_due: Timestamp,
@@ -142,16 +144,24 @@ impl Core {
                 self.checkpoint.farewells += 1;
                 self.ask_for_truth(last, out);
             }
+            self.checkpoint.farewell_until.get_or_insert(now + LAST_COPY.min(self.config.join_timeout / 2));
         }
         for id in leavers {
             self.let_go(now, id, out);
         }
         if stays.is_none() {
-            self.checkpoint.farewells = 0;
+            (self.checkpoint.farewells, self.checkpoint.farewell_until) = (0, None);
         }
         self.release_leases_of_the_gone(out);
         self.forget_truth_without_holders(out);
         self.try_form(now, out);
+    }
+
+    /// The copy that keeps the last holder from leaving has not come in time: it may have been refused before its step was final.
+    pub(super) fn farewell_is_due(&mut self, now: Timestamp, out: &mut Vec<Effect>) {
+        self.checkpoint.farewell_until = None;
+        self.checkpoint.senders.remove(&(self.truth.step, self.generation));
+        self.let_leavers_go(now, out);
     }
 
     /// The holder of the newest weights that has to stay a little, as all holders want to leave and no checkpoint has them.

@@ -495,6 +495,11 @@ impl Core {
         }
         let (generation, num_members) = (self.generation, self.last_members.len() as u32);
         out.push(Effect::Notice(Notice::TakenUp { generation, num_members, step: self.progress.final_step() }));
+        // Who was asked to leave meanwhile takes nothing more, and the others are to meet.
+        let leavers: Vec<_> = self.workers.iter().filter_map(|(&id, worker)| Some((id, worker.leaving.clone()?))).collect();
+        for (id, reason) in leavers {
+            self.leaving(now, id, &reason, out);
+        }
         self.answer_lease_requests(out);
         if let Some(reason) = stop {
             self.plan(&reason, out);

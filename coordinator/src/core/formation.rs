@@ -161,6 +161,7 @@ impl Core {
 
     pub(super) fn gather(&mut self, now: Timestamp, out: &mut Vec<Effect>) {
         self.phase = JobPhase::Gathering { since: now };
+        self.checkpoint.farewell_until = None;
         self.next_announcement = now + ANNOUNCE_EVERY;
         if self.candidates().len() < self.config.min_world_size as usize {
             out.push(Effect::Notice(Notice::Waiting { text: self.describe_missing(), left: self.config.join_timeout }));

@@ -256,6 +256,7 @@ impl Core {
                 last: resume,
                 frozen: BTreeMap::new(),
                 senders: BTreeMap::new(),
+                farewell_until: None,
                 silent: BTreeSet::new(),
                 next_due,
                 asked: false,
@@ -493,6 +494,9 @@ impl Core {
             JobPhase::Gathering { .. } if self.stop_requested.is_some() => {
                 let reason = self.stop_requested.clone().unwrap_or_default();
                 self.ask_for_last_checkpoint(now, Outcome::Stopped { reason }, 1, out);
+            }
+            JobPhase::Gathering { .. } if self.checkpoint.farewell_until.is_some_and(|until| until <= now) => {
+                self.farewell_is_due(now, out)
             }
             JobPhase::Gathering { since } => {
                 let (since, left) = (*since, (*since + self.config.join_timeout).saturating_sub(now));

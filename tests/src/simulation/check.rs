@@ -181,6 +181,10 @@ impl World {
 
     /// The job fails: only where everybody who held its weights was disturbed.
     pub(super) fn explain_failure(&self, reason: &str, first_failure: Option<&str>) -> Result<(), String> {
+        // A worker that hangs while it loads keeps its place for as long as others are waited for.
+        if reason.ends_with("(--join-timeout)") && self.processes.iter().any(|process| process.hangs) {
+            return Ok(());
+        }
         let step = self.checks.last;
         let is_gone = reason.starts_with("every worker that held step ") || reason.ends_with("its copy has not arrived");
         match self.well_holder(step).filter(|_| is_gone) {

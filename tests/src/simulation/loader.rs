@@ -1,51 +1,57 @@
-//! A worker's data threads: they read leased shards in index order, some samples ahead, and hand out shares.
-//!
-//! Rules and order of events are those of `peapod_data::Loader`, without pictures, buckets and shuffling.
+//! A worker's data threads in virtual time: the real [`State`] of the loader, read from and decoded for without threads and pictures.
 
-use std::collections::{BTreeSet, VecDeque};
-
-use peapod_data::Outlook;
+use peapod_data::caption::Caption;
+use peapod_data::format::Turn;
+use peapod_data::loader::state::{Buffered, State};
+use peapod_data::sample::Encoded;
+use peapod_data::{Draws, LeasedShard, LoaderConfig, Outlook, Prepared, Share};
 use peapod_proto::ids::{LeaseId, SampleName};
 use peapod_proto::message::{Lease, ShardReport, SkipReason, SkippedSample};
 
 use super::plan::Kind;
 
-/// Granted leases to keep: the one that is read and the next.
-const LEASES_AHEAD: usize = 2;
-/// Shares whose pictures are decoded ahead.
-const LOOKAHEAD: usize = 3;
+/// Two buckets, so that some samples wait for others of their shape. How large they are does not matter.
+const DATA: &str = "shards = []\nbuckets = [[8, 16], [16, 8]]";
+/// Most samples in a batch.
+const MICRO_BATCH: usize = 3;
+/// Bytes that a sample counts for, at the least: what makes a limit in bytes one in samples.
+const SAMPLE_BYTES: u64 = 256;
 
-/// A sample with a worker.
-#[derive(Debug, Clone)]
-pub struct Sample {
-    /// Its name.
-    pub name: SampleName,
-    /// What it is like.
-    pub kind: Kind,
-    lease: LeaseId,
-    decoded: bool,
-}
-
+/// The lease that is read.
 struct Reading {
-    lease: Lease,
+    lease: LeasedShard,
     next: u32,
     skipped: Vec<SkippedSample>,
 }
 
-/// The data threads' state.
+/// Where reading a lease came to its end.
+enum Stop {
+    /// At the end of the tar, of this length.
+    End(u32),
+    /// Where the lease ends.
+    Part(u32),
+    /// The lease is gone, or the rest of it.
+    Lost,
+}
+
+/// The data threads.
 pub struct Loader {
-    max_buffered: usize,
-    waiting: VecDeque<Lease>,
+    state: State,
     reading: Option<Reading>,
-    held: BTreeSet<LeaseId>,
-    /// Given back before they came.
-    refused: BTreeSet<LeaseId>,
-    outlook: Outlook,
-    is_starving: bool,
-    is_asked: bool,
-    buffer: VecDeque<Sample>,
-    /// Waits for samples break off.
-    pub is_cancelled: bool,
+}
+
+/// What reading has to say.
+#[derive(Default)]
+pub struct News {
+    /// What became of samples that are not handed out, and the end of the shard.
+    pub report: Option<ShardReport>,
+    /// A lease of which no more will be read, and the first index that is left.
+    pub gave_back: Option<(LeaseId, u32)>,
+}
+
+/// What a sample is like.
+pub fn kind(shards: &[Vec<Kind>], name: SampleName) -> Kind {
+    shards[name.shard.0 as usize][name.index as usize]
 }
 
 fn skip(index: u32, kind: Kind) -> SkippedSample {
@@ -54,178 +60,154 @@ fn skip(index: u32, kind: Kind) -> SkippedSample {
 }
 
 impl Loader {
-    /// Threads that have nothing to read.
+    /// Threads that have nothing to read, and room for so many samples before they are planned.
+    ///
+    /// # Panics
+    /// If the constants above are no section of a job file.
+    #[allow(clippy::expect_used)]
     pub fn new(max_buffered: usize) -> Self {
-        Self {
-            max_buffered,
-            waiting: VecDeque::new(),
-            reading: None,
-            held: BTreeSet::new(),
-            refused: BTreeSet::new(),
-            outlook: Outlook::More,
-            is_starving: false,
-            is_asked: false,
-            buffer: VecDeque::new(),
-            is_cancelled: false,
-        }
+        let mut data: peapod_proto::job::DataSection = toml::from_str(DATA).expect("a section");
+        // The state keeps a quarter for what is read ahead and the rest for what is shuffled.
+        data.buffer_bytes = 4 * max_buffered as u64 * SAMPLE_BYTES;
+        data.shuffle_buffer = max_buffered as u32;
+        Self { state: State::new(&LoaderConfig::new(data, 0, MICRO_BATCH, 0.0)), reading: None }
     }
 
     /// How many leases to ask for, if it is time to, and whether as one that is idle.
     pub fn ask(&mut self) -> Option<(u32, bool)> {
-        let wanted = LEASES_AHEAD.saturating_sub(self.waiting.len() + usize::from(self.reading.is_some()));
-        let is_time = match self.outlook {
-            Outlook::More => wanted > 0,
-            Outlook::WhenIdle => self.is_starving,
-            Outlook::Nothing => false,
-        };
-        if !is_time || self.is_asked {
-            return None;
-        }
-        self.is_asked = true;
-        Some(if self.is_starving { (1, true) } else { (wanted as u32, false) })
+        self.state.ask()
     }
 
     /// Forgets what it was told about further leases.
     pub fn forget_answer(&mut self) {
-        self.grant(Vec::new(), Outlook::More);
+        self.state.forget_answer();
     }
 
     /// Takes in leases.
     pub fn grant(&mut self, leases: Vec<Lease>, outlook: Outlook) {
-        for lease in leases {
-            if !self.refused.contains(&lease.id) && self.held.insert(lease.id) {
-                self.waiting.push_back(lease);
-            }
-        }
-        (self.is_asked, self.is_starving, self.outlook) = (false, false, outlook);
+        self.state.grant(leases.into_iter().map(Into::into).collect(), outlook);
     }
 
-    fn expect_rest(&mut self) {
-        if self.outlook == Outlook::Nothing {
-            self.outlook = Outlook::WhenIdle;
-        }
-    }
-
-    /// Leaves the rest of a lease to others: the first index left and what was passed over before, unless the lease is read to its end.
-    pub fn give_back(&mut self, lease: LeaseId) -> Option<(u32, Option<ShardReport>)> {
-        if !self.held.contains(&lease) {
-            self.refused.insert(lease);
-            return Some((0, None));
-        }
-        if let Some(place) = self.waiting.iter().position(|waiting| waiting.id == lease) {
-            self.waiting.remove(place);
-            self.held.remove(&lease);
-            self.refused.insert(lease);
-            self.expect_rest();
-            return Some((0, None));
-        }
-        let reading = self.reading.take_if(|reading| reading.lease.id == lease)?;
-        self.expect_rest();
-        // What was read ahead of the shares goes too.
-        let mut from = reading.next;
-        while let Some(sample) = self.buffer.back().filter(|sample| sample.lease == lease && !sample.decoded) {
-            from = sample.name.index;
-            self.buffer.pop_back();
-        }
-        let skipped = reading.skipped;
-        let report = ShardReport { lease, skipped, num_samples: None, truncated: String::new() };
-        Some((from, Some(report)))
+    /// Leaves the rest of a lease to others: the first index left, unless the lease is read to its end.
+    pub fn give_back(&mut self, lease: LeaseId) -> Option<u32> {
+        self.state.give_back(lease)
     }
 
     /// Drops whatever is of other leases.
     pub fn retain_leases(&mut self, held: &[LeaseId]) {
-        self.held.retain(|lease| held.contains(lease));
-        let held = &self.held;
-        self.waiting.retain(|lease| held.contains(&lease.id));
-        self.buffer.retain(|sample| held.contains(&sample.lease));
-    }
-
-    /// Begins the next lease; whether there is one to read.
-    pub fn begin(&mut self) -> bool {
-        if self.reading.is_none()
-            && let Some(lease) = self.waiting.pop_front()
-        {
-            self.reading = Some(Reading { lease, next: 0, skipped: Vec::new() });
-        }
-        self.reading.is_some()
-    }
-
-    /// Whether the reader waits for room.
-    pub fn is_full(&self) -> bool {
-        self.buffer.len() >= self.max_buffered
-    }
-
-    /// Reads up to `num` samples of `shard`; at its end, the report, unless the lease is gone. Where the lease ends before, that end too.
-    pub fn read(&mut self, num: u32, shard: impl Fn(&Lease) -> Vec<Kind>) -> (Option<ShardReport>, Option<(LeaseId, u32)>) {
-        let Some(reading) = self.reading.as_mut() else { return (None, None) };
-        if !self.held.contains(&reading.lease.id) {
-            self.reading = None;
-            return (None, None);
-        }
-        let kinds = shard(&reading.lease);
-        let lease = &reading.lease;
-        for _ in 0..num {
-            if let Some(end) = lease.end.filter(|&end| reading.next >= end && (end as usize) < kinds.len()) {
-                let (lease, skipped) = (lease.id, std::mem::take(&mut reading.skipped));
-                self.reading = None;
-                let report = ShardReport { lease, skipped, num_samples: None, truncated: String::new() };
-                return (Some(report), Some((lease, end)));
-            }
-            let Some(&kind) = kinds.get(reading.next as usize) else {
-                let report = ShardReport {
-                    lease: lease.id,
-                    skipped: std::mem::take(&mut reading.skipped),
-                    num_samples: Some(kinds.len() as u32),
-                    truncated: String::new(),
-                };
-                self.reading = None;
-                return (Some(report), None);
-            };
-            if self.buffer.len() >= self.max_buffered {
-                break;
-            }
-            let index = reading.next;
-            reading.next += 1;
-            match kind {
-                _ if lease.done.contains(index) => {}
-                Kind::Filtered | Kind::Bad => reading.skipped.push(skip(index, kind)),
-                _ => {
-                    let name = SampleName { epoch: lease.epoch, shard: lease.shard, index };
-                    self.buffer.push_back(Sample { name, kind, lease: lease.id, decoded: false });
-                }
-            }
-        }
-        (None, None)
-    }
-
-    /// The next share if it is there, cut short only where nothing more will come; and what could not be decoded.
-    pub fn take_share(&mut self, num: usize) -> (Option<Vec<Sample>>, Vec<ShardReport>) {
-        let mut reports = Vec::new();
-        if num == 0 {
-            return (Some(Vec::new()), reports);
-        }
-        let mut place = 0;
-        while place < self.buffer.len().min(LOOKAHEAD * num) {
-            let sample = &mut self.buffer[place];
-            if !std::mem::replace(&mut sample.decoded, true) && sample.kind == Kind::Undecodable {
-                let skipped = vec![skip(sample.name.index, sample.kind)];
-                reports.push(ShardReport { lease: sample.lease, skipped, num_samples: None, truncated: String::new() });
-                self.buffer.remove(place);
-            } else {
-                place += 1;
-            }
-        }
-        let is_dry = self.outlook != Outlook::More && self.reading.is_none() && self.waiting.is_empty();
-        let is_at_end = is_dry && self.outlook == Outlook::Nothing;
-        self.is_starving |= is_dry && !is_at_end && self.buffer.len() < num;
-        let share = (self.buffer.len() >= num || is_at_end).then(|| self.buffer.drain(..num.min(self.buffer.len())).collect());
-        (share, reports)
+        self.state.retain_leases(held);
     }
 
     /// Takes a share of a void step back.
-    pub fn put_back(&mut self, share: Vec<Sample>) {
-        for sample in share.into_iter().rev().filter(|sample| self.held.contains(&sample.lease)) {
-            self.buffer.push_front(sample);
+    pub fn put_back(&mut self, share: Share) {
+        self.state.put_back(share);
+    }
+
+    /// Waits for samples break off, or no longer.
+    pub fn set_cancelled(&mut self, is_cancelled: bool) {
+        self.state.is_cancelled = is_cancelled;
+    }
+
+    /// Whether waits for samples break off.
+    pub fn is_cancelled(&self) -> bool {
+        self.state.is_cancelled
+    }
+
+    /// Begins the next lease if none is read; whether the reader has something to do.
+    pub fn wants_to_read(&mut self) -> bool {
+        if self.reading.is_none() {
+            self.reading = self.state.begin_lease().map(|lease| Reading { lease, next: 0, skipped: Vec::new() });
         }
+        self.reading.as_ref().is_some_and(|reading| self.state.has_room() || self.is_lost(reading.lease.lease))
+    }
+
+    fn is_lost(&self, lease: LeaseId) -> bool {
+        self.state.is_cut() || !self.state.is_held(lease)
+    }
+
+    /// Reads on, up to `num` samples.
+    pub fn read(&mut self, num: u32, shards: &[Vec<Kind>]) -> News {
+        let Some(mut reading) = self.reading.take() else { return News::default() };
+        let Some(stop) = (0..num).find_map(|_| self.read_one(&mut reading, shards)) else {
+            self.reading = Some(reading);
+            return News::default();
+        };
+        let Reading { lease: LeasedShard { lease: id, .. }, skipped, .. } = reading;
+        let (is_held, is_cut) = (self.state.is_held(id), self.state.is_cut());
+        self.state.end_lease();
+        self.state.plan();
+        let report = |num_samples| Some(ShardReport { lease: id, skipped, num_samples, truncated: String::new() });
+        match stop {
+            _ if !is_held => News::default(),
+            // The samples behind the cut are another's, whatever was seen of them.
+            Stop::End(num_samples) if !is_cut => News { report: report(Some(num_samples)), gave_back: None },
+            Stop::Part(end) if !is_cut => News { report: report(None), gave_back: Some((id, end)) },
+            _ => News { report: report(None), gave_back: None },
+        }
+    }
+
+    /// Reads one sample, if there is room for it.
+    fn read_one(&mut self, reading: &mut Reading, shards: &[Vec<Kind>]) -> Option<Stop> {
+        let Reading { lease, next, skipped } = reading;
+        if self.is_lost(lease.lease) {
+            return Some(Stop::Lost);
+        }
+        let index = *next;
+        let Some(&kind) = shards[lease.shard.0 as usize].get(index as usize) else { return Some(Stop::End(index)) };
+        if !lease.done.contains(index) {
+            if let Some(end) = lease.end.filter(|&end| index >= end) {
+                return Some(Stop::Part(end));
+            }
+            match kind {
+                Kind::Filtered | Kind::Bad => skipped.push(skip(index, kind)),
+                Kind::Good | Kind::Undecodable | Kind::NotFinite if self.state.has_room() => {
+                    let name = SampleName { epoch: lease.epoch, shard: lease.shard, index };
+                    let caption = Caption { prompt: String::new(), english: String::new(), native: false };
+                    let encoded = Encoded { jpeg: Vec::new(), turn: Turn::NONE, size: (8, 8), bucket: index as usize % 2, caption };
+                    self.state.push(Buffered { name, lease: lease.lease, key: String::new(), encoded });
+                }
+                _ => return None,
+            }
+        }
+        *next += 1;
+        None
+    }
+
+    /// The next share if it is there, cut short only where nothing more will come; and what could not be decoded.
+    pub fn take_share(&mut self, num: usize, shards: &[Vec<Kind>]) -> (Option<Share>, Vec<ShardReport>) {
+        let mut reports = Vec::new();
+        loop {
+            let share = self.state.take_share(num);
+            if !self.decode(shards, &mut reports) || share.is_some() {
+                return (share, reports);
+            }
+        }
+    }
+
+    /// Decodes all that is planned; whether there was something.
+    fn decode(&mut self, shards: &[Vec<Kind>], reports: &mut Vec<ShardReport>) -> bool {
+        let mut is_more = false;
+        while let Some(job) = self.state.next_job() {
+            is_more = true;
+            let Buffered { name, lease, encoded, .. } = job.sample;
+            let kind = kind(shards, name);
+            let prepared = (kind != Kind::Undecodable).then(|| Prepared {
+                name,
+                lease,
+                pixels: Vec::new(),
+                prompt: encoded.caption.prompt,
+                english: encoded.caption.english,
+                native: encoded.caption.native,
+                original_size: encoded.size,
+                crop: (0, 0),
+                draws: Draws::default(),
+            });
+            let is_broken = prepared.is_none();
+            if self.state.decoded(job.ticket, prepared) && is_broken {
+                let skipped = vec![skip(name.index, kind)];
+                reports.push(ShardReport { lease, skipped, num_samples: None, truncated: String::new() });
+            }
+        }
+        is_more
     }
 }

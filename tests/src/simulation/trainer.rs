@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::rc::Rc;
 
 use peapod_collective::AbortHandle;
+use peapod_data::Share;
 use peapod_proto::ids::{Generation, Step};
 use peapod_proto::message::{Assignment, Phase, ShardReport, StepLosses, StepRecord, StepReport, StepTimings, StopCause, Stopped};
 use peapod_worker::lifecycle::TrainerEvent;
@@ -11,7 +12,7 @@ use peapod_worker::tail::{Contribution, TailLayout, share_of};
 use peapod_worker::trainer::Control;
 
 use super::collective::{GroupId, Leave, Part};
-use super::loader::Sample;
+use super::loader::kind;
 use super::plan::Kind;
 use super::queue::ms;
 use super::weights::{TrainState, Weights};
@@ -83,7 +84,7 @@ pub struct Trainer {
     pub(super) commands: VecDeque<Command>,
     /// What it holds.
     pub state: Option<TrainState>,
-    in_flight: Option<(Step, Vec<Sample>)>,
+    in_flight: Option<(Step, Share)>,
     listener: Option<(Generation, GroupId)>,
     membership: Option<Membership>,
 }
@@ -210,7 +211,7 @@ impl World {
         let generation = assignment.generation;
         let abort = self.control(process).begin(generation);
         if let Some(loader) = &mut self.processes[process].loader {
-            loader.is_cancelled = false;
+            loader.set_cancelled(false);
         }
         self.control(process).enter(Phase::Connecting);
         let in_flight = self.trainer(process).in_flight.take();
@@ -320,10 +321,10 @@ impl World {
     pub(super) fn look_for_share(&mut self, process: ProcessId) {
         let Some(owed) = self.processes[process].trainer.owed() else { return };
         let Some(loader) = &mut self.processes[process].loader else { return };
-        if loader.is_cancelled {
+        if loader.is_cancelled() {
             return self.end(process, Ended::Broken("aborted while waiting for samples".into()));
         }
-        let (share, reports) = loader.take_share(owed);
+        let (share, reports) = loader.take_share(owed, &self.plan.shards);
         reports.into_iter().for_each(|report| self.output(process, Output::Read(report)));
         self.read_on(process);
         let Some(share) = share else {
@@ -345,9 +346,9 @@ impl World {
             return;
         };
         let contribution = Contribution {
-            names: share.iter().map(|sample| sample.name).collect(),
+            names: share.names().collect(),
             change: self.control(process).change_is_asked(assignment.generation),
-            not_finite: share.iter().any(|sample| sample.kind == Kind::NotFinite),
+            not_finite: share.names().any(|name| kind(&self.plan.shards, name) == Kind::NotFinite),
             ..Contribution::default()
         };
         let mut tail = vec![0.0; layout.len()];
@@ -448,7 +449,7 @@ impl World {
             return;
         }
         if let Some(loader) = &mut worker.loader {
-            loader.is_cancelled = true;
+            loader.set_cancelled(true);
         }
         match worker.trainer.doing {
             Doing::WaitingForSamples => self.look_for_share(process),

@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use peapod_data::Outlook;
+use peapod_data::{Outlook, Share};
 use peapod_proto::ids::{Generation, Incarnation, LeaseId, Rank};
 use peapod_proto::message::{FromWorker, Hello, Lease, ShardReport, ToWorker};
 use peapod_proto::{PROGRAM_VERSION, PROTOCOL_VERSION};
@@ -12,7 +12,7 @@ use peapod_worker::trainer::Control;
 
 use super::collective::Leave;
 use super::coordinator::Answer;
-use super::loader::{Loader, Sample};
+use super::loader::{Loader, News};
 use super::network::{Down, SOON, StreamKey, Up};
 use super::queue::{Time, ms};
 use super::trainer::{Command, Trainer};
@@ -349,12 +349,7 @@ impl World {
                 }
             }
             Action::Grant { leases, none_left, ask_when_idle } => {
-                let outlook = match (none_left, ask_when_idle) {
-                    (false, _) => Outlook::More,
-                    (true, true) => Outlook::WhenIdle,
-                    (true, false) => Outlook::Nothing,
-                };
-                self.grant(process, leases, outlook);
+                self.grant(process, leases, Outlook::of_grant(none_left, ask_when_idle));
             }
             Action::GiveBack { leases } => leases.into_iter().for_each(|lease| self.give_back(process, lease)),
             Action::AskForLeases => {
@@ -386,10 +381,10 @@ impl World {
 
     fn give_back(&mut self, process: ProcessId, lease: LeaseId) {
         let Some(loader) = &mut self.processes[process].loader else { return };
-        let Some((from, report)) = loader.give_back(lease) else { return };
+        let Some(from) = loader.give_back(lease) else { return };
         self.output(process, Output::GaveBack(lease, from));
-        self.reports(process, report);
         self.ask_for_leases(process);
+        self.read_on(process);
         self.look_for_share(process);
     }
 
@@ -403,7 +398,7 @@ impl World {
     }
 
     /// Puts the data threads where a new generation starts.
-    pub(super) fn settle_data(&mut self, process: ProcessId, void: Option<Vec<Sample>>) {
+    pub(super) fn settle_data(&mut self, process: ProcessId, void: Option<Share>) {
         let Some(loader) = &mut self.processes[process].loader else { return };
         if let Some(share) = void {
             loader.put_back(share);
@@ -417,7 +412,7 @@ impl World {
     pub(super) fn read_on(&mut self, process: ProcessId) {
         let worker = &mut self.processes[process];
         let Some(loader) = &mut worker.loader else { return };
-        if worker.reads || loader.is_full() || !loader.begin() {
+        if worker.reads || !loader.wants_to_read() {
             return;
         }
         worker.reads = true;
@@ -435,9 +430,9 @@ impl World {
         }
         let Some(loader) = &mut worker.loader else { return };
         let shards = &self.plan.shards;
-        let (report, end) = loader.read(4, |lease| shards[lease.shard.0 as usize].clone());
+        let News { report, gave_back } = loader.read(4, shards);
         self.reports(process, report);
-        if let Some((lease, end)) = end {
+        if let Some((lease, end)) = gave_back {
             self.output(process, Output::GaveBack(lease, end));
         }
         self.ask_for_leases(process);
