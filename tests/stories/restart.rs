@@ -1,6 +1,9 @@
 //! The coordinator dies or is stopped, and another one goes on with the same workers: no step, no sample is lost.
 
 use std::collections::BTreeMap;
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use peapod_tests::harness::{Cluster, Coordinator, Signal, TrainedSample, assert_trained_once, poll};
 
@@ -187,4 +190,52 @@ fn each_epoch_holds_each_sample_once_through_all_that_can_happen() {
     assert_steps_follow_each_other(&cluster);
     assert_eq!(cluster.newest_checkpoint().ledger_total("committed"), 1280);
     poll("the sample log to be whole", || (cluster.trained_samples().len() == 1280).then_some(()));
+}
+
+/// A file system of its own in a folder, for as long as this lives.
+struct Mounted(PathBuf);
+
+impl Mounted {
+    fn tmpfs(folder: &Path, size: &str) -> Self {
+        std::fs::create_dir_all(folder).unwrap();
+        let mount = Command::new("mount").args(["-t", "tmpfs", "-o", &format!("size={size}"), "tmpfs"]).arg(folder).status();
+        assert!(mount.is_ok_and(|status| status.success()), "cannot mount a file system on {}", folder.display());
+        Self(folder.to_owned())
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("--lazy").arg(&self.0).status();
+    }
+}
+
+#[test]
+#[ignore = "mounts a file system of its own (root); `make test-all` runs it"]
+fn full_disk_costs_checkpoints_and_no_sample() {
+    let mut cluster = forty_steps();
+    cluster.job.set("checkpoint.every_steps", 4);
+    let _disk = Mounted::tmpfs(&cluster.state_dir(), "32m");
+    let mut coordinator = cluster.coordinator(2, &[]);
+    let mut workers = [0, 1].map(|rank| coordinator.worker_of_rank(rank));
+    let address = address(&coordinator);
+    coordinator.wait_for("checkpoint of step 4 stored");
+    let filler = cluster.state_dir().join("filler");
+    let mut file = std::fs::File::create(&filler).unwrap();
+    while file.write_all(&[1; 4096]).is_ok() {}
+    drop(file);
+    // Its journal may have had room left, or not.
+    poll("the disk to be noticed", || {
+        let is_noticed = !coordinator.is_running() || !coordinator.lines_with("No space left on device").is_empty();
+        is_noticed.then_some(())
+    });
+    std::fs::remove_file(&filler).unwrap();
+    if !coordinator.is_running() {
+        coordinator.expect_exit(1);
+        coordinator.assert_said("once it can be, the same command goes on with the job");
+        coordinator = cluster.coordinator(2, &["--listen", &address]);
+    }
+    coordinator.expect_exit(0);
+    workers.iter_mut().for_each(|worker| worker.expect_exit(0));
+    assert_eq!(cluster.newest_checkpoint().ledger_total("committed"), 640);
 }

@@ -75,6 +75,6 @@ fn seeds_that_have_found_something_find_it_no_more() {
 
 #[test]
 #[ignore = "takes a while; `make test-all` runs it"]
-fn clusters_of_ten_thousand_seeds_lose_and_double_no_sample() {
+fn clusters_of_twenty_thousand_seeds_lose_and_double_no_sample() {
     assert_seeds_hold((0..10_000).chain(ELASTIC..ELASTIC + 10_000));
 }
