@@ -237,6 +237,6 @@ fn full_disk_costs_checkpoints_and_no_sample() {
     }
     // Not without an error: a checkpoint is missing.
     assert_eq!(coordinator.wait().code(), Some(0));
-    workers.iter_mut().for_each(|worker| worker.expect_exit(0));
+    workers.iter_mut().for_each(|worker| assert_eq!(worker.wait().code(), Some(0)));
     assert_eq!(cluster.newest_checkpoint().ledger_total("committed"), 640);
 }
