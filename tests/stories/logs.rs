@@ -58,10 +58,8 @@ fn people_see_no_traces_and_children_speak_to_them() {
 
     let mut cluster = Cluster::new();
     cluster.job.set_steps(1);
-    let job = cluster.folder().join("job.toml");
-    std::fs::write(&job, cluster.job.to_string()).unwrap();
-    let [job, state] = [job, cluster.state_dir()].map(|path| path.to_str().unwrap().to_owned());
-    let arguments = ["--world-size", "1", "--local", "--job", &job, "--state-dir", &state, "--http-addr", "off"];
+    let arguments = cluster.local_arguments();
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let mut json = Process::start_with("coordinator", "coordinator", &arguments, &environment);
     json.expect_exit(0);
     let lines = lines_of(&json);

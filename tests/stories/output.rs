@@ -93,10 +93,8 @@ fn exit_code_is_the_same_when_nobody_listens() {
 fn job_goes_on_when_nobody_reads_its_summary() {
     let mut cluster = Cluster::new();
     cluster.job.set_steps(1);
-    let job = cluster.folder().join("job.toml");
-    std::fs::write(&job, cluster.job.to_string()).unwrap();
-    let [job, state] = [job, cluster.state_dir()].map(|path| path.to_str().unwrap().to_owned());
-    let arguments = ["--world-size", "1", "--local", "--job", &job, "--state-dir", &state, "--http-addr", "off"];
+    let arguments = cluster.local_arguments();
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     assert_eq!(run_unread("coordinator", &arguments, false).0, Some(0));
     assert_eq!(cluster.newest_checkpoint().step, 1);
 }

@@ -1,11 +1,10 @@
 //! The coordinator dies or is stopped, and another one goes on with the same workers: no step, no sample is lost.
 
-use std::collections::BTreeMap;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use peapod_tests::harness::{Cluster, Coordinator, Signal, TrainedSample, assert_trained_once, poll};
+use peapod_tests::harness::{Cluster, Coordinator, Signal, assert_epochs_trained_once, assert_trained_once, poll};
 
 const SIZES: [usize; 4] = [160, 160, 160, 160];
 
@@ -133,19 +132,6 @@ fn journal_of_another_job_or_of_no_use_is_named() {
     damaged.assert_said("to go on from the newest checkpoint without it, move this file away");
 }
 
-/// Of each epoch, each sample once.
-#[track_caller]
-fn assert_each_epoch_is_whole(trained: &[TrainedSample], epochs: u32) {
-    let mut by_epoch: BTreeMap<u32, Vec<TrainedSample>> = BTreeMap::new();
-    for sample in trained {
-        by_epoch.entry(sample.epoch).or_default().push(TrainedSample { epoch: 0, ..*sample });
-    }
-    assert_eq!(by_epoch.keys().copied().collect::<Vec<_>>(), (0..epochs).collect::<Vec<_>>());
-    for samples in by_epoch.values() {
-        assert_trained_once(samples, &SIZES);
-    }
-}
-
 #[test]
 fn each_epoch_holds_each_sample_once_through_all_that_can_happen() {
     let mut cluster = forty_steps();
@@ -186,7 +172,7 @@ fn each_epoch_holds_each_sample_once_through_all_that_can_happen() {
     let mut coordinator = cluster.coordinator(4, &["--local"]);
     coordinator.expect_exit(0);
 
-    assert_each_epoch_is_whole(&cluster.trained_samples(), 2);
+    assert_epochs_trained_once(&cluster.trained_samples(), &SIZES, 2);
     assert_steps_follow_each_other(&cluster);
     assert_eq!(cluster.newest_checkpoint().ledger_total("committed"), 1280);
     poll("the sample log to be whole", || (cluster.trained_samples().len() == 1280).then_some(()));

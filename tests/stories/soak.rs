@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use peapod_tests::harness::{Cluster, Coordinator, Process, Signal, StepLine, TrainedSample, assert_trained_once};
+use peapod_tests::harness::{Cluster, Coordinator, Process, Signal, StepLine, assert_epochs_trained_once};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -56,19 +56,6 @@ fn last_losses(cluster: &Cluster) -> [f64; 3] {
     let samples: u64 = last.iter().map(|step| step.samples).sum();
     let mean = |part: fn(&StepLine) -> f64| last.iter().map(|step| part(step) * step.samples as f64).sum::<f64>() / samples as f64;
     [mean(|step| step.task), mean(|step| step.logit), mean(|step| step.feature)]
-}
-
-/// Of each epoch, each sample once.
-#[track_caller]
-fn assert_each_epoch_is_whole(trained: &[TrainedSample], epochs: u32) {
-    let mut by_epoch: BTreeMap<u32, Vec<TrainedSample>> = BTreeMap::new();
-    for sample in trained {
-        by_epoch.entry(sample.epoch).or_default().push(TrainedSample { epoch: 0, ..*sample });
-    }
-    assert_eq!(by_epoch.keys().copied().collect::<Vec<_>>(), (0..epochs).collect::<Vec<_>>());
-    for samples in by_epoch.values() {
-        assert_trained_once(samples, &SIZES);
-    }
 }
 
 /// A worker that somebody keeps alive, as a service manager does.
@@ -197,7 +184,7 @@ fn demo_job_under_random_faults_trains_each_sample_of_each_epoch_once_and_as_wel
     let seconds = seconds_of("PEAPOD_SOAK_SECONDS", 600);
     let seed = seconds_of("PEAPOD_SOAK_SEED", u64::from(std::process::id()));
     let (first, took) = undisturbed(2, 1);
-    assert_each_epoch_is_whole(&first.trained_samples(), 2);
+    assert_epochs_trained_once(&first.trained_samples(), &SIZES, 2);
     // The faults cost about half of the time; what is left after them ends without any.
     let epochs = ((seconds as f64 / took.as_secs_f64() * 2.0 * 0.6) as u32).max(LAST_STEPS.div_ceil(STEPS) as u32 + 2);
     println!("PEAPOD_SOAK_SEED={seed}: {epochs} epochs under faults for {seconds} s");
@@ -231,7 +218,7 @@ fn demo_job_under_random_faults_trains_each_sample_of_each_epoch_once_and_as_wel
         std::thread::sleep(LOOK_EVERY);
     }
     println!("{:7.1} s  step {:5}  the job is finished: {:?}", soak.began.elapsed().as_secs_f64(), cluster.steps().len(), soak.faults);
-    assert_each_epoch_is_whole(&cluster.trained_samples(), epochs);
+    assert_epochs_trained_once(&cluster.trained_samples(), &SIZES, epochs);
     assert_eq!(cluster.newest_checkpoint().ledger_total("committed"), u64::from(epochs) * 1536);
     let steps: Vec<u64> = cluster.steps().iter().map(|step| step.step).collect();
     assert_eq!(steps, (1..=steps.len() as u64).collect::<Vec<_>>());

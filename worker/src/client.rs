@@ -78,7 +78,7 @@ pub struct Stream {
     pub channel: Link,
     /// This host's address on the way to the coordinator.
     pub local_ip: Option<IpAddr>,
-    /// What happens in this session.
+    /// What happens while it lasts.
     pub trace: Trace,
 }
 

@@ -119,6 +119,20 @@ impl Cluster {
         Coordinator { process, world_size, steps: self.state_dir().join("steps.jsonl") }
     }
 
+    /// Writes the job file, and gives the arguments of a coordinator that trains it with one worker of its own and serves no page: for stories about
+    /// the program rather than the job.
+    ///
+    /// # Panics
+    /// If the file cannot be written.
+    #[must_use]
+    pub fn local_arguments(&self) -> Vec<String> {
+        let job = self.folder().join("job.toml");
+        std::fs::write(&job, self.job.to_string()).expect("a job file");
+        let [job, state] = [job, self.state_dir()].map(|path| path.to_str().expect("a path in UTF-8").to_owned());
+        let arguments = ["--world-size", "1", "--local", "--http-addr", "off", "--job", &job, "--state-dir", &state];
+        arguments.map(str::to_owned).to_vec()
+    }
+
     fn sample_log_path(&self) -> PathBuf {
         self.folder().join("samples.tsv")
     }
@@ -185,14 +199,25 @@ fn read_steps(path: &Path) -> Vec<StepLine> {
 /// Naming the samples and how often they were trained.
 #[track_caller]
 pub fn assert_trained_once(trained: &[TrainedSample], sizes: &[usize]) {
+    assert_epochs_trained_once(trained, sizes, 1);
+}
+
+/// The same of so many epochs: each sample once in each of them.
+///
+/// # Panics
+/// As [`assert_trained_once`].
+#[track_caller]
+pub fn assert_epochs_trained_once(trained: &[TrainedSample], sizes: &[usize], epochs: u32) {
     let mut counts: BTreeMap<(u32, u32, u32), usize> = BTreeMap::new();
-    for (shard, &size) in sizes.iter().enumerate() {
-        counts.extend((0..size as u32).map(|index| ((0, shard as u32, index), 0)));
+    for epoch in 0..epochs {
+        for (shard, &size) in sizes.iter().enumerate() {
+            counts.extend((0..size as u32).map(|index| ((epoch, shard as u32, index), 0)));
+        }
     }
     for sample in trained {
         *counts.entry((sample.epoch, sample.shard, sample.index)).or_default() += 1;
     }
-    let num_samples: usize = sizes.iter().sum();
+    let num_samples = sizes.iter().sum::<usize>() * epochs as usize;
     let wrong: Vec<_> = counts.iter().filter(|(_, count)| **count != 1).collect();
     assert!(
         wrong.is_empty() && counts.len() == num_samples,

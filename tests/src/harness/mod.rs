@@ -17,7 +17,7 @@ mod programs;
 mod shards;
 
 pub use checkpoint::{Checkpoint, StoredTensor};
-pub use cluster::{Cluster, Coordinator, StepLine, TrainedSample, assert_trained_once};
+pub use cluster::{Cluster, Coordinator, StepLine, TrainedSample, assert_epochs_trained_once, assert_trained_once};
 pub use faults::FaultPlan;
 pub use http::{Fault, FileServer, Habits};
 pub use job::JobFile;
