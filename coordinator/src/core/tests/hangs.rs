@@ -153,6 +153,27 @@ fn network_that_hangs_under_all_members_ends_the_generation_and_blames_none() {
 }
 
 #[test]
+fn step_that_hung_does_not_teach_how_long_one_takes() {
+    let (mut world, workers) = World::running(2);
+    world.learn(&workers);
+    world.spend(8, &[(workers[0], 5, Phase::Collective, 0), (workers[1], 5, Phase::Collective, 0)]);
+    // It was done all the same, as those say who leave it.
+    for &worker in &workers {
+        let record = world.record(6, &[]);
+        world.stopped(worker, 6, StopCause::Aborted, vec![record]);
+    }
+    assert_eq!(world.core.final_step(), Step(6));
+    world.bootstrap(workers[0]);
+    for step in 7..=8 {
+        world.now += Duration::from_secs(1);
+        world.report(workers[0], step, Some(&[]));
+        world.report(workers[1], step, None);
+    }
+    world.spend(8, &[(workers[0], 8, Phase::Collective, 0), (workers[1], 8, Phase::Compute, 0)]);
+    assert!(world.lost().expect("given up").contains("(5.0 s allowed)"), "{:?}", world.lost());
+}
+
+#[test]
 fn member_that_does_not_come_to_meet_the_others_is_given_up_and_they_are_not() {
     let (mut world, workers) = World::running(3);
     // Nothing is known about the job's steps, and all have been at it for as long.
