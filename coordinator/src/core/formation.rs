@@ -6,9 +6,10 @@ use std::time::Duration;
 use peapod_proto::ids::{Generation, MemberIndex, Rank, WorkerId};
 use peapod_proto::message::{Assignment, ToWorker};
 
+use super::clock::ANNOUNCE_EVERY;
 use super::durable::Member;
 use super::membership::{Worker, WorkerState};
-use super::{ANNOUNCE_EVERY, Config, Core, CoreError, Effect, Fact, JobPhase, Notice, Outcome, Progress, Timestamp, worker_mut};
+use super::{Config, Core, CoreError, Effect, Fact, JobPhase, Notice, Outcome, Progress, Timestamp, worker_mut};
 
 /// An elastic world that starts waits this many heartbeat timeouts for more workers after the last one.
 const QUIET_HEARTBEAT_TIMEOUTS: u32 = 10;

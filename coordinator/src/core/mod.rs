@@ -8,13 +8,14 @@
 //! drops the step in flight and says the same. Either way the member with the most advanced step is the source, and what it
 //! holds is committed; everything beyond is void, whoever had reported it.
 
-mod activity;
 mod checkpoint;
+mod clock;
 mod data;
 mod durable;
 mod effect;
 mod error;
 mod event;
+mod failure;
 mod formation;
 mod hangs;
 pub mod leases;
@@ -22,20 +23,22 @@ pub mod ledger;
 mod membership;
 pub mod order;
 mod progress;
+mod returning;
 mod setbacks;
 mod settlement;
 #[cfg(test)]
 mod tests;
+mod view;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
 use peapod_proto::ids::{Generation, Incarnation, MemberIndex, ShardId, Step, WorkerId};
-use peapod_proto::message::{Continuing, FromWorker, Stopped, ToWorker, ValidationLosses};
+use peapod_proto::message::{FromWorker, Stopped, ToWorker, ValidationLosses};
 
-pub use activity::Activity;
 use checkpoint::Checkpoint;
+use clock::ANNOUNCE_EVERY;
 use data::LeaseRequest;
 pub use data::{LeaseHolder, ShardPage, ShardState, ShardView, SourceView};
 use durable::Member;
@@ -43,6 +46,7 @@ pub use durable::{ReplayError, State};
 pub use effect::{Effect, Fact, Notice, Outcome};
 pub use error::CoreError;
 pub use event::Event;
+pub use failure::{Failure, Process};
 use hangs::Pace;
 use leases::Leases;
 use ledger::Ledger;
@@ -51,7 +55,9 @@ use membership::Worker;
 pub use membership::WorkerView;
 use order::Source;
 use progress::Progress;
+use returning::Returned;
 use setbacks::Setbacks;
+pub use view::Activity;
 
 /// Time since the coordinator started.
 pub type Timestamp = Duration;
@@ -138,40 +144,6 @@ enum JobPhase {
     /// Over.
     Done(Outcome),
 }
-
-/// What a member says that comes back to a coordinator which was started again.
-#[derive(Debug, Clone)]
-enum Returned {
-    /// Its generation is over for it.
-    Stopped(Stopped),
-    /// It trains on.
-    Continuing(Continuing),
-}
-
-/// What went wrong first.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Failure {
-    /// In one line.
-    pub text: String,
-    /// When; none within the event that brought it.
-    pub at: Option<Timestamp>,
-    /// Whose process it was, if it was one: its end may be explained later.
-    pub process: Option<Process>,
-    /// What the process wrote last, if that is known.
-    pub log: Vec<String>,
-}
-
-/// A process of a worker, as its host knows it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Process {
-    /// Its host.
-    pub host: String,
-    /// Its id there.
-    pub pid: u32,
-}
-
-/// How often the waiting notice is repeated.
-const ANNOUNCE_EVERY: Duration = Duration::from_secs(5);
 
 /// The state of a job.
 #[derive(Debug, Clone)]
@@ -323,28 +295,6 @@ impl Core {
         Ok(out)
     }
 
-    /// When [`Event::Tick`] is next needed.
-    #[must_use]
-    pub fn next_deadline(&self) -> Option<Timestamp> {
-        let silence = (!self.workers.is_empty()).then_some(self.next_silence);
-        let job = match &self.phase {
-            // A coordinator that was started again after it was asked to stop.
-            JobPhase::Gathering { .. } if self.stop_requested.is_some() => Some(Duration::ZERO),
-            JobPhase::Gathering { since } => {
-                let at = self.next_announcement.min(*since + self.config.join_timeout);
-                Some(self.starts_at().map_or(at, |starts| at.min(starts)))
-            }
-            JobPhase::Running { .. } => (!self.checkpoint.asked).then_some(self.checkpoint.next_due),
-            JobPhase::Forming { deadline, .. } | JobPhase::Stopping { deadline, .. } | JobPhase::Returning { deadline, .. } => {
-                Some(*deadline)
-            }
-            JobPhase::Finishing { deadline, .. } => Some(*deadline),
-            JobPhase::Done(_) => None,
-        };
-        let hangs = (!self.workers.is_empty()).then_some(self.next_look);
-        [silence, job, hangs, self.setbacks.next_end()].into_iter().flatten().min()
-    }
-
     fn message(
         &mut self,
         now: Timestamp,
@@ -464,82 +414,6 @@ impl Core {
         }
     }
 
-    fn look_for_silence(&mut self, now: Timestamp, out: &mut Vec<Effect>) {
-        if now < self.next_silence {
-            return;
-        }
-        let timeout = self.config.heartbeat_timeout;
-        let (silent, alive): (Vec<_>, Vec<_>) =
-            self.workers.iter().map(|(&id, worker)| (worker.last_seen + timeout, id)).partition(|&(at, _)| at <= now);
-        self.next_silence = alive.into_iter().map(|(at, _)| at).min().unwrap_or(now + timeout);
-        for (_, id) in silent {
-            let cause = format!("no sign of life for {:.1} s", timeout.as_secs_f64());
-            out.push(Effect::Detach { worker: id });
-            self.lose(now, id, &cause, out);
-        }
-    }
-
-    fn tick(&mut self, now: Timestamp, out: &mut Vec<Effect>) {
-        self.look_for_silence(now, out);
-        self.look_for_hangs(now, out);
-        if self.setbacks.forgive(now) {
-            self.admit(out);
-        }
-        let shards = self.setbacks.forgive_shards(now);
-        if !shards.is_empty() {
-            shards.into_iter().for_each(|(epoch, shard)| self.leases.take_up(epoch, shard));
-            self.answer_lease_requests(out);
-        }
-        match &self.phase {
-            JobPhase::Gathering { .. } if self.stop_requested.is_some() => {
-                let reason = self.stop_requested.clone().unwrap_or_default();
-                self.ask_for_last_checkpoint(now, Outcome::Stopped { reason }, 1, out);
-            }
-            JobPhase::Gathering { .. } if self.checkpoint.farewell_until.is_some_and(|until| until <= now) => {
-                self.farewell_is_due(now, out)
-            }
-            JobPhase::Gathering { since } => {
-                let (since, left) = (*since, (*since + self.config.join_timeout).saturating_sub(now));
-                self.try_form(now, out);
-                if !matches!(self.phase, JobPhase::Gathering { .. }) {
-                    return;
-                }
-                if left.is_zero() {
-                    let waited = format!("{} for {:.0} s (--join-timeout)", self.describe_missing(), (now - since).as_secs_f64());
-                    let reason = match self.first_failure() {
-                        Some(first) => format!("{first}; then {waited}"),
-                        None => waited,
-                    };
-                    self.fail(reason, out);
-                } else if self.next_announcement <= now {
-                    self.next_announcement = now + ANNOUNCE_EVERY;
-                    out.push(Effect::Notice(Notice::Waiting { text: self.describe_missing(), left }));
-                }
-            }
-            JobPhase::Running { members, .. } if self.checkpoint.next_due <= now && !self.checkpoint.asked => {
-                self.checkpoint.asked = true;
-                let message = ToWorker::TakeSnapshot { generation: self.generation };
-                out.push(Effect::Send { worker: members[0], message });
-            }
-            JobPhase::Returning { deadline, .. } if *deadline <= now => self.wait_ended(now, out),
-            JobPhase::Finishing { outcome, attempts, deadline } if *deadline <= now => {
-                let (outcome, attempts) = (outcome.clone(), *attempts);
-                self.last_checkpoint_is_due(now, outcome, attempts, out);
-            }
-            JobPhase::Forming { deadline, members } if *deadline <= now => {
-                let id = members[0];
-                self.did_not_answer(now, id, "did not open its end of the collective in time", out);
-            }
-            JobPhase::Stopping { members, stopped, deadline, .. } if *deadline <= now => {
-                let mute: Vec<WorkerId> = members.iter().copied().filter(|member| !stopped.contains_key(member)).collect();
-                for id in mute {
-                    self.did_not_answer(now, id, "did not leave its collective in time", out);
-                }
-            }
-            _ => {}
-        }
-    }
-
     fn stop(&mut self, now: Timestamp, reason: String, out: &mut Vec<Effect>) {
         if self.stop_requested.is_some() {
             return;
@@ -561,150 +435,11 @@ impl Core {
         self.finish(Outcome::Failed { reason }, out);
     }
 
-    fn note_failure(&mut self, text: String) {
-        self.first_failure.get_or_insert(Failure { text, at: None, process: None, log: Vec::new() });
-    }
-
-    /// A failure that is the end of a worker's process, or of its stream.
-    fn note_loss(&mut self, text: String, worker: &Worker) {
-        let process = Some(Process { host: worker.host.clone(), pid: worker.pid });
-        self.first_failure.get_or_insert(Failure { text, at: None, process, log: Vec::new() });
-    }
-
-    /// A process has ended, and its parent knows how. Its stream may not have ended yet, or have ended without a cause.
-    fn exited(&mut self, now: Timestamp, process: &Process, cause: &str, log: Vec<String>, out: &mut Vec<Effect>) {
-        let of_process = |worker: &Worker| worker.pid == process.pid && worker.host == process.host;
-        if let Some(id) = self.workers.iter().find(|(_, worker)| of_process(worker)).map(|(&id, _)| id) {
-            out.push(Effect::Detach { worker: id });
-            self.gone.insert(id);
-            self.lose(now, id, cause, out);
-        }
-        if let Some(first) = self.first_failure.as_mut().filter(|first| first.process.as_ref() == Some(process) && first.log.is_empty()) {
-            first.log = log;
-            if !first.text.contains(cause) {
-                first.text = format!("{}; the process {cause}", first.text);
-                out.push(Effect::Notice(Notice::Explained { failure: first.clone() }));
-            }
-        }
-    }
-
-    /// The coordinator itself stood still: what it has not heard meanwhile is nobody's silence.
-    fn stalled(&mut self, by: Duration) {
-        for worker in self.workers.values_mut() {
-            worker.last_seen += by;
-            worker.motion.stood_still(by);
-        }
-        self.pace.pause();
-        self.next_look += by;
-        match &mut self.phase {
-            JobPhase::Forming { deadline, .. }
-            | JobPhase::Stopping { deadline, .. }
-            | JobPhase::Returning { deadline, .. }
-            | JobPhase::Finishing { deadline, .. } => *deadline += by,
-            JobPhase::Gathering { since } => *since += by,
-            JobPhase::Running { .. } | JobPhase::Done(_) => {}
-        }
-    }
-
-    /// Whether nothing is left to train: the weights are those of the last step, or every sample of every epoch is in them.
-    #[must_use]
-    pub fn is_complete(&self) -> bool {
-        let at_its_last_step = self.config.last_step.is_some_and(|last| self.truth.step >= last);
-        at_its_last_step || (self.config.epochs.is_some() && self.unaccounted().is_none())
-    }
-
     /// A job that came to its end before this coordinator was started: it can be asked about, and nobody joins it.
     #[must_use]
     pub fn over(mut self) -> Self {
         self.phase = JobPhase::Done(Outcome::Finished);
         self
-    }
-
-    /// How the job ended, if it has.
-    #[must_use]
-    pub fn outcome(&self) -> Option<&Outcome> {
-        match &self.phase {
-            JobPhase::Done(outcome) => Some(outcome),
-            _ => None,
-        }
-    }
-
-    /// Silence after which a worker is dead.
-    #[must_use]
-    pub fn heartbeat_timeout(&self) -> Duration {
-        self.config.heartbeat_timeout
-    }
-
-    /// The current generation.
-    #[must_use]
-    pub fn generation(&self) -> Generation {
-        self.generation
-    }
-
-    /// Last final step.
-    #[must_use]
-    pub fn final_step(&self) -> Step {
-        self.progress.final_step()
-    }
-
-    /// The ledger.
-    #[must_use]
-    pub fn ledger(&self) -> &Ledger {
-        &self.ledger
-    }
-
-    /// Number of shards of the ledger's first open epoch that are leased now.
-    #[must_use]
-    pub fn num_leased(&self) -> u32 {
-        self.leases.num_leased(self.ledger.first_open_epoch(), 0..self.ledger.num_shards())
-    }
-
-    /// The workers, by rank.
-    #[must_use]
-    pub fn workers(&self, now: Timestamp) -> Vec<WorkerView> {
-        let members = self.members();
-        let mut views: Vec<WorkerView> = self.workers.iter().map(|(&id, worker)| worker.view(id, now, members.contains(&id))).collect();
-        views.sort_by_key(|view| view.rank);
-        views
-    }
-
-    /// The job's state in a few words.
-    #[must_use]
-    pub fn state(&self) -> String {
-        match &self.phase {
-            JobPhase::Gathering { .. } => self.describe_missing(),
-            JobPhase::Returning { .. } => "waiting for the workers to come back".into(),
-            JobPhase::Forming { .. } => "forming".into(),
-            JobPhase::Running { planned: false, .. } => "training".into(),
-            JobPhase::Running { planned: true, .. } => "training, to meet after this step".into(),
-            JobPhase::Stopping { .. } => "regrouping".into(),
-            JobPhase::Finishing { .. } => "storing the last checkpoint".into(),
-            JobPhase::Done(outcome) => outcome.as_str().into(),
-        }
-    }
-
-    /// Step of the newest whole checkpoint.
-    #[must_use]
-    pub fn checkpoint_step(&self) -> Option<Step> {
-        self.checkpoint.last.as_ref().map(|last| last.step)
-    }
-
-    /// The newest losses on the validation samples.
-    #[must_use]
-    pub fn validation(&self) -> Option<ValidationLosses> {
-        self.validation
-    }
-
-    /// The first failure, in one line.
-    #[must_use]
-    pub fn first_failure(&self) -> Option<&str> {
-        self.first_failure.as_ref().map(|first| first.text.as_str())
-    }
-
-    /// The first failure with all that is known about it.
-    #[must_use]
-    pub fn failure(&self) -> Option<&Failure> {
-        self.first_failure.as_ref()
     }
 }
 

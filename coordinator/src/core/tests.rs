@@ -2,8 +2,8 @@
 
 use peapod_proto::ids::{Epoch, Incarnation, LeaseId, Rank, SampleName};
 use peapod_proto::message::{
-    Assignment, Heartbeat, Hello, Lease, Phase, ShardReport, SkipReason, SkippedSample, StepLosses, StepRecord, StepReport, StepTimings,
-    StopCause, StopReason, ValidationLosses,
+    Assignment, Continuing, Heartbeat, Hello, Lease, Phase, ShardReport, SkipReason, SkippedSample, StepLosses, StepRecord, StepReport,
+    StepTimings, StopCause, StopReason, ValidationLosses,
 };
 use peapod_proto::{PROGRAM_VERSION, PROTOCOL_VERSION};
 
@@ -22,6 +22,7 @@ mod replay;
 mod setbacks;
 mod steps;
 mod validation;
+mod views;
 
 fn config(world_size: u32) -> Config {
     Config {
@@ -75,6 +76,7 @@ impl World {
         match self.core.step(self.now, event) {
             Ok(effects) => {
                 self.said.extend(effects);
+                self.check_deadline();
                 Ok(())
             }
             Err(error) => {
@@ -86,6 +88,28 @@ impl World {
                 Err(error)
             }
         }
+    }
+
+    /// The driver sleeps until the deadline: nothing may be due before it, and a tick at it has to move it, or the driver would never sleep again.
+    fn check_deadline(&self) {
+        let ticked = |at: Timestamp| {
+            let mut core = self.core.clone();
+            let effects = core.step(at, Event::Tick).unwrap();
+            (core, effects)
+        };
+        let Some(deadline) = self.core.next_deadline() else {
+            let (_, effects) = ticked(self.now + Duration::from_secs(86_400));
+            assert!(effects.is_empty(), "due without a deadline: {effects:?}");
+            return;
+        };
+        if let Some(before) = deadline.checked_sub(Duration::from_nanos(1)).filter(|before| *before > self.now) {
+            let (core, effects) = ticked(before);
+            assert!(effects.is_empty(), "due before the deadline {deadline:?}: {effects:?}");
+            assert_eq!((core.state(), core.next_deadline()), (self.core.state(), Some(deadline)), "due before the deadline");
+        }
+        let (core, _) = ticked(deadline.max(self.now));
+        let next = core.next_deadline();
+        assert!(next.is_none_or(|next| next > deadline.max(self.now)), "the deadline {deadline:?} is {next:?} once it has come");
     }
 
     fn hello(&mut self, rank: Option<u32>, incarnation: u64, attempt: u32) -> Result<WorkerId, CoreError> {

@@ -87,6 +87,36 @@ fn members_that_are_all_cut_off_at_once_come_back_and_nothing_is_trained_again()
 }
 
 #[test]
+fn members_that_come_back_one_by_one_are_waited_for_from_the_first() {
+    let (mut world, workers) = World::running(3);
+    world.report(workers[0], 1, Some(&[]));
+    workers[1..].iter().for_each(|&worker| world.report(worker, 1, None));
+    workers.iter().for_each(|&worker| world.die(worker));
+    world.pass(2, &[]);
+    let first = world.hello(None, 1000, 1).unwrap();
+    // Three seconds from the cut they are still waited for, and no more three seconds after the first was back.
+    world.pass(2, &[first]);
+    assert_eq!(world.core.state(), "waiting for the workers to come back");
+    let second = world.hello(None, 1001, 1).unwrap();
+    world.pass(1, &[first, second]);
+    assert_ne!(world.core.state(), "waiting for the workers to come back");
+}
+
+#[test]
+fn members_that_are_all_back_have_the_time_of_an_answer_to_say_what_they_hold() {
+    let (mut world, workers) = World::running(2);
+    world.report(workers[0], 1, Some(&[]));
+    world.report(workers[1], 1, None);
+    workers.iter().for_each(|&worker| world.die(worker));
+    world.pass(2, &[]);
+    let back = [1000, 1001].map(|incarnation| world.hello(None, incarnation, 1).unwrap());
+    world.pass(9, &back);
+    assert_eq!(world.core.state(), "waiting for the workers to come back");
+    world.pass(1, &back);
+    assert_ne!(world.core.state(), "waiting for the workers to come back");
+}
+
+#[test]
 fn member_that_claims_steps_without_their_samples_is_not_believed() {
     let (mut world, workers) = World::running(1);
     world.report(workers[0], 1, Some(&[]));

@@ -75,6 +75,36 @@ fn last_checkpoint_that_cannot_be_stored_fails_the_job_after_five_tries_over_hal
 }
 
 #[test]
+fn copy_of_an_earlier_step_does_not_end_a_job_that_waits_for_its_last() {
+    let (mut world, workers) = World::running(1);
+    world.report_with(workers[0], 1, Some(&[]), Some(5)).unwrap();
+    world.report(workers[0], 2, Some(&[]));
+    world.stopped(workers[0], 2, StopCause::StepsDone, vec![]);
+    world.event(Event::CheckpointStored { step: Step(1), generation: Generation(1) }).unwrap();
+    assert_eq!((world.outcome(), world.core.checkpoint_step()), (None, Some(Step(1))));
+    world.event(Event::CheckpointStored { step: Step(2), generation: Generation(1) }).unwrap();
+    assert_eq!((world.outcome(), world.core.checkpoint_step()), (Some(Outcome::Finished), Some(Step(2))));
+}
+
+#[test]
+fn broken_promise_of_the_ledger_names_the_source() {
+    let source = |name: &str, num_shards| Source { name: name.into(), ..Source::unnamed(num_shards) };
+    let sources: Arc<[Source]> = Arc::new([source("photos", 1), source("drawings", 3)]);
+    let mut world = World::new(Config { epochs: Some(1), last_step: None, sources, ..config(1) });
+    let worker = world.join(None).unwrap();
+    world.ready(worker);
+    world.bootstrap(worker);
+    let (leases, _) = world.lease(worker, 4);
+    for lease in leases.iter().filter(|lease| lease.shard != ShardId(0)) {
+        let report = ShardReport { lease: lease.id, skipped: vec![], num_samples: Some(0), truncated: String::new() };
+        world.say(worker, FromWorker::ShardReport(report)).unwrap();
+    }
+    world.stopped(worker, 0, StopCause::DataDone, vec![]);
+    let Some(Outcome::Failed { reason }) = world.outcome() else { panic!("{:?}", world.outcome()) };
+    assert!(reason.contains("1 shards of source photos of epoch 0 are not accounted for"), "{reason}");
+}
+
+#[test]
 fn death_of_the_sender_of_the_last_checkpoint_asks_the_next_holder() {
     let (mut world, workers) = World::running(2);
     let record = world.record(1, &[]);

@@ -162,11 +162,53 @@ fn newcomer_that_leaves_while_the_others_regroup_takes_nothing_along() {
     world.report(workers[0], 1, Some(&names(0, leases[0].shard, 0..2)));
     world.report(workers[1], 1, None);
     world.die(workers[1]);
-    world.join(None).unwrap();
+    let newcomer = world.join(None).unwrap();
     world.event(Event::Drain { rank: Rank(1) }).unwrap();
+    assert!(matches!(world.sent(newcomer).last(), Some(ToWorker::Stop { reason: StopReason::Drained, .. })));
     assert_eq!((world.core.final_step(), world.core.ledger().totals().committed), (Step(1), 2));
     world.stopped(workers[0], 1, StopCause::Aborted, vec![]);
     assert_eq!((world.core.final_step(), world.outcome()), (Step(1), None));
+}
+
+#[test]
+fn member_that_leaves_while_the_others_regroup_says_first_what_it_holds() {
+    let (mut world, workers) = World::running(2);
+    world.die(workers[1]);
+    world.say(workers[0], FromWorker::Leaving { reason: "SIGTERM".into() }).unwrap();
+    assert!(!world.sent(workers[0]).iter().any(|message| matches!(message, ToWorker::Stop { .. })));
+    let record = world.record(1, &[]);
+    world.stopped(workers[0], 1, StopCause::Aborted, vec![record]);
+    assert_eq!(world.core.final_step(), Step(1));
+}
+
+#[test]
+fn spare_that_leaves_while_a_generation_forms_does_not_disturb_it() {
+    let mut world = World::new(config(2));
+    let workers = [world.join(None).unwrap(), world.join(None).unwrap()];
+    workers.iter().for_each(|&worker| world.ready(worker));
+    let spare = world.join(None).unwrap();
+    world.event(Event::Drain { rank: Rank(2) }).unwrap();
+    assert!(matches!(world.sent(spare).last(), Some(ToWorker::Stop { reason: StopReason::Drained, .. })));
+    assert_eq!((world.core.state().as_str(), world.core.generation()), ("forming", Generation(1)));
+    world.bootstrap(workers[0]);
+    assert_eq!(world.core.state(), "training");
+}
+
+#[test]
+fn word_of_an_older_generation_says_nothing_of_the_current_one() {
+    let (mut world, workers) = World::running(2);
+    workers.iter().for_each(|&worker| world.stopped(worker, 0, StopCause::Aborted, vec![]));
+    world.bootstrap(workers[0]);
+    assert_eq!(world.core.generation(), Generation(2));
+    let old = Stopped { generation: Generation(1), ..Stopped::empty_handed(Generation(1)) };
+    let error = world.say(workers[0], FromWorker::Stopped(old)).unwrap_err();
+    assert_eq!(error, CoreError::StaleGeneration { got: Generation(1), current: Generation(2) });
+    // Not while they regroup either, of a generation that has not been.
+    world.die(workers[1]);
+    let future = Stopped::empty_handed(Generation(3));
+    let error = world.say(workers[0], FromWorker::Stopped(future)).unwrap_err();
+    assert_eq!(error, CoreError::StaleGeneration { got: Generation(3), current: Generation(2) });
+    assert_eq!(world.core.state(), "regrouping");
 }
 
 #[test]
