@@ -28,6 +28,9 @@ pub struct Options {
     /// Tokens of a prompt of the student
     #[arg(long, default_value_t = 24)]
     pub context_length: u32,
+    /// Width of the adapter's hidden layers
+    #[arg(long, default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..=65_536))]
+    pub hidden: u32,
     /// Device: auto, cpu, cuda or cuda:N
     #[arg(long, default_value = "auto")]
     pub device: Choice,
@@ -198,7 +201,7 @@ fn measure(
     size: [i64; 2],
 ) -> peapod_model::Result<Vec<[f64; NUM_PARTS]>> {
     let batch = synthetic(options, models, size, device);
-    let adapter = Adapter::fresh(models.adapter_config(1024, 3), 0, device)?;
+    let adapter = Adapter::fresh(models.adapter_config(options.hidden.into(), 3), 0, device)?;
     let mut optimizer = AdamW::new(AdamWConfig::default(), adapter.num_parameters() as i64, device);
     let mut gradient = adapter.flat().zeros_like();
     let loss_scale = if kind == Kind::Half { 65_536.0 } else { 1.0 };
@@ -210,7 +213,7 @@ fn measure(
         let mut lap = |part: usize| {
             synchronise(device);
             let now = Instant::now();
-            row[part] = now.duration_since(last).as_secs_f64();
+            row[part] += now.duration_since(last).as_secs_f64();
             last = now;
         };
         models.accumulate_observed(&adapter, &batch, &mut gradient, loss_scale, &mut |stage| lap(stage as usize))?;

@@ -60,6 +60,14 @@ pub enum Error {
         /// What is wrong with it.
         reason: String,
     },
+    /// The system gives no more threads.
+    #[error("cannot start {num} threads (--threads): {reason}")]
+    Threads {
+        /// How many were wanted.
+        num: usize,
+        /// What the system said.
+        reason: String,
+    },
     /// Shapes of arguments do not fit together.
     #[error("shape mismatch in {what}: {detail}")]
     Shape {

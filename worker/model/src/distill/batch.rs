@@ -53,25 +53,39 @@ impl MicroBatch {
         self.captions.is_empty()
     }
 
+    /// The samples `from..to` as a batch of their own.
+    ///
+    /// Panics: if there are no such samples.
+    fn range(&self, from: usize, to: usize) -> Self {
+        let rows = |tensor: &Tensor| tensor.narrow(0, from as i64, (to - from) as i64);
+        Self {
+            pixels: rows(&self.pixels),
+            posterior: rows(&self.posterior),
+            noise: rows(&self.noise),
+            offset: rows(&self.offset),
+            timesteps: rows(&self.timesteps),
+            drop: rows(&self.drop),
+            native: rows(&self.native),
+            captions: self.captions[from..to].to_vec(),
+            english: self.english[from..to].to_vec(),
+            original_size: self.original_size[from..to].to_vec(),
+            crop: self.crop[from..to].to_vec(),
+            text_dropout: self.text_dropout[from..to].to_vec(),
+        }
+    }
+
     /// One of the samples as a batch of its own.
     ///
     /// Panics: if there is no such sample.
     pub fn single(&self, index: usize) -> Self {
-        let row = |tensor: &Tensor| tensor.narrow(0, index as i64, 1);
-        Self {
-            pixels: row(&self.pixels),
-            posterior: row(&self.posterior),
-            noise: row(&self.noise),
-            offset: row(&self.offset),
-            timesteps: row(&self.timesteps),
-            drop: row(&self.drop),
-            native: row(&self.native),
-            captions: vec![self.captions[index].clone()],
-            english: vec![self.english[index].clone()],
-            original_size: vec![self.original_size[index]],
-            crop: vec![self.crop[index]],
-            text_dropout: vec![self.text_dropout[index]],
-        }
+        self.range(index, index + 1)
+    }
+
+    /// The samples in `num` batches, or fewer if there are fewer samples, as equal in size as can be, in order.
+    pub(super) fn split(&self, num: usize) -> Vec<Self> {
+        let num = num.clamp(1, self.len().max(1));
+        let bound = |part: usize| part * self.len() / num;
+        (0..num).map(|part| self.range(bound(part), bound(part + 1))).collect()
     }
 
     /// Checks kinds and shapes against each other and the models, and reads the flags.

@@ -5,7 +5,10 @@
 //! losses. Sums over samples go out, never means: whoever joins the micro-batches divides by their number.
 
 mod batch;
+mod lanes;
 mod loss;
+mod noising;
+mod subset;
 
 use std::path::Path;
 
@@ -14,8 +17,11 @@ use tch::{Device, Kind, Tensor, no_grad_guard};
 
 use self::batch::Flags;
 pub use self::batch::MicroBatch;
+use self::lanes::Lanes;
 use self::loss::Lesson;
 pub use self::loss::LossSums;
+use self::noising::Noising;
+use self::subset::Subset;
 use crate::adapter::{Adapter, AdapterConfig};
 use crate::sample::{Prompter, Sampler, SchedulerConfig};
 use crate::schedule::{NoiseSchedule, Prediction};
@@ -23,6 +29,7 @@ use crate::source::ModelSource;
 use crate::text::{Conditioning, EnglishEncoders, StudentEncoder, StudentOptions};
 use crate::unet::{Added, ForwardOptions, UNet, UNetOutput};
 use crate::vae::Vae;
+use crate::weights::Frozen;
 use crate::{Error, Result};
 
 /// What a training step computes. The default is the method's preset `fixed` for SDXL.
@@ -134,31 +141,24 @@ pub struct Distiller {
     noising: Noising,
     native_side: i64,
     device: Device,
+    lanes: Option<Lanes>,
 }
 
 /// The English side.
 struct Teacher {
     encoders: EnglishEncoders,
-    /// States of the empty prompt, batch 1.
-    empty: Conditioning,
+    /// Token states of the empty prompt, `[1, L, D]`.
+    empty: Frozen,
+    /// Its embedding, `[1, P]`, where the model has one.
+    empty_pooled: Option<Frozen>,
 }
 
 /// What the student says of the empty prompt. The adapter on it changes with every step.
 struct EmptyPrompt {
     /// Encoder states without dropout `[1, L, Din]`.
-    states: Tensor,
+    states: Frozen,
     /// Its tokens, bool `[1, L]`; `None` if padding is not masked.
-    mask: Option<Tensor>,
-}
-
-/// What depends on the timestep alone: tables in f32, one entry a timestep.
-struct Noising {
-    /// Share of the image in a noised latent: `sqrt(alpha_bar)`.
-    signal: Tensor,
-    /// Share of the noise: `sqrt(1 - alpha_bar)`.
-    noise: Tensor,
-    /// Weight of a prediction; `None`: all alike.
-    weight: Option<Tensor>,
+    mask: Option<Frozen>,
 }
 
 /// The stages of a step, in their order.
@@ -187,6 +187,13 @@ struct Noised {
     time_ids: Tensor,
 }
 
+impl Teacher {
+    fn new(encoders: EnglishEncoders) -> Result<Self> {
+        let Conditioning { sequence, pooled, .. } = encoders.encode(&[""])?;
+        Ok(Self { encoders, empty: Frozen::new(sequence), empty_pooled: pooled.map(Frozen::new) })
+    }
+}
+
 impl Distiller {
     /// Builds the networks of an opened SDXL or SD1.5, and loads the student's text encoder from a folder of its own.
     ///
@@ -213,12 +220,13 @@ impl Distiller {
             return fault("an empty noise schedule".into());
         }
         let _guard = no_grad_guard();
-        let teacher = teacher.map(|encoders| Ok::<_, Error>(Teacher { empty: encoders.encode(&[""])?, encoders })).transpose()?;
-        let empty_student =
-            EmptyPrompt { states: student.encode(&[""])?, mask: config.mask_pads.then(|| student.token_mask(&[""])).transpose()? };
+        let teacher = teacher.map(Teacher::new).transpose()?;
+        let mask = config.mask_pads.then(|| student.token_mask(&[""])).transpose()?;
+        let empty_student = EmptyPrompt { states: Frozen::new(student.encode(&[""])?), mask: mask.map(Frozen::new) };
         let noising = Noising::new(&schedule, scheduler.solver.prediction, &config, device);
         let native_side = model.sample_size() * vae.downscale();
-        Ok(Self { unet, vae, student, teacher, scheduler, config, empty_student, noising, native_side, device })
+        let lanes = Lanes::new(device)?;
+        Ok(Self { unet, vae, student, teacher, scheduler, config, empty_student, noising, native_side, device, lanes })
     }
 
     /// The frozen UNet.
@@ -286,6 +294,8 @@ impl Distiller {
     }
 
     /// As [`Distiller::accumulate_scaled`]; calls `observe` at the end of each stage, whose work a GPU may still have before it.
+    ///
+    /// On the CPU, stages are those of the first of the threads that share the samples; the last one is told again once all of them are done.
     pub fn accumulate_observed(
         &self,
         adapter: &Adapter,
@@ -302,6 +312,47 @@ impl Distiller {
         if batch.is_empty() {
             return Ok(LossSums::default());
         }
+        let differentiate =
+            |adapter: &Adapter, batch: &MicroBatch, observe: &mut dyn FnMut(Stage)| self.differentiate(adapter, batch, scale, observe);
+        let parts = self.in_lanes(adapter, batch, differentiate, observe)?;
+        observe(Stage::Backward);
+        let _guard = no_grad_guard();
+        let mut sums = LossSums::default();
+        for (part, losses) in parts {
+            let _ = gradient.g_add_(&part);
+            sums += losses;
+        }
+        Ok(sums)
+    }
+
+    /// Does `work` to the samples of a batch, in all lanes at once if every lane has some of them. The results are in the order of the samples.
+    fn in_lanes<T: Send>(
+        &self,
+        adapter: &Adapter,
+        batch: &MicroBatch,
+        work: impl Fn(&Adapter, &MicroBatch, &mut dyn FnMut(Stage)) -> Result<T> + Sync,
+        observe: &mut dyn FnMut(Stage),
+    ) -> Result<Vec<T>> {
+        self.check(batch)?;
+        let (lanes, mut parts) = match &self.lanes {
+            Some(lanes) if batch.len() >= lanes.num() => (lanes, batch.split(lanes.num()).into_iter()),
+            _ => return Ok(vec![work(adapter, batch, observe)?]),
+        };
+        let Some(first) = parts.next() else { return Ok(Vec::new()) };
+        // Each lane differentiates under a name of its own.
+        let rest = parts.map(|part| Ok((adapter.alias()?, part))).collect::<Result<Vec<_>>>()?;
+        let (first, rest) = lanes.run(rest, |(adapter, part)| work(&adapter, &part, &mut |_| {}), || work(adapter, &first, observe));
+        [first].into_iter().chain(rest).collect()
+    }
+
+    /// The gradient of the loss summed over a batch, f32 `[P]`, and the sums of the losses.
+    fn differentiate(
+        &self,
+        adapter: &Adapter,
+        batch: &MicroBatch,
+        scale: f64,
+        observe: &mut dyn FnMut(Stage),
+    ) -> Result<(Tensor, LossSums)> {
         let (noised, flags, lesson) = self.prepare(adapter, batch, observe)?;
         let conditioning = self.condition(adapter, batch, &noised, &flags, true)?;
         observe(Stage::Text);
@@ -316,9 +367,9 @@ impl Distiller {
         let parts = Tensor::f_run_backward(&[scalar], adapter.parameters(), false, false)?;
         let flat: Vec<Tensor> = parts.iter().map(|part| part.flatten(0, -1)).collect();
         let _guard = no_grad_guard();
-        let _ = gradient.g_add_(&(Tensor::f_cat(&flat, 0)? / scale));
+        let flat = Tensor::f_cat(&flat, 0)? / scale;
         observe(Stage::Backward);
-        Ok(sums)
+        Ok((flat, sums))
     }
 
     /// Returns the sums of the losses over the samples of `batch`, without any gradient: for validation.
@@ -328,17 +379,26 @@ impl Distiller {
         if batch.is_empty() {
             return Ok(LossSums::default());
         }
-        let _guard = no_grad_guard();
-        let (noised, flags, lesson) = self.prepare(adapter, batch, &mut |_| {})?;
-        let conditioning = self.condition(adapter, batch, &noised, &flags, false)?;
-        lesson.compare(&self.study(&conditioning, &noised)?)?.sums(batch.len())
+        let evaluate = |adapter: &Adapter, batch: &MicroBatch, observe: &mut dyn FnMut(Stage)| {
+            let _guard = no_grad_guard();
+            let (noised, flags, lesson) = self.prepare(adapter, batch, observe)?;
+            let conditioning = self.condition(adapter, batch, &noised, &flags, false)?;
+            lesson.compare(&self.study(&conditioning, &noised)?)?.sums(batch.len())
+        };
+        let mut sums = LossSums::default();
+        self.in_lanes(adapter, batch, evaluate, &mut |_| {})?.into_iter().for_each(|part| sums += part);
+        Ok(sums)
+    }
+
+    fn check(&self, batch: &MicroBatch) -> Result<Flags> {
+        batch.check(self.vae.config().latent_channels, self.vae.downscale(), self.num_timesteps())
     }
 
     /// Everything that does not depend on the adapter: noised latents, and what the teacher says of them.
     fn prepare(&self, adapter: &Adapter, batch: &MicroBatch, observe: &mut dyn FnMut(Stage)) -> Result<(Noised, Flags, Lesson)> {
         self.check_adapter(adapter)?;
         let _guard = no_grad_guard();
-        let flags = batch.check(self.vae.config().latent_channels, self.vae.downscale(), self.num_timesteps())?;
+        let flags = self.check(batch)?;
         let noised = self.noise(batch)?;
         observe(Stage::Encode);
 
@@ -403,9 +463,9 @@ impl Distiller {
         let english: Vec<&str> = subset.indices.iter().map(|&index| batch.english[index].as_str()).collect();
         let states = teacher.encoders.encode(&english)?;
         let drop = subset.select(&noised.drop);
-        let text = replace_dropped(&drop, &teacher.empty.sequence, &states.sequence);
+        let text = replace_dropped(&drop, &teacher.empty, &states.sequence);
         let added = states.pooled.map(|pooled| Added {
-            pooled: match &teacher.empty.pooled {
+            pooled: match &teacher.empty_pooled {
                 Some(empty) if self.config.drop_pooled => replace_dropped(&drop, empty, &pooled),
                 _ => pooled,
             },
@@ -430,9 +490,9 @@ impl Distiller {
                 // Each sample has its own, and other elements are dropped than from its caption's states.
                 true => encode(&vec![String::new(); batch.len()], &batch.text_dropout.iter().map(|seed| !seed).collect::<Vec<_>>())?,
             };
-            let empty = adapter.forward_masked(&states, self.empty_student.mask.as_ref());
+            let empty = adapter.forward_masked(&states, self.empty_student.mask.as_deref());
             sequence = replace_dropped(&noised.drop, &empty.sequence, &sequence);
-            mask = mask.zip(self.empty_student.mask.as_ref()).map(|(mask, empty)| replace_dropped(&noised.drop, empty, &mask));
+            mask = mask.zip(self.empty_student.mask.as_deref()).map(|(mask, empty)| replace_dropped(&noised.drop, empty, &mask));
             if self.config.drop_pooled {
                 pooled = pooled.zip(empty.pooled).map(|(pooled, empty)| replace_dropped(&noised.drop, &empty, &pooled));
             }
@@ -477,70 +537,11 @@ fn added(conditioning: &Conditioning, noised: &Noised) -> Option<Added> {
     Some(Added { pooled, time_ids: noised.time_ids.shallow_clone() })
 }
 
-impl Noising {
-    fn new(schedule: &NoiseSchedule, prediction: Prediction, config: &DistillConfig, device: Device) -> Self {
-        // In half precision the table is rounded first and the roots are taken of what is left, as in the published trainer.
-        let kind = config.schedule_dtype.kind();
-        let alpha_bar = Tensor::from_slice(schedule.alphas_cumprod()).to_kind(Kind::Float).to_kind(kind);
-        let variance: Tensor = 1.0 - &alpha_bar;
-        let table = |tensor: Tensor| tensor.to_kind(Kind::Float).to_device(device);
-        let weight = |alpha_bar: &f64| {
-            let ratio = alpha_bar / (1.0 - alpha_bar);
-            let bounded = ratio.min(config.min_snr_gamma);
-            match prediction {
-                Prediction::Epsilon => bounded / ratio,
-                Prediction::Velocity => bounded / (ratio + 1.0),
-            }
-        };
-        let weights = || Tensor::from_slice(&schedule.alphas_cumprod().iter().map(weight).collect::<Vec<f64>>());
-        Self {
-            signal: table(alpha_bar.sqrt()),
-            noise: table(variance.sqrt()),
-            weight: (config.min_snr_gamma > 0.0).then(|| table(weights())),
-        }
-    }
-}
-
 /// `empty` (batch 1) where `drop` says so, else `states`.
 fn replace_dropped(drop: &Tensor, empty: &Tensor, states: &Tensor) -> Tensor {
     let mut shape = vec![1; states.dim()];
     shape[0] = -1;
     empty.where_self(&drop.reshape(shape), states)
-}
-
-/// Some samples of a batch, in order.
-struct Subset {
-    indices: Vec<usize>,
-    is_all: bool,
-}
-
-impl Subset {
-    fn of(flags: &[bool], wanted: bool) -> Self {
-        let indices: Vec<usize> = (0..flags.len()).filter(|&index| flags[index] == wanted).collect();
-        Self { is_all: indices.len() == flags.len(), indices }
-    }
-
-    fn all(count: usize) -> Self {
-        Self { indices: (0..count).collect(), is_all: true }
-    }
-
-    fn none() -> Self {
-        Self { indices: Vec::new(), is_all: false }
-    }
-
-    fn is_empty(&self) -> bool {
-        self.indices.is_empty()
-    }
-
-    /// The rows of these samples; the tensor itself if that is all of them. Selecting, not masking by zero, keeps an infinite value
-    /// of a sample that does not count from turning the sum into NaN.
-    fn select(&self, batch: &Tensor) -> Tensor {
-        if self.is_all {
-            return batch.shallow_clone();
-        }
-        let indices: Vec<i64> = self.indices.iter().map(|&index| index as i64).collect();
-        batch.index_select(0, &Tensor::from_slice(&indices).to_device(batch.device()))
-    }
 }
 
 #[cfg(test)]

@@ -16,6 +16,11 @@ fn distiller(distill: DistillConfig) -> Distiller {
 fn distiller_of_kind(distill: DistillConfig, kind: Kind) -> Distiller {
     // Tests run beside each other, each with libtorch's threads, which would spin for the same cores.
     tch::set_num_threads(1);
+    distiller_here(distill, kind)
+}
+
+/// With as many lanes as libtorch has threads here.
+fn distiller_here(distill: DistillConfig, kind: Kind) -> Distiller {
     let options = LoadOptions { distill, context_length: 24, student: StudentOptions::new(kind, Device::Cpu), vae_kind: kind };
     Distiller::load(&ModelSource::open(&demo(), None).unwrap(), &demo().join("text_encoder_zh"), options).unwrap()
 }
@@ -98,12 +103,11 @@ fn overflow_in_f16_reaches_the_gradient_and_not_the_losses() {
     assert!(!norm(&gradient).is_finite() && sums.task.is_finite());
 }
 
-/// The demo's models with the default configuration, loaded once for all tests. A tensor may be sent, not shared: hence the lock.
+/// The demo's models with the default configuration, loaded once for all tests.
 fn with_default<T>(test: impl FnOnce(&Distiller) -> T) -> T {
-    static SHARED: OnceLock<std::sync::Mutex<Distiller>> = OnceLock::new();
+    static SHARED: OnceLock<Distiller> = OnceLock::new();
     tch::set_num_threads(1);
-    let shared = SHARED.get_or_init(|| std::sync::Mutex::new(distiller(DistillConfig::default())));
-    test(&shared.lock().unwrap_or_else(std::sync::PoisonError::into_inner))
+    test(SHARED.get_or_init(|| distiller(DistillConfig::default())))
 }
 
 /// That the teacher runs on a subset, and that gradients are sums, show in the same comparison: a mixed batch equals its samples alone.
@@ -126,6 +130,48 @@ fn a_mixed_batch_is_the_sum_of_its_samples() {
         // Other batch sizes take other kernels: equal to rounding only.
         assert!(relative_distance(&gradient, &expected) < 1e-3, "{}", relative_distance(&gradient, &expected));
     });
+}
+
+/// Three lanes for five samples, of which some are native, dropped, or both: what one thread gives, to rounding.
+#[test]
+fn lanes_give_what_one_thread_gives() {
+    let batch = batch(&[false, true, false, true, false], &[false, false, true, true, false]);
+    with_default(|alone| {
+        let (wanted_sums, wanted) = accumulate(alone, &batch);
+        let wanted_evaluation = alone.evaluate(&adapter(), &batch).unwrap();
+        for gradient_checkpointing in [false, true] {
+            tch::set_num_threads(3);
+            let lanes = distiller_here(DistillConfig { gradient_checkpointing, ..DistillConfig::default() }, Kind::Float);
+            assert_eq!(lanes.lanes.as_ref().map(Lanes::num), Some(3));
+            let (sums, gradient) = accumulate(&lanes, &batch);
+            assert_eq!(tch::get_num_threads(), 3, "as it was");
+            assert!(relative_distance(&gradient, &wanted) < 1e-3, "{}", relative_distance(&gradient, &wanted));
+            let evaluation = lanes.evaluate(&adapter(), &batch).unwrap();
+            for (got, wanted) in [(sums, wanted_sums), (evaluation, wanted_evaluation)] {
+                let pairs = [(got.task, wanted.task), (got.logit, wanted.logit), (got.feature, wanted.feature)];
+                assert_eq!(got.count, 5);
+                assert!(pairs.iter().all(|(got, wanted)| (got - wanted).abs() < 1e-4 * wanted), "{got:?} {wanted:?}");
+            }
+            // Fewer samples than lanes: none of them is idle, as libtorch shares the operators out.
+            assert_eq!(accumulate(&lanes, &batch.split(5)[0]).0.count, 1);
+            // What does not fit is refused before it is cut up.
+            let mut faulty = batch.split(1).remove(0);
+            faulty.english.pop();
+            assert!(matches!(lanes.evaluate(&adapter(), &faulty), Err(Error::Shape { .. })));
+            tch::set_num_threads(1);
+        }
+    });
+}
+
+#[test]
+fn batches_are_cut_into_parts_as_equal_as_can_be() {
+    let batch = batch(&[false; 7], &[false; 7]);
+    let sizes = |num| batch.split(num).iter().map(MicroBatch::len).collect::<Vec<_>>();
+    assert_eq!([sizes(1), sizes(3), sizes(7)], [vec![7], vec![2, 2, 3], vec![1; 7]]);
+    assert_eq!((sizes(9), sizes(0)), (vec![1; 7], vec![7]));
+    let parts = batch.split(3);
+    assert_eq!(parts[1].captions, batch.captions[2..4]);
+    assert_eq!(parts[2].timesteps, batch.timesteps.narrow(0, 4, 3));
 }
 
 #[test]

@@ -27,7 +27,8 @@ fn merged(dir: &tempfile::TempDir, loras: &[Lora]) -> Result<(Tensor, Tensor)> {
     let mut additions = additions(loras, open)?;
     let weights = Weights::open(&model)?.with_additions(Arc::new(additions.remove("unet").unwrap_or_default()));
     let root = weights.root(Kind::Float, Device::Cpu);
-    Ok((root.tensor(&format!("{TO_Q}.weight"), &[6, 4]), root.tensor("conv_in.weight", &[5, 4, 3, 3])))
+    let tensor = |name: &str, shape: &[i64]| root.tensor(name, shape).shallow_clone();
+    Ok((tensor(&format!("{TO_Q}.weight"), &[6, 4]), tensor("conv_in.weight", &[5, 4, 3, 3])))
 }
 
 #[test]

@@ -11,12 +11,12 @@ use tch::Tensor;
 
 pub(crate) use resnet::{ResnetBlock, ResnetSpec};
 
-use crate::weights::Scope;
+use crate::weights::{Frozen, Scope};
 
 /// `y = x Wᵀ + b` on the last dimension.
 pub struct Linear {
-    weight: Tensor,
-    bias: Option<Tensor>,
+    weight: Frozen,
+    bias: Option<Frozen>,
 }
 
 impl Linear {
@@ -26,16 +26,26 @@ impl Linear {
         Self { weight: scope.tensor("weight", &[outputs, inputs]), bias: bias.then(|| scope.tensor("bias", &[outputs])) }
     }
 
+    /// Layers of the same sizes without bias below `scope` as one, whose output is theirs side by side.
+    pub fn stacked(scope: &Scope, names: &[&str], inputs: i64, outputs: i64) -> Self {
+        let keys: Vec<String> = names.iter().map(|name| format!("{name}.weight")).collect();
+        let keys: Vec<&str> = keys.iter().map(String::as_str).collect();
+        Self { weight: scope.stacked(&keys, &[outputs, inputs]), bias: None }
+    }
+
     /// Shapes: `[.., inputs]` to `[.., outputs]`.
     pub fn forward(&self, input: &Tensor) -> Tensor {
-        input.linear(&self.weight, self.bias.as_ref())
+        input.linear(&self.weight, self.bias.as_deref())
     }
 }
 
 /// Two-dimensional convolution with a square kernel, zero padding and a bias.
+///
+/// Its weights lie in memory with the channels last, and so does what it makes, whatever it is given: the layout the fast kernels work in,
+/// and the one in which a map's pixels are a transformer's tokens without a copy.
 pub struct Conv2d {
-    weight: Tensor,
-    bias: Tensor,
+    weight: Frozen,
+    bias: Frozen,
     stride: i64,
     padding: i64,
 }
@@ -44,20 +54,20 @@ impl Conv2d {
     /// Takes `weight` `[outputs, inputs, kernel, kernel]` and `bias` `[outputs]`.
     pub fn new<'a>(scope: impl Borrow<Scope<'a>>, inputs: i64, outputs: i64, kernel: i64, stride: i64, padding: i64) -> Self {
         let scope = scope.borrow();
-        let weight = scope.tensor("weight", &[outputs, inputs, kernel, kernel]);
+        let weight = scope.channels_last("weight", &[outputs, inputs, kernel, kernel]);
         Self { weight, bias: scope.tensor("bias", &[outputs]), stride, padding }
     }
 
     /// Shapes: `[B, inputs, H, W]` to `[B, outputs, H', W']`.
     pub fn forward(&self, input: &Tensor) -> Tensor {
-        input.conv2d(&self.weight, Some(&self.bias), [self.stride; 2], [self.padding; 2], [1, 1], 1)
+        input.conv2d(&self.weight, Some(&*self.bias), [self.stride; 2], [self.padding; 2], [1, 1], 1)
     }
 }
 
 /// Layer normalisation over the last dimension, with scale and shift.
 pub struct LayerNorm {
-    weight: Tensor,
-    bias: Tensor,
+    weight: Frozen,
+    bias: Frozen,
     eps: f64,
 }
 
@@ -70,14 +80,14 @@ impl LayerNorm {
 
     /// Shapes: `[.., width]`, kept.
     pub fn forward(&self, input: &Tensor) -> Tensor {
-        input.layer_norm(self.weight.size(), Some(&self.weight), Some(&self.bias), self.eps, true)
+        input.layer_norm(self.weight.size(), Some(&*self.weight), Some(&*self.bias), self.eps, true)
     }
 }
 
 /// Group normalisation over channel groups and space, with a scale and a shift per channel.
 pub struct GroupNorm {
-    weight: Tensor,
-    bias: Tensor,
+    weight: Frozen,
+    bias: Frozen,
     groups: i64,
     eps: f64,
 }
@@ -91,13 +101,13 @@ impl GroupNorm {
 
     /// Shapes: `[B, channels, ..]`, kept.
     pub fn forward(&self, input: &Tensor) -> Tensor {
-        input.group_norm(self.groups, Some(&self.weight), Some(&self.bias), self.eps, true)
+        input.group_norm(self.groups, Some(&*self.weight), Some(&*self.bias), self.eps, true)
     }
 }
 
 /// A table of vectors, looked up by index.
 pub struct Embedding {
-    weight: Tensor,
+    weight: Frozen,
 }
 
 impl Embedding {

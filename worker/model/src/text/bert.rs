@@ -10,7 +10,7 @@ use super::dropout::Dropout;
 use super::tower::Tower;
 use crate::config::Supported;
 use crate::nn::{Embedding, LayerNorm, Linear};
-use crate::weights::{Scope, Weights};
+use crate::weights::{Frozen, Scope, Weights};
 use crate::{Error, Result};
 
 /// A `config.json` of a BERT model.
@@ -45,7 +45,7 @@ pub struct BertEncoder {
     device: Device,
     word_embeddings: Embedding,
     /// What is added to the words whatever they are: positions and the first token type, `[positions, width]`.
-    position_embeddings: Tensor,
+    position_embeddings: Frozen,
     layer_norm: LayerNorm,
     layers: Vec<Layer>,
 }
@@ -149,7 +149,7 @@ impl BertEncoder {
             kind: model.kind(),
             device: model.device(),
             word_embeddings: Embedding::new(&embeddings / "word_embeddings", config.vocab_size, width),
-            position_embeddings: table("position_embeddings", config.max_position_embeddings) + first_type,
+            position_embeddings: Frozen::new(&*table("position_embeddings", config.max_position_embeddings) + first_type),
             layer_norm: LayerNorm::new(&embeddings / "LayerNorm", width, config.layer_norm_eps),
             layers: (0..config.num_hidden_layers).map(|index| Layer::new(model / "encoder" / "layer" / index, &config)).collect(),
             config,

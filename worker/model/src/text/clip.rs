@@ -10,7 +10,7 @@ use super::config::{Architecture, TextSettings, check_transformer, ids_to_tensor
 use super::tower::Tower;
 use crate::Result;
 use crate::nn::{Embedding, LayerNorm, Linear, attention};
-use crate::weights::{Scope, Weights};
+use crate::weights::{Frozen, Scope, Weights};
 
 /// Old configurations name this id as end of text though no tokenizer uses it so.
 const MISNAMED_EOS: i64 = 2;
@@ -72,7 +72,7 @@ pub struct ClipTextEncoder {
     config: ClipTextConfig,
     device: Device,
     token_embedding: Embedding,
-    position_embedding: Tensor,
+    position_embedding: Frozen,
     layers: Vec<Layer>,
     final_layer_norm: LayerNorm,
     projection: Option<Linear>,

@@ -9,7 +9,7 @@ use super::clip::{Activation, ClipTextEncoder, Layer};
 use super::tokenizer::TextTokenizer;
 use crate::config::{num_layers, read_config, width};
 use crate::nn::{LayerNorm, Linear};
-use crate::weights::{Scope, Weights, locate};
+use crate::weights::{Frozen, Scope, Weights, locate};
 use crate::{Error, Result};
 
 /// Mean and deviation of the channels of the pictures CLIP was trained on.
@@ -67,9 +67,9 @@ pub struct ClipScorer {
 /// CLIP's image half: a transformer over patches and one token for the whole.
 struct VisionTower {
     config: VisionConfig,
-    class_embedding: Tensor,
-    patch_embedding: Tensor,
-    position_embedding: Tensor,
+    class_embedding: Frozen,
+    patch_embedding: Frozen,
+    position_embedding: Frozen,
     pre_norm: LayerNorm,
     layers: Vec<Layer>,
     post_norm: LayerNorm,

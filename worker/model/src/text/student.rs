@@ -13,7 +13,7 @@ use super::dropout::Dropout;
 use super::source::Source;
 use super::t5::T5Encoder;
 use super::tokenizer::{TextTokenizer, TokenizerKind};
-use crate::weights::{Survey, Weights, locate};
+use crate::weights::{Frozen, Survey, Weights, locate};
 use crate::{Error, Result};
 
 /// The folders of a pair of encoders whose states are put side by side, in that order.
@@ -78,7 +78,7 @@ struct Part {
     name: &'static str,
     survey: Survey,
     /// What token states are multiplied by, `[model's width, width]`.
-    projection: Option<Tensor>,
+    projection: Option<Frozen>,
 }
 
 /// The architectures that can be loaded.
@@ -195,7 +195,7 @@ impl Part {
             }
             Architecture::T5 => (Model::T5(T5Encoder::from_weights(&settings, &weights, kind, device)?), TokenizerKind::T5),
         };
-        let projection = if project { Some(model.projection(&settings, &weights)?) } else { None };
+        let projection = if project { Some(Frozen::new(model.projection(&settings, &weights)?)) } else { None };
         let invalid = |reason: String| Error::Invalid { path: settings.path().into(), reason };
         let longest = model.max_length();
         if context_length > longest {

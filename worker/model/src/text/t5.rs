@@ -11,7 +11,7 @@ use super::tower::Tower;
 use crate::Result;
 use crate::config::Supported;
 use crate::nn::{Embedding, Linear};
-use crate::weights::{Scope, Weights};
+use crate::weights::{Frozen, Scope, Weights};
 
 /// A `config.json` of a T5 model.
 #[derive(Debug, Clone, Deserialize)]
@@ -83,7 +83,7 @@ struct Layer {
 
 /// Root mean square normalisation over the last dimension, with a scale.
 struct RmsNorm {
-    weight: Tensor,
+    weight: Frozen,
     eps: f64,
 }
 
@@ -96,7 +96,7 @@ impl RmsNorm {
     fn forward(&self, input: &Tensor) -> Tensor {
         let wide = input.to_kind(Kind::Float);
         let scale = (wide.square().mean_dim([-1i64].as_slice(), true, Kind::Float) + self.eps).rsqrt();
-        (wide * scale).to_kind(self.weight.kind()) * &self.weight
+        (wide * scale).to_kind(self.weight.kind()) * &*self.weight
     }
 }
 

@@ -90,9 +90,9 @@ impl Projection {
 /// One transformer layer, normalised before each of its three parts.
 struct TransformerLayer {
     norm1: LayerNorm,
-    self_attention: Attention,
+    self_attention: SelfAttention,
     norm2: LayerNorm,
-    cross_attention: Attention,
+    cross_attention: CrossAttention,
     norm3: LayerNorm,
     feed_forward: GegluFeedForward,
 }
@@ -103,45 +103,63 @@ impl TransformerLayer {
         let norm = |name: &str| LayerNorm::new(&scope / name, width, LAYER_NORM_EPS);
         Self {
             norm1: norm("norm1"),
-            self_attention: Attention::new(&scope / "attn1", width, width, spec.heads),
+            self_attention: SelfAttention::new(&scope / "attn1", spec),
             norm2: norm("norm2"),
-            cross_attention: Attention::new(&scope / "attn2", width, spec.context_width, spec.heads),
+            cross_attention: CrossAttention::new(&scope / "attn2", spec),
             norm3: norm("norm3"),
             feed_forward: GegluFeedForward::new(&scope / "ff" / "net", width),
         }
     }
 
     fn forward(&self, tokens: &Tensor, text: &Tensor, bias: Option<&Tensor>) -> Tensor {
-        let normed = self.norm1.forward(tokens);
-        let tokens = self.self_attention.forward(&normed, &normed, None) + tokens;
+        let tokens = self.self_attention.forward(&self.norm1.forward(tokens)) + tokens;
         let tokens = self.cross_attention.forward(&self.norm2.forward(&tokens), text, bias) + tokens;
         self.feed_forward.forward(&self.norm3.forward(&tokens)) + tokens
     }
 }
 
-/// Multi-head attention; queries, keys and values are projected without bias.
-struct Attention {
-    to_q: Linear,
-    to_k: Linear,
-    to_v: Linear,
+/// Multi-head self-attention; queries, keys and values are projected without bias, in one product.
+struct SelfAttention {
+    to_qkv: Linear,
     to_out: Linear,
     heads: i64,
 }
 
-impl Attention {
-    fn new(scope: Scope, width: i64, context_width: i64, heads: i64) -> Self {
+impl SelfAttention {
+    fn new(scope: Scope, spec: &TransformerSpec) -> Self {
+        let width = spec.channels;
+        let to_out = Linear::new(&scope / "to_out" / 0, width, width, true);
+        Self { to_qkv: Linear::stacked(&scope, &["to_q", "to_k", "to_v"], width, width), to_out, heads: spec.heads }
+    }
+
+    fn forward(&self, tokens: &Tensor) -> Tensor {
+        let projected = self.to_qkv.forward(tokens).chunk(3, -1);
+        self.to_out.forward(&attention(&projected[0], &projected[1], &projected[2], self.heads, None, false))
+    }
+}
+
+/// Multi-head attention of pixels to text; keys and values are projected in one product, all without bias.
+struct CrossAttention {
+    to_q: Linear,
+    to_kv: Linear,
+    to_out: Linear,
+    heads: i64,
+}
+
+impl CrossAttention {
+    fn new(scope: Scope, spec: &TransformerSpec) -> Self {
+        let width = spec.channels;
         Self {
             to_q: Linear::new(&scope / "to_q", width, width, false),
-            to_k: Linear::new(&scope / "to_k", context_width, width, false),
-            to_v: Linear::new(&scope / "to_v", context_width, width, false),
+            to_kv: Linear::stacked(&scope, &["to_k", "to_v"], spec.context_width, width),
             to_out: Linear::new(&scope / "to_out" / 0, width, width, true),
-            heads,
+            heads: spec.heads,
         }
     }
 
-    fn forward(&self, tokens: &Tensor, context: &Tensor, bias: Option<&Tensor>) -> Tensor {
-        let (query, key, value) = (self.to_q.forward(tokens), self.to_k.forward(context), self.to_v.forward(context));
-        self.to_out.forward(&attention(&query, &key, &value, self.heads, bias, false))
+    fn forward(&self, tokens: &Tensor, text: &Tensor, bias: Option<&Tensor>) -> Tensor {
+        let (query, projected) = (self.to_q.forward(tokens), self.to_kv.forward(text).chunk(2, -1));
+        self.to_out.forward(&attention(&query, &projected[0], &projected[1], self.heads, bias, false))
     }
 }
 

@@ -6,6 +6,7 @@
 
 mod addition;
 mod entry;
+mod frozen;
 mod hub;
 mod safetensors_file;
 mod single_file;
@@ -24,6 +25,7 @@ use tch::{Device, Kind, Tensor};
 
 pub(crate) use self::addition::{Addition, Additions};
 use self::entry::{Entries, Entry};
+pub use self::frozen::Frozen;
 pub use self::hub::locate;
 pub use self::single_file::{Marks, SingleFile};
 use crate::{Error, Result};
@@ -245,15 +247,13 @@ impl Weights {
         Ok(())
     }
 
-    /// Copies one tensor, or records why it cannot.
-    fn take(&self, key: String, shape: &[i64], kind: Kind, device: Device) -> Tensor {
+    /// Copies one tensor, or records why it cannot. None where only the shape is wanted, too.
+    fn take(&self, key: String, shape: &[i64], kind: Kind, device: Device) -> Option<Tensor> {
         let mut ledger = self.ledger.borrow_mut();
         ledger.num_elements += shape.iter().product::<i64>();
-        // One zero seen through strides of 0: a model whose file lacks everything costs no memory before `finish` refuses it.
-        let placeholder = || Tensor::zeros([1], (kind, device)).expand(shape, false);
         let Some(Stored { map, entry }) = self.entries.get(&key) else {
             ledger.missing.push(format!("{key} {shape:?}"));
-            return placeholder();
+            return None;
         };
         let problem = if entry.shape() != shape {
             Some(format!("{key} is {:?}, wanted {shape:?}", entry.shape()))
@@ -266,15 +266,17 @@ impl Weights {
         ledger.misshapen.extend(problem);
         let additions = self.additions.get(&key);
         ledger.used.insert(key);
-        match additions {
-            _ if !fits || self.shapes_only => placeholder(),
+        if !fits || self.shapes_only {
+            return None;
+        }
+        Some(match additions {
             None => entry.copy(map, kind, device),
             // In f32, whatever the file holds: a small addition would be lost in a half.
             Some(additions) => {
                 let weight = entry.copy(map, Kind::Float, Device::Cpu);
                 additions.iter().fold(weight, |sum, addition| sum + addition.compute(shape)).to_kind(kind).to_device(device)
             }
-        }
+        })
     }
 }
 
@@ -298,9 +300,39 @@ impl Scope<'_> {
     /// The tensor `name` below this prefix, of the scope's kind and on its device, without gradient.
     ///
     /// A missing or misshapen tensor is recorded, and zeros are returned: [`Weights::finish`] then reports all of them together.
-    pub fn tensor(&self, name: &str, shape: &[i64]) -> Tensor {
-        let tensor = self.weights.take(self.key(name), shape, self.rounded, self.device);
-        if self.rounded == self.kind { tensor } else { tensor.to_kind(self.kind) }
+    pub fn tensor(&self, name: &str, shape: &[i64]) -> Frozen {
+        Frozen::new(self.take(name, shape).unwrap_or_else(|| self.placeholder(shape)))
+    }
+
+    /// The tensor `name` of a convolution, laid out in memory with its channels last, as [`Scope::tensor`] else.
+    pub fn channels_last(&self, name: &str, shape: &[i64]) -> Frozen {
+        let tensor = self.take(name, shape);
+        Frozen::new(tensor.map_or_else(|| self.placeholder(shape), |tensor| channels_last(&tensor)))
+    }
+
+    /// The tensors `names`, all of the same shape, one below the other along their first dimension, as [`Scope::tensor`] else.
+    pub fn stacked(&self, names: &[&str], shape: &[i64]) -> Frozen {
+        // All are asked for, so that all that are missing are told.
+        let parts: Vec<Option<Tensor>> = names.iter().map(|name| self.take(name, shape)).collect();
+        let parts: Option<Vec<Tensor>> = parts.into_iter().collect();
+        Frozen::new(match parts {
+            Some(parts) => Tensor::cat(&parts, 0),
+            None => {
+                let mut stacked = shape.to_vec();
+                stacked[0] *= names.len() as i64;
+                self.placeholder(&stacked)
+            }
+        })
+    }
+
+    fn take(&self, name: &str, shape: &[i64]) -> Option<Tensor> {
+        let tensor = self.weights.take(self.key(name), shape, self.rounded, self.device)?;
+        Some(if self.rounded == self.kind { tensor } else { tensor.to_kind(self.kind) })
+    }
+
+    /// One zero seen through strides of 0: a model whose file lacks everything costs no memory before [`Weights::finish`] refuses it.
+    fn placeholder(&self, shape: &[i64]) -> Tensor {
+        Tensor::zeros([1], (self.kind, self.device)).expand(shape, false)
     }
 
     /// Whether the set holds the tensor `name` below this prefix. Asking does not count as use.
@@ -353,6 +385,11 @@ impl<'a> Div<usize> for Scope<'a> {
     fn div(self, index: usize) -> Scope<'a> {
         &self / index
     }
+}
+
+/// `[A, B, H, W]` with B innermost in memory, then W, H and A.
+pub(crate) fn channels_last(map: &Tensor) -> Tensor {
+    map.permute([0, 2, 3, 1]).contiguous().permute([0, 3, 1, 2])
 }
 
 fn find_in_folder(folder: &Path) -> Result<PathBuf> {
