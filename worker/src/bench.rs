@@ -9,8 +9,8 @@ use peapod_collective::nccl;
 use peapod_model::adapter::Adapter;
 use peapod_model::distill::{DistillConfig, Distiller, LoadOptions, MicroBatch, Stage};
 use peapod_model::optim::{AdamW, AdamWConfig};
-use peapod_model::source::{ModelSource, Part};
-use peapod_model::text::StudentOptions;
+use peapod_model::source::{Architecture, ModelSource, Part};
+use peapod_model::text::{StudentEncoder, StudentOptions};
 use serde::Serialize;
 use tch::{Device, Kind, Tensor};
 
@@ -25,9 +25,12 @@ pub struct Options {
     /// Text encoder of the new language
     #[arg(long, default_value = "tests/demo/model/text_encoder_zh")]
     pub student: PathBuf,
-    /// Tokens of a prompt of the student
-    #[arg(long, default_value_t = 24)]
-    pub context_length: u32,
+    /// In place of both, networks of the published sizes with random weights, made on the device: no file is needed
+    #[arg(long, value_enum, value_name = "MODEL", conflicts_with_all = ["model", "student"])]
+    pub published: Option<Published>,
+    /// Tokens of a prompt of the student [default: 24; of a published model 52 (sdxl) or 77 (sd15)]
+    #[arg(long)]
+    pub context_length: Option<u32>,
     /// Width of the adapter's hidden layers
     #[arg(long, default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..=65_536))]
     pub hidden: u32,
@@ -46,7 +49,7 @@ pub struct Options {
     /// Samples among them with a native caption, which the teacher does not see
     #[arg(long, default_value_t = 0)]
     pub native: u32,
-    /// Width and height of the pictures [default: the model's own]
+    /// Width and height of the pictures [default: the model's own; of a published model 640 640 (sdxl) or 512 512 (sd15)]
     #[arg(long, num_args = 2, value_names = ["WIDTH", "HEIGHT"])]
     pub size: Vec<i64>,
     /// Steps that are timed
@@ -67,6 +70,40 @@ pub struct Options {
     /// Prints JSON
     #[arg(long)]
     pub json: bool,
+}
+
+/// Models whose sizes this program knows, each with Chinese-CLIP's text encoder as the student.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Published {
+    /// SDXL base.
+    Sdxl,
+    /// Stable Diffusion 1.5.
+    Sd15,
+}
+
+impl Published {
+    fn architecture(self) -> Architecture {
+        match self {
+            Self::Sdxl => Architecture::Sdxl,
+            Self::Sd15 => Architecture::Sd15,
+        }
+    }
+
+    /// Tokens of a prompt of the student, as the method was trained.
+    fn context_length(self) -> u32 {
+        match self {
+            Self::Sdxl => 52,
+            Self::Sd15 => 77,
+        }
+    }
+
+    /// The size of pictures whose operations are counted.
+    fn size(self) -> [i64; 2] {
+        match self {
+            Self::Sdxl => [640; 2],
+            Self::Sd15 => [512; 2],
+        }
+    }
 }
 
 /// Kinds to choose from.
@@ -120,12 +157,17 @@ struct Report {
     share_of_peak: Option<f64>,
     /// On a GPU, what is taken of its memory at the end, by all processes; on the CPU, the most this process ever held.
     memory_bytes: Option<u64>,
+    /// Whether the last gradient was. A step of NaN may take another time than one of numbers.
+    is_finite: bool,
 }
 
 /// Parameters of the published UNets, and operations of a sample with a teacher and without, in 10^12.
 ///
 /// Source: the method's table of training step costs, with the empty prompt cached.
 const COUNTS: [(i64, [i64; 2], f64, f64); 2] = [(2_567_463_684, [640, 640], 9.48, 6.91), (859_520_964, [512, 512], 3.77, 3.77 - 0.803)];
+
+/// Tokens of a prompt of the demo's student.
+const DEMO_CONTEXT_LENGTH: u32 = 24;
 
 /// The places of the stages in a row of times; the update comes last.
 const NUM_PARTS: usize = 6;
@@ -142,17 +184,18 @@ pub fn run(options: &Options, device: Device) -> Result<String, String> {
     let default = if device.is_cuda() { Kind::BFloat16 } else { Kind::Float };
     let [kind, vae_kind] = [options.dtype, options.vae_dtype].map(|numbers| numbers.map_or(default, Numbers::kind));
     let (models, num_parameters) = load(options, device, kind, vae_kind).map_err(|error| error.to_string())?;
-    let size = match options.size[..] {
-        [width, height] => [width, height],
+    let size = match (&options.size[..], options.published) {
+        (&[width, height], _) => [width, height],
+        (_, Some(published)) => published.size(),
         _ => [models.native_side(); 2],
     };
     let scale = models.vae().downscale();
     if size.iter().any(|side| *side <= 0 || side % scale != 0) {
         return Err(format!("--size {} {} must be multiples of {scale}", size[0], size[1]));
     }
-    let rows = measure(options, &models, device, kind, size).map_err(|error| error.to_string())?;
+    let (rows, is_finite) = measure(options, &models, device, kind, size).map_err(|error| error.to_string())?;
     let tflop_per_sample = count(options, size, num_parameters);
-    let report = summarise(options, device, [kind, vae_kind], size, tflop_per_sample, &rows);
+    let report = summarise(options, device, [kind, vae_kind], size, tflop_per_sample, &rows, is_finite);
     if options.json {
         return serde_json::to_string_pretty(&report).map(|text| text + "\n").map_err(|error| error.to_string());
     }
@@ -161,12 +204,21 @@ pub fn run(options: &Options, device: Device) -> Result<String, String> {
 
 /// The models, and the number of parameters of the UNet.
 fn load(options: &Options, device: Device, kind: Kind, vae_kind: Kind) -> peapod_model::Result<(Distiller, i64)> {
-    let model = ModelSource::open(&options.model, None)?;
+    // Drawn weights are the same in every run.
+    tch::manual_seed(0);
+    let model = match options.published {
+        Some(published) => ModelSource::random(published.architecture())?,
+        None => ModelSource::open(&options.model, None)?,
+    };
+    let context_length = options.context_length.unwrap_or(options.published.map_or(DEMO_CONTEXT_LENGTH, Published::context_length)).into();
     let distill = DistillConfig { gradient_checkpointing: options.gradient_checkpointing, ..DistillConfig::default() };
-    let student = StudentOptions::new(kind, device);
-    let options_of_load = LoadOptions { distill, context_length: options.context_length.into(), student, vae_kind };
+    let load = LoadOptions { distill, context_length, student: StudentOptions::new(kind, device), vae_kind };
     let num_parameters = model.survey(Part::Unet)?.num_parameters;
-    Ok((Distiller::load(&model, &options.student, options_of_load)?, num_parameters))
+    let models = match options.published {
+        Some(_) => Distiller::with_student(&model, StudentEncoder::random(context_length, load.student)?, load)?,
+        None => Distiller::load(&model, &options.student, load)?,
+    };
+    Ok((models, num_parameters))
 }
 
 /// A batch of noise.
@@ -192,14 +244,14 @@ fn synthetic(options: &Options, models: &Distiller, [width, height]: [i64; 2], d
     }
 }
 
-/// One row of seconds for each timed step.
+/// One row of seconds for each timed step, and whether the last gradient was finite.
 fn measure(
     options: &Options,
     models: &Distiller,
     device: Device,
     kind: Kind,
     size: [i64; 2],
-) -> peapod_model::Result<Vec<[f64; NUM_PARTS]>> {
+) -> peapod_model::Result<(Vec<[f64; NUM_PARTS]>, bool)> {
     let batch = synthetic(options, models, size, device);
     let adapter = Adapter::fresh(models.adapter_config(options.hidden.into(), 3), 0, device)?;
     let mut optimizer = AdamW::new(AdamWConfig::default(), adapter.num_parameters() as i64, device);
@@ -223,7 +275,8 @@ fn measure(
             rows.push(row);
         }
     }
-    Ok(rows)
+    let is_finite = gradient.isfinite().all().int64_value(&[]) == 1;
+    Ok((rows, is_finite))
 }
 
 /// Waits for everything a GPU was given.
@@ -240,6 +293,7 @@ fn summarise(
     size: [i64; 2],
     tflop_per_sample: Option<f64>,
     rows: &[[f64; NUM_PARTS]],
+    is_finite: bool,
 ) -> Report {
     let mean = |part: usize| rows.iter().map(|row| row[part]).sum::<f64>() / rows.len() as f64 * 1e3;
     let steps: Vec<f64> = rows.iter().map(|row| row.iter().sum::<f64>() * 1e3).collect();
@@ -248,7 +302,10 @@ fn summarise(
     let peak_tflops = (!options.peak_time.is_zero()).then(|| peak(device, kind, options.peak_time));
     let tflops = tflop_per_sample.map(|tflop| tflop * samples_per_second);
     Report {
-        model: options.model.display().to_string(),
+        model: match options.published {
+            Some(published) => format!("{} of random weights", published.architecture()),
+            None => options.model.display().to_string(),
+        },
         device: device::name(device),
         dtype: name(kind),
         vae_dtype: name(vae_kind),
@@ -271,6 +328,7 @@ fn summarise(
         peak_tflops,
         share_of_peak: tflops.zip(peak_tflops).map(|(tflops, peak)| tflops / peak),
         memory_bytes: memory(device),
+        is_finite,
     }
 }
 
@@ -351,6 +409,9 @@ impl Report {
         if let Some(bytes) = self.memory_bytes {
             let _ = writeln!(text, "  {:.2} GB of memory", bytes as f64 / 1e9);
         }
+        if !self.is_finite {
+            let _ = writeln!(text, "  the gradient was not finite: with other --dtype or --vae-dtype it may be");
+        }
         text
     }
 }
@@ -383,7 +444,7 @@ mod tests {
         assert!(stages.iter().all(|&time| time > 0.0), "{report}");
         assert!((stages.iter().sum::<f64>() / number("step_ms") - 1.0).abs() < 1e-6, "{report}");
         assert!((number("samples_per_second") * number("step_ms") / 2000.0 - 1.0).abs() < 1e-6, "{report}");
-        assert!(number("memory_bytes") > 1e7 && report["tflops"].is_null(), "{report}");
+        assert!(number("memory_bytes") > 1e7 && report["tflops"].is_null() && report["is_finite"] == true, "{report}");
     }
 
     #[test]
@@ -393,6 +454,17 @@ mod tests {
         assert_eq!(count("--batch 4 --native 2", [640, 640], 2_567_463_684), Some((9.48 + 6.91) / 2.0));
         assert_eq!(count("--batch 4", [512, 512], 2_567_463_684), None);
         assert_eq!(count("--batch 4", [640, 640], 5_205_636), None);
+    }
+
+    #[test]
+    fn published_models_come_in_the_sizes_that_are_counted() {
+        for (published, part) in [(Published::Sdxl, 0), (Published::Sd15, 1)] {
+            let num_parameters = ModelSource::random(published.architecture()).unwrap().survey(Part::Unet).unwrap().num_parameters;
+            assert_eq!((num_parameters, published.size()), (COUNTS[part].0, COUNTS[part].1));
+        }
+        let parse = |line: &str| Line::try_parse_from(["bench"].into_iter().chain(line.split_whitespace()));
+        assert_eq!(parse("--published sd15").unwrap().options.published, Some(Published::Sd15));
+        assert!(parse("--published sdxl --model models/sdxl").err().unwrap().to_string().contains("cannot be used with"));
     }
 
     #[test]

@@ -100,6 +100,8 @@ pub struct ModelSource {
 enum Origin {
     Folder,
     File(Box<CheckpointFile>),
+    /// None: configurations whose weights are drawn.
+    Random(Published),
 }
 
 /// A checkpoint that is one file, and what it does not say itself.
@@ -144,6 +146,18 @@ impl ModelSource {
             let published = Published::of(&models)?;
             Origin::File(Box::new(CheckpointFile { models, published, config }))
         };
+        Self::of(path, origin)
+    }
+
+    /// A published model of which there is no file: its networks in their full sizes, with weights drawn on the device as they are built.
+    /// What they compute means nothing, what it costs is the same.
+    ///
+    /// Errors: none but for a damaged program.
+    pub fn random(architecture: Architecture) -> Result<Self> {
+        Self::of(format!("published {architecture}").into(), Origin::Random(Published::whole(architecture)?))
+    }
+
+    fn of(path: PathBuf, origin: Origin) -> Result<Self> {
         let read = |part: Part| settings(&path, &origin, part);
         let (unet_path, unet) = read(Part::Unet)?;
         let (vae_path, vae) = read(Part::Vae)?;
@@ -311,6 +325,7 @@ impl ModelSource {
         let folder = match &self.origin {
             Origin::Folder => Some(self.path.join(name)),
             Origin::File(file) => file.config.as_ref().map(|config| config.join(name)).filter(|folder| folder.is_dir()),
+            Origin::Random(_) => None,
         };
         match folder {
             Some(folder) => TextTokenizer::clip(&folder, length),
@@ -332,6 +347,8 @@ impl ModelSource {
                 let missing = || Error::Invalid { path: self.path.clone(), reason: format!("holds no {part}") };
                 weights.ok_or_else(missing)?.anew()
             }
+            Origin::Random(_) if part == Part::TextEncoder2 => Weights::random(&["text_projection.weight"]),
+            Origin::Random(_) => Weights::random(&[]),
         };
         let weights = match self.additions.get(part.name()) {
             Some(additions) => weights.with_additions(Arc::clone(additions)),
@@ -369,11 +386,13 @@ fn scheduler_settings(path: &Path, origin: &Origin) -> Result<(PathBuf, Map<Stri
 
 fn read_settings(path: &Path, origin: &Origin, file_name: &str, part: &str) -> Result<(PathBuf, Map<String, Value>)> {
     let read = |file: PathBuf| read_config(&file, &[]).map(|settings| (file, settings));
+    let published = |published: &Published| (format!("{} ({part})", path.display()).into(), published.settings(part));
     match origin {
         Origin::Folder => read(path.join(file_name)),
+        Origin::Random(settings) => Ok(published(settings)),
         Origin::File(checkpoint) => match checkpoint.config.as_ref().map(|config| config.join(file_name)).filter(|file| file.is_file()) {
             Some(file) => read(file),
-            None => Ok((format!("{} ({part})", path.display()).into(), checkpoint.published.settings(part))),
+            None => Ok(published(&checkpoint.published)),
         },
     }
 }

@@ -199,11 +199,17 @@ impl Distiller {
     ///
     /// Errors: those of loading each model; [`Error::Shape`] if their widths do not fit; those of encoding the empty prompt.
     pub fn load(model: &ModelSource, student_dir: &Path, options: LoadOptions) -> Result<Self> {
-        let LoadOptions { distill: config, context_length, student, vae_kind } = options;
-        let (kind, device) = (student.kind, student.device);
+        let student = StudentEncoder::load(student_dir, options.context_length, options.student)?;
+        Self::with_student(model, student, options)
+    }
+
+    /// As [`Distiller::load`], with a student that was loaded already, on the device and with the context length of `options`.
+    ///
+    /// Errors: those of [`Distiller::load`].
+    pub fn with_student(model: &ModelSource, student: StudentEncoder, options: LoadOptions) -> Result<Self> {
+        let LoadOptions { distill: config, context_length: _, student: StudentOptions { kind, device, .. }, vae_kind } = options;
         let unet = model.unet(kind, device)?;
         let vae = if config.vae_round_fp16 { model.vae_rounded(vae_kind, device)? } else { model.vae(vae_kind, device)? };
-        let student = StudentEncoder::load(student_dir, context_length, student)?;
         let teacher = config.distill.then(|| model.english(kind, device)).transpose()?;
 
         let fault = |detail: String| Err(Error::Shape { what: "Distiller", detail });

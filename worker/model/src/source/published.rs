@@ -2,6 +2,7 @@
 
 use serde_json::{Map, Value, json};
 
+use super::Architecture;
 use crate::weights::{SingleFile, Weights};
 use crate::{Error, Result};
 
@@ -16,16 +17,27 @@ pub(super) const PAD_ID_2: i64 = 0;
 const ADDED_EMBEDDING: &str = "add_embedding.";
 
 /// The settings of all parts, by the names of their folders.
-pub(super) struct Published(Map<String, Value>);
+pub(super) struct Published(pub(super) Map<String, Value>);
 
 impl Published {
+    /// The configurations as they were published.
+    ///
+    /// Errors: none but for a damaged program.
+    pub(super) fn whole(architecture: Architecture) -> Result<Self> {
+        let text = match architecture {
+            Architecture::Sdxl => SDXL,
+            Architecture::Sd15 => SD15,
+        };
+        let damaged = |error: serde_json::Error| Error::Invalid { path: "published configuration".into(), reason: error.to_string() };
+        serde_json::from_str(text).map(Self).map_err(damaged)
+    }
+
     /// The configurations of a checkpoint.
     ///
     /// Errors: none but for a damaged program.
     pub(super) fn of(models: &SingleFile) -> Result<Self> {
-        let text = if models.unet.holds_any(ADDED_EMBEDDING) { SDXL } else { SD15 };
-        let damaged = |error: serde_json::Error| Error::Invalid { path: "published configuration".into(), reason: error.to_string() };
-        let mut parts: Map<String, Value> = serde_json::from_str(text).map_err(damaged)?;
+        let is_sdxl = models.unet.holds_any(ADDED_EMBEDDING);
+        let Self(mut parts) = Self::whole(if is_sdxl { Architecture::Sdxl } else { Architecture::Sd15 })?;
         if let Some(Value::Object(unet)) = parts.get_mut("unet") {
             fit_unet(unet, &models.unet);
         }

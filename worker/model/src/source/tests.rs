@@ -3,8 +3,13 @@
 use std::io::Write;
 use std::path::Path;
 
+use tch::Tensor;
+
 use super::*;
+use crate::adapter::Adapter;
+use crate::distill::{DistillConfig, Distiller, LoadOptions, MicroBatch};
 use crate::schedule::Prediction;
+use crate::text::StudentOptions;
 
 fn demo() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/demo/model")
@@ -409,4 +414,58 @@ fn a_file_made_of_a_folder_gives_the_same_networks() {
     let encode = |source: &ModelSource| source.english(Kind::Float, Device::Cpu).unwrap().encode(&["a big red circle", ""]).unwrap();
     let (ours, wanted) = (encode(&checkpoint), encode(&folder));
     assert_eq!((ours.sequence, ours.pooled), (wanted.sequence, wanted.pooled));
+}
+
+/// The counts are those of the published models; the second text encoder's has its projection in it.
+#[test]
+fn published_models_need_no_file() {
+    let count = |architecture, part| ModelSource::random(architecture).unwrap().survey(part).unwrap().num_parameters;
+    for (part, published) in
+        [(Part::Unet, 2_567_463_684), (Part::Vae, 83_653_863), (Part::TextEncoder, 123_060_480), (Part::TextEncoder2, 694_659_840)]
+    {
+        assert_eq!(count(Architecture::Sdxl, part), published, "{part}");
+    }
+    assert_eq!(count(Architecture::Sd15, Part::Unet), 859_520_964);
+    let sdxl = ModelSource::random(Architecture::Sdxl).unwrap();
+    assert_eq!((sdxl.architecture(), sdxl.sample_size()), (Architecture::Sdxl, 128));
+}
+
+/// The road that a published model takes, with the demo's widths. What comes out means nothing, but it must be numbers: whoever times a
+/// step of NaN times something else.
+#[test]
+fn networks_of_drawn_weights_train_in_every_kind() {
+    tch::set_num_threads(1);
+    let mut settings = ModelSource::open(&demo(), None).unwrap().settings().unwrap();
+    for part in ["text_encoder", "text_encoder_2"] {
+        settings[part]["vocab_size"] = 49408.into();
+        settings[part]["eos_token_id"] = 2.into();
+    }
+    let model = ModelSource::of("demo".into(), Origin::Random(Published(settings))).unwrap();
+    for kind in [Kind::Float, Kind::BFloat16, Kind::Half] {
+        let (distill, student) = (DistillConfig::default(), StudentOptions::new(kind, Device::Cpu));
+        let options = LoadOptions { distill, context_length: 24, student, vae_kind: Kind::Float };
+        let models = Distiller::load(&model, &demo().join("text_encoder_zh"), options).unwrap();
+        let adapter = Adapter::fresh(models.adapter_config(32, 3), 7, Device::Cpu).unwrap();
+        let noise = |shape: &[i64]| Tensor::randn(shape, (Kind::Float, Device::Cpu));
+        let batch = MicroBatch {
+            pixels: Tensor::randint(256, [2, 3, 64, 64], (Kind::Uint8, Device::Cpu)),
+            posterior: noise(&[2, 4, 8, 8]),
+            noise: noise(&[2, 4, 8, 8]),
+            offset: noise(&[2, 4]),
+            timesteps: Tensor::from_slice(&[10_i64, 900]),
+            drop: Tensor::from_slice(&[false, true]),
+            native: Tensor::from_slice(&[true, false]),
+            captions: vec!["红色的圆形".into(), "蓝色的方块".into()],
+            english: vec!["a red circle".into(), "a blue square".into()],
+            original_size: vec![(64, 64); 2],
+            crop: vec![(0, 0); 2],
+            text_dropout: vec![0, 1],
+        };
+        let mut gradient = adapter.flat().zeros_like();
+        let sums = models.accumulate(&adapter, &batch, &mut gradient).unwrap();
+        let norm = gradient.norm().double_value(&[]);
+        assert!(norm.is_finite() && norm > 0.0, "{kind:?}: {norm}");
+        // The noise has a variance of about one, and so has what a network of drawn weights says of it.
+        assert!(sums.task > 0.1 && sums.task < 100.0 && sums.logit.is_finite() && sums.feature.is_finite(), "{kind:?}: {sums:?}");
+    }
 }

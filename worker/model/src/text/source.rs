@@ -43,6 +43,12 @@ struct OpenClipText {
 }
 
 impl Source {
+    /// A BERT of these settings with drawn weights, of which there is no folder.
+    pub(super) fn random(settings: Map<String, Value>) -> Self {
+        let settings = TextSettings::published(Path::new("published BERT"), Architecture::Bert, settings);
+        Self { settings, weights: Weights::random(&[]), cleaning: Cleaning::Keep }
+    }
+
     /// Opens a folder in the layout of open_clip (`open_clip_config.json`), of Chinese-CLIP's authors (`clip_cn_*.pt`) or of transformers
     /// (`config.json`).
     ///
@@ -101,13 +107,19 @@ impl Source {
         } else {
             // The authors' three text models differ in depth: RBT3, RoBERTa-wwm-ext and RoBERTa-wwm-ext-large.
             let num_layers = (0..).take_while(|layer| weights.keys().any(|key| key.ends_with(&layer_key(*layer)))).count();
-            let width = if num_layers > 12 { 1024 } else { 768 };
-            let settings =
-                with_sizes(width, num_layers, [("vocab_size", 21_128), ("max_position_embeddings", 512), ("type_vocab_size", 2)]);
-            TextSettings::published(file, Architecture::Bert, settings)
+            TextSettings::published(file, Architecture::Bert, chinese_clip_sizes(num_layers))
         };
         Ok(Self { settings, weights, cleaning: Cleaning::Keep })
     }
+}
+
+/// Layers of the text model that the method was published with: Chinese-CLIP ViT-H/14's.
+pub(super) const CHINESE_CLIP_LAYERS: usize = 24;
+
+/// The settings of the text model of Chinese-CLIP that has so many layers.
+pub(super) fn chinese_clip_sizes(num_layers: usize) -> Map<String, Value> {
+    let width = if num_layers > 12 { 1024 } else { 768 };
+    with_sizes(width, num_layers, [("vocab_size", 21_128), ("max_position_embeddings", 512), ("type_vocab_size", 2)])
 }
 
 /// The end of a key that each layer of a BERT has once.
@@ -185,8 +197,7 @@ mod tests {
         };
         let (architecture, settings) = published_sizes("FacebookAI/xlm-roberta-large").unwrap();
         assert_eq!(count(architecture, settings), 558_840_832);
-        let sizes = [("vocab_size", 21_128), ("max_position_embeddings", 512), ("type_vocab_size", 2)];
-        assert_eq!(count(Architecture::Bert, with_sizes(1024, 24, sizes)), 324_472_832);
+        assert_eq!(count(Architecture::Bert, chinese_clip_sizes(CHINESE_CLIP_LAYERS)), 324_472_832);
     }
 
     #[test]

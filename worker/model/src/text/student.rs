@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use serde_json::{Map, Value};
 use tch::{Device, Kind, Tensor};
 
 use super::alt_clip::AltClipEncoder;
@@ -10,7 +11,7 @@ use super::clean::Cleaning;
 use super::clip::ClipTextEncoder;
 use super::config::{Architecture, TextSettings};
 use super::dropout::Dropout;
-use super::source::Source;
+use super::source::{CHINESE_CLIP_LAYERS, Source, chinese_clip_sizes};
 use super::t5::T5Encoder;
 use super::tokenizer::{TextTokenizer, TokenizerKind};
 use crate::weights::{Frozen, Survey, Weights, locate};
@@ -108,6 +109,15 @@ impl StudentEncoder {
         Self::open(dir, context_length, options, true)
     }
 
+    /// The encoder that the method was published with, Chinese-CLIP ViT-H/14's, with weights drawn on the device: what it costs, without
+    /// any file. Its ids are not those of the real vocabulary; see [`TextTokenizer::chinese_characters`].
+    ///
+    /// Errors: [`Error::Invalid`] if the encoder has fewer positions than `context_length`.
+    pub fn random(context_length: i64, options: StudentOptions) -> Result<Self> {
+        let part = Part::random(chinese_clip_sizes(CHINESE_CLIP_LAYERS), context_length, options, false)?;
+        Ok(Self { parts: vec![part], context_length, dropout: options.dropout, device: options.device })
+    }
+
     fn open(dir: &Path, context_length: i64, options: StudentOptions, shapes_only: bool) -> Result<Self> {
         let dir = locate(dir)?;
         let pair = PAIR.map(|name| dir.join(name));
@@ -178,10 +188,27 @@ impl StudentEncoder {
 
 impl Part {
     fn load(dir: &Path, context_length: i64, options: StudentOptions, shapes_only: bool) -> Result<Self> {
+        Self::build(Source::open(dir)?, context_length, options, shapes_only, |usual, length| TextTokenizer::open(dir, usual, length))
+    }
+
+    /// A BERT without a file, for Chinese.
+    fn random(settings: Map<String, Value>, context_length: i64, options: StudentOptions, shapes_only: bool) -> Result<Self> {
+        let tokenizer = |_, length| TextTokenizer::chinese_characters(length);
+        Self::build(Source::random(settings), context_length, options, shapes_only, tokenizer)
+    }
+
+    /// Builds the encoder of a source, and lets `tokenizer` open the one of this usual kind and length.
+    fn build(
+        source: Source,
+        context_length: i64,
+        options: StudentOptions,
+        shapes_only: bool,
+        tokenizer: impl FnOnce(TokenizerKind, usize) -> Result<TextTokenizer>,
+    ) -> Result<Self> {
         let StudentOptions { normalize_quotes, project, dropout: _, device, kind } = options;
-        let Source { settings, weights, cleaning } = Source::open(dir)?;
+        let Source { settings, weights, cleaning } = source;
         let weights = if shapes_only { weights.shapes_only() } else { weights };
-        let (model, tokenizer) = match settings.architecture() {
+        let (model, usual_tokenizer) = match settings.architecture() {
             Architecture::Bert => (Model::Bert(BertEncoder::from_weights(&settings, &weights, kind, device)?), TokenizerKind::Bert),
             Architecture::Roberta => (Model::Bert(BertEncoder::from_weights(&settings, &weights, kind, device)?), TokenizerKind::Roberta),
             Architecture::XlmRoberta => {
@@ -201,7 +228,7 @@ impl Part {
         if context_length > longest {
             return Err(invalid(format!("the encoder has {longest} positions, the context length is {context_length}")));
         }
-        let tokenizer = TextTokenizer::open(dir, tokenizer, usize::try_from(context_length).unwrap_or(0))?;
+        let tokenizer = tokenizer(usual_tokenizer, usize::try_from(context_length).unwrap_or(0))?;
         if tokenizer.length() as i64 != context_length {
             let reason = format!("the tokenizer cuts texts to {} tokens, the context length is {context_length}", tokenizer.length());
             return Err(invalid(reason));
@@ -304,6 +331,21 @@ mod tests {
         assert_eq!((checked.width(), checked.token_ids(&["红"]).unwrap()), (64, loaded.token_ids(&["红"]).unwrap()));
         assert_eq!(checked.encode(&["红"]).unwrap().abs().max().double_value(&[]), 0.0);
         assert!(StudentEncoder::check(&demo(), 65, OPTIONS).is_err());
+    }
+
+    /// The count is that of the published text model without its pooler.
+    #[test]
+    fn published_encoder_needs_no_file() {
+        let shapes = Part::random(chinese_clip_sizes(CHINESE_CLIP_LAYERS), 52, OPTIONS, true).unwrap();
+        assert_eq!((shapes.survey.num_parameters, shapes.width()), (324_472_832, 1024));
+        let small = serde_json::json!({
+            "vocab_size": 21_128, "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 1,
+        });
+        let small = Part::random(small.as_object().unwrap().clone(), 12, OPTIONS, false).unwrap();
+        assert_eq!(small.token_ids(&["红色A"]).unwrap()[0][..6], [2, 12_454, 13_430, 1, 3, 0]);
+        let states = small.encode(&["红色的圆形", "蓝色的方块"], &Dropout::off()).unwrap();
+        let apart = (states.get(0) - states.get(1)).abs().max().double_value(&[]);
+        assert!(apart > 0.1 && states.abs().max().double_value(&[]) < 10.0, "{apart}");
     }
 
     #[test]

@@ -171,25 +171,21 @@ impl TextTokenizer {
         let special = [unk.clone(), sep.clone(), pad.clone(), cls.clone(), token(&config.mask_token, "[MASK]")];
         Self::build(dir, length, &special, &pad, || {
             let path = dir.join("vocab.txt");
-            let vocab = read_vocab(&path)?;
-            let id = |token: &SpecialToken| vocab_id(&path, &vocab, token.content());
-            from_description(
-                dir,
-                json!({
-                    "normalizer": {
-                        "type": "BertNormalizer", "clean_text": true,
-                        "handle_chinese_chars": config.tokenize_chinese_chars.unwrap_or(true),
-                        "strip_accents": config.strip_accents, "lowercase": config.do_lower_case.unwrap_or(true),
-                    },
-                    "pre_tokenizer": { "type": "BertPreTokenizer" },
-                    "post_processor": { "type": "BertProcessing", "cls": [cls.content(), id(&cls)?], "sep": [sep.content(), id(&sep)?] },
-                    "model": {
-                        "type": "WordPiece", "unk_token": unk.content(), "continuing_subword_prefix": "##",
-                        "max_input_chars_per_word": 100, "vocab": vocab,
-                    },
-                }),
-            )
+            bert_words(&path, &read_vocab(&path)?, &config, [&cls, &sep, &unk].map(SpecialToken::content))
         })
+    }
+
+    /// Makes a tokenizer like BERT's Chinese one where its vocabulary is not at hand: as in that, each Chinese character is a piece, but
+    /// all else is unknown, and the ids are others. Encoders whose weights are drawn do not mind.
+    ///
+    /// Its ids are below 20,906. Texts are cut and padded to `length`. Errors: [`Error::Invalid`] if `length` leaves no room for text.
+    pub fn chinese_characters(length: usize) -> Result<Self> {
+        let path = Path::new("the Chinese characters");
+        let special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"];
+        let characters = special.into_iter().map(str::to_owned).chain(('\u{4e00}'..='\u{9fa5}').map(String::from));
+        let inner = bert_words(path, &characters.zip(0..).collect(), &TokenizerConfig::default(), ["[CLS]", "[SEP]", "[UNK]"])?;
+        let special = special.map(|token| SpecialToken::Text(token.to_owned()));
+        Self::finish(path, inner, length, &special, &special[0])
     }
 
     /// Reads RoBERTa's byte-pair tokenizer from `tokenizer.json`, or from `vocab.json` and `merges.txt`.
@@ -350,6 +346,25 @@ fn clip_words(path: &Path, vocab: &BTreeMap<String, u32>, merges: &[[String; 2]]
             "model": {
                 "type": "BPE", "unk_token": unk, "continuing_subword_prefix": "", "end_of_word_suffix": "</w>",
                 "vocab": vocab, "merges": merges,
+            },
+        }),
+    )
+}
+
+/// BERT's tokenizer of a vocabulary, and the tokens that begin a text, end it and stand for what is unknown.
+fn bert_words(path: &Path, vocab: &BTreeMap<String, u32>, config: &TokenizerConfig, [cls, sep, unk]: [&str; 3]) -> Result<Tokenizer> {
+    let id = |token: &str| vocab_id(path, vocab, token);
+    from_description(
+        path,
+        json!({
+            "normalizer": {
+                "type": "BertNormalizer", "clean_text": true, "handle_chinese_chars": config.tokenize_chinese_chars.unwrap_or(true),
+                "strip_accents": config.strip_accents, "lowercase": config.do_lower_case.unwrap_or(true),
+            },
+            "pre_tokenizer": { "type": "BertPreTokenizer" },
+            "post_processor": { "type": "BertProcessing", "cls": [cls, id(cls)?], "sep": [sep, id(sep)?] },
+            "model": {
+                "type": "WordPiece", "unk_token": unk, "continuing_subword_prefix": "##", "max_input_chars_per_word": 100, "vocab": vocab,
             },
         }),
     )

@@ -8,6 +8,7 @@ mod addition;
 mod entry;
 mod frozen;
 mod hub;
+mod random;
 mod safetensors_file;
 mod single_file;
 pub(crate) mod torch_file;
@@ -27,6 +28,7 @@ pub(crate) use self::addition::{Addition, Additions};
 use self::entry::{Entries, Entry};
 pub use self::frozen::Frozen;
 pub use self::hub::locate;
+use self::random::Random;
 pub use self::single_file::{Marks, SingleFile};
 use crate::{Error, Result};
 
@@ -56,6 +58,8 @@ pub struct Weights {
     entries: BTreeMap<String, Stored>,
     /// Whether tensors are only checked, not copied.
     shapes_only: bool,
+    /// What has the tensors that no file holds.
+    random: Option<Random>,
     /// What is added to tensors as they are copied, by their keys.
     additions: Arc<Additions>,
     ledger: RefCell<Ledger>,
@@ -123,7 +127,16 @@ impl Weights {
     /// The empty set. Every tensor asked of it counts as missing and is a zero that occupies no memory: what a model built on it asks
     /// for can be counted ([`Weights::num_requested`]) without allocating the model.
     pub(crate) fn none() -> Self {
-        Self { path: PathBuf::new(), entries: BTreeMap::new(), shapes_only: false, additions: Arc::default(), ledger: RefCell::default() }
+        let (path, entries, additions) = (PathBuf::new(), BTreeMap::new(), Arc::default());
+        Self { path, entries, shapes_only: false, random: None, additions, ledger: RefCell::default() }
+    }
+
+    /// The set that has every tensor, drawn on its device from libtorch's generator when it is asked for: networks of any size without a
+    /// file, for what does not depend on what they compute.
+    ///
+    /// Of the tensors that a model takes if they are there ([`Scope::has`]), it has those with the full names `optional`.
+    pub(crate) fn random(optional: &'static [&'static str]) -> Self {
+        Self { random: Some(Random { optional }), ..Self::none() }
     }
 
     /// Makes the set check names, shapes and kinds without reading a tensor: each one asked of it is a zero that occupies no memory.
@@ -136,9 +149,9 @@ impl Weights {
 
     /// The same tensors with a new account, for another model built from them.
     pub(crate) fn anew(&self) -> Self {
-        let Self { path, entries, shapes_only, additions, ledger: _ } = self;
+        let Self { path, entries, shapes_only, random, additions, ledger: _ } = self;
         let (path, entries, additions) = (path.clone(), entries.clone(), Arc::clone(additions));
-        Self { path, entries, shapes_only: *shapes_only, additions, ledger: RefCell::default() }
+        Self { path, entries, shapes_only: *shapes_only, random: *random, additions, ledger: RefCell::default() }
     }
 
     /// Adds to tensors as they are copied. The caller has compared the shapes.
@@ -252,7 +265,11 @@ impl Weights {
         let mut ledger = self.ledger.borrow_mut();
         ledger.num_elements += shape.iter().product::<i64>();
         let Some(Stored { map, entry }) = self.entries.get(&key) else {
-            ledger.missing.push(format!("{key} {shape:?}"));
+            match self.random {
+                Some(_) if !self.shapes_only => return Some(random::draw(&key, shape, kind, device)),
+                Some(_) => {}
+                None => ledger.missing.push(format!("{key} {shape:?}")),
+            }
             return None;
         };
         let problem = if entry.shape() != shape {
@@ -337,7 +354,8 @@ impl Scope<'_> {
 
     /// Whether the set holds the tensor `name` below this prefix. Asking does not count as use.
     pub fn has(&self, name: &str) -> bool {
-        self.weights.entries.contains_key(&self.key(name))
+        let key = self.key(name);
+        self.weights.entries.contains_key(&key) || self.weights.random.is_some_and(|random| random.optional.contains(&key.as_str()))
     }
 
     /// The kind tensors are converted to.
