@@ -8,9 +8,9 @@ use peapod_proto::ids::Rank;
 use peapod_proto::program::{LogArgs, Pages};
 use peapod_proto::secure::{Access, AccessArgs};
 
-use crate::bench;
 use crate::device::Choice;
 use crate::shards::{inspect, make};
+use crate::{bench, vae_error};
 
 /// Trains with others on one device: start one for each GPU of a job.
 #[derive(Debug, Clone, Parser)]
@@ -47,6 +47,8 @@ pub enum Command {
     Shards(Shards),
     /// Time a training step by its stages, on batches made beforehand
     Bench(bench::Options),
+    /// Compare what an autoencoder makes of your own pictures in fewer bits
+    VaeError(vae_error::Options),
     /// Completions and manual pages
     #[command(flatten)]
     Pages(Pages),

@@ -1,8 +1,8 @@
 //! The worker: trains an adapter with others, or draws with one.
 //!
 //! [`lifecycle`] holds the rules of a worker's life, [`trainer`] the thread that owns the tensors, [`client`] the calls to the
-//! coordinator; [`supervisor`] joins them. [`device`] opens the device, [`bench`] times a step on it, [`check`] looks at a job's models without
-//! loading them, [`shards`] into its data. [`draw`], [`grid`], [`picture`] and [`score`] serve the program `sample`. [`faults`] makes a worker
+//! coordinator; [`supervisor`] joins them. [`device`] opens the device, [`bench`] times a step on it, [`vae_error`] looks at what an autoencoder
+//! loses there, [`check`] at a job's models without loading them, [`shards`] into its data. [`draw`], [`grid`], [`picture`] and [`score`] serve the program `sample`. [`faults`] makes a worker
 //! fail on purpose.
 
 pub mod args;
@@ -22,3 +22,4 @@ pub mod shards;
 pub mod supervisor;
 pub mod tail;
 pub mod trainer;
+pub mod vae_error;

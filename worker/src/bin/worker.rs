@@ -8,7 +8,7 @@ use clap::{CommandFactory, Parser};
 use peapod_proto::program;
 use peapod_worker::args::{Cli, Command, Shards};
 use peapod_worker::shards::{inspect, make};
-use peapod_worker::{bench, check, device, supervisor};
+use peapod_worker::{bench, check, device, supervisor, vae_error};
 
 fn main() -> ExitCode {
     let Cli { command, run, logs } = Cli::parse();
@@ -25,6 +25,7 @@ fn main() -> ExitCode {
         None => (run.device, run.allow_shared_gpu),
         Some(Command::Check { device, .. }) => (*device, false),
         Some(Command::Bench(options)) => (options.device, false),
+        Some(Command::VaeError(options)) => (options.device, false),
         Some(Command::Shards(_) | Command::Pages(_)) => (device::Choice::Cpu, false),
     };
     if share_gpus && std::env::var_os("NCCL_HOSTID").is_none() {
@@ -45,6 +46,7 @@ fn main() -> ExitCode {
         let report = match command {
             Command::Check { job, partial, .. } => check::report(&job, partial),
             Command::Bench(options) => bench::run(&options, device),
+            Command::VaeError(options) => vae_error::run(&options, device),
             Command::Shards(Shards::Inspect(options)) => inspect::run(&options),
             Command::Shards(Shards::Make(options)) => make::run(&options),
             // Answered above.
