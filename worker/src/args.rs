@@ -1,6 +1,5 @@
 //! Command-line arguments of `worker`.
 
-use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Parser, Subcommand};
@@ -10,7 +9,7 @@ use peapod_proto::secure::{Access, AccessArgs};
 
 use crate::device::Choice;
 use crate::shards::{inspect, make};
-use crate::{bench, vae_error};
+use crate::{bench, check, vae_error};
 
 /// Trains with others on one device: start one for each GPU of a job.
 #[derive(Debug, Clone, Parser)]
@@ -31,17 +30,7 @@ pub struct Cli {
 #[derive(Debug, Clone, Subcommand)]
 pub enum Command {
     /// Compare a job's models by configurations and shapes, load nothing
-    Check {
-        /// Job file
-        #[arg(long, default_value = "job.toml")]
-        job: PathBuf,
-        /// Device they would be loaded on: auto, cpu, cuda or cuda:N
-        #[arg(long, default_value = "auto")]
-        device: Choice,
-        /// Leave models that are not on this machine to the workers that see them
-        #[arg(long)]
-        partial: bool,
-    },
+    Check(check::Options),
     /// Look into shards, or make them
     #[command(subcommand)]
     Shards(Shards),
@@ -140,7 +129,7 @@ mod tests {
         Cli::command().debug_assert();
         let parse = |arguments: &[&str]| Cli::try_parse_from(["worker"].iter().chain(arguments));
         let check = parse(&["check", "--job", "a.toml"]).unwrap();
-        assert!(matches!(check.command, Some(Command::Check { job, partial: false, .. }) if job.as_os_str() == "a.toml"));
+        assert!(matches!(check.command, Some(Command::Check(check::Options { job, partial: false, .. })) if job.as_os_str() == "a.toml"));
         assert!(parse(&[]).unwrap_err().to_string().contains("--coordinator"));
         assert!(parse(&["--coordinator", "http://a:1", "check"]).is_err());
     }

@@ -1,25 +1,50 @@
 //! `worker check`: what a job names, compared by configurations, names and shapes. No tensor is read, so that it takes as long for seven
-//! gigabytes as for seven megabytes.
+//! gigabytes as for seven megabytes. What it needs of the device's memory is compared with what is free, and the devices' links are timed.
+
+mod memory;
 
 use std::fmt::Write as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use peapod_model::adapter::AdapterConfig;
-use peapod_model::source::ModelSource;
+use peapod_model::source::{ModelSource, Part};
 use peapod_model::text::StudentEncoder;
 use peapod_model::weights::{Survey, locate};
 use peapod_proto::job::Job;
 use tch::{Device, Kind};
 
-use crate::setup;
+use self::memory::Need;
+use crate::device::Choice;
+use crate::{bandwidth, setup};
 
-/// Checks a job's models and describes them.
+/// What to look at.
+#[derive(Debug, Clone, clap::Args)]
+pub struct Options {
+    /// Job file
+    #[arg(long, default_value = "job.toml")]
+    pub job: PathBuf,
+    /// Device they would be loaded on: auto, cpu, cuda or cuda:N
+    #[arg(long, default_value = "auto")]
+    pub device: Choice,
+    /// Leave models that are not on this machine to the workers that see them
+    #[arg(long)]
+    pub partial: bool,
+    /// Time all-reduces of the adapter's gradient: among all GPUs of this host over NCCL, on the CPU among threads over TCP
+    #[arg(long, conflicts_with = "partial")]
+    pub bandwidth: bool,
+    /// Threads that stand for workers in --bandwidth on the CPU
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u32).range(2..=64))]
+    pub members: u32,
+}
+
+/// Checks a job's models on a device that is open, and describes them.
 ///
 /// With `partial`, a model or student that is not here is said to be elsewhere, and what is here is checked alone.
 ///
 /// # Errors
 /// The first thing that is wrong: what loading would answer, or what would fail in the first step.
-pub fn report(path: &Path, partial: bool) -> Result<String, String> {
+pub fn report(options: &Options, device: Device) -> Result<String, String> {
+    let Options { job: path, partial, .. } = options;
     let text = std::fs::read_to_string(path).map_err(|error| format!("cannot read job file {}: {error}", path.display()))?;
     let job = Job::parse(&text).map_err(|error| {
         let lines = error.problems.iter().map(|problem| format!("{}: {problem}", path.display()));
@@ -28,7 +53,7 @@ pub fn report(path: &Path, partial: bool) -> Result<String, String> {
     let mut report = String::new();
     let mut is_here = |field: &str, name: &Path| match locate(name) {
         Ok(_) => Ok(true),
-        Err(_) if partial => {
+        Err(_) if *partial => {
             let _ = writeln!(report, "{field} {} is not visible from this machine: the workers must see it", name.display());
             Ok(false)
         }
@@ -37,18 +62,41 @@ pub fn report(path: &Path, partial: bool) -> Result<String, String> {
     let (model_here, student_here) = (is_here("model", &job.model.path)?, is_here("student", &job.student.path)?);
     let teacher = if model_here { Some(Teacher::check(&job, &mut report)?) } else { None };
     let student = if student_here { Some(check_student(&job, &mut report)?) } else { None };
-    if let (Some(teacher), Some(width)) = (teacher, student) {
+    if let (Some(teacher), Some(Student { width, num_parameters: num_student })) = (teacher, student) {
         let (hidden, depth) = (job.adapter.hidden.into(), job.adapter.depth as usize);
         let adapter = AdapterConfig::between(width, teacher.text_width, teacher.pooled_width, hidden, depth);
         let AdapterConfig { input, hidden, depth, pooled, output } = adapter;
         let output = output.map_or(String::new(), |output| format!(", to states of {output}"));
-        let num_parameters = grouped(adapter.num_parameters() as u64);
+        let num_parameters = adapter.num_parameters();
         let _ = writeln!(
             report,
-            "adapter: {num_parameters} parameters, from states of {input} through {depth} linears of {hidden} to {pooled}{output}"
+            "adapter: {} parameters, from states of {input} through {depth} linears of {hidden} to {pooled}{output}",
+            grouped(num_parameters as u64)
         );
+        // A machine that need not see the models need not hold them either.
+        if !partial {
+            let need = Need::of(&job, device, teacher.num_networks + num_student, teacher.num_vae, num_parameters);
+            report.push_str(&need.report(device));
+        }
+        if options.bandwidth {
+            report.push_str(&time_links(device, options.members, num_parameters)?);
+        }
     }
     Ok(report)
+}
+
+/// Sums gradients among this host's devices.
+fn time_links(device: Device, num_threads: u32, num_parameters: usize) -> Result<String, String> {
+    let members = bandwidth::members(device, num_threads)?;
+    let measured = bandwidth::measure(&members, num_parameters).map_err(|error| format!("--bandwidth: {error}"))?;
+    let who = if device.is_cuda() { "GPUs over NCCL, with the copies to the host and back" } else { "threads over TCP" };
+    let [algorithm, bus] = [measured.algorithm(), measured.bus()].map(|bytes| bytes / 1e9);
+    Ok(format!(
+        "all-reduce of {} among {} {who}: {:.3} ms, {algorithm:.2} GB/s (bus {bus:.2} GB/s)\n",
+        size(measured.num_bytes),
+        measured.num_members,
+        measured.time.as_secs_f64() * 1e3
+    ))
 }
 
 /// What the English model asks of an adapter.
@@ -56,6 +104,16 @@ struct Teacher {
     text_width: i64,
     /// `None` if its UNet takes no pooled text.
     pooled_width: Option<i64>,
+    /// Parameters of the networks that a job loads in its own numbers.
+    num_networks: u64,
+    /// Parameters of the autoencoder.
+    num_vae: u64,
+}
+
+/// What the student gives an adapter.
+struct Student {
+    width: i64,
+    num_parameters: u64,
 }
 
 impl Teacher {
@@ -65,8 +123,16 @@ impl Teacher {
         let model = ModelSource::open(&job.model.path, job.model.config.as_deref()).map_err(named)?.shapes_only();
         let name = job.model.path.display();
         let _ = writeln!(report, "model {name}: {}", model.architecture());
+        let (mut num_networks, mut num_vae) = (0, 0);
         for &part in model.architecture().parts() {
-            let _ = writeln!(report, "  {:<16}{}", part.name(), describe(&model.survey(part).map_err(named)?));
+            let survey = model.survey(part).map_err(named)?;
+            let _ = writeln!(report, "  {:<16}{}", part.name(), describe(&survey));
+            let num_parameters = survey.num_parameters.unsigned_abs();
+            match part {
+                Part::Vae => num_vae += num_parameters,
+                Part::Unet => num_networks += num_parameters,
+                Part::TextEncoder | Part::TextEncoder2 => num_networks += if job.loss.distill { num_parameters } else { 0 },
+            }
         }
         let (unet, vae) = (model.unet(kind, device).map_err(named)?, model.vae(kind, device).map_err(named)?);
         let (inputs, outputs, latents) = (unet.config().in_channels, unet.config().out_channels, vae.config().latent_channels);
@@ -93,12 +159,12 @@ impl Teacher {
         }
         let pooled = pooled.map_or(String::new(), |pooled| format!(", pooled text of {pooled}"));
         let _ = writeln!(report, "  English prompts of {tokens} tokens: states of {width}{pooled}");
-        Ok(Self { text_width: unet.text_width(), pooled_width: unet.pooled_width() })
+        Ok(Self { text_width: unet.text_width(), pooled_width: unet.pooled_width(), num_networks, num_vae })
     }
 }
 
-/// Checks the student and returns the width of its states.
-fn check_student(job: &Job, report: &mut String) -> Result<i64, String> {
+/// Checks the student.
+fn check_student(job: &Job, report: &mut String) -> Result<Student, String> {
     let options = setup::student_options(job, Kind::Float, Device::Cpu);
     let student = StudentEncoder::check(&job.student.path, job.student.context_length.into(), options)
         .map_err(|error| format!("student.path: {error}"))?;
@@ -108,7 +174,8 @@ fn check_student(job: &Job, report: &mut String) -> Result<i64, String> {
         let _ = writeln!(report, "  {name:<16}{}", describe(survey));
     }
     let _ = writeln!(report, "  prompts of {} tokens: states of {}", student.context_length(), student.width());
-    Ok(student.width())
+    let num_parameters = student.parts().map(|(_, survey)| survey.num_parameters.unsigned_abs()).sum();
+    Ok(Student { width: student.width(), num_parameters })
 }
 
 /// `2,567,463,684 parameters, 5.1 GB of f16`.
@@ -147,7 +214,7 @@ fn size(num_bytes: u64) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::path::PathBuf;
+    use clap::Parser;
 
     use super::*;
 
@@ -155,8 +222,14 @@ mod tests {
         Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
     }
 
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        options: Options,
+    }
+
     /// Checks the demo's job with parts of its text replaced.
-    fn check(changes: &[(&str, &str)], partial: bool) -> Result<String, String> {
+    fn check(changes: &[(&str, &str)], options: &str) -> Result<String, String> {
         tch::set_num_threads(1);
         let mut text = std::fs::read_to_string(workspace().join("tests/demo/job.toml")).unwrap();
         for (from, to) in changes {
@@ -168,13 +241,14 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("job.toml");
         std::fs::write(&path, text).unwrap();
-        report(&path, partial)
+        let arguments = ["check", "--job", path.to_str().unwrap()].into_iter().chain(options.split_whitespace());
+        report(&Line::try_parse_from(arguments).unwrap().options, Device::Cpu)
     }
 
     /// The counts are the sums of all shapes in the headers of the files.
     #[test]
     fn the_demo_is_described_with_its_counts() {
-        let report = check(&[], false).unwrap();
+        let report = check(&[], "").unwrap();
         for words in [
             "demo/model: SDXL\n",
             "  unet            5,205,636 parameters, 10.4 MB of f16\n",
@@ -193,7 +267,7 @@ mod tests {
 
     #[test]
     fn what_does_not_fit_is_named_by_its_field() {
-        let refuse = |from, to| check(&[(from, to)], false).unwrap_err();
+        let refuse = |from, to| check(&[(from, to)], "").unwrap_err();
         let error = refuse("context_length = 24", "context_length = 65");
         assert!(error.starts_with("student.path: ") && error.contains("64 positions, the context length is 65"), "{error}");
         let error = refuse("path = \"tests/demo/model\"", "path = \"tests/demo/shards\"");
@@ -206,9 +280,24 @@ mod tests {
 
     #[test]
     fn what_is_elsewhere_is_left_to_the_workers_if_that_is_asked_for() {
-        let report = check(&[("path = \"tests/demo/model\"", "path = \"nowhere\"")], true).unwrap();
+        let report = check(&[("path = \"tests/demo/model\"", "path = \"nowhere\"")], "--partial").unwrap();
         assert!(report.contains("model nowhere is not visible from this machine: the workers must see it"), "{report}");
         assert!(report.contains("states of 64") && !report.contains("adapter"), "{report}");
+    }
+
+    #[test]
+    fn memory_is_told_with_the_device_and_left_out_where_the_models_need_not_be() {
+        let report = check(&[], "").unwrap();
+        assert!(report.contains("memory of a worker on cpu (") && report.contains(" GB free: fits\n"), "{report}");
+        assert!(!check(&[], "--partial").unwrap().contains("memory of a worker"));
+    }
+
+    /// The demo's adapter has 98,256 parameters.
+    #[test]
+    fn links_are_timed_on_request() {
+        let report = check(&[], "--bandwidth --members 3").unwrap();
+        assert!(report.contains("all-reduce of 393.0 kB among 3 threads over TCP: ") && report.contains(" GB/s (bus "), "{report}");
+        assert!(Line::try_parse_from(["check", "--bandwidth", "--members", "1"]).is_err());
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
-use peapod_collective::nccl::Driver;
+use peapod_collective::nccl::{self, Driver};
 use tch::Device;
 
 /// libtorch's CUDA part, in the folder of the CPU part.
@@ -85,6 +85,24 @@ pub fn name(device: Device) -> String {
         Device::Cpu => "cpu".into(),
         other => format!("{other:?}").to_lowercase(),
     }
+}
+
+/// A device with its maker's name, such as `cuda:0 (NVIDIA H200)`, as far as the system tells it.
+#[must_use]
+pub fn full_name(device: Device) -> String {
+    let made = match device {
+        Device::Cuda(ordinal) => nccl::device_name(ordinal).ok(),
+        _ => cpu_name(),
+    };
+    let name = name(device);
+    made.map_or_else(|| name.clone(), |made| format!("{name} ({made})"))
+}
+
+/// What the first core calls itself.
+fn cpu_name() -> Option<String> {
+    let text = std::fs::read_to_string("/proc/cpuinfo").ok()?;
+    let (_, name) = text.lines().find(|line| line.starts_with("model name"))?.split_once(':')?;
+    Some(name.trim().to_owned())
 }
 
 fn local_rank(variable: impl Fn(&str) -> Option<String>) -> Result<Option<usize>, String> {

@@ -2,10 +2,11 @@
 //!
 //! [`lifecycle`] holds the rules of a worker's life, [`trainer`] the thread that owns the tensors, [`client`] the calls to the
 //! coordinator; [`supervisor`] joins them. [`device`] opens the device, [`bench`] times a step on it, [`vae_error`] looks at what an autoencoder
-//! loses there, [`check`] at a job's models without loading them, [`shards`] into its data. [`draw`], [`grid`], [`picture`] and [`score`] serve the program `sample`. [`faults`] makes a worker
+//! loses there, [`check`] at a job's models without loading them, [`bandwidth`] at a host's links, [`shards`] into its data. [`draw`], [`grid`], [`picture`] and [`score`] serve the program `sample`. [`faults`] makes a worker
 //! fail on purpose.
 
 pub mod args;
+pub mod bandwidth;
 pub mod bench;
 pub mod check;
 pub mod client;

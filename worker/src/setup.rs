@@ -55,7 +55,8 @@ pub fn network_kind(job: &Job, device: Device) -> Kind {
 }
 
 /// The kind that the autoencoder computes in while training.
-fn vae_kind(job: &Job, device: Device) -> Kind {
+#[must_use]
+pub fn vae_kind(job: &Job, device: Device) -> Kind {
     match (job.model.vae_dtype, job.preset) {
         (VaeDtype::Bf16, _) => Kind::BFloat16,
         (VaeDtype::Auto, Preset::Fixed) if device.is_cuda() => Kind::BFloat16,

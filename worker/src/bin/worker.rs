@@ -23,7 +23,7 @@ fn main() -> ExitCode {
     }
     let (choice, share_gpus) = match &command {
         None => (run.device, run.allow_shared_gpu),
-        Some(Command::Check { device, .. }) => (*device, false),
+        Some(Command::Check(options)) => (options.device, false),
         Some(Command::Bench(options)) => (options.device, false),
         Some(Command::VaeError(options)) => (options.device, false),
         Some(Command::Shards(_) | Command::Pages(_)) => (device::Choice::Cpu, false),
@@ -44,7 +44,7 @@ fn main() -> ExitCode {
     if let Some(command) = command {
         tch::set_num_threads(1);
         let report = match command {
-            Command::Check { job, partial, .. } => check::report(&job, partial),
+            Command::Check(options) => check::report(&options, device),
             Command::Bench(options) => bench::run(&options, device),
             Command::VaeError(options) => vae_error::run(&options, device),
             Command::Shards(Shards::Inspect(options)) => inspect::run(&options),

@@ -88,6 +88,14 @@ pub fn memory(ordinal: usize) -> Result<(u64, u64), Error> {
     Ok((free as u64, total as u64))
 }
 
+/// What the maker calls a GPU, such as `NVIDIA H200`.
+///
+/// Errors: [`Error::Gpu`] if there is no such GPU.
+pub fn device_name(ordinal: usize) -> Result<String, Error> {
+    Driver::probe()?;
+    Ok(CudaContext::new(ordinal).and_then(|context| context.name()).map_err(driver("read the GPU's name"))?)
+}
+
 /// The version of the NCCL that this program finds, such as `2.28.9`.
 ///
 /// Errors: [`Error::Gpu`] if it is missing, too old, or lacks a function.

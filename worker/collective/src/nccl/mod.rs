@@ -18,7 +18,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use gpu::{Comm, Fault, Gpu, Progress, UNIQUE_ID_BYTES};
-pub use library::{Driver, NcclDevice, memory, nccl_version_text};
+pub use library::{Driver, NcclDevice, device_name, memory, nccl_version_text};
 
 use crate::solo::check_root;
 use crate::tcp::TcpCollective;
