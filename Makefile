@@ -66,8 +66,9 @@ bench: .bench/.installed ## time recovery, the coordinator with 400,000 shards, 
 	  --ranks $(BENCH_RANKS) --rounds $(BENCH_ROUNDS)
 	.bench/venv/bin/python tests/peers/bench_step.py target/release/worker tests/demo/model --threads $(BENCH_CORES) --rounds $(BENCH_ROUNDS)
 
-bench-gpu: ## time a training step on the GPU by its stages, after the tests that need one; MODEL and STUDENT name real models, else it is the demo's
-	@command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1 || { echo "bench-gpu: skipped: this machine has no NVIDIA GPU"; exit 0; } && tests/gpu/run.sh
+bench-gpu: ## time a training step on the GPU by its stages and beside its Python peer, after the tests that need one; MODEL and STUDENT name real models, else published sizes with random weights
+	@command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1 || { echo "bench-gpu: skipped: this machine has no NVIDIA GPU"; exit 0; } && \
+	  $(MAKE) --no-print-directory .bench/.installed && PEER=.bench/venv/bin/python tests/gpu/run.sh
 
 cold-start: ## time README's two commands and `make test` by part, in a fresh clone without caches (15 GB, half an hour)
 	@tests/cold_start.sh

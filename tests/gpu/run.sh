@@ -1,10 +1,15 @@
 #!/usr/bin/env bash
-# What only a machine with an NVIDIA GPU can show, in about ten minutes after the build. From the project's root, after `make setup`.
+# What only a machine with an NVIDIA GPU can show, after the build. From the project's root, after `make setup`.
 #   1. the conformance suite on NCCL, one member for each GPU;
 #   2. the demo for twenty steps in f32 by two workers: on the CPU over TCP, then on GPUs over NCCL (on one GPU, if there is only one):
 #      the adapters must be alike to rounding;
 #   3. three steps of the demo under compute-sanitizer, where that is installed;
-#   4. a training step by its stages. MODEL and STUDENT may name real models; without them it is the demo's.
+#   4. all-reduces of the demo's gradient among the GPUs, if there are several;
+#   5. a training step by its stages: of the published sizes with random weights, or of MODEL and STUDENT, if they name real models; and what
+#      the autoencoder of MODEL loses on the pictures in the folder IMAGES, if there is one;
+#   6. the step beside that of diffusers and PyTorch (PEER: a Python that has tests/peers/requirements.txt; `make bench-gpu` makes one): SDXL's
+#      published sizes, 640x640, all samples parallel, plain and as the published trainer; then rows with 25 % native samples, with both
+#      autoencoders in bf16, and with the peer compiled.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -41,11 +46,39 @@ else
   echo "skipped: compute-sanitizer is not installed"
 fi
 
-echo "== 4. a step by its stages"
-models=()
+echo "== 4. the links"
+if [[ $(nvidia-smi -L | wc -l) -gt 1 ]]; then
+  $worker check --job tests/demo/job.toml --device cuda --bandwidth
+else
+  echo "skipped: one GPU has nobody to sum with"
+fi
+
+echo "== 5. a step by its stages"
+models=(--published sdxl)
 if [[ -n ${MODEL:-} && -n ${STUDENT:-} ]]; then
   models=(--model "$MODEL" --student "$STUDENT" --context-length 52 --size 640 640)
 fi
 for numbers in bf16 f16; do
   $worker bench --device cuda --dtype $numbers --batch 10 --steps 20 --warmup 5 --peak-time 10s "${models[@]}"
 done
+$worker bench --device cuda --published sd15 --batch 40 --steps 20 --warmup 5 --peak-time 10s
+if [[ -n ${MODEL:-} && -n ${IMAGES:-} ]]; then
+  $worker vae-error --device cuda --model "$MODEL" --images "$IMAGES" --size 640 640
+else
+  echo "the autoencoder's error: skipped, MODEL and IMAGES name no model and no folder of pictures"
+fi
+
+echo "== 6. beside diffusers and PyTorch"
+if [[ -n ${PEER:-} ]]; then
+  beside() {
+    echo "-- ${*:-plain}"
+    "$PEER" tests/peers/bench_step.py $worker --published sdxl --device cuda --steps 20 --rounds 3 "$@"
+  }
+  beside --batch 10
+  beside --batch 10 --reference
+  beside --batch 12 --native 3
+  beside --batch 10 --vae-dtype bf16
+  beside --batch 10 --compile
+else
+  echo "skipped: PEER names no Python with tests/peers/requirements.txt"
+fi

@@ -1,7 +1,9 @@
 """Times a training step of `worker bench` against pea_diffusers.py: the same model, adapter, batch and threads, batches made before the clock.
 
-usage: bench_step.py WORKER MODEL_DIR [options]
-Runs them in turn and prints the medians and their ratio. MODEL_DIR has text_encoder_zh/ beside the usual folders.
+usage: bench_step.py WORKER (MODEL_DIR | --published sdxl|sd15) [options]
+Runs them in turn and prints the medians, the memory that each took, and the ratios. MODEL_DIR has text_encoder_zh/ beside the usual folders;
+--published stands for networks of the published sizes with random weights in both. Numbers that are not asked for are each program's own: on
+a GPU the worker encodes pictures in bf16 where the peer takes f32, and the peer with --reference computes in f16.
 """
 import argparse
 import json
@@ -12,17 +14,21 @@ import sys
 
 PEER = pathlib.Path(__file__).with_name("pea_diffusers.py")
 WARMUP = 3
+SIZES = {"sdxl": ["640", "640"], "sd15": ["512", "512"]}
 
 
 def parse():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("worker")
-    parser.add_argument("model")
+    parser.add_argument("model", nargs="?", default="none")
+    parser.add_argument("--published", choices=list(SIZES))
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="f32")
+    parser.add_argument("--dtype")
+    parser.add_argument("--vae-dtype")
     parser.add_argument("--batch", default="16")
-    parser.add_argument("--size", nargs=2, default=["64", "64"], metavar=("WIDTH", "HEIGHT"))
-    parser.add_argument("--hidden", default="256", help="width of the adapter's hidden layers")
+    parser.add_argument("--native", default="0", help="samples with a native caption, which our teacher does not see")
+    parser.add_argument("--size", nargs=2, metavar=("WIDTH", "HEIGHT"), help="default: 64 64; of a published model 640 640 (sdxl) or 512 512 (sd15)")
+    parser.add_argument("--hidden", help="width of the adapter's hidden layers (default: 256; of a published model 1024)")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--threads", default="2")
     parser.add_argument("--rounds", type=int, default=5)
@@ -37,22 +43,31 @@ def run(command):
 
 def main():
     options = parse()
-    alike = ["--device", options.device, "--dtype", options.dtype, "--threads", options.threads, "--hidden", options.hidden]
+    size = options.size or SIZES.get(options.published, ["64", "64"])
+    hidden = options.hidden or ("1024" if options.published else "256")
+    alike = ["--device", options.device, "--threads", options.threads, "--hidden", hidden, "--native", options.native]
+    wanted = [("--dtype", options.dtype), ("--vae-dtype", options.vae_dtype), ("--published", options.published)]
+    alike += [word for option, value in wanted if value for word in (option, value)]
     # The peer times the second half of its steps.
-    peer = [sys.executable, str(PEER), options.model, "none", str(2 * options.steps), options.batch, *alike, "--synthetic", *options.size]
+    peer = [sys.executable, str(PEER), options.model, "none", str(2 * options.steps), options.batch, *alike, "--synthetic", *size]
     peer += [flag for flag, wanted in [("--reference", options.reference), ("--compile", options.compile)] if wanted]
-    worker = [options.worker, "bench", "--model", options.model, "--student", f"{options.model}/text_encoder_zh", *alike, "--vae-dtype", "f32"]
-    worker += ["--batch", options.batch, "--size", *options.size, "--steps", str(options.steps), "--warmup", str(WARMUP)]
+    worker = [options.worker, "bench", *alike]
+    worker += [] if options.published else ["--model", options.model, "--student", f"{options.model}/text_encoder_zh"]
+    worker += ["--batch", options.batch, "--size", *size, "--steps", str(options.steps), "--warmup", str(WARMUP)]
     worker += ["--peak-time", "0s", "--json"]
 
-    rates = {"worker": [], "diffusers": []}
+    rates, memory = {"worker": [], "diffusers": []}, {"worker": 0.0, "diffusers": 0.0}
     for _ in range(options.rounds):
-        rates["worker"].append(json.loads(run(worker))["samples_per_second"])
-        rates["diffusers"].append(float(run(peer).splitlines()[-1].split()[0]))
+        report, lines = json.loads(run(worker)), run(peer).splitlines()
+        rates["worker"].append(report["samples_per_second"])
+        rates["diffusers"].append(float(lines[-1].split()[0]))
+        memory["worker"] = max(memory["worker"], report["memory_bytes"] / 1e9)
+        memory["diffusers"] = max(memory["diffusers"], float(lines[-2].split()[1]))
     medians = {name: statistics.median(values) for name, values in rates.items()}
     for name, values in rates.items():
-        print(f"{name:<10} {medians[name]:8.2f} samples/s  ({', '.join(f'{value:.2f}' for value in values)})")
-    print(f"ratio {medians['worker'] / medians['diffusers']:.2f}")
+        rounds = ", ".join(f"{value:.2f}" for value in values)
+        print(f"{name:<10} {medians[name]:8.2f} samples/s  ({rounds}), {memory[name]:.2f} GB of memory")
+    print(f"ratio {medians['worker'] / medians['diffusers']:.2f}, of memory {memory['worker'] / memory['diffusers']:.2f}")
 
 
 if __name__ == "__main__":
