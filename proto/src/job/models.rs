@@ -22,7 +22,7 @@ pub struct ModelSection {
     #[serde(default)]
     pub vae_round_fp16: bool,
     /// Numbers the autoencoder computes in while training. By default bf16 on GPUs, f32 on the CPU and in the preset `reference`. libtorch lets
-    /// newer GPUs compute the convolutions of f32 in TF32.
+    /// newer GPUs compute the convolutions of f32 in TF32. What fewer bits cost a model's latents is what `worker vae-error` prints.
     #[serde(default)]
     pub vae_dtype: VaeDtype,
 }
