@@ -6,6 +6,8 @@ use std::io::Cursor;
 use image::{DynamicImage, ImageFormat};
 use peapod_tests::harness::{Cluster, RawSample, demo_samples, tar_of, workspace};
 
+use crate::precompute::precompute;
+
 /// A member of a tar: its name and content.
 type Member = (Vec<u8>, Vec<u8>);
 
@@ -109,6 +111,15 @@ fn all_kinds(samples: &mut impl Iterator<Item = RawSample>) -> Vec<Case> {
 
 #[test]
 fn every_kind_of_bad_data_is_passed_over_by_name_and_the_rest_is_trained() {
+    train_bad_data(false);
+}
+
+#[test]
+fn every_kind_of_bad_data_is_passed_over_alike_where_it_was_precomputed() {
+    train_bad_data(true);
+}
+
+fn train_bad_data(is_precomputed: bool) {
     let mut samples = demo_samples(200).into_iter();
     let mut cases = all_kinds(&mut samples);
     // The key of the first sample once more, behind the others.
@@ -130,6 +141,11 @@ fn every_kind_of_bad_data_is_passed_over_by_name_and_the_rest_is_trained() {
     let mut cluster = Cluster::new();
     cluster.deal_tars(&[tar_of_cases(&cases), whole, truncated, corrupt]);
     cluster.job.set("data.min_pixels", 1000).set("data.max_bad_fraction", 1.0);
+    if is_precomputed {
+        let made = cluster.folder().join("made");
+        precompute(&cluster, &made, &[]).expect_exit(0);
+        cluster.job.set("data.shards", vec![format!("{}/*.tar", made.display())]);
+    }
     let mut coordinator = cluster.coordinator(2, &["--local"]);
     coordinator.expect_exit(0);
 

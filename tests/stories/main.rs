@@ -20,6 +20,7 @@ mod method;
 mod models;
 mod observability;
 mod output;
+mod precompute;
 mod readme;
 mod restart;
 mod resume;

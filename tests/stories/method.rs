@@ -9,7 +9,7 @@ use peapod_data::bucket::{self, Bucket};
 use peapod_data::caption::Cleaner;
 use peapod_data::draws::SampleRng;
 use peapod_model::adapter::{Adapter, AdapterConfig};
-use peapod_model::distill::{DistillConfig, Distiller, LoadOptions, LossSums, MicroBatch};
+use peapod_model::distill::{DistillConfig, Distiller, English, Images, LoadOptions, LossSums, MicroBatch, Prompts};
 use peapod_model::schedule::{Decay, LrSchedule, NoiseConfig, NoiseSchedule, TimestepSpacing, dpm};
 use peapod_model::source::ModelSource;
 use peapod_model::text::{StudentOptions, TextTokenizer};
@@ -146,15 +146,15 @@ fn batch(z: &[bool], m: &[bool]) -> MicroBatch {
     let english = ["a red circle", "a blue square", "a small green triangle", "a big star on a white background"];
     let take = |texts: [&str; 4]| texts.iter().take(z.len()).map(|&text| text.to_owned()).collect();
     MicroBatch {
-        pixels: Tensor::randint(256, [count, 3, 48, 64], (Kind::Uint8, Device::Cpu)),
+        images: Images::Pixels(Tensor::randint(256, [count, 3, 48, 64], (Kind::Uint8, Device::Cpu))),
         posterior: normal(&[count, 4, 6, 8]),
         noise: normal(&[count, 4, 6, 8]),
         offset: normal(&[count, 4]),
         timesteps: Tensor::randint(1000, [count], (Kind::Int64, Device::Cpu)),
         drop: Tensor::from_slice(m),
         native: Tensor::from_slice(z),
-        captions: take(captions),
-        english: take(english),
+        prompts: Prompts::Captions(take(captions)),
+        english: English::Captions(take(english)),
         original_size: vec![(640, 480); z.len()],
         crop: vec![(3, 0); z.len()],
         text_dropout: vec![0; z.len()],
@@ -233,7 +233,7 @@ fn check_4_gradients_are_of_the_seven_adapter_tensors_and_vanish_where_the_metho
     let native = || batch(&[true; 4], &NONE_DROPPED);
     let once = gradient(&distiller, &native());
     let mut renamed = native();
-    renamed.english.fill("something else".into());
+    renamed.english = English::Captions(vec!["something else".into(); 4]);
     assert!(gradient(&distiller, &renamed).equal(&once));
     let heavy = self::distiller(DistillConfig { feature_weight: 100.0, ..DistillConfig::default() });
     assert!(gradient(&heavy, &native()).equal(&once));
@@ -245,7 +245,8 @@ fn check_4_gradients_are_of_the_seven_adapter_tensors_and_vanish_where_the_metho
     let last: i64 = adapter.parameters()[5..].iter().map(|parameter| parameter.numel() as i64).sum();
     assert!(norm(&through_empty.narrow(0, through_empty.size()[0] - last, last)) > 0.0);
     let mut others = dropped();
-    others.captions.rotate_left(1);
+    let Prompts::Captions(captions) = &mut others.prompts else { panic!("no captions") };
+    captions.rotate_left(1);
     assert!(!gradient(&distiller, &others).equal(&through_empty), "pooled text is never dropped");
 }
 

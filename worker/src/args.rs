@@ -8,6 +8,7 @@ use peapod_proto::program::{LogArgs, Pages};
 use peapod_proto::secure::{Access, AccessArgs};
 
 use crate::device::Choice;
+use crate::precompute;
 use crate::shards::{inspect, make};
 use crate::{bench, check, vae_error};
 
@@ -34,6 +35,8 @@ pub enum Command {
     /// Look into shards, or make them
     #[command(subcommand)]
     Shards(Shards),
+    /// Make shards that hold what a job's frozen encoders say of its pictures, so that training need not
+    Precompute(precompute::Options),
     /// Time a training step by its stages, on batches made beforehand
     Bench(bench::Options),
     /// Compare what an autoencoder makes of your own pictures in fewer bits

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use peapod_collective::nccl;
 use peapod_model::adapter::Adapter;
-use peapod_model::distill::{DistillConfig, Distiller, LoadOptions, MicroBatch, Stage};
+use peapod_model::distill::{DistillConfig, Distiller, English, Images, LoadOptions, MicroBatch, Prompts, Stage};
 use peapod_model::optim::{AdamW, AdamWConfig};
 use peapod_model::source::{Architecture, ModelSource, Part};
 use peapod_model::text::{StudentEncoder, StudentOptions};
@@ -229,15 +229,15 @@ fn synthetic(options: &Options, models: &Distiller, [width, height]: [i64; 2], d
     let latents = [count, channels, height / scale, width / scale];
     let numbers = 0..options.batch;
     MicroBatch {
-        pixels: Tensor::randint(256, [count, 3, height, width], (Kind::Uint8, device)),
+        images: Images::Pixels(Tensor::randint(256, [count, 3, height, width], (Kind::Uint8, device))),
         posterior: noise(&latents),
         noise: noise(&latents),
         offset: noise(&[count, channels]),
         timesteps: Tensor::randint(models.num_timesteps(), [count], (Kind::Int64, device)),
         drop: Tensor::zeros([count], (Kind::Bool, Device::Cpu)),
         native: Tensor::from_slice(&numbers.clone().map(|index| index < options.native).collect::<Vec<bool>>()),
-        captions: numbers.clone().map(|index| format!("{index}个红色的圆形在白色背景上")).collect(),
-        english: numbers.clone().map(|index| format!("{index} red circles on a white background")).collect(),
+        prompts: Prompts::Captions(numbers.clone().map(|index| format!("{index}个红色的圆形在白色背景上")).collect()),
+        english: English::Captions(numbers.clone().map(|index| format!("{index} red circles on a white background")).collect()),
         original_size: vec![(width, height); options.batch as usize],
         crop: vec![(0, 0); options.batch as usize],
         text_dropout: numbers.map(u64::from).collect(),

@@ -2,7 +2,8 @@
 //!
 //! [`lifecycle`] holds the rules of a worker's life, [`trainer`] the thread that owns the tensors, [`client`] the calls to the
 //! coordinator; [`supervisor`] joins them. [`device`] opens the device, [`bench`] times a step on it, [`vae_error`] looks at what an autoencoder
-//! loses there, [`check`] at a job's models without loading them, [`bandwidth`] at a host's links, [`shards`] into its data. [`draw`], [`grid`], [`picture`] and [`score`] serve the program `sample`. [`faults`] makes a worker
+//! loses there, [`check`] at a job's models without loading them, [`bandwidth`] at a host's links, [`shards`] into its data; [`precompute`] makes
+//! shards that hold what the frozen encoders say of them. [`draw`], [`grid`], [`picture`] and [`score`] serve the program `sample`. [`faults`] makes a worker
 //! fail on purpose.
 
 pub mod args;
@@ -17,6 +18,7 @@ pub mod grid;
 pub mod lifecycle;
 pub mod loss_scale;
 pub mod picture;
+pub mod precompute;
 pub mod score;
 pub mod setup;
 pub mod shards;

@@ -19,6 +19,7 @@ use tch::{Device, Kind};
 
 use crate::draw::{CONTEXT_LENGTH_KEY, ENCODER_KEY, MASK_PADS_KEY, NORMALIZE_QUOTES_KEY, PROJECT_KEY};
 use crate::loss_scale::LossScale;
+use crate::precompute::recipe;
 
 /// Standard deviation of the constant part of the noise that SDXL is trained with; SD1.5 is trained without.
 const SDXL_NOISE_OFFSET: f64 = 0.5;
@@ -111,9 +112,11 @@ pub fn adapter_config(job: &Job, models: &Distiller) -> AdapterConfig {
 }
 
 /// What the data threads need of a job and its models.
-#[must_use]
-pub fn loader_config(job: &Job, models: &Distiller) -> LoaderConfig {
-    LoaderConfig {
+///
+/// # Errors
+/// The model crate's: the models are asked what they make of something known, to tell whether cached shards are theirs.
+pub fn loader_config(job: &Job, models: &Distiller) -> peapod_model::Result<LoaderConfig> {
+    Ok(LoaderConfig {
         data: job.data.clone(),
         seed: job.seed,
         micro_batch: job.train.micro_batch as usize,
@@ -121,7 +124,8 @@ pub fn loader_config(job: &Job, models: &Distiller) -> LoaderConfig {
         vae_scale: models.vae().downscale() as u32,
         num_timesteps: models.num_timesteps() as u32,
         condition_dropout: job.loss.condition_dropout,
-    }
+        recipe: recipe::of_training(job, models)?,
+    })
 }
 
 /// The optimiser of a job.

@@ -2,11 +2,12 @@
 
 pub mod inspect;
 pub mod make;
+pub(crate) mod whole;
 
 use indicatif::{ProgressBar, ProgressStyle};
 
 /// A bar on a terminal, nothing elsewhere.
-fn progress_bar(len: Option<u64>, unit: &str) -> ProgressBar {
+pub(crate) fn progress_bar(len: Option<u64>, unit: &str) -> ProgressBar {
     let bar = match len {
         Some(len) => ProgressBar::new(len),
         None => ProgressBar::no_length(),
@@ -17,7 +18,7 @@ fn progress_bar(len: Option<u64>, unit: &str) -> ProgressBar {
 }
 
 /// `1.2 GB`.
-fn size(num_bytes: u64) -> String {
+pub(crate) fn size(num_bytes: u64) -> String {
     match num_bytes {
         0..1_000_000 => format!("{:.1} kB", num_bytes as f64 / 1e3),
         1_000_000..1_000_000_000 => format!("{:.1} MB", num_bytes as f64 / 1e6),

@@ -1,10 +1,9 @@
 //! A worker's data threads in virtual time: the real [`State`] of the loader, read from and decoded for without threads and pictures.
 
 use peapod_data::caption::Caption;
-use peapod_data::format::Turn;
 use peapod_data::loader::state::{Buffered, State};
-use peapod_data::sample::Encoded;
-use peapod_data::{Draws, LeasedShard, LoaderConfig, Outlook, Prepared, Share};
+use peapod_data::sample::{Encoded, Stored};
+use peapod_data::{Content, Draws, LeasedShard, LoaderConfig, Outlook, Prepared, Share};
 use peapod_proto::ids::{LeaseId, SampleName};
 use peapod_proto::message::{Lease, ShardReport, SkipReason, SkippedSample};
 
@@ -163,7 +162,7 @@ impl Loader {
                 Kind::Good | Kind::Undecodable | Kind::NotFinite if self.state.has_room() => {
                     let name = SampleName { epoch: lease.epoch, shard: lease.shard, index };
                     let caption = Caption { prompt: String::new(), english: String::new(), native: false };
-                    let encoded = Encoded { jpeg: Vec::new(), turn: Turn::NONE, size: (8, 8), bucket: index as usize % 2, caption };
+                    let encoded = Encoded { stored: Stored::Latents(Vec::new()), size: (8, 8), bucket: index as usize % 2, caption };
                     self.state.push(Buffered { name, lease: lease.lease, key: String::new(), encoded });
                 }
                 _ => return None,
@@ -194,7 +193,7 @@ impl Loader {
             let prepared = (kind != Kind::Undecodable).then(|| Prepared {
                 name,
                 lease,
-                pixels: Vec::new(),
+                content: Content::Pixels(Vec::new()),
                 prompt: encoded.caption.prompt,
                 english: encoded.caption.english,
                 native: encoded.caption.native,

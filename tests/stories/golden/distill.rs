@@ -1,7 +1,7 @@
 //! The training step, and ten of them with the optimiser.
 
 use peapod_model::adapter::Adapter;
-use peapod_model::distill::{DistillConfig, Distiller, LoadOptions, LossSums, MicroBatch};
+use peapod_model::distill::{DistillConfig, Distiller, English, Images, LoadOptions, LossSums, MicroBatch, Prompts};
 use peapod_model::optim::{AdamW, AdamWConfig, Ema, clip_grad_norm};
 use peapod_model::source::ModelSource;
 use peapod_model::text::StudentOptions;
@@ -70,15 +70,15 @@ fn batch(case: &Case, step: Option<i64>, samples: std::ops::Range<usize>) -> Res
         Ok(narrow(step.map_or(tensor.shallow_clone(), |step| tensor.get(step))))
     };
     Ok(MicroBatch {
-        pixels: narrow(case.input("pixels")?),
+        images: Images::Pixels(narrow(case.input("pixels")?)),
         posterior: drawn("posterior")?,
         noise: drawn("noise")?,
         offset: drawn("offset")?,
         timesteps: drawn("timesteps")?,
         drop: drawn("drop")?.to_kind(Kind::Bool),
         native: drawn("native")?.to_kind(Kind::Bool),
-        captions: captions(case)?[samples.clone()].to_vec(),
-        english: case.setting::<Vec<String>>("english")?[samples.clone()].to_vec(),
+        prompts: Prompts::Captions(captions(case)?[samples.clone()].to_vec()),
+        english: English::Captions(case.setting::<Vec<String>>("english")?[samples.clone()].to_vec()),
         original_size: case.setting::<Vec<(i64, i64)>>("original_size")?[samples.clone()].to_vec(),
         crop: case.setting::<Vec<(i64, i64)>>("crop")?[samples.clone()].to_vec(),
         text_dropout: vec![0; samples.len()],

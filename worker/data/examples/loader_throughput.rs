@@ -38,8 +38,10 @@ fn bucket(text: &str) -> Result<[u32; 2], Box<dyn Error>> {
 fn decode_alone(shards: &[String], data: &DataSection) -> Result<(), Box<dyn Error>> {
     let mut jpegs = Vec::new();
     for url in shards {
-        shard::read_shard(source::open(url)?, &Bitmap::default(), |sample| {
-            jpegs.extend(sample.jpg);
+        shard::read_shard(source::open(url)?, &Bitmap::default(), |found| {
+            if let shard::Found::Sample(sample) = found {
+                jpegs.extend(sample.jpg);
+            }
             ControlFlow::Continue(())
         });
     }

@@ -153,3 +153,45 @@ write(
         "empty-part": "a.tar::::b.tar",
     },
 )
+
+
+def cached(tensors, cut=0, header=None):
+    """A cached sample: tensors as (dtype, shape, bytes) by name, in the layout of safetensors."""
+    entries, data = {}, b""
+    for name, (dtype, shape, content) in tensors.items():
+        entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [len(data), len(data) + len(content)]}
+        data += content
+    header = json.dumps(entries).encode() if header is None else header
+    whole = struct.pack("<Q", len(header)) + header + data
+    return whole[: len(whole) - cut]
+
+
+LATENTS = {
+    "original_size": ("U32", [2], struct.pack("<2I", 70, 50)),
+    "crop": ("U32", [2], struct.pack("<2I", 1, 2)),
+    "mean": ("F16", [4, 2, 3], bytes(48)),
+    "log_variance": ("F16", [4, 2, 3], bytes(48)),
+}
+TEXT = {
+    "english.sequence": ("BF16", [5, 6], bytes(60)),
+    "english.pooled": ("BF16", [4], bytes(8)),
+    "student.sequence": ("F32", [3, 2], bytes(24)),
+    "student.mask": ("U8", [3], b"\1\1\0"),
+}
+write(
+    "cached",
+    {
+        "ok-latents": cached(LATENTS),
+        "ok-text": cached(LATENTS | TEXT),
+        "ok-stamp": json.dumps({"version": 1, "made_by": "p", "shard": "a.tar", "numbers": "f32", "settings": {"a": "b"}, "probes": {"m": [1.5]}}),
+        "stamp-later": json.dumps({"version": 2, "made_by": "p", "shard": "a.tar", "numbers": "f32", "settings": {}, "probes": {}}),
+        "stamp-cut": '{"version": 1, "made',
+        "cut": cached(LATENTS, cut=1),
+        "no-mean": cached({name: tensor for name, tensor in LATENTS.items() if name != "mean"}),
+        "no-size": cached(LATENTS | {"original_size": ("U32", [2], bytes(8))}),
+        "long-header": struct.pack("<Q", 1 << 60) + b"{}",
+        "other-kind": cached(LATENTS | {"mean": ("I64", [4, 2, 3], bytes(192))}),
+        "mask-misfits": cached(LATENTS | TEXT | {"student.mask": ("U8", [2], b"\1\1")}),
+        "scalar-states": cached(LATENTS | TEXT | {"english.sequence": ("F32", [], bytes(4))}),
+    },
+)

@@ -2,6 +2,8 @@
 
 use std::io;
 
+use crate::cached::RecipeError;
+
 /// This crate's result.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -70,6 +72,12 @@ pub enum Error {
         /// Most pixels that are decoded.
         limit: u64,
     },
+    /// What a cached sample holds cannot be used.
+    #[error("latents: {0}")]
+    Cached(String),
+    /// A cached shard was made for another job.
+    #[error(transparent)]
+    Recipe(#[from] RecipeError),
     /// The tables from traditional to simplified characters cannot be read.
     #[error("read the tables from traditional to simplified characters: {0}")]
     Tables(String),
@@ -88,6 +96,26 @@ pub enum Error {
     /// [`LoaderHandle::cancel`](crate::LoaderHandle::cancel) was called while a share was awaited. Nothing is lost.
     #[error("cancelled while waiting for samples")]
     Cancelled,
+}
+
+/// Why a reader gives up for good.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Failure {
+    /// A shard cannot be had.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// A shard was made for another job.
+    #[error(transparent)]
+    Recipe(#[from] RecipeError),
+}
+
+impl From<Failure> for Error {
+    fn from(failure: Failure) -> Self {
+        match failure {
+            Failure::Store(error) => error.into(),
+            Failure::Recipe(error) => error.into(),
+        }
+    }
 }
 
 /// A shard that could not be had, though nothing is known to be wrong with it.

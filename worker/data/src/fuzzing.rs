@@ -10,10 +10,11 @@ use peapod_proto::ids::{Bitmap, Epoch, SampleName, ShardId};
 use peapod_proto::job::{CaptionsSection, DataSection, Language};
 
 use crate::bucket::Bucket;
+use crate::cached::{self, CachedSample, Stamp};
 use crate::caption::Cleaner;
 use crate::draws::SampleRng;
 use crate::sample::{Rules, examine};
-use crate::shard::{RawSample, read_shard};
+use crate::shard::{Found, RawSample, read_shard};
 use crate::{expand_shards, format, image, source};
 
 /// What a reader says: nothing, or why it refuses.
@@ -30,7 +31,8 @@ const PICTURE: &[u8] = include_bytes!("../testdata/turn1.jpg");
 /// Reads a tar to its end: every sample has the next index, and the end counts them all.
 pub fn tar(bytes: &[u8]) -> Verdict {
     let (mut num, mut fault) = (0, None);
-    let end = read_shard(bytes, &Bitmap::default(), |sample| {
+    let end = read_shard(bytes, &Bitmap::default(), |found| {
+        let Found::Sample(sample) = found else { return ControlFlow::Continue(()) };
         assert_eq!(sample.index, num, "samples come in order");
         num += 1;
         fault = fault.take().or(sample.fault);
@@ -78,7 +80,8 @@ pub fn json_sample(bytes: &[u8]) -> Verdict {
     });
     let mut refused = Ok(());
     for (rules, cleaner) in LANGUAGES.iter() {
-        let raw = RawSample { index: 0, key: "k".into(), jpg: Some(PICTURE.to_vec()), json: Some(bytes.to_vec()), fault: None };
+        let raw =
+            RawSample { index: 0, key: "k".into(), jpg: Some(PICTURE.to_vec()), json: Some(bytes.to_vec()), latents: None, fault: None };
         match examine(raw, rules, cleaner) {
             Ok(sample) => assert_eq!(sample.size, (16, 8), "the picture is always the same"),
             Err(skip) => refused = Err(skip.detail()),
@@ -105,6 +108,20 @@ pub fn shard_list(bytes: &[u8]) -> Verdict {
     Ok(())
 }
 
+/// Reads a cached sample, or a cached shard's stamp if it begins as one.
+pub fn cached(bytes: &[u8]) -> Verdict {
+    if bytes.starts_with(b"{") {
+        return Stamp::parse("a.tar", bytes).map(|_| ()).map_err(|error| error.to_string());
+    }
+    let refuse = |error: crate::Error| error.to_string();
+    let size = cached::original_size(bytes).map_err(refuse)?;
+    let sample = CachedSample::parse(bytes, [4, 2, 3]).map_err(refuse)?;
+    assert_eq!(sample.original_size, size, "the size is told alike");
+    let again = CachedSample::parse(&sample.to_bytes().map_err(refuse)?, [4, 2, 3]).map_err(refuse)?;
+    assert_eq!(again, sample, "what is written is read");
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use std::path::Path;
@@ -113,7 +130,8 @@ mod tests {
 
     type Reader = fn(&[u8]) -> Verdict;
 
-    const READERS: [(&str, Reader); 4] = [("tar", tar), ("picture", picture), ("json_sample", json_sample), ("shard_list", shard_list)];
+    const READERS: [(&str, Reader); 5] =
+        [("tar", tar), ("picture", picture), ("json_sample", json_sample), ("shard_list", shard_list), ("cached", cached)];
 
     fn corpus(reader: &str) -> Vec<(String, Vec<u8>)> {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus").join(reader);

@@ -11,7 +11,7 @@ use zune_jpeg::zune_core::options::DecoderOptions;
 
 use crate::bucket::{Bucket, covering_size};
 use crate::draws::SampleRng;
-use crate::format::{self, Format};
+use crate::format::{self, Format, Turn};
 use crate::{Error, Result};
 
 /// A picture with more pixels is not decoded: a few bytes of header can claim gigabytes. Enough for any camera.
@@ -57,7 +57,7 @@ pub(crate) fn exif(jpeg: &[u8]) -> Option<Vec<u8>> {
 }
 
 /// Decodes a JPEG, or a PNG under its name; grayscale and CMYK become RGB. A rotation noted in its EXIF data is ignored, as by Pillow:
-/// [`Turn::apply`](crate::format::Turn::apply) is for that.
+/// [`Turn::apply`] is for that.
 ///
 /// A picture that breaks off or is damaged is refused rather than filled up with grey.
 ///
@@ -125,6 +125,27 @@ fn decode_at(jpeg: &[u8], (width, height): (u32, u32), by: u32) -> Option<(Rgb, 
 /// Errors: [`Error::Picture`] if the picture has no pixels.
 pub fn cover(resizer: &mut Resizer, picture: &Rgb, bucket: Bucket, rng: &SampleRng) -> Result<Cropped> {
     cover_shrunk(resizer, picture, (picture.width, picture.height), 1, bucket, rng)
+}
+
+/// What a model is shown of a picture: decodes it, turns it, and cuts a bucket out of it where `rng` says. With `fast_shrink`, as
+/// [`decode_shrunk`] does. `size` is the turned picture's.
+///
+/// Errors: as [`decode`].
+pub fn cut(
+    resizer: &mut Resizer,
+    jpeg: &[u8],
+    turn: Turn,
+    size: (u32, u32),
+    bucket: Bucket,
+    fast_shrink: bool,
+    rng: &SampleRng,
+) -> Result<Cropped> {
+    // What a shrunk picture lacks at its right and lower edges would lie elsewhere once it is turned.
+    let (picture, by) = match fast_shrink && turn == Turn::NONE {
+        true => decode_shrunk(jpeg, size, bucket)?,
+        false => (turn.apply(decode(jpeg)?), 1),
+    };
+    cover_shrunk(resizer, &picture, size, by, bucket, rng)
 }
 
 /// [`cover`] for a picture of `size` of which [`decode_shrunk`] gave one `by`-th: the same crop.

@@ -10,7 +10,7 @@ use crate::bucket::{self, Bucket};
 use crate::caption::{Caption, Cleaner};
 use crate::format::{self, Turn};
 use crate::shard::RawSample;
-use crate::{Error, Result, image};
+use crate::{Error, Result, cached, image};
 
 /// Whether a sample that is not trained counts towards the broken ones.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -56,6 +56,8 @@ pub enum Rule {
     DuplicateMember,
     /// A key that the tar had before, with other samples between.
     DuplicateKey,
+    /// What was computed of it before is damaged, or of another shape than the job's.
+    BadCache,
     /// A name that is not UTF-8.
     BadName,
     /// A member whose bytes are not in the tar as they are.
@@ -64,7 +66,7 @@ pub enum Rule {
 
 impl Rule {
     /// Every rule.
-    pub const ALL: [Self; 18] = [
+    pub const ALL: [Self; 19] = [
         Self::TooSmall,
         Self::NoAesthetic,
         Self::LowAesthetic,
@@ -81,6 +83,7 @@ impl Rule {
         Self::HugeMember,
         Self::DuplicateMember,
         Self::DuplicateKey,
+        Self::BadCache,
         Self::BadName,
         Self::Sparse,
     ];
@@ -105,9 +108,16 @@ impl Rule {
             Self::HugeMember => "huge_member",
             Self::DuplicateMember => "duplicate_member",
             Self::DuplicateKey => "duplicate_key",
+            Self::BadCache => "bad_cache",
             Self::BadName => "bad_name",
             Self::Sparse => "sparse",
         }
+    }
+
+    /// The rule of this name.
+    #[must_use]
+    pub fn named(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|rule| rule.as_str() == name)
     }
 
     /// Whether it is a rule of the method or says that the sample is broken.
@@ -121,12 +131,13 @@ impl Rule {
         }
     }
 
-    /// The rule by which a picture with this error is passed over.
+    /// The rule by which a sample is passed over whose picture, or what was made of it before, has this error.
     #[must_use]
     pub fn of_picture(error: &Error) -> Self {
         match error {
             Error::PictureSize { .. } => Self::HugePicture,
             Error::PictureFormat(_) => Self::OtherFormat,
+            Error::Cached(_) => Self::BadCache,
             _ => Self::BadPicture,
         }
     }
@@ -230,16 +241,39 @@ impl Rules {
 /// A sample before its picture is decoded.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Encoded {
-    /// The picture.
-    pub jpeg: Vec<u8>,
-    /// How the decoded picture is turned.
-    pub turn: Turn,
-    /// Width and height from its header, turned.
+    /// What it shows, as it lies in the shard.
+    pub stored: Stored,
+    /// Width and height of its picture, turned.
     pub size: (u32, u32),
     /// Index of the bucket it goes to.
     pub bucket: usize,
     /// What it trains with.
     pub caption: Caption,
+}
+
+/// What a sample shows, before it is decoded.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Stored {
+    /// A picture.
+    Picture {
+        /// The file.
+        jpeg: Vec<u8>,
+        /// How the decoded picture is turned.
+        turn: Turn,
+    },
+    /// What the frozen encoders have made of it before: the bytes of a [`CachedSample`](crate::cached::CachedSample).
+    Latents(Vec<u8>),
+}
+
+impl Stored {
+    /// Bytes that it takes.
+    #[must_use]
+    pub fn num_bytes(&self) -> usize {
+        match self {
+            Self::Picture { jpeg, .. } => jpeg.len(),
+            Self::Latents(bytes) => bytes.len(),
+        }
+    }
 }
 
 /// What is read of a sample's json. A key whose value is null counts as absent; of a key given twice the last counts.
@@ -305,21 +339,30 @@ impl<'de> Visitor<'de> for MetadataOf<'_> {
     }
 }
 
-/// Decides on a sample from its json and its picture's header.
+/// Decides on a sample from its json and the size of its picture.
 ///
 /// Errors: the report of a sample that is left out or broken.
 pub fn examine(raw: RawSample, rules: &Rules, cleaner: &Cleaner) -> Result<Encoded, Skip> {
-    let RawSample { index, key, jpg, json, fault } = raw;
+    let RawSample { index, key, jpg, json, latents, fault } = raw;
     let examine = move || -> Result<Encoded, (Rule, String)> {
         if let Some(fault) = fault {
             return Err(fault);
         }
-        let jpeg = jpg.ok_or_else(|| (Rule::NoJpg, "no member .jpg".into()))?;
+        let stored = match (latents, jpg) {
+            (Some(latents), _) => Stored::Latents(latents),
+            (None, Some(jpeg)) => {
+                let turn = if rules.exif_rotate { format::turn(&jpeg) } else { Turn::NONE };
+                Stored::Picture { jpeg, turn }
+            }
+            (None, None) => return Err((Rule::NoJpg, "no member .jpg".into())),
+        };
         let json = json.ok_or_else(|| (Rule::NoJson, "no member .json".into()))?;
         let metadata = Metadata::parse(&json, rules).map_err(|error| (Rule::BadJson, error.to_string()))?;
-        let size = image::size(&jpeg).map_err(|error| (Rule::of_picture(&error), error.to_string()))?;
-        let turn = if rules.exif_rotate { format::turn(&jpeg) } else { Turn::NONE };
-        let size = turn.size(size);
+        let size = match &stored {
+            Stored::Latents(latents) => cached::original_size(latents),
+            Stored::Picture { jpeg, turn } => image::size(jpeg).map(|size| turn.size(size)),
+        };
+        let size = size.map_err(|error| (Rule::of_picture(&error), error.to_string()))?;
         if let Some(left_out) = rules.leaves_out(&metadata, size) {
             return Err(left_out);
         }
@@ -327,7 +370,7 @@ pub fn examine(raw: RawSample, rules: &Rules, cleaner: &Cleaner) -> Result<Encod
             return Err((Rule::Aspect, format!("{} x {} is too wide for every bucket", size.0, size.1)));
         };
         let caption = cleaner.choose(|key| metadata.caption(key))?;
-        Ok(Encoded { jpeg, turn, size, bucket, caption })
+        Ok(Encoded { stored, size, bucket, caption })
     };
     examine().map_err(|(rule, words)| Skip { index, rule, key, words })
 }

@@ -7,10 +7,14 @@ use std::ops::ControlFlow;
 use peapod_proto::ids::{Bitmap, SampleName};
 use webdataset::core::utils::{base_plus_ext, is_shard_metadata};
 
+use crate::cached;
 use crate::sample::Rule;
 
 /// A member larger than this is not read: a picture or caption of this size is a mistake in the data.
 const MAX_MEMBER_BYTES: u64 = 64 << 20;
+
+/// A stamp of more bytes is none.
+const MAX_STAMP_BYTES: u64 = 1 << 20;
 
 /// A longer name is not used: no file system has one.
 const MAX_NAME_BYTES: usize = 4096;
@@ -26,8 +30,19 @@ pub struct RawSample {
     pub jpg: Option<Vec<u8>>,
     /// The member `.json`.
     pub json: Option<Vec<u8>>,
+    /// The member with what was computed of it before; of a cached shard alone.
+    pub latents: Option<Vec<u8>>,
     /// Why the members cannot be used, if they cannot, and the same in words.
     pub fault: Option<(Rule, String)>,
+}
+
+/// What is found in a shard, in the order of the tar.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Found {
+    /// The stamp of a [`cached`] shard: whoever reads on has checked it.
+    Stamp(Vec<u8>),
+    /// A sample.
+    Sample(RawSample),
 }
 
 /// How a shard ended.
@@ -39,22 +54,22 @@ pub struct ShardEnd {
     pub truncated: Option<String>,
 }
 
-/// Reads a tar to its end and gives each sample to `visit`, in order, except those marked in `done`.
+/// Reads a tar to its end and gives each sample to `visit`, in order, except those marked in `done`; before those of a cached shard, its stamp.
 ///
 /// A sample is all consecutive members that share the path up to the first dot of the file name; files without an extension and names in
 /// double underscores belong to none, nor do folders, links and devices. A key that comes back after other samples is a sample of its own, and
 /// broken: its members belong to the first. A tar that breaks off gives what precedes the break.
 ///
 /// Returns `None` if `visit` broke off.
-pub fn read_shard(tar: impl Read, done: &Bitmap, mut visit: impl FnMut(RawSample) -> ControlFlow<()>) -> Option<ShardEnd> {
-    let mut grouper = Grouper { done, num_samples: 0, keys: HashSet::new(), current: None };
+pub fn read_shard(tar: impl Read, done: &Bitmap, mut visit: impl FnMut(Found) -> ControlFlow<()>) -> Option<ShardEnd> {
+    let mut grouper = Grouper { done, is_cached: false, num_samples: 0, keys: HashSet::new(), current: None };
     let truncated = match read_members(tar, &mut grouper, &mut visit) {
         Ok(ControlFlow::Continue(())) => None,
         Ok(ControlFlow::Break(())) => return None,
         Err(error) => Some(error.to_string()),
     };
     // The sample before a break is whole unless a member was to follow: without its jpg or json it is reported as bad.
-    if grouper.finish().map(visit).is_some_and(|flow| flow.is_break()) {
+    if grouper.finish().map(Found::Sample).map(visit).is_some_and(|flow| flow.is_break()) {
         return None;
     }
     Some(ShardEnd { num_samples: grouper.num_samples, truncated })
@@ -63,7 +78,7 @@ pub fn read_shard(tar: impl Read, done: &Bitmap, mut visit: impl FnMut(RawSample
 fn read_members(
     tar: impl Read,
     grouper: &mut Grouper<'_>,
-    visit: &mut impl FnMut(RawSample) -> ControlFlow<()>,
+    visit: &mut impl FnMut(Found) -> ControlFlow<()>,
 ) -> io::Result<ControlFlow<()>> {
     for entry in tar::Archive::new(tar).entries()? {
         let mut entry = entry?;
@@ -72,12 +87,23 @@ fn read_members(
             continue;
         }
         let (name, problem) = readable_name(&entry.path_bytes());
+        if name == cached::STAMP && entry.size() <= MAX_STAMP_BYTES {
+            grouper.is_cached = true;
+            let size = entry.size();
+            if visit(Found::Stamp(read_whole(&mut entry, size)?)).is_break() {
+                return Ok(ControlFlow::Break(()));
+            }
+        }
+        if name == cached::TRUNCATED && grouper.is_cached && entry.size() <= MAX_STAMP_BYTES {
+            let size = entry.size();
+            return Err(io::Error::other(String::from_utf8_lossy(&read_whole(&mut entry, size)?)));
+        }
         if is_shard_metadata(&name) {
             continue;
         }
         let Some((key, extension)) = base_plus_ext(&name) else { continue };
         // The sample before this one is let go first: a break within this member must not cost it.
-        if grouper.turn_to(key)?.map(&mut *visit).is_some_and(|flow| flow.is_break()) {
+        if grouper.turn_to(key)?.map(Found::Sample).map(&mut *visit).is_some_and(|flow| flow.is_break()) {
             return Ok(ControlFlow::Break(()));
         }
         if let Some(problem) = problem {
@@ -105,6 +131,8 @@ fn readable_name(name: &[u8]) -> (String, Option<String>) {
 /// Puts members together into samples.
 struct Grouper<'a> {
     done: &'a Bitmap,
+    /// Whether a stamp was read.
+    is_cached: bool,
     num_samples: u32,
     /// Every key so far.
     keys: HashSet<String>,
@@ -123,7 +151,7 @@ impl Grouper<'_> {
         let finished = self.finish();
         let fault = (!self.keys.insert(key.to_owned()))
             .then(|| (Rule::DuplicateKey, "this tar had the key before; a sample's members must follow each other".into()));
-        self.current = Some(RawSample { index: self.num_samples, key: key.to_owned(), jpg: None, json: None, fault });
+        self.current = Some(RawSample { index: self.num_samples, key: key.to_owned(), jpg: None, json: None, latents: None, fault });
         self.num_samples += 1;
         Ok(finished)
     }
@@ -147,6 +175,18 @@ impl Grouper<'_> {
         let slot = match extension.to_ascii_lowercase().as_str() {
             "jpg" => &mut sample.jpg,
             "json" => &mut sample.json,
+            cached::LATENTS if self.is_cached => &mut sample.latents,
+            // Beside a picture it is somebody else's.
+            cached::LATENTS if sample.jpg.is_none() => {
+                let words = format!(".{extension}, but the shard's stamp, {}, does not come before it", cached::STAMP);
+                sample.fault = Some((Rule::BadCache, words));
+                return Ok(());
+            }
+            cached::SKIPPED if self.is_cached && entry.size() <= MAX_STAMP_BYTES => {
+                let size = entry.size();
+                sample.fault = Some(cached::read_skipped(&read_whole(entry, size)?));
+                return Ok(());
+            }
             _ => return Ok(()),
         };
         let size = entry.size();
@@ -188,8 +228,10 @@ mod tests {
 
     fn read_all(tar: &[u8], done: &Bitmap) -> (Vec<RawSample>, ShardEnd) {
         let mut samples = Vec::new();
-        let end = read_shard(tar, done, |sample| {
-            samples.push(sample);
+        let end = read_shard(tar, done, |found| {
+            if let Found::Sample(sample) = found {
+                samples.push(sample);
+            }
             ControlFlow::Continue(())
         });
         (samples, end.unwrap())
@@ -379,6 +421,47 @@ mod tests {
         std::fs::write(&path, gzip.finish().unwrap()).unwrap();
         let end = read_shard(crate::source::open(path.to_str().unwrap()).unwrap(), &Bitmap::default(), |_| ControlFlow::Continue(()));
         assert_eq!(end, Some(ShardEnd { num_samples: 2, truncated: None }));
+    }
+
+    #[test]
+    fn a_cached_shard_gives_its_stamp_then_samples_and_why_others_are_not_trained() {
+        let members: [(&str, &[u8]); 9] = [
+            (cached::STAMP, b"stamp"),
+            ("a.json", b"{}"),
+            ("a.latents.safetensors", b"A"),
+            ("b.skipped", b"too_small: 3 x 3"),
+            ("c.json", b"{}"),
+            ("c.skipped", b"bad_picture: jpg: no end"),
+            ("a.skipped", b"duplicate_key: again"),
+            ("d.latents.safetensors", b"D"),
+            (cached::TRUNCATED, b"unexpected EOF"),
+        ];
+        let tar = tar_of(&members);
+        let mut stamps = Vec::new();
+        read_shard(&tar[..], &Bitmap::default(), |found| {
+            match found {
+                Found::Stamp(stamp) => stamps.push(stamp),
+                Found::Sample(_) => assert_eq!(stamps.len(), 1, "the stamp comes first"),
+            }
+            ControlFlow::Continue(())
+        });
+        assert_eq!(stamps, [b"stamp"]);
+        let (samples, end) = read_all(&tar, &Bitmap::default());
+        assert_eq!(keys(&samples), [(0, "a"), (1, "b"), (2, "c"), (3, "a"), (4, "d")]);
+        assert_eq!((samples[0].latents.as_deref(), samples[0].json.as_deref()), (Some(&b"A"[..]), Some(&b"{}"[..])));
+        assert_eq!(samples[1].fault, Some((Rule::TooSmall, "3 x 3".into())));
+        assert_eq!(samples[2].fault, Some((Rule::BadPicture, "jpg: no end".into())));
+        assert_eq!(samples[3].fault.as_ref().map(|(rule, _)| *rule), Some(Rule::DuplicateKey));
+        assert_eq!(end, ShardEnd { num_samples: 5, truncated: Some("unexpected EOF".into()) });
+    }
+
+    #[test]
+    fn latents_without_a_stamp_before_them_are_broken_unless_a_picture_is_there() {
+        let tar = tar_of(&[("a.latents.safetensors", b"A"), ("b.jpg", b"B"), ("b.latents.safetensors", b"B"), (cached::STAMP, b"s")]);
+        let (samples, _) = read_all(&tar, &Bitmap::default());
+        let (rule, words) = samples[0].fault.clone().unwrap();
+        assert!(rule == Rule::BadCache && words.contains("stamp.json, does not come before it"), "{words}");
+        assert!(samples[1].fault.is_none() && samples[1].jpg.is_some() && samples[1].latents.is_none());
     }
 
     proptest! {

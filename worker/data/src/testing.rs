@@ -6,8 +6,10 @@ use ::image::{ImageFormat, RgbImage};
 use peapod_proto::job::DataSection;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+use safetensors::tensor::Dtype;
 
 use crate::bucket::Bucket;
+use crate::cached::{Array, CachedSample, EnglishStates, StudentStates};
 
 #[path = "../../../tests/src/harness/http.rs"]
 pub mod http;
@@ -45,6 +47,24 @@ fn encode(picture: &RgbImage) -> Vec<u8> {
     let mut jpeg = Cursor::new(Vec::new());
     picture.write_to(&mut jpeg, ImageFormat::Jpeg).unwrap();
     jpeg.into_inner()
+}
+
+/// A cached sample of numbers that count up, f32.
+pub fn cached_sample(original_size: (u32, u32), latents: [usize; 3], with_text: bool) -> CachedSample {
+    let array = |shape: &[usize], start: f32| {
+        let len: usize = shape.iter().product();
+        let bytes = (0..len).flat_map(|at| (start + at as f32).to_le_bytes()).collect();
+        Array { dtype: Dtype::F32, shape: shape.to_vec(), bytes }
+    };
+    let mask = Array { dtype: Dtype::U8, shape: vec![3], bytes: vec![1, 1, 0] };
+    CachedSample {
+        original_size,
+        crop: (1, 2),
+        mean: array(&latents, 0.0),
+        log_variance: array(&latents, -20.0),
+        english: with_text.then(|| EnglishStates { sequence: array(&[5, 6], 1.0), pooled: Some(array(&[4], 2.0)) }),
+        student: with_text.then(|| StudentStates { sequence: array(&[3, 7], 3.0), mask }),
+    }
 }
 
 /// A job's data section with its defaults.

@@ -9,10 +9,11 @@ use std::ops::ControlFlow;
 use fast_image_resize::Resizer;
 use peapod_proto::ids::{Bitmap, Epoch, LeaseId, SampleName, ShardId};
 
+use crate::cached::Stamp;
 use crate::caption::Cleaner;
 use crate::loader::{Batch, LoaderConfig, Prepared, prepare};
 use crate::sample::{Encoded, Reason, Rules, examine};
-use crate::shard::read_shard;
+use crate::shard::{Found, read_shard};
 use crate::source::{SourceOptions, Sources, expand_shards};
 use crate::{Error, Result};
 
@@ -41,7 +42,7 @@ impl ValidationSet {
     /// The rules of `config` hold as for training, but for the dropping of prompts. `warn` is told of broken samples, which are passed
     /// over, as are those that a rule leaves out: all workers read the same files and so keep the same samples.
     ///
-    /// Errors: those of [`expand_shards`]; [`Error::Open`] and [`Error::Store`] naming the shard; [`Error::Validation`] if no sample is
+    /// Errors: those of [`expand_shards`]; [`Error::Open`], [`Error::Store`] and [`Error::Recipe`] naming the shard; [`Error::Validation`] if no sample is
     /// usable, or they are too large to be held.
     pub fn load(patterns: &[String], limit: u32, config: &LoaderConfig, mut warn: impl FnMut(&str)) -> Result<Self> {
         let config = LoaderConfig { condition_dropout: 0.0, ..config.clone() };
@@ -58,14 +59,22 @@ impl ValidationSet {
             }
             let mut tar = sources.open(url, || false)?;
             let halt = tar.halt();
-            let end = read_shard(&mut tar, &Bitmap::default(), |raw| {
+            let mut misfit = None;
+            let end = read_shard(&mut tar, &Bitmap::default(), |found| {
+                let raw = match found {
+                    Found::Sample(raw) => raw,
+                    Found::Stamp(stamp) => {
+                        misfit = Stamp::check(url, &stamp, &config.recipe).err();
+                        return if misfit.is_none() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) };
+                    }
+                };
                 if halt.is_set() || samples.len() == limit || num_bytes > MAX_BYTES {
                     return ControlFlow::Break(());
                 }
                 let (index, key) = (raw.index, raw.key.clone());
                 match examine(raw, &rules, &cleaner) {
                     Ok(encoded) => {
-                        num_bytes += encoded.jpeg.len() as u64;
+                        num_bytes += encoded.stored.num_bytes() as u64;
                         samples.push(Kept { name: SampleName { epoch: EPOCH, shard, index }, key, encoded });
                     }
                     Err(skip) if skip.rule.reason() == Reason::Bad => warn(&format!("validation sample {key} in {url}: {}", skip.detail())),
@@ -74,6 +83,7 @@ impl ValidationSet {
                 ControlFlow::Continue(())
             });
             halt.check()?;
+            misfit.map_or(Ok(()), Err)?;
             if let Some(broken_off) = end.and_then(|end| end.truncated) {
                 warn(&format!("validation shard {url}: {broken_off}; the rest of it is lost"));
             }
@@ -104,7 +114,7 @@ impl ValidationSet {
 
     /// What tells one set from another: each sample's place, key and size of its picture.
     pub fn inventory(&self) -> impl Iterator<Item = (SampleName, &str, usize)> {
-        self.samples.iter().map(|sample| (sample.name, sample.key.as_str(), sample.encoded.jpeg.len()))
+        self.samples.iter().map(|sample| (sample.name, sample.key.as_str(), sample.encoded.stored.num_bytes()))
     }
 
     /// The batches of one member's part, which is every sample `i` with `i mod num_members = member`; decoded as they are taken.
@@ -167,6 +177,7 @@ mod tests {
     use std::path::Path;
 
     use super::*;
+    use crate::loader::Content;
     use crate::testing::{data_section, jpeg_of, noisy_jpeg, tar_of};
 
     const GOOD: &[u8] = r#"{"caption_zh": "红", "caption_en": "red"}"#.as_bytes();
@@ -206,7 +217,8 @@ mod tests {
             .flat_map(|batch| {
                 assert!(batch.samples.len() <= 2);
                 let bytes = batch.bucket.0 as usize * batch.bucket.1 as usize * 3;
-                assert!(batch.samples.iter().all(|sample| sample.pixels.len() == bytes), "a batch is of one bucket");
+                let len = |sample: &Prepared| matches!(&sample.content, Content::Pixels(pixels) if pixels.len() == bytes);
+                assert!(batch.samples.iter().all(len), "a batch is of one bucket");
                 batch.samples
             })
             .collect()

@@ -8,9 +8,10 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use peapod_data::bucket::Bucket;
+use peapod_data::cached;
 use peapod_data::caption::Cleaner;
-use peapod_data::sample::{Rules, examine};
-use peapod_data::shard::{RawSample, read_shard};
+use peapod_data::sample::{Rules, Stored, examine};
+use peapod_data::shard::{Found, RawSample, read_shard};
 use peapod_data::{Reason, Rule, expand_shards, image, source};
 use peapod_proto::ids::Bitmap;
 use peapod_proto::job::{DataSection, Job};
@@ -50,7 +51,7 @@ pub struct Summary {
     pub unreadable: Vec<Unreadable>,
     /// Samples in all shards.
     pub num_samples: u64,
-    /// Bytes of their pictures and captions.
+    /// Bytes of their pictures, or of what was precomputed of them, and captions.
     pub num_bytes: u64,
     /// Width and height of the picture with the fewest pixels.
     pub smallest: Option<(u32, u32)>,
@@ -167,8 +168,11 @@ impl Summary {
     fn of_shard(shard: &str, rules: &Rules, cleaner: &Cleaner, decode: bool) -> Self {
         let mut summary = Self { num_shards: 1, ..Self::new(&rules.buckets) };
         let truncated = match source::open(shard) {
-            Ok(tar) => read_shard(tar, &Bitmap::default(), |sample| {
-                summary.count(shard, sample, rules, cleaner, decode);
+            Ok(tar) => read_shard(tar, &Bitmap::default(), |found| {
+                // Whether a job may train what was precomputed is for its models to say.
+                if let Found::Sample(sample) = found {
+                    summary.count(shard, sample, rules, cleaner, decode);
+                }
                 ControlFlow::Continue(())
             })
             .and_then(|end| end.truncated),
@@ -180,9 +184,9 @@ impl Summary {
 
     fn count(&mut self, shard: &str, sample: RawSample, rules: &Rules, cleaner: &Cleaner, decode: bool) {
         self.num_samples += 1;
-        self.num_bytes += [&sample.jpg, &sample.json].into_iter().flatten().map(|bytes| bytes.len() as u64).sum::<u64>();
+        self.num_bytes += [&sample.jpg, &sample.json, &sample.latents].into_iter().flatten().map(|bytes| bytes.len() as u64).sum::<u64>();
         // What is wrong with either is for `examine` to say.
-        if let Some(Ok(size)) = sample.jpg.as_deref().map(image::size) {
+        if let Some(Ok(size)) = sample.latents.as_deref().map(cached::original_size).or(sample.jpg.as_deref().map(image::size)) {
             self.count_size(size);
         }
         let json = sample.json.as_deref().and_then(|json| serde_json::from_slice::<serde_json::Map<_, _>>(json).ok());
@@ -193,8 +197,8 @@ impl Summary {
         }
         let key = sample.key.clone();
         let examined = examine(sample, rules, cleaner).map_err(|skip| (skip.rule, skip.words)).and_then(|encoded| {
-            if decode {
-                image::decode(&encoded.jpeg).map_err(|error| (Rule::BadPicture, error.to_string()))?;
+            if decode && let Stored::Picture { jpeg, .. } = &encoded.stored {
+                image::decode(jpeg).map_err(|error| (Rule::BadPicture, error.to_string()))?;
             }
             Ok(encoded)
         });

@@ -3,7 +3,7 @@
 //! The same table gives the same bytes. A JPEG goes in as it is; any other picture this program reads is encoded as one.
 
 use std::fs::File;
-use std::io::{BufRead, BufReader, BufWriter, Cursor, Write};
+use std::io::{BufRead, BufReader, Cursor};
 use std::path::{Path, PathBuf};
 
 use image::codecs::jpeg::JpegEncoder;
@@ -12,6 +12,7 @@ use peapod_data::image::{MAX_PIXELS, decode};
 use peapod_proto::program::say;
 use serde_json::{Map, Value};
 
+use super::whole::WholeTar;
 use super::{progress_bar, size};
 
 /// Columns whose text is a number in a sample's json.
@@ -275,13 +276,10 @@ struct Writer {
     num_bytes: u64,
 }
 
-/// A shard that is being written, under a name that no pattern matches until it is whole.
+/// A shard that is being written.
 struct Shard {
-    tar: tar::Builder<BufWriter<File>>,
-    partial: PathBuf,
-    target: PathBuf,
+    tar: WholeTar,
     num_samples: u32,
-    num_bytes: u64,
 }
 
 impl Writer {
@@ -292,17 +290,18 @@ impl Writer {
 
     fn add(&mut self, number: u64, sample: &Sample) -> Result<(), String> {
         let num_bytes = (sample.jpg.len() + sample.json.len()) as u64;
-        let is_full = |shard: &Shard| shard.num_samples >= self.samples_per_shard || shard.num_bytes + num_bytes > self.max_bytes;
+        let is_full = |shard: &Shard| shard.num_samples >= self.samples_per_shard || shard.tar.num_bytes() + num_bytes > self.max_bytes;
         if self.current.as_ref().is_some_and(is_full) {
             self.close()?;
         }
         let mut shard = match self.current.take() {
             Some(shard) => shard,
-            None => Shard::begin(&self.pattern, self.num_shards)?,
+            None => Shard { tar: WholeTar::begin(self.pattern.folder.join(self.pattern.name(self.num_shards)))?, num_samples: 0 },
         };
-        shard.append(&format!("{number:09}"), sample).map_err(|error| format!("write {}: {error}", shard.partial.display()))?;
+        for (extension, bytes) in [("jpg", &sample.jpg), ("json", &sample.json)] {
+            shard.tar.append(&format!("{number:09}.{extension}"), bytes)?;
+        }
         shard.num_samples += 1;
-        shard.num_bytes += num_bytes;
         (self.num_samples, self.num_bytes) = (self.num_samples + 1, self.num_bytes + num_bytes);
         self.current = Some(shard);
         Ok(())
@@ -310,8 +309,7 @@ impl Writer {
 
     fn close(&mut self) -> Result<(), String> {
         let Some(shard) = self.current.take() else { return Ok(()) };
-        let target = shard.target.clone();
-        shard.finish().map_err(|error| format!("write {}: {error}", target.display()))?;
+        shard.tar.finish()?;
         self.num_shards += 1;
         Ok(())
     }
@@ -327,42 +325,6 @@ impl Writer {
             size(num_bytes),
             pattern.list(num_shards)
         ))
-    }
-}
-
-impl Shard {
-    fn begin(pattern: &Pattern, place: u64) -> Result<Self, String> {
-        let name = pattern.name(place);
-        let (partial, target) = (pattern.folder.join(format!(".{name}.partial")), pattern.folder.join(&name));
-        let create = || {
-            std::fs::create_dir_all(&pattern.folder)?;
-            File::create(&partial)
-        };
-        let file = create().map_err(|error| format!("create {}: {error}", partial.display()))?;
-        Ok(Self { tar: tar::Builder::new(BufWriter::new(file)), partial, target, num_samples: 0, num_bytes: 0 })
-    }
-
-    fn append(&mut self, key: &str, sample: &Sample) -> std::io::Result<()> {
-        for (extension, bytes) in [("jpg", &sample.jpg), ("json", &sample.json)] {
-            // Nothing of the time, the user or the machine.
-            let mut header = tar::Header::new_ustar();
-            header.set_size(bytes.len() as u64);
-            header.set_mode(0o644);
-            self.tar.append_data(&mut header, format!("{key}.{extension}"), bytes.as_slice())?;
-        }
-        Ok(())
-    }
-
-    fn finish(self) -> std::io::Result<()> {
-        let mut file = self.tar.into_inner()?;
-        file.flush()?;
-        file.get_ref().sync_all()?;
-        if self.target.exists() {
-            return Err(std::io::Error::new(std::io::ErrorKind::AlreadyExists, "it exists; nothing is overwritten"));
-        }
-        std::fs::rename(&self.partial, &self.target)?;
-        let folder = self.target.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        File::open(folder)?.sync_all()
     }
 }
 

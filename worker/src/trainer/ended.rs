@@ -12,8 +12,8 @@ pub enum Ended {
     Broken { reason: String, lost: Option<MemberIndex>, stalled: Option<Stall> },
     /// This worker cannot go on.
     Failed { phase: &'static str, message: String },
-    /// Nor can another in its place: the job's workers do not fit together.
-    Unfit(String),
+    /// Nor can another in its place: the job's workers do not fit together, or its data are another job's.
+    Unfit { phase: &'static str, message: String },
 }
 
 impl Ended {
@@ -34,7 +34,7 @@ impl Ended {
     /// What an error of the collective means, and which neighbour is behind it as far as this member can see.
     pub fn by(error: peapod_collective::Error) -> Self {
         let lost = match &error {
-            peapod_collective::Error::Unfit { .. } => return Self::Unfit(error.to_string()),
+            peapod_collective::Error::Unfit { .. } => return Self::Unfit { phase: "connecting", message: error.to_string() },
             peapod_collective::Error::AbortHung { .. } => return Self::Failed { phase: "collective", message: error.to_string() },
             peapod_collective::Error::PeerLost { member_index, .. } => Some(MemberIndex(*member_index)),
             peapod_collective::Error::Timeout { waiting_for, .. } => waiting_for.first().map(|&index| MemberIndex(index)),

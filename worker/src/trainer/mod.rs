@@ -11,6 +11,7 @@ mod reading;
 mod rounds;
 mod state;
 mod step;
+pub(crate) mod tensors;
 mod training;
 
 use std::collections::BTreeSet;
@@ -126,7 +127,7 @@ pub fn run(context: Context, commands: Receiver<Command>) {
 }
 
 /// Turns a panic, which is how libtorch's errors reach Rust, into its message.
-fn guarded<T>(body: impl FnOnce() -> T) -> Result<T, String> {
+pub(crate) fn guarded<T>(body: impl FnOnce() -> T) -> Result<T, String> {
     catch_unwind(AssertUnwindSafe(body)).map_err(|panic| {
         let text = panic.downcast_ref::<String>().cloned().or_else(|| panic.downcast_ref::<&str>().map(|&text| text.to_owned()));
         text.unwrap_or_else(|| "a panic without a message".into())
@@ -163,7 +164,7 @@ impl Trainer {
         let Context { job, device, output, control, .. } = &context;
         let models = setup::load_models(job, *device).map_err(|error| error.to_string())?;
         let adapter_config = setup::adapter_config(job, &models);
-        let data = setup::loader_config(job, &models);
+        let data = setup::loader_config(job, &models).map_err(|error| error.to_string())?;
         let rounds = Rounds::load(job, &models, &data)?;
         let model_digest = setup::model_digest(job, &adapter_config).map_err(|error| error.to_string())?;
         let model_digest = rounds.digest_with(model_digest);
@@ -229,7 +230,7 @@ impl Trainer {
             Ended::Orderly(cause, reason) => (cause, reason, None, None),
             Ended::Broken { reason, lost, stalled } => (StopCause::Aborted, reason, lost, stalled),
             Ended::Failed { phase, message } => return self.event(TrainerEvent::Failed { phase, message, permanent: false }),
-            Ended::Unfit(message) => return self.event(TrainerEvent::Failed { phase: "connecting", message, permanent: true }),
+            Ended::Unfit { phase, message } => return self.event(TrainerEvent::Failed { phase, message, permanent: true }),
         };
         let applied = self.state.as_ref().map_or(Step(0), |state| state.step);
         let validation = self.last_validation.take();

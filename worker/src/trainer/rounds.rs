@@ -22,7 +22,7 @@ use peapod_proto::job::{Job, PicturesSection};
 use peapod_proto::message::{Assignment, ValidationLosses};
 use sha2::{Digest, Sha256};
 
-use super::step::to_tensors;
+use super::tensors::to_tensors;
 use crate::picture::Picture;
 use crate::tail::{LossTotals, ValidationTotals};
 
@@ -151,7 +151,9 @@ impl Rounds {
             if !go_on() {
                 return Err(Unfinished::BrokenOff);
             }
-            sums += models.evaluate(adapter, &to_tensors(&batch, models.vae().downscale()))?;
+            for batch in to_tensors(&batch, models.vae().downscale())? {
+                sums += models.evaluate(adapter, &batch)?;
+            }
         }
         let losses = LossTotals { task: sums.task as f32, logit: sums.logit as f32, feature: sums.feature as f32 };
         Ok(ValidationTotals { samples: sums.count as u32, losses })
@@ -268,7 +270,7 @@ mod tests {
     }
 
     fn load(job: &Job, models: &Distiller) -> Result<Rounds, String> {
-        Rounds::load(job, models, &setup::loader_config(job, models))
+        Rounds::load(job, models, &setup::loader_config(job, models).unwrap())
     }
 
     #[test]

@@ -103,6 +103,7 @@ impl Trainer {
         self.context.faults.in_data(step, place.abort);
         let share = self.loader.next_share(owed).map_err(|error| match error {
             peapod_data::Error::Cancelled => Ended::broken("aborted while waiting for samples".into()),
+            error @ peapod_data::Error::Recipe(_) => Ended::Unfit { phase: "data", message: error.to_string() },
             error => Ended::Failed { phase: "data", message: error.to_string() },
         })?;
         let data = clock.elapsed();
@@ -251,7 +252,7 @@ impl Trainer {
             }
             Err(Ended::Broken { reason, .. }) => reason,
             Err(Ended::Failed { phase, message }) => format!("{phase}: {message}"),
-            Err(Ended::Unfit(message)) => message,
+            Err(Ended::Unfit { message, .. }) => message,
             Err(Ended::Orderly(..)) => String::new(),
         }
     }

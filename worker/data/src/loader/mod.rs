@@ -22,6 +22,8 @@ use peapod_proto::ids::{Bitmap, Epoch, LeaseId, SampleName, ShardId};
 use peapod_proto::job::DataSection;
 use peapod_proto::message::Lease;
 
+use crate::bucket::Bucket;
+use crate::cached::{CachedSample, Recipe};
 use crate::caption::Cleaner;
 use crate::draws::{DrawShape, Draws};
 use crate::sample::{Rules, Skip};
@@ -97,13 +99,16 @@ pub struct LoaderConfig {
     pub num_timesteps: u32,
     /// Probability with which a sample is trained with the empty prompt.
     pub condition_dropout: f64,
+    /// How this job would make cached shards: those that were made otherwise are refused.
+    pub recipe: Recipe,
 }
 
 impl LoaderConfig {
-    /// A configuration for Stable Diffusion's latents: 4 channels, 8 pixels, 1000 timesteps.
+    /// A configuration for Stable Diffusion's latents: 4 channels, 8 pixels, 1000 timesteps. It knows of no model.
     #[must_use]
     pub fn new(data: DataSection, seed: u64, micro_batch: usize, condition_dropout: f64) -> Self {
-        Self { data, seed, micro_batch, latent_channels: 4, vae_scale: 8, num_timesteps: 1000, condition_dropout }
+        let recipe = Recipe::of_data(&data);
+        Self { data, seed, micro_batch, latent_channels: 4, vae_scale: 8, num_timesteps: 1000, condition_dropout, recipe }
     }
 
     pub(crate) fn validate(&self) -> Result<()> {
@@ -127,10 +132,16 @@ impl LoaderConfig {
         }
     }
 
-    fn draw_shape(&self, (width, height): (u32, u32)) -> DrawShape {
+    /// `[channels, height, width]` of the latents of a bucket.
+    fn latent_shape(&self, bucket: Bucket) -> [usize; 3] {
+        [self.latent_channels, (bucket.height / self.vae_scale) as usize, (bucket.width / self.vae_scale) as usize]
+    }
+
+    fn draw_shape(&self, bucket: Bucket) -> DrawShape {
+        let [latent_channels, height, width] = self.latent_shape(bucket);
         DrawShape {
-            latent_channels: self.latent_channels,
-            latent_area: (width / self.vae_scale) as usize * (height / self.vae_scale) as usize,
+            latent_channels,
+            latent_area: height * width,
             num_timesteps: self.num_timesteps,
             condition_dropout: self.condition_dropout,
         }
@@ -195,6 +206,15 @@ pub struct Batch {
     pub samples: Vec<Prepared>,
 }
 
+/// What a sample shows the model.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Content {
+    /// RGB, 0..=255, `[height, width, 3]` of the bucket: a batch of them is a channels-last tensor as it stands.
+    Pixels(Vec<u8>),
+    /// What the frozen encoders made of it before.
+    Cached(Box<CachedSample>),
+}
+
 /// A sample, ready to be trained.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Prepared {
@@ -202,8 +222,8 @@ pub struct Prepared {
     pub name: SampleName,
     /// The lease it was read under.
     pub lease: LeaseId,
-    /// RGB, 0..=255, `[height, width, 3]` of the bucket: a batch of them is a channels-last tensor as it stands.
-    pub pixels: Vec<u8>,
+    /// What it shows.
+    pub content: Content,
     /// For the student.
     pub prompt: String,
     /// For the teacher.
@@ -281,7 +301,8 @@ impl Loader {
     /// Pictures of later shares of the same size are decoded meanwhile.
     ///
     /// Errors: [`Error::Cancelled`] from [`LoaderHandle::cancel`] until [`LoaderHandle::resume`], whereupon nothing is lost;
-    /// [`Error::Store`] if a shard cannot be had, its store being down for `data.give_up_after`; [`Error::ThreadPanicked`].
+    /// [`Error::Store`] if a shard cannot be had, its store being down for `data.give_up_after`; [`Error::Recipe`] if a cached one was made for
+    /// another job; [`Error::ThreadPanicked`].
     pub fn next_share(&mut self, num_samples: usize) -> Result<Share> {
         let mut state = self.shared.lock();
         loop {

@@ -5,7 +5,7 @@ use std::collections::{HashSet, VecDeque};
 use peapod_proto::ids::{LeaseId, SampleName};
 
 use super::{Batch, LeasedShard, LoaderConfig, Outlook, Prepared, Share, Stats};
-use crate::StoreError;
+use crate::error::Failure;
 use crate::plan::{Cuts, Pool, Pooled};
 use crate::sample::Encoded;
 
@@ -43,7 +43,7 @@ impl Pooled for Buffered {
 
     fn num_bytes(&self) -> u64 {
         let caption = &self.encoded.caption;
-        (self.encoded.jpeg.len() + caption.prompt.len() + caption.english.len() + self.key.len()) as u64 + SAMPLE_OVERHEAD
+        (self.encoded.stored.num_bytes() + caption.prompt.len() + caption.english.len() + self.key.len()) as u64 + SAMPLE_OVERHEAD
     }
 }
 
@@ -120,8 +120,8 @@ pub struct State {
     planned: VecDeque<Planned>,
     next_ticket: u64,
 
-    /// Why the reader has ended, if a shard could not be had.
-    pub failure: Option<StoreError>,
+    /// Why the reader has ended, if it gave up.
+    pub failure: Option<Failure>,
     /// Waits for shares break off.
     pub is_cancelled: bool,
     /// The threads end.

@@ -1,5 +1,7 @@
 //! The loader with real threads and small tars. Nothing here waits for a time: every wait is for an event or a share.
 
+mod cached;
+
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::path::Path;
@@ -7,7 +9,7 @@ use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 
 use super::*;
-use crate::sample::Reason;
+use crate::sample::{Reason, Rule};
 use crate::testing::http::{Fault, FileServer, Habits};
 use crate::testing::{data_section, jpeg_of, noisy_jpeg, tar_of};
 
@@ -159,7 +161,7 @@ fn batches_are_of_one_bucket_and_their_samples_complete() {
             assert!((1..=4).contains(&batch.samples.len()));
             let (width, height) = batch.bucket;
             for sample in batch.samples {
-                assert_eq!(sample.pixels.len(), (width * height * 3) as usize);
+                assert!(matches!(&sample.content, Content::Pixels(pixels) if pixels.len() == (width * height * 3) as usize));
                 assert_eq!(sample.original_size, if width == 32 { (64, 32) } else { (40, 36) });
                 assert_eq!(sample.prompt, sample.name.index.to_string());
                 assert_eq!((sample.name.epoch, sample.lease), (Epoch(3), LeaseId(100)));

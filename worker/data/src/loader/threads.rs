@@ -9,15 +9,16 @@ use fast_image_resize::Resizer;
 use peapod_proto::ids::{LeaseId, SampleName};
 
 use super::state::{Buffered, Job, State};
-use super::{LeasedShard, LoaderConfig, LoaderEvent, Prepared};
+use super::{Content, LeasedShard, LoaderConfig, LoaderEvent, Prepared};
 use crate::bucket::Bucket;
+use crate::cached::{CachedSample, Stamp};
 use crate::caption::Cleaner;
 use crate::draws::SampleRng;
-use crate::format::Turn;
-use crate::sample::{Encoded, Rule, Rules, Skip, examine};
-use crate::shard::{ShardEnd, read_shard};
+use crate::error::Failure;
+use crate::sample::{Encoded, Rule, Rules, Skip, Stored, examine};
+use crate::shard::{Found, ShardEnd, read_shard};
 use crate::source::{SourceOptions, Sources};
-use crate::{Error, Result, StoreError, image};
+use crate::{Error, Result, image};
 
 /// Skipped samples that are reported together.
 const REPORT_LEN: usize = 64;
@@ -155,8 +156,8 @@ enum Stop {
 
 /// Reads one tar into the buffers; `skipped` keeps what is not reported yet. `None` if the lease was lost or given back, or the loader stops.
 ///
-/// Errors: the shard could not be had, and nothing is known to be wrong with it.
-fn read_lease(shared: &Shared, cleaner: &Cleaner, lease: &LeasedShard, skipped: &mut Vec<Skip>) -> Result<Option<Stop>, StoreError> {
+/// Errors: the shard could not be had, and nothing is known to be wrong with it; or it was made for another job.
+fn read_lease(shared: &Shared, cleaner: &Cleaner, lease: &LeasedShard, skipped: &mut Vec<Skip>) -> Result<Option<Stop>, Failure> {
     let is_cancelled = || {
         let state = shared.lock();
         state.is_stopping || state.is_cut() || !state.is_held(lease.lease)
@@ -164,12 +165,19 @@ fn read_lease(shared: &Shared, cleaner: &Cleaner, lease: &LeasedShard, skipped: 
     let mut tar = match shared.sources.open(&lease.url, is_cancelled) {
         Ok(tar) => tar,
         Err(Error::Cancelled) => return Ok(None),
-        Err(Error::Store(error)) => return Err(error),
+        Err(Error::Store(error)) => return Err(error.into()),
         Err(error) => return Ok(Some(Stop::End(ShardEnd { num_samples: 0, truncated: Some(error.to_string()) }))),
     };
     let halt = tar.halt();
-    let mut part_end = None;
-    let end = read_shard(&mut tar, &lease.done, |raw| {
+    let (mut part_end, mut misfit) = (None, None);
+    let end = read_shard(&mut tar, &lease.done, |found| {
+        let raw = match found {
+            Found::Sample(raw) => raw,
+            Found::Stamp(stamp) => {
+                misfit = Stamp::check(&lease.url, &stamp, &shared.config.recipe).err();
+                return if misfit.is_none() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) };
+            }
+        };
         // A sample that a failed read cut short is not a broken one.
         if halt.is_set() {
             return ControlFlow::Break(());
@@ -199,10 +207,13 @@ fn read_lease(shared: &Shared, cleaner: &Cleaner, lease: &LeasedShard, skipped: 
             }
         }
     });
+    if let Some(misfit) = misfit {
+        return Err(misfit.into());
+    }
     match halt.check() {
         _ if part_end.is_some() => Ok(part_end.map(Stop::Part)),
         Ok(()) => Ok(end.map(Stop::End)),
-        Err(Error::Store(error)) => Err(error),
+        Err(Error::Store(error)) => Err(error.into()),
         Err(_) => Ok(None),
     }
 }
@@ -263,27 +274,32 @@ pub fn decode_pictures(shared: &Shared) {
     }
 }
 
-/// Decodes, scales and crops a sample's picture and draws its random numbers.
+/// Decodes, scales and crops a sample's picture, or takes what was made of it before, and draws its random numbers.
 pub fn prepare(resizer: &mut Resizer, name: SampleName, lease: LeaseId, encoded: Encoded, config: &LoaderConfig) -> Result<Prepared> {
-    let Encoded { jpeg, turn, size, bucket, caption } = encoded;
+    let Encoded { stored, size, bucket, caption } = encoded;
     let [width, height] = config.data.buckets.get(bucket).copied().unwrap_or_default();
     let rng = SampleRng::new(config.seed, name);
     let bucket = Bucket { width, height };
-    // What a shrunk picture lacks at its right and lower edges would lie elsewhere once it is turned.
-    let (picture, by) = match config.data.fast_shrink && turn == Turn::NONE {
-        true => image::decode_shrunk(&jpeg, size, bucket)?,
-        false => (turn.apply(image::decode(&jpeg)?), 1),
+    let (content, crop) = match stored {
+        Stored::Picture { jpeg, turn } => {
+            let cropped = image::cut(resizer, &jpeg, turn, size, bucket, config.data.fast_shrink, &rng)?;
+            (Content::Pixels(cropped.pixels), cropped.corner)
+        }
+        Stored::Latents(bytes) => {
+            let cached = CachedSample::parse(&bytes, config.latent_shape(bucket))?;
+            let crop = cached.crop;
+            (Content::Cached(Box::new(cached)), crop)
+        }
     };
-    let crop = image::cover_shrunk(resizer, &picture, size, by, bucket, &rng)?;
     Ok(Prepared {
         name,
         lease,
-        pixels: crop.pixels,
+        content,
         prompt: caption.prompt,
         english: caption.english,
         native: caption.native,
         original_size: size,
-        crop: crop.corner,
-        draws: rng.draws(&config.draw_shape((width, height))),
+        crop,
+        draws: rng.draws(&config.draw_shape(bucket)),
     })
 }

@@ -15,7 +15,7 @@ fn examine_raw(raw: RawSample, data: &DataSection) -> Result<Encoded, Skip> {
 /// Examines a picture of this size with this json.
 fn examine_by(data: &DataSection, size: (u32, u32), json: &[u8]) -> Result<Encoded, Skip> {
     let jpg = Some(jpeg_of(size.0, size.1, [10, 20, 30]));
-    examine_raw(RawSample { index: 4, key: "k".into(), jpg, json: Some(json.to_vec()), fault: None }, data)
+    examine_raw(RawSample { index: 4, key: "k".into(), jpg, json: Some(json.to_vec()), latents: None, fault: None }, data)
 }
 
 fn examine_json(size: (u32, u32), json: &str) -> Result<Encoded, Skip> {
@@ -145,7 +145,7 @@ fn json_may_hold_anything_under_other_keys_and_a_key_twice() {
 
 #[test]
 fn broken_samples_say_what_is_broken() {
-    let whole = RawSample { index: 0, key: String::new(), jpg: Some(vec![1, 2]), json: Some(b"{}".to_vec()), fault: None };
+    let whole = RawSample { index: 0, key: String::new(), jpg: Some(vec![1, 2]), json: Some(b"{}".to_vec()), latents: None, fault: None };
     for (raw, wanted) in [
         (RawSample { jpg: None, ..whole.clone() }, "no_jpg: no member .jpg"),
         (RawSample { json: None, ..whole.clone() }, "no_json: no member .json"),

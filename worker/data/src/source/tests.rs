@@ -9,7 +9,7 @@ use peapod_proto::ids::Bitmap;
 use ruzstd::encoding::{CompressionLevel, compress_to_vec};
 
 use super::*;
-use crate::shard::{ShardEnd, read_shard};
+use crate::shard::{Found, ShardEnd, read_shard};
 use crate::testing::http::{Fault, FileServer, Habits};
 use crate::testing::tar_of;
 
@@ -228,8 +228,10 @@ fn objects_of_all_sizes_and_kinds_are_read() {
         server.fail_next([Fault::CutAfter(100)]);
         let stream = sources.open(&server.url("0.tar"), || false).unwrap();
         let mut keys = Vec::new();
-        let end = read_shard(stream, &Bitmap::default(), |sample| {
-            keys.push(sample.key);
+        let end = read_shard(stream, &Bitmap::default(), |found| {
+            if let Found::Sample(sample) = found {
+                keys.push(sample.key);
+            }
             std::ops::ControlFlow::Continue(())
         });
         assert_eq!((keys.join(" "), end), ("a b".to_owned(), Some(ShardEnd { num_samples: 2, truncated: None })));

@@ -3,15 +3,49 @@
 use tch::{Device, Kind, Tensor};
 
 use super::TimeIdsOrder;
+use crate::text::Conditioning;
+use crate::vae::Moments;
 use crate::{Error, Result};
+
+/// What the samples show.
+#[derive(Debug)]
+pub enum Images {
+    /// RGB pixels, u8 `[B, 3, H, W]`.
+    Pixels(Tensor),
+    /// What the autoencoder has said of them before, not yet multiplied by its scaling factor, `[B, 4, h, w]` of any kind.
+    Moments(Moments),
+}
+
+/// What the teacher is told of each sample. That of native samples is not read in hybrid training.
+#[derive(Debug)]
+pub enum English {
+    /// English captions.
+    Captions(Vec<String>),
+    /// What the encoders have said of them before, of any kind.
+    States(Conditioning),
+}
+
+/// What the student is told of each sample.
+#[derive(Debug)]
+pub enum Prompts {
+    /// Captions in its language.
+    Captions(Vec<String>),
+    /// What its encoder has said of them before, without dropout.
+    States {
+        /// Token states `[B, L, Din]` of any kind.
+        sequence: Tensor,
+        /// Tokens that are no padding, bool `[B, L]`.
+        mask: Tensor,
+    },
+}
 
 /// One single-bucket micro-batch: encoded samples and all the randomness that their step needs, drawn by whoever made the batch.
 ///
 /// B samples of H x W pixels, h x w latents. Tensors may lie on the host; they are copied where the models are.
 #[derive(Debug)]
 pub struct MicroBatch {
-    /// RGB pixels, u8 `[B, 3, H, W]`.
-    pub pixels: Tensor,
+    /// The pictures.
+    pub images: Images,
     /// Standard normal numbers that draw the latents from the encoder's distribution, f32 `[B, 4, h, w]`.
     pub posterior: Tensor,
     /// Standard normal noise, f32 `[B, 4, h, w]`.
@@ -24,10 +58,10 @@ pub struct MicroBatch {
     pub drop: Tensor,
     /// Samples with a native caption and no trusted English one (z = 1), bool `[B]`.
     pub native: Tensor,
-    /// Captions in the student's language.
-    pub captions: Vec<String>,
-    /// English captions for the teacher; those of native samples are not read in hybrid training.
-    pub english: Vec<String>,
+    /// Texts in the student's language.
+    pub prompts: Prompts,
+    /// The teacher's texts.
+    pub english: English,
     /// Width and height of each image before it was resized.
     pub original_size: Vec<(i64, i64)>,
     /// Top and left of each crop, in resized pixels.
@@ -45,12 +79,12 @@ pub(super) struct Flags {
 impl MicroBatch {
     /// Number of samples.
     pub fn len(&self) -> usize {
-        self.captions.len()
+        self.original_size.len()
     }
 
     /// Whether there are no samples.
     pub fn is_empty(&self) -> bool {
-        self.captions.is_empty()
+        self.original_size.is_empty()
     }
 
     /// The samples `from..to` as a batch of their own.
@@ -59,15 +93,30 @@ impl MicroBatch {
     fn range(&self, from: usize, to: usize) -> Self {
         let rows = |tensor: &Tensor| tensor.narrow(0, from as i64, (to - from) as i64);
         Self {
-            pixels: rows(&self.pixels),
+            images: match &self.images {
+                Images::Pixels(pixels) => Images::Pixels(rows(pixels)),
+                Images::Moments(Moments { mean, log_variance }) => {
+                    Images::Moments(Moments { mean: rows(mean), log_variance: rows(log_variance) })
+                }
+            },
             posterior: rows(&self.posterior),
             noise: rows(&self.noise),
             offset: rows(&self.offset),
             timesteps: rows(&self.timesteps),
             drop: rows(&self.drop),
             native: rows(&self.native),
-            captions: self.captions[from..to].to_vec(),
-            english: self.english[from..to].to_vec(),
+            prompts: match &self.prompts {
+                Prompts::Captions(captions) => Prompts::Captions(captions[from..to].to_vec()),
+                Prompts::States { sequence, mask } => Prompts::States { sequence: rows(sequence), mask: rows(mask) },
+            },
+            english: match &self.english {
+                English::Captions(captions) => English::Captions(captions[from..to].to_vec()),
+                English::States(Conditioning { sequence, pooled, mask }) => English::States(Conditioning {
+                    sequence: rows(sequence),
+                    pooled: pooled.as_ref().map(rows),
+                    mask: mask.as_ref().map(rows),
+                }),
+            },
             original_size: self.original_size[from..to].to_vec(),
             crop: self.crop[from..to].to_vec(),
             text_dropout: self.text_dropout[from..to].to_vec(),
@@ -94,13 +143,26 @@ impl MicroBatch {
     pub(super) fn check(&self, latent_channels: i64, downscale: i64, num_timesteps: i64) -> Result<Flags> {
         let fault = |detail: String| Err(Error::Shape { what: "MicroBatch", detail });
         let count = self.len() as i64;
-        let (height, width) = match self.pixels.size().as_slice() {
-            &[samples, 3, height, width] if samples == count && height % downscale == 0 && width % downscale == 0 => (height, width),
-            size => return fault(format!("pixels {size:?}, wanted [{count}, 3, H, W] with H and W multiples of {downscale}")),
+        let latents = match &self.images {
+            Images::Pixels(pixels) => match pixels.size().as_slice() {
+                &[samples, 3, height, width] if samples == count && height % downscale == 0 && width % downscale == 0 => {
+                    vec![count, latent_channels, height / downscale, width / downscale]
+                }
+                size => return fault(format!("pixels {size:?}, wanted [{count}, 3, H, W] with H and W multiples of {downscale}")),
+            },
+            Images::Moments(Moments { mean, log_variance }) => match mean.size().as_slice() {
+                &[samples, channels, _, _] if samples == count && channels == latent_channels && log_variance.size() == mean.size() => {
+                    mean.size()
+                }
+                size => return fault(format!("moments {size:?}, wanted twice [{count}, {latent_channels}, h, w]")),
+            },
         };
-        let latents = vec![count, latent_channels, height / downscale, width / downscale];
+        if let Images::Pixels(pixels) = &self.images
+            && pixels.kind() != Kind::Uint8
+        {
+            return fault(format!("pixels are {:?}, wanted Uint8", pixels.kind()));
+        }
         for (name, tensor, kind, shape) in [
-            ("pixels", &self.pixels, Kind::Uint8, vec![count, 3, height, width]),
             ("posterior", &self.posterior, Kind::Float, latents.clone()),
             ("noise", &self.noise, Kind::Float, latents),
             ("offset", &self.offset, Kind::Float, vec![count, latent_channels]),
@@ -112,14 +174,25 @@ impl MicroBatch {
                 return fault(format!("{name} is {:?} {:?}, wanted {kind:?} {shape:?}", tensor.kind(), tensor.size()));
             }
         }
-        for (name, len) in [
-            ("english", self.english.len()),
-            ("original_size", self.original_size.len()),
-            ("crop", self.crop.len()),
-            ("text_dropout", self.text_dropout.len()),
-        ] {
+        let rows = |tensor: &Tensor| tensor.size().first().map_or(0, |&rows| rows as usize);
+        let prompts = match &self.prompts {
+            Prompts::Captions(captions) => captions.len(),
+            Prompts::States { sequence, mask } if mask.kind() == Kind::Bool && mask.size() == sequence.size()[..2.min(sequence.dim())] => {
+                rows(sequence)
+            }
+            Prompts::States { sequence, mask } => {
+                return fault(format!("states {:?} with a mask {:?} {:?}", sequence.size(), mask.kind(), mask.size()));
+            }
+        };
+        let english = match &self.english {
+            English::Captions(captions) => captions.len(),
+            English::States(states) => rows(&states.sequence),
+        };
+        for (name, len) in
+            [("prompts", prompts), ("english", english), ("crop", self.crop.len()), ("text_dropout", self.text_dropout.len())]
+        {
             if len != self.len() {
-                return fault(format!("{len} entries of {name} for {count} captions"));
+                return fault(format!("{len} entries of {name} for {count} samples"));
             }
         }
         if let Some(time) = Vec::<i64>::try_from(&self.timesteps)?.into_iter().find(|time| !(0..num_timesteps).contains(time)) {
@@ -129,14 +202,40 @@ impl MicroBatch {
         Ok(Flags { native: Vec::<bool>::try_from(&self.native)?, any_dropped })
     }
 
+    /// Checks text states that were made before against those of the empty prompt, token states and pooled, batch 1: what does not fit would be a crash in the networks.
+    pub(super) fn check_states(&self, student: &Tensor, teacher: Option<(&Tensor, Option<&Tensor>)>) -> Result<()> {
+        let check = |what: &str, tensor: &Tensor, empty: &Tensor| {
+            let wanted = [&[self.len() as i64], &empty.size()[1..]].concat();
+            match tensor.size() == wanted {
+                true => Ok(()),
+                false => Err(Error::Shape { what: "MicroBatch", detail: format!("{what} {:?}, wanted {wanted:?}", tensor.size()) }),
+            }
+        };
+        if let Prompts::States { sequence, .. } = &self.prompts {
+            check("states of the student", sequence, student)?;
+        }
+        if let (English::States(states), Some((sequence, pooled))) = (&self.english, teacher) {
+            check("states of the teacher", &states.sequence, sequence)?;
+            match (&states.pooled, pooled) {
+                (Some(pooled), Some(empty)) => check("pooled text of the teacher", pooled, empty)?,
+                (None, None) => {}
+                (pooled, _) => {
+                    let detail = format!("{} pooled text of the teacher", if pooled.is_some() { "unwanted" } else { "no" });
+                    return Err(Error::Shape { what: "MicroBatch", detail });
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// SDXL's time ids, f32 `[B, 6]`: original size, top and left of the crop, target size.
-    pub(super) fn time_ids(&self, order: TimeIdsOrder, device: Device) -> Tensor {
-        let size = self.pixels.size();
+    pub(super) fn time_ids(&self, order: TimeIdsOrder, downscale: i64, device: Device) -> Tensor {
+        let size = self.noise.size();
         let ordered = |width: i64, height: i64| match order {
             TimeIdsOrder::Hw => [height, width],
             TimeIdsOrder::Wh => [width, height],
         };
-        let target = ordered(size[3], size[2]);
+        let target = ordered(size[3] * downscale, size[2] * downscale);
         let ids: Vec<i64> = (self.original_size.iter().zip(&self.crop))
             .flat_map(|(&(width, height), &(top, left))| [ordered(width, height), [top, left], target].concat())
             .collect();

@@ -7,7 +7,7 @@
 mod batch;
 mod lanes;
 mod loss;
-mod noising;
+mod noise;
 mod subset;
 
 use std::path::Path;
@@ -16,15 +16,16 @@ use serde::Deserialize;
 use tch::{Device, Kind, Tensor, no_grad_guard};
 
 use self::batch::Flags;
-pub use self::batch::MicroBatch;
+pub use self::batch::{English, Images, MicroBatch, Prompts};
 use self::lanes::Lanes;
 use self::loss::Lesson;
 pub use self::loss::LossSums;
-use self::noising::Noising;
+pub use self::noise::encode_pixels;
+use self::noise::{Noised, Noising};
 use self::subset::Subset;
 use crate::adapter::{Adapter, AdapterConfig};
 use crate::sample::{Prompter, Sampler, SchedulerConfig};
-use crate::schedule::{NoiseSchedule, Prediction};
+use crate::schedule::NoiseSchedule;
 use crate::source::ModelSource;
 use crate::text::{Conditioning, EnglishEncoders, StudentEncoder, StudentOptions};
 use crate::unet::{Added, ForwardOptions, UNet, UNetOutput};
@@ -176,17 +177,6 @@ pub enum Stage {
     Backward,
 }
 
-/// What both passes of the UNet are given alike.
-struct Noised {
-    /// Noised latents `[B, 4, h, w]`.
-    sample: Tensor,
-    /// What the network should predict of them: the noise in them, offset included, or the velocity.
-    target: Tensor,
-    timesteps: Tensor,
-    drop: Tensor,
-    time_ids: Tensor,
-}
-
 impl Teacher {
     fn new(encoders: EnglishEncoders) -> Result<Self> {
         let Conditioning { sequence, pooled, .. } = encoders.encode(&[""])?;
@@ -253,6 +243,16 @@ impl Distiller {
     /// The frozen English encoders; `None` without distillation.
     pub fn teacher(&self) -> Option<&EnglishEncoders> {
         self.teacher.as_ref().map(|teacher| &teacher.encoders)
+    }
+
+    /// The token states that the English encoders give the empty prompt, `[1, L, D]`; `None` without distillation.
+    pub fn empty_english(&self) -> Option<&Tensor> {
+        self.teacher.as_ref().map(|teacher| &*teacher.empty)
+    }
+
+    /// What the student's encoder says of the empty prompt, without dropout, `[1, L, Din]`.
+    pub fn empty_student(&self) -> &Tensor {
+        &self.empty_student.states
     }
 
     /// The noise schedule, and how the model asks to be sampled.
@@ -397,7 +397,10 @@ impl Distiller {
     }
 
     fn check(&self, batch: &MicroBatch) -> Result<Flags> {
-        batch.check(self.vae.config().latent_channels, self.vae.downscale(), self.num_timesteps())
+        let flags = batch.check(self.vae.config().latent_channels, self.vae.downscale(), self.num_timesteps())?;
+        let empty = self.teacher.as_ref().map(|teacher| (&*teacher.empty, teacher.empty_pooled.as_deref()));
+        batch.check_states(&self.empty_student.states, empty)?;
+        Ok(flags)
     }
 
     /// Everything that does not depend on the adapter: noised latents, and what the teacher says of them.
@@ -442,32 +445,18 @@ impl Distiller {
         Err(Error::Shape { what: "Distiller", detail })
     }
 
-    /// Encodes the images and adds noise: `x_t = sqrt(alpha_bar) z + sqrt(1 - alpha_bar) eps`.
-    fn noise(&self, batch: &MicroBatch) -> Result<Noised> {
-        let here = |tensor: &Tensor| tensor.to_device(self.device);
-        let mut images = here(&batch.pixels).to_kind(Kind::Float) / 127.5 - 1.0;
-        if self.config.vae_round_fp16 {
-            images = images.to_kind(Kind::Half).to_kind(Kind::Float);
-        }
-        let latents = self.vae.encode(&images)?.sample(&here(&batch.posterior)) * self.vae.scaling_factor();
-        // The target includes the offset: the student learns to predict all of the noise.
-        let noise = here(&batch.noise) + here(&batch.offset).unsqueeze(-1).unsqueeze(-1) * self.config.noise_offset;
-        let timesteps = here(&batch.timesteps);
-        let at = |table: &Tensor| table.index_select(0, &timesteps).reshape([-1, 1, 1, 1]);
-        let (signal_share, noise_share) = (at(&self.noising.signal), at(&self.noising.noise));
-        let sample = &signal_share * &latents + &noise_share * &noise;
-        let target = match self.scheduler.solver.prediction {
-            Prediction::Epsilon => noise,
-            Prediction::Velocity => signal_share * noise - noise_share * latents,
-        };
-        let time_ids = batch.time_ids(self.config.time_ids_order, self.device);
-        Ok(Noised { sample, target, timesteps, drop: here(&batch.drop), time_ids })
-    }
-
     /// The teacher's pass on a subset.
     fn teach(&self, teacher: &Teacher, batch: &MicroBatch, noised: &Noised, subset: &Subset) -> Result<UNetOutput> {
-        let english: Vec<&str> = subset.indices.iter().map(|&index| batch.english[index].as_str()).collect();
-        let states = teacher.encoders.encode(&english)?;
+        let states = match &batch.english {
+            English::Captions(captions) => {
+                let captions: Vec<&str> = subset.indices.iter().map(|&index| captions[index].as_str()).collect();
+                teacher.encoders.encode(&captions)?
+            }
+            English::States(Conditioning { sequence, pooled, .. }) => {
+                let rows = |tensor: &Tensor| subset.select(&tensor.to_device(self.device)).to_kind(Kind::Float);
+                Conditioning { sequence: rows(sequence), pooled: pooled.as_ref().map(rows), mask: None }
+            }
+        };
         let drop = subset.select(&noised.drop);
         let text = replace_dropped(&drop, &teacher.empty, &states.sequence);
         let added = states.pooled.map(|pooled| Added {
@@ -487,8 +476,17 @@ impl Distiller {
             let _guard = no_grad_guard();
             if training { self.student.encode_training(prompts, seeds) } else { self.student.encode(prompts) }
         };
-        let mut mask = self.config.mask_pads.then(|| self.student.token_mask(&batch.captions)).transpose()?;
-        let prompt = adapter.forward_masked(&encode(&batch.captions, &batch.text_dropout)?, mask.as_ref());
+        let (states, mut mask) = match &batch.prompts {
+            Prompts::Captions(captions) => {
+                let mask = self.config.mask_pads.then(|| self.student.token_mask(captions)).transpose()?;
+                (encode(captions, &batch.text_dropout)?, mask)
+            }
+            Prompts::States { sequence, mask } => {
+                let mask = self.config.mask_pads.then(|| mask.to_device(self.device));
+                (sequence.to_device(self.device).to_kind(Kind::Float), mask)
+            }
+        };
+        let prompt = adapter.forward_masked(&states, mask.as_ref());
         let (mut sequence, mut pooled) = (prompt.sequence, prompt.pooled);
         if flags.any_dropped {
             let states = match training && self.student.drops() {

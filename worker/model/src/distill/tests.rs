@@ -41,19 +41,32 @@ fn batch(native: &[bool], drop: &[bool]) -> MicroBatch {
     let english = ["a red circle", "a blue square", "a small green triangle", "a big star on a white background"];
     let take = |texts: &[&str]| (0..native.len()).map(|index| texts[index % texts.len()].to_owned()).collect();
     MicroBatch {
-        pixels: ((wave(&[count, 3, 64, 48], 0.37) / 1.5 + 1.0) * 127.0).to_kind(Kind::Uint8),
+        images: Images::Pixels(((wave(&[count, 3, 64, 48], 0.37) / 1.5 + 1.0) * 127.0).to_kind(Kind::Uint8)),
         posterior: wave(&[count, 4, 8, 6], 1.7),
         noise: wave(&[count, 4, 8, 6], 2.3),
         offset: wave(&[count, 4], 3.1),
         timesteps: (Tensor::arange(count, (Kind::Int64, Device::Cpu)) * 251 + 17).remainder(1000),
         drop: Tensor::from_slice(drop),
         native: Tensor::from_slice(native),
-        captions: take(&captions),
-        english: take(&english),
+        prompts: Prompts::Captions(take(&captions)),
+        english: English::Captions(take(&english)),
         original_size: (0..count).map(|index| (200 + index, 150 - index)).collect(),
         crop: (0..count).map(|index| (index, 2 * index)).collect(),
         text_dropout: (0..count as u64).collect(),
     }
+}
+
+/// Gives each sample another one's texts.
+fn reverse(batch: &mut MicroBatch) {
+    if let (Prompts::Captions(captions), English::Captions(english)) = (&mut batch.prompts, &mut batch.english) {
+        captions.reverse();
+        english.reverse();
+    }
+}
+
+fn pixels(batch: &MicroBatch) -> &Tensor {
+    let Images::Pixels(pixels) = &batch.images else { panic!("no pixels") };
+    pixels
 }
 
 fn accumulate(distiller: &Distiller, batch: &MicroBatch) -> (LossSums, Tensor) {
@@ -68,6 +81,87 @@ fn norm(tensor: &Tensor) -> f64 {
 
 fn relative_distance(got: &Tensor, wanted: &Tensor) -> f64 {
     norm(&(got - wanted)) / norm(wanted)
+}
+
+/// What the encoders say of a batch, made beforehand.
+fn encoded(distiller: &Distiller, mut batch: MicroBatch) -> MicroBatch {
+    let _guard = no_grad_guard();
+    batch.images = Images::Moments(encode_pixels(distiller.vae(), pixels(&batch), false).unwrap());
+    let (Prompts::Captions(captions), English::Captions(english)) = (&batch.prompts, &batch.english) else { panic!("no captions") };
+    let (sequence, mask) = (distiller.student().encode(captions).unwrap(), distiller.student().token_mask(captions).unwrap());
+    batch.english = English::States(distiller.teacher().unwrap().encode(english).unwrap());
+    batch.prompts = Prompts::States { sequence, mask };
+    batch
+}
+
+/// Gives each sample the rows of another one.
+fn swap(tensors: &mut [&mut Tensor]) {
+    tensors.iter_mut().for_each(|tensor| **tensor = tensor.flip([0]));
+}
+
+fn moments(batch: &mut MicroBatch) -> &mut Tensor {
+    let Images::Moments(moments) = &mut batch.images else { panic!("no moments") };
+    &mut moments.mean
+}
+
+fn prompts(batch: &mut MicroBatch) -> &mut Tensor {
+    let Prompts::States { sequence, .. } = &mut batch.prompts else { panic!("no states") };
+    sequence
+}
+
+fn english(batch: &mut MicroBatch) -> [&mut Tensor; 2] {
+    let English::States(Conditioning { sequence, pooled: Some(pooled), .. }) = &mut batch.english else { panic!("no states") };
+    [sequence, pooled]
+}
+
+#[test]
+fn states_and_moments_that_do_not_fit_are_refused() {
+    with_default(|distiller| {
+        let refused = |change: &dyn Fn(&mut MicroBatch), part: &str| {
+            let mut faulty = encoded(distiller, batch(&[false, true], &[false, false]));
+            change(&mut faulty);
+            let error = distiller.evaluate(&adapter(), &faulty).unwrap_err();
+            assert!(error.to_string().contains(part), "{error}");
+        };
+        let shorter = |tensor: &mut Tensor| *tensor = tensor.narrow(1, 0, 3);
+        refused(&|batch| shorter(moments(batch)), "moments [2, 3, 8, 6]");
+        refused(&|batch| shorter(prompts(batch)), "with a mask");
+        refused(&|batch| *prompts(batch) = prompts(batch).narrow(2, 0, 5), "states of the student [2, 24, 5]");
+        refused(&|batch| shorter(english(batch)[0]), "states of the teacher");
+        refused(&|batch| shorter(english(batch)[1]), "pooled text of the teacher [2, 3]");
+        refused(&|batch| *english(batch)[0] = english(batch)[0].narrow(0, 0, 1), "1 entries of english for 2 samples");
+    });
+}
+
+#[test]
+fn what_was_encoded_before_gives_the_same_losses_and_gradient() {
+    for mask_pads in [false, true] {
+        let distiller = distiller(DistillConfig { mask_pads, ..DistillConfig::default() });
+        let batch = || batch(&[false, true, false], &[false, false, true]);
+        let (sums, gradient) = accumulate(&distiller, &batch());
+        let (cached_sums, cached_gradient) = accumulate(&distiller, &encoded(&distiller, batch()));
+        // The same kernels on the same numbers; the teacher's texts were encoded three at a time instead of two.
+        assert!(
+            (sums.task - cached_sums.task).abs() < 1e-6 * sums.task && (sums.feature - cached_sums.feature).abs() < 1e-5 * sums.feature
+        );
+        let distance = relative_distance(&cached_gradient, &gradient);
+        assert!(distance < 1e-5, "{distance}");
+        // Each of the parts counts.
+        let changed = |change: &dyn Fn(&mut MicroBatch)| {
+            let mut batch = encoded(&distiller, batch());
+            change(&mut batch);
+            relative_distance(&accumulate(&distiller, &batch).1, &gradient)
+        };
+        for (part, distance) in [
+            ("posterior", changed(&|batch| batch.posterior = -&batch.posterior)),
+            ("crop", changed(&|batch| batch.crop = vec![(9, 9); 3])),
+            ("images", changed(&|batch| swap(&mut [moments(batch)]))),
+            ("prompts", changed(&|batch| swap(&mut [prompts(batch)]))),
+            ("english", changed(&|batch| swap(&mut english(batch)))),
+        ] {
+            assert!(distance > 1e-4, "another {part}: {distance}");
+        }
+    }
 }
 
 /// Networks of fewer bits give the gradient of those in f32 up to their rounding: bf16 keeps 8 bits of a number, f16 11.
@@ -156,7 +250,7 @@ fn lanes_give_what_one_thread_gives() {
             assert_eq!(accumulate(&lanes, &batch.split(5)[0]).0.count, 1);
             // What does not fit is refused before it is cut up.
             let mut faulty = batch.split(1).remove(0);
-            faulty.english.pop();
+            faulty.crop.pop();
             assert!(matches!(lanes.evaluate(&adapter(), &faulty), Err(Error::Shape { .. })));
             tch::set_num_threads(1);
         }
@@ -170,7 +264,7 @@ fn batches_are_cut_into_parts_as_equal_as_can_be() {
     assert_eq!([sizes(1), sizes(3), sizes(7)], [vec![7], vec![2, 2, 3], vec![1; 7]]);
     assert_eq!((sizes(9), sizes(0)), (vec![1; 7], vec![7]));
     let parts = batch.split(3);
-    assert_eq!(parts[1].captions, batch.captions[2..4]);
+    assert_eq!(parts[1].original_size, batch.original_size[2..4]);
     assert_eq!(parts[2].timesteps, batch.timesteps.narrow(0, 4, 3));
 }
 
@@ -180,7 +274,7 @@ fn native_samples_have_no_distillation_loss_and_do_not_read_english() {
         let mut batch = batch(&[true, true], &[false, true]);
         let (sums, gradient) = accumulate(distiller, &batch);
         assert!(sums.task > 0.0 && sums.logit == 0.0 && sums.feature == 0.0, "{sums:?}");
-        batch.english = vec![String::new(), "another text".into()];
+        batch.english = English::Captions(vec![String::new(), "another text".into()]);
         let (_, other) = accumulate(distiller, &batch);
         assert_eq!(norm(&(gradient - other)), 0.0);
     });
@@ -204,7 +298,7 @@ fn a_dropped_batch_learns_through_pooled_text_and_through_the_empty_prompt() {
         assert!(norm(&gradient.narrow(0, gradient.size()[0] - length, length)) > 0.0);
         // The captions reach a dropped sample as pooled text only: other captions, another gradient.
         let mut other = batch(&[true, true], &[true, true]);
-        other.captions.reverse();
+        reverse(&mut other);
         let (_, other_gradient) = accumulate(distiller, &other);
         assert!(relative_distance(&other_gradient, &gradient) > 1e-6);
     });
@@ -221,10 +315,10 @@ fn gradients_add_up_and_an_empty_batch_adds_nothing() {
         assert_eq!(distiller.evaluate(&adapter, &batch).unwrap(), sums);
 
         let mut nothing = batch.single(0);
-        for tensor in [&mut nothing.pixels, &mut nothing.posterior, &mut nothing.noise] {
+        for tensor in [&mut nothing.posterior, &mut nothing.noise] {
             *tensor = tensor.narrow(0, 0, 0);
         }
-        nothing.captions.clear();
+        nothing.original_size.clear();
         let before = once.copy();
         let mut gradient = once;
         assert_eq!(distiller.accumulate(&adapter, &nothing, &mut gradient).unwrap(), LossSums::default());
@@ -247,8 +341,7 @@ fn switches_change_which_samples_count() {
     let fully_dropped = distiller(DistillConfig { drop_pooled: true, ..DistillConfig::default() });
     let mut dropped = batch(&[false, false], &[true, true]);
     let (sums, _) = accumulate(&fully_dropped, &dropped);
-    dropped.captions.reverse();
-    dropped.english.reverse();
+    reverse(&mut dropped);
     assert_eq!(accumulate(&fully_dropped, &dropped).0, sums);
 }
 
@@ -268,7 +361,7 @@ fn bf16_models_give_about_the_same_step() {
 #[test]
 fn time_ids_put_height_or_width_first() {
     let batch = batch(&[true], &[false]);
-    let ids = |order| Vec::<f32>::try_from(batch.time_ids(order, Device::Cpu).flatten(0, 1)).unwrap();
+    let ids = |order| Vec::<f32>::try_from(batch.time_ids(order, 8, Device::Cpu).flatten(0, 1)).unwrap();
     assert_eq!(ids(TimeIdsOrder::Hw), [150.0, 200.0, 0.0, 0.0, 64.0, 48.0]);
     assert_eq!(ids(TimeIdsOrder::Wh), [200.0, 150.0, 0.0, 0.0, 48.0, 64.0]);
 }
@@ -286,10 +379,10 @@ fn batches_that_do_not_fit_are_refused() {
             assert!(error.to_string().contains(part), "{error}");
         };
         refused(&|batch| batch.timesteps = Tensor::from_slice(&[3i64, 1000]), "timestep 1000");
-        refused(&|batch| batch.pixels = batch.pixels.narrow(2, 0, 60), "multiples of 8");
+        refused(&|batch| batch.images = Images::Pixels(pixels(batch).narrow(2, 0, 60)), "multiples of 8");
         refused(&|batch| batch.noise = batch.noise.narrow(2, 0, 7), "noise");
         refused(&|batch| batch.drop = batch.drop.to_kind(Kind::Int64), "drop");
-        refused(&|batch| batch.english.truncate(1), "english");
+        refused(&|batch| batch.english = English::Captions(vec!["one".into()]), "english");
         let mut short = Tensor::zeros([num_parameters - 1], (Kind::Float, Device::Cpu));
         assert!(distiller.accumulate(&adapter, &batch(&[true], &[false]), &mut short).is_err());
         let narrow = Adapter::fresh(AdapterConfig { input: 63, ..*adapter.config() }, 7, Device::Cpu).unwrap();

@@ -7,7 +7,7 @@ use tch::Tensor;
 
 use super::*;
 use crate::adapter::Adapter;
-use crate::distill::{DistillConfig, Distiller, LoadOptions, MicroBatch};
+use crate::distill::{DistillConfig, Distiller, English, Images, LoadOptions, MicroBatch, Prompts};
 use crate::schedule::Prediction;
 use crate::text::StudentOptions;
 
@@ -448,15 +448,15 @@ fn networks_of_drawn_weights_train_in_every_kind() {
         let adapter = Adapter::fresh(models.adapter_config(32, 3), 7, Device::Cpu).unwrap();
         let noise = |shape: &[i64]| Tensor::randn(shape, (Kind::Float, Device::Cpu));
         let batch = MicroBatch {
-            pixels: Tensor::randint(256, [2, 3, 64, 64], (Kind::Uint8, Device::Cpu)),
+            images: Images::Pixels(Tensor::randint(256, [2, 3, 64, 64], (Kind::Uint8, Device::Cpu))),
             posterior: noise(&[2, 4, 8, 8]),
             noise: noise(&[2, 4, 8, 8]),
             offset: noise(&[2, 4]),
             timesteps: Tensor::from_slice(&[10_i64, 900]),
             drop: Tensor::from_slice(&[false, true]),
             native: Tensor::from_slice(&[true, false]),
-            captions: vec!["红色的圆形".into(), "蓝色的方块".into()],
-            english: vec!["a red circle".into(), "a blue square".into()],
+            prompts: Prompts::Captions(vec!["红色的圆形".into(), "蓝色的方块".into()]),
+            english: English::Captions(vec!["a red circle".into(), "a blue square".into()]),
             original_size: vec![(64, 64); 2],
             crop: vec![(0, 0); 2],
             text_dropout: vec![0, 1],
