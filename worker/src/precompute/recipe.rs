@@ -11,7 +11,7 @@ use tch::{Device, Kind, Tensor, no_grad_guard};
 
 /// Latents along one side of the picture that autoencoders are told apart by.
 const PROBE_LATENTS: i64 = 8;
-/// Numbers that are kept of what a model says.
+/// Numbers that are kept of what a model says, at most.
 const PROBE_NUMBERS: i64 = 64;
 
 /// The recipe of a job that is trained: all that a cached shard may name.
@@ -76,9 +76,9 @@ pub fn name(kind: Kind) -> &'static str {
     }
 }
 
-/// Some numbers of a tensor, evenly spread.
+/// Some numbers of a tensor, spread over all of it.
 fn probe(tensor: &Tensor) -> Vec<f32> {
     let flat = tensor.to_device(Device::Cpu).to_kind(Kind::Float).flatten(0, -1);
-    let every = (flat.size()[0] / PROBE_NUMBERS).max(1);
-    Vec::try_from(flat.slice(0, 0, PROBE_NUMBERS * every, every)).unwrap_or_default()
+    let every = 1 + (flat.size()[0] - 1) / PROBE_NUMBERS;
+    Vec::try_from(flat.slice(0, None, None, every)).unwrap_or_default()
 }

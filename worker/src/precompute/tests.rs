@@ -197,6 +197,53 @@ fn shards_of_another_job_are_refused_and_of_this_one_made_once() {
     assert_eq!(std::fs::read(&shard).unwrap(), bytes);
 }
 
+/// The demo's model with the sign of every weight of one layer turned, at another place. The file is safetensors in f16.
+fn other_model(folder: &Path, part: &str, layer: &str) -> PathBuf {
+    let model = folder.join("model");
+    for entry in std::fs::read_dir(demo().join("model")).unwrap().map(Result::unwrap).filter(|entry| entry.file_name() != part) {
+        std::fs::create_dir_all(&model).unwrap();
+        std::os::unix::fs::symlink(entry.path().canonicalize().unwrap(), model.join(entry.file_name())).unwrap();
+    }
+    std::fs::create_dir_all(model.join(part)).unwrap();
+    for entry in std::fs::read_dir(demo().join("model").join(part)).unwrap().map(Result::unwrap) {
+        let mut bytes = std::fs::read(entry.path()).unwrap();
+        if entry.path().extension().is_some_and(|extension| extension == "safetensors") {
+            let start = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+            let header: serde_json::Value = serde_json::from_slice(&bytes[8..start]).unwrap();
+            let [from, to] = [0, 1].map(|at| start + header[layer]["data_offsets"][at].as_u64().unwrap() as usize);
+            bytes[from..to].iter_mut().skip(1).step_by(2).for_each(|byte| *byte ^= 0x80);
+        }
+        std::fs::write(model.join(part).join(entry.file_name()), bytes).unwrap();
+    }
+    model
+}
+
+#[test]
+fn models_are_told_apart_by_what_they_say_and_not_by_where_they_lie() {
+    let folder = tempfile::tempdir().unwrap();
+    let of = |name: &str, model: Option<&Path>, changes: &[(&str, &str)]| {
+        let folder = folder.path().join(name);
+        std::fs::create_dir_all(&folder).unwrap();
+        let mut job = parse(&job(&folder, changes));
+        job.model.path = model.unwrap_or(&job.model.path).to_owned();
+        Encoders::load(&job, Device::Cpu, true, None).unwrap().recipe(&job).unwrap()
+    };
+    let made = of("demo", None, &[]);
+    let copy = other_model(&folder.path().join("copy"), "scheduler", "");
+    assert_eq!(made.differences(&of("copied", Some(&copy), &[])), Vec::<String>::new());
+    for (part, layer, model) in [
+        ("vae", "encoder.conv_in.weight", "model.path (autoencoder)"),
+        ("text_encoder", "encoder.layers.0.mlp.fc1.weight", "model.path (text encoders)"),
+        ("text_encoder_2", "text_model.encoder.layers.0.mlp.fc1.weight", "model.path (text encoders)"),
+    ] {
+        let other = other_model(&folder.path().join(part), part, layer);
+        assert_eq!(made.differences(&of("other", Some(&other), &[])), [format!("{model} named another model")]);
+    }
+    // The last bits are the device's, not the model's: of bf16 the tolerance takes no notice.
+    let rough = of("rough", None, &[("path = \"tests/demo/model\"", "path = \"tests/demo/model\"\nvae_dtype = \"bf16\"")]);
+    assert_eq!(made.differences(&rough), ["model.vae_dtype was `f32`, is `bf16`"]);
+}
+
 /// Their dropout is drawn anew for each sample in each pass: what was drawn once would not be what the job asks for.
 #[test]
 fn states_of_a_student_with_dropout_are_left_to_training() {
