@@ -50,10 +50,12 @@ soak: build ## the demo job under a random fault every few seconds, then three t
 	  soak::demo_job_under_random_faults_trains_each_sample_of_each_epoch_once_and_as_well_as_without_them
 
 BENCH_CORES := 2
-BENCH_ROUNDS := 3
+BENCH_ROUNDS := 5
+# A fault takes a minute where the peer does not recover.
+BENCH_FAULT_ROUNDS := 3
 BENCH_RANKS := 4
 
-bench: .bench/.installed ## time recovery, the coordinator with 400,000 shards, the loader and `sample` against their Python peers, on an otherwise idle machine: BENCH_CORES (2), BENCH_ROUNDS (3), BENCH_RANKS (4)
+bench: .bench/.installed ## time the coordinator with 400,000 shards, and the loader, `sample`, a training step and recovery beside their Python peers, on an otherwise idle machine: BENCH_CORES (2), BENCH_ROUNDS (5), BENCH_FAULT_ROUNDS (3), BENCH_RANKS (4)
 	cargo run --release -p peapod-coordinator --example shards_at_scale
 	cargo build --release -p peapod-data --example loader_throughput
 	cargo build --release -p peapod-worker --bins
@@ -62,9 +64,9 @@ bench: .bench/.installed ## time recovery, the coordinator with 400,000 shards, 
 	  --cores $(BENCH_CORES) --rounds $(BENCH_ROUNDS)
 	.bench/venv/bin/python tests/peers/bench_draw.py target/release/sample tests/demo/model --threads $(BENCH_CORES) --rounds $(BENCH_ROUNDS)
 	.bench/venv/bin/python tests/peers/bench_scale.py target/release/examples/workers_at_scale target/release/coordinator --rounds $(BENCH_ROUNDS)
-	.bench/venv/bin/python tests/peers/bench_recovery.py target/release/coordinator target/release/worker \
-	  --ranks $(BENCH_RANKS) --rounds $(BENCH_ROUNDS)
 	.bench/venv/bin/python tests/peers/bench_step.py target/release/worker tests/demo/model --threads $(BENCH_CORES) --rounds $(BENCH_ROUNDS)
+	.bench/venv/bin/python tests/peers/bench_recovery.py target/release/coordinator target/release/worker \
+	  --ranks $(BENCH_RANKS) --rounds $(BENCH_FAULT_ROUNDS)
 
 bench-gpu: ## time a training step on the GPU by its stages and beside its Python peer, after the tests that need one; MODEL and STUDENT name real models, else published sizes with random weights
 	@command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1 || { echo "bench-gpu: skipped: this machine has no NVIDIA GPU"; exit 0; } && \
