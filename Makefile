@@ -14,7 +14,7 @@ build: setup ## build every program
 man: build ## write manual pages of all programs to target/man: MANPATH=target/man man coordinator
 	@for program in coordinator worker sample; do target/debug/$$program man --out target/man/man1; done && ls target/man/man1
 
-demo: build ## train the demo adapter with two workers on this machine, then draw with it (about four minutes after the build)
+demo: build ## train the demo adapter with two workers on this machine, then draw with it (about two minutes after the build)
 	rm -rf demo-out
 	target/debug/coordinator --world-size 2 --local --job tests/demo/job.toml --state-dir demo-out/state
 	target/debug/sample --model tests/demo/model --adapter demo-out/state/checkpoints \

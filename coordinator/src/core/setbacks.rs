@@ -193,3 +193,68 @@ impl Core {
             .then(|| format!("{MAX_BARREN} generations in a row broke before their first step was done; the first failure: {first}"))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    fn minutes(minutes: u64) -> Timestamp {
+        Duration::from_secs(60 * minutes)
+    }
+
+    #[test]
+    fn host_has_a_habit_by_deaths_of_its_own_in_three_generations_within_ten_minutes() {
+        let mut setbacks = Setbacks::default();
+        assert!(!setbacks.died(minutes(0), Generation(1), "a", true));
+        // Another death of that generation is the same power cut, that of another host is not.
+        assert!(!setbacks.died(minutes(1), Generation(1), "a", true) && !setbacks.died(minutes(1), Generation(1), "b", true));
+        assert!(!setbacks.died(minutes(2), Generation(2), "a", true) && !setbacks.died(minutes(2), Generation(2), "b", true));
+        // The first is forgotten when ten minutes are over, to the second.
+        assert!(!setbacks.died(minutes(10), Generation(3), "a", true));
+        assert!(setbacks.died(minutes(11) - SECOND, Generation(3), "b", true));
+        assert_eq!((setbacks.is_aside(WorkerId(1), "b"), setbacks.is_aside(WorkerId(1), "a")), (true, false));
+        assert!(setbacks.died(minutes(12) - SECOND, Generation(4), "a", true));
+    }
+
+    #[test]
+    fn what_is_left_out_gets_another_chance_after_ten_minutes_to_the_second() {
+        let mut setbacks = Setbacks::default();
+        assert!(setbacks.is_bad(minutes(1), "a") && !setbacks.is_bad(minutes(2), "a"));
+        assert_eq!(setbacks.next_end(), Some(minutes(12)));
+        assert!(!setbacks.forgive(minutes(12) - SECOND) && setbacks.is_aside(WorkerId(1), "a"));
+        assert!(setbacks.forgive(minutes(12)) && !setbacks.forgive(minutes(12)) && !setbacks.is_aside(WorkerId(1), "a"));
+        assert_eq!(setbacks.next_end(), None);
+    }
+
+    #[test]
+    fn shard_has_a_habit_by_the_last_three_deaths_in_a_row() {
+        let mut setbacks = Setbacks::default();
+        let [one, other] = [0, 1].map(|shard| (Epoch(0), ShardId(shard)));
+        let mut died = |minute, held: &[_]| setbacks.died_holding(minutes(minute), &held.iter().copied().collect());
+        assert!(died(0, &[one, other]).is_empty() && died(1, &[one]).is_empty());
+        // The other's row was broken by the second death, and begins again.
+        assert_eq!(died(2, &[one, other]), [one]);
+        assert!(died(3, &[other]).is_empty());
+        assert_eq!(died(4, &[other]), [other]);
+        // A row that began too long ago is none: its last death is ten minutes away.
+        assert!(died(20, &[one]).is_empty() && died(21, &[one]).is_empty() && died(31, &[one]).is_empty());
+        assert!(setbacks.forgive_shards(minutes(12) - SECOND).is_empty());
+        assert_eq!(setbacks.forgive_shards(minutes(12)), [one]);
+        assert_eq!(setbacks.forgive_shards(minutes(14)), [other]);
+        assert!(setbacks.forgive_shards(minutes(60)).is_empty());
+    }
+
+    #[test]
+    fn of_two_that_lose_each_other_the_one_that_lost_more_is_left_out_and_its_losses_are_forgotten() {
+        let mut setbacks = Setbacks::default();
+        let [a, b, c] = [1, 2, 3].map(WorkerId);
+        assert_eq!(setbacks.broke(minutes(0), a, c), None);
+        assert_eq!((setbacks.broke(minutes(1), a, b), setbacks.broke(minutes(2), b, a)), (None, None));
+        assert_eq!(setbacks.broke(minutes(3), a, b), Some(a), "it lost another one, too");
+        assert!(setbacks.broken.is_empty(), "{:?}", setbacks.broken);
+        assert_eq!((setbacks.broke(minutes(4), b, c), setbacks.broke(minutes(5), b, c)), (None, None));
+        assert_eq!(setbacks.broke(minutes(6), b, c), Some(c), "who came later, where both have lost as many");
+    }
+}

@@ -137,6 +137,46 @@ fn member_that_waits_for_shards_is_no_culprit() {
 }
 
 #[test]
+fn member_that_hangs_while_it_is_to_get_shards_later_is_a_culprit() {
+    let mut world = World::new(Config { epochs: Some(1), last_step: None, ..config(2) });
+    let workers = [world.join(None).unwrap(), world.join(None).unwrap()];
+    workers.iter().for_each(|&worker| world.ready(worker));
+    world.bootstrap(workers[0]);
+    world.learn(&workers);
+    let generation = world.core.generation();
+    world.lease(workers[0], 2);
+    world.lease(workers[1], 2);
+    world.say(workers[1], FromWorker::LeaseRequest { generation, num_leases: 1, is_idle: true }).unwrap();
+    assert!(world.core.lease_requests.contains_key(&workers[1]), "all shards are out");
+    world.spend(9, &[(workers[0], 5, Phase::Collective, 9), (workers[1], 5, Phase::Compute, 9)]);
+    assert!(world.lost().expect("given up").starts_with("rank 1"));
+}
+
+#[test]
+fn only_member_waits_for_nobody_and_is_given_up() {
+    let (mut world, workers) = World::running(1);
+    world.learn(&workers);
+    world.spend(9, &[(workers[0], 5, Phase::Collective, 9)]);
+    assert!(world.lost().expect("given up").starts_with("rank 0"));
+}
+
+#[test]
+fn first_all_reduce_of_a_generation_has_half_a_minute() {
+    let (mut world, workers) = World::running(2);
+    world.learn(&workers);
+    workers.iter().for_each(|&worker| world.stopped(worker, 5, StopCause::Aborted, vec![]));
+    world.bootstrap(workers[0]);
+    let doing = [(workers[0], 5, Phase::Collective, 9), (workers[1], 5, Phase::Collective, 9)];
+    world.spend(29, &doing);
+    assert_eq!((world.core.state().as_str(), world.lost()), ("training", None));
+    world.spend(4, &doing);
+    let aborted =
+        |effect: &Effect| matches!(effect, Effect::Notice(Notice::Aborted { reason, .. }) if reason.contains("all-reduce of step 6"));
+    assert_eq!((world.core.state().as_str(), world.lost()), ("regrouping", None));
+    assert!(world.said.iter().any(aborted));
+}
+
+#[test]
 fn network_that_hangs_under_all_members_ends_the_generation_and_blames_none() {
     let (mut world, workers) = World::running(2);
     world.learn(&workers);

@@ -27,6 +27,27 @@ fn activity_follows_the_job_from_its_first_worker_to_its_end() {
 }
 
 #[test]
+fn job_is_complete_at_its_last_step_or_with_its_last_sample() {
+    let resumed = |config: Config, step: u64, ledger: &Ledger| {
+        let resume = Resume { step: Step(step), ledger: Arc::new(ledger.clone()), generation: Generation(3) };
+        Core::new(config, Some(resume)).is_complete()
+    };
+    let (in_steps, nothing) = (config(1), Ledger::new(4));
+    assert_eq!([99, 100, 101].map(|step| resumed(in_steps.clone(), step, &nothing)), [false, true, true]);
+
+    let in_epochs = Config { epochs: Some(1), last_step: None, ..config(1) };
+    let mut ledger = Ledger::new(4);
+    let mut complete = vec![resumed(in_epochs.clone(), 7, &ledger)];
+    for shard in 0..4 {
+        ledger.set_size(Epoch(0), ShardId(shard), 0).unwrap();
+        complete.push(resumed(in_epochs.clone(), 7, &ledger));
+    }
+    assert_eq!(complete, [false, false, false, false, true]);
+    let over = Core::new(in_epochs, None).over();
+    assert_eq!((over.outcome(), over.next_deadline()), (Some(&Outcome::Finished), None));
+}
+
+#[test]
 fn workers_are_shown_by_rank_with_who_is_a_member() {
     let (mut world, workers) = World::running(2);
     let spare = world.join(None).unwrap();
