@@ -73,7 +73,7 @@ pub struct Args {
     /// Lets two workers of a job train on the same GPU
     #[arg(long, env = "PEAPOD_ALLOW_SHARED_GPU")]
     pub allow_shared_gpu: bool,
-    /// Threads for tensor work [default: all cores]
+    /// Threads for tensor work on the CPU: they share the samples of a micro-batch if there are enough [default: all cores]
     #[arg(long)]
     pub threads: Option<u32>,
     /// How long to look for the coordinator [default: 60s; for one that was lost, its --join-timeout]

@@ -23,7 +23,7 @@ impl Core {
             JobPhase::Gathering { .. } if self.stop_requested.is_some() => Some(Duration::ZERO),
             JobPhase::Gathering { since } => {
                 let at = self.next_announcement.min(*since + self.config.join_timeout);
-                Some(self.starts_at().map_or(at, |starts| at.min(starts)))
+                [self.starts_at(), self.checkpoint.farewell_until].into_iter().flatten().chain([at]).min()
             }
             JobPhase::Running { .. } => (!self.checkpoint.asked).then_some(self.checkpoint.next_due),
             JobPhase::Forming { deadline, .. } | JobPhase::Stopping { deadline, .. } | JobPhase::Returning { deadline, .. } => {
@@ -47,13 +47,14 @@ impl Core {
             shards.into_iter().for_each(|(epoch, shard)| self.leases.take_up(epoch, shard));
             self.answer_lease_requests(out);
         }
+        let waits = matches!(self.phase, JobPhase::Gathering { .. }) && self.stop_requested.is_none();
+        if waits && self.checkpoint.farewell_until.is_some_and(|until| until <= now) {
+            self.farewell_is_due(now, out);
+        }
         match &self.phase {
             JobPhase::Gathering { .. } if self.stop_requested.is_some() => {
                 let reason = self.stop_requested.clone().unwrap_or_default();
                 self.ask_for_last_checkpoint(now, Outcome::Stopped { reason }, 1, out);
-            }
-            JobPhase::Gathering { .. } if self.checkpoint.farewell_until.is_some_and(|until| until <= now) => {
-                self.farewell_is_due(now, out)
             }
             JobPhase::Gathering { since } => {
                 let (since, left) = (*since, (*since + self.config.join_timeout).saturating_sub(now));

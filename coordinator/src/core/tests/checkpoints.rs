@@ -138,3 +138,34 @@ fn last_holder_that_is_drained_while_others_are_missing_leaves_its_step_behind()
     assert!(let_go(&world, workers[1]));
     assert!(world.said.contains(&Effect::Notice(Notice::RolledBack { from: Step(1), to: Step(0) })));
 }
+
+#[test]
+fn last_holder_whose_copy_does_not_come_is_asked_again_every_two_minutes_and_may_go_after_the_third() {
+    let mut world = World::new(Config { join_timeout: Duration::from_secs(900), ..config(2) });
+    let workers = [world.join(None).unwrap(), world.join(None).unwrap()];
+    workers.iter().for_each(|&worker| world.ready(worker));
+    world.bootstrap(workers[0]);
+    let record = world.record(1, &[]);
+    world.die(workers[0]);
+    world.stopped(workers[1], 1, StopCause::Aborted, vec![record]);
+    world.event(Event::Drain { rank: Rank(1) }).unwrap();
+    for tries in 1..=3 {
+        assert_eq!((asked(&world, workers[1]), let_go(&world, workers[1])), (tries, false));
+        world.pass(119, &workers[1..]);
+        assert_eq!((asked(&world, workers[1]), let_go(&world, workers[1])), (tries, false), "not before");
+        world.pass(1, &workers[1..]);
+    }
+    assert!(let_go(&world, workers[1]));
+}
+
+#[test]
+fn death_of_another_holder_does_not_interrupt_who_sends_the_last_checkpoint() {
+    let (mut world, workers) = World::running(2);
+    let record = world.record(1, &[]);
+    world.stopped(workers[0], 1, StopCause::StepsDone, vec![record]);
+    world.stopped(workers[1], 1, StopCause::StepsDone, vec![]);
+    world.die(workers[1]);
+    assert_eq!((asked(&world, workers[0]), world.core.state().as_str()), (1, "storing the last checkpoint"));
+    world.event(Event::CheckpointStored { step: Step(1), generation: Generation(1) }).unwrap();
+    assert_eq!(world.outcome(), Some(Outcome::Finished));
+}

@@ -212,6 +212,17 @@ fn stop_of_a_job_that_has_not_begun_ends_it_at_once() {
 }
 
 #[test]
+fn job_that_was_to_stop_ends_when_its_coordinator_is_started_again_and_nobody_holds_anything() {
+    let mut world = World::new(config(1));
+    let mut state = world.core.durable();
+    state.apply(Fact::Stop("Ctrl-C".into())).unwrap();
+    world.core = Core::restore(config(1), None, state);
+    assert_eq!(world.core.next_deadline(), Some(Duration::ZERO));
+    world.event(Event::Tick).unwrap();
+    assert_eq!(world.outcome(), Some(Outcome::Stopped { reason: "Ctrl-C".into() }));
+}
+
+#[test]
 fn failure_of_a_worker_that_another_may_do_without_is_its_death_with_its_own_words() {
     let (mut world, workers) = World::running(2);
     let failure = FromWorker::Failure { phase: "data".into(), message: "the disk is gone".into(), permanent: false };

@@ -2,6 +2,10 @@
 
 use super::*;
 
+fn says_that_it_waits(world: &World) -> bool {
+    world.said.iter().any(|effect| matches!(effect, Effect::Notice(Notice::Waiting { .. })))
+}
+
 #[test]
 fn world_forms_when_every_rank_is_ready_and_members_are_in_rank_order() {
     let mut world = World::new(config(2));
@@ -70,6 +74,7 @@ fn death_aborts_the_others_and_a_replacement_gets_state_and_leases() {
     assert!(matches!(world.sent(workers[0]).last(), Some(ToWorker::Abort { generation: Generation(1), .. })));
     world.stopped(workers[0], 1, StopCause::Aborted, vec![]);
     assert_eq!(world.core.state(), "waiting for rank 1");
+    assert!(says_that_it_waits(&world), "at once");
     assert!(world.core.first_failure().unwrap().contains("rank 1 (pid 1 on host) lost at step 1"));
 
     let newcomer = world.join(None).unwrap();
@@ -93,6 +98,7 @@ fn failed_collective_without_a_death_regroups_the_same_members() {
     assert!(matches!(world.sent(workers[0]).last(), Some(ToWorker::Abort { .. })));
     world.stopped(workers[0], 0, StopCause::Aborted, vec![]);
     assert_eq!(world.core.generation(), Generation(2));
+    assert!(!says_that_it_waits(&world), "all are there");
     world.bootstrap(workers[0]);
     assert!(world.assignment(workers[0]).broadcast_state, "at step 0 the fresh weights may have reached nobody");
 }
