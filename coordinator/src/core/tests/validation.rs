@@ -77,3 +77,15 @@ fn validation_of_steps_that_are_lost_is_forgotten_and_said_again() {
     validated(&mut world, newcomer, 2);
     assert_eq!(world.validated(), [2, 2]);
 }
+
+#[test]
+fn later_validation_takes_the_place_of_an_earlier_one_and_none_is_said_twice() {
+    let (mut world, workers) = World::running(1);
+    for (step, validated) in [(1, 1), (2, 2), (3, 2), (4, 1)] {
+        let record = StepRecord { validation: Some(losses(validated)), ..world.record(step, &[]) };
+        let (generation, timings) = (Generation(1), StepTimings::default());
+        let report = StepReport { generation, step: Step(step), record: Some(record), timings, snapshot: None };
+        world.say(workers[0], FromWorker::StepReport(report)).unwrap();
+    }
+    assert_eq!((world.validated(), world.core.validation()), (vec![1, 2], Some(losses(2))));
+}
