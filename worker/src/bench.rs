@@ -15,6 +15,7 @@ use serde::Serialize;
 use tch::{Device, Kind, Tensor};
 
 use crate::device::{self, Choice};
+use crate::numbers::{Numbers, name};
 
 /// A training step's time.
 #[derive(Debug, Clone, clap::Args)]
@@ -102,27 +103,6 @@ impl Published {
         match self {
             Self::Sdxl => [640; 2],
             Self::Sd15 => [512; 2],
-        }
-    }
-}
-
-/// Kinds to choose from.
-#[derive(Debug, Clone, Copy, clap::ValueEnum)]
-pub enum Numbers {
-    /// Single precision.
-    F32,
-    /// The range of single precision in half the bits.
-    Bf16,
-    /// Half precision.
-    F16,
-}
-
-impl Numbers {
-    fn kind(self) -> Kind {
-        match self {
-            Self::F32 => Kind::Float,
-            Self::Bf16 => Kind::BFloat16,
-            Self::F16 => Kind::Half,
         }
     }
 }
@@ -364,15 +344,6 @@ fn memory(device: Device) -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
     peak.trim().trim_end_matches(" kB").parse::<u64>().ok().map(|kilobytes| kilobytes * 1024)
-}
-
-fn name(kind: Kind) -> String {
-    match kind {
-        Kind::Half => "f16",
-        Kind::BFloat16 => "bf16",
-        _ => "f32",
-    }
-    .into()
 }
 
 impl Report {

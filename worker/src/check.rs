@@ -15,7 +15,8 @@ use tch::{Device, Kind};
 
 use self::memory::Need;
 use crate::device::Choice;
-use crate::{bandwidth, setup};
+use crate::shards::size;
+use crate::{bandwidth, numbers, setup};
 
 /// What to look at.
 #[derive(Debug, Clone, clap::Args)]
@@ -180,18 +181,9 @@ fn check_student(job: &Job, report: &mut String) -> Result<Student, String> {
 
 /// `2,567,463,684 parameters, 5.1 GB of f16`.
 fn describe(survey: &Survey) -> String {
-    let kinds: Vec<String> = survey.kinds.iter().map(|&(kind, num_bytes)| format!("{} of {}", size(num_bytes), kind_name(kind))).collect();
+    let kinds: Vec<String> =
+        survey.kinds.iter().map(|&(kind, num_bytes)| format!("{} of {}", size(num_bytes), numbers::name(kind))).collect();
     format!("{} parameters, {}", grouped(survey.num_parameters.unsigned_abs()), kinds.join(" and "))
-}
-
-fn kind_name(kind: Kind) -> String {
-    match kind {
-        Kind::Half => "f16".into(),
-        Kind::BFloat16 => "bf16".into(),
-        Kind::Float => "f32".into(),
-        Kind::Double => "f64".into(),
-        other => format!("{other:?}").to_lowercase(),
-    }
 }
 
 /// A number with commas between thousands.
@@ -202,14 +194,6 @@ fn grouped(number: u64) -> String {
         first_of_three.then_some(',').into_iter().chain([digit])
     };
     digits.chars().enumerate().flat_map(comma).collect()
-}
-
-fn size(num_bytes: u64) -> String {
-    match num_bytes {
-        0..1_000_000 => format!("{:.1} kB", num_bytes as f64 / 1e3),
-        1_000_000..1_000_000_000 => format!("{:.1} MB", num_bytes as f64 / 1e6),
-        _ => format!("{:.2} GB", num_bytes as f64 / 1e9),
-    }
 }
 
 #[cfg(test)]

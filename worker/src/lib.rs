@@ -17,6 +17,7 @@ pub mod faults;
 pub mod grid;
 pub mod lifecycle;
 pub mod loss_scale;
+pub mod numbers;
 pub mod picture;
 pub mod precompute;
 pub mod score;

@@ -28,11 +28,12 @@ use peapod_data::shard::{Found, read_shard};
 use peapod_proto::ids::{Bitmap, ShardId};
 use peapod_proto::job::Job;
 use peapod_proto::program::say;
-use tch::{Device, Kind};
+use tch::Device;
 
 use self::encoders::{Encoders, Picture};
 use self::read::{Item, Reader};
 use crate::device::Choice;
+use crate::numbers::{self, Numbers};
 use crate::shards::whole::WholeTar;
 use crate::shards::{progress_bar, size};
 use crate::trainer::guarded;
@@ -69,27 +70,6 @@ pub struct Options {
     /// Samples that are encoded at once
     #[arg(long, default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..=4096))]
     pub batch: u32,
-}
-
-/// Numbers to store.
-#[derive(Debug, Clone, Copy, clap::ValueEnum)]
-pub enum Numbers {
-    /// Single precision.
-    F32,
-    /// The range of single precision in half the bits.
-    Bf16,
-    /// Half precision.
-    F16,
-}
-
-impl Numbers {
-    fn kind(self) -> Kind {
-        match self {
-            Self::F32 => Kind::Float,
-            Self::Bf16 => Kind::BFloat16,
-            Self::F16 => Kind::Half,
-        }
-    }
 }
 
 /// Places in a list, as ranges that include their ends.
@@ -180,7 +160,7 @@ impl Plan {
         }
         let maker = Maker {
             recipe: encoders.recipe(&self.job).map_err(|error| error.to_string())?,
-            numbers: numbers.map_or("as computed", |numbers| recipe::name(numbers.kind())),
+            numbers: numbers.map_or("as computed".to_owned(), |numbers| numbers::name(numbers.kind())),
             reader: Reader::new(&self.job, threads).map_err(|error| error.to_string())?,
             encoders,
             batch: *batch as usize,
@@ -277,14 +257,14 @@ struct Maker {
     reader: Reader,
     encoders: Encoders,
     recipe: Recipe,
-    numbers: &'static str,
+    numbers: String,
     batch: usize,
 }
 
 impl Maker {
     /// Makes `target` of the shard at `url`, unless it is there.
     fn make(&self, url: &str, shard: ShardId, target: &Path) -> Result<Made, String> {
-        let stamp = Stamp::new(url, self.numbers, self.recipe.clone());
+        let stamp = Stamp::new(url, &self.numbers, self.recipe.clone());
         if target.exists() {
             compare(target, &stamp)?;
             return Ok(Made { num_there: 1, ..Made::default() });

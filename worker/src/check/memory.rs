@@ -6,8 +6,9 @@ use peapod_collective::nccl;
 use peapod_proto::job::Job;
 use tch::Device;
 
-use super::{kind_name, size};
 use crate::draw::memory::available_bytes;
+use crate::numbers;
+use crate::shards::size;
 use crate::{device, setup};
 
 /// Bytes that stay taken through a whole job.
@@ -24,7 +25,7 @@ pub(super) struct Need {
 impl Need {
     /// Of a job, from the numbers of parameters.
     pub(super) fn of(job: &Job, device: Device, num_networks: u64, num_vae: u64, num_adapter: usize) -> Self {
-        let weights = |num_parameters: u64, kind: tch::Kind| (num_parameters * kind.elt_size_in_bytes() as u64, kind_name(kind));
+        let weights = |num_parameters: u64, kind: tch::Kind| (num_parameters * kind.elt_size_in_bytes() as u64, numbers::name(kind));
         let num_copies = 4 + u64::from(job.train.ema_decay > 0.0);
         Self {
             networks: weights(num_networks, setup::network_kind(job, device)),

@@ -9,6 +9,8 @@ use peapod_model::vae::Vae;
 use peapod_proto::job::Job;
 use tch::{Device, Kind, Tensor, no_grad_guard};
 
+use crate::numbers::name;
+
 /// Latents along one side of the picture that autoencoders are told apart by.
 const PROBE_LATENTS: i64 = 8;
 /// Numbers that are kept of what a model says, at most.
@@ -65,15 +67,6 @@ pub fn add_student(recipe: &mut Recipe, job: &Job, kind: Kind, empty: &Tensor) {
 
 fn set(settings: &mut BTreeMap<String, String>, field: &str, value: impl ToString) {
     settings.insert(field.to_owned(), value.to_string());
-}
-
-/// A kind as job files call it.
-pub fn name(kind: Kind) -> &'static str {
-    match kind {
-        Kind::BFloat16 => "bf16",
-        Kind::Half => "f16",
-        _ => "f32",
-    }
 }
 
 /// Some numbers of a tensor, spread over all of it.

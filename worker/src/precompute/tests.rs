@@ -175,10 +175,10 @@ fn shards_of_another_job_are_refused_and_of_this_one_made_once() {
     let refuse = |options: &Options| precompute(options).unwrap_err();
     assert_eq!(refuse(&options(&other, &out, false)), "1 of 1 shards are not made (0): start it again to make them alone");
     let (path, device) = (job(folder.path(), &[]), Device::Cpu);
-    let maker = |text: bool, numbers: &'static str| {
+    let maker = |text: bool, numbers: &str| {
         let encoders = Encoders::load(&parse(&path), device, text, None).unwrap();
         let (reader, recipe) = (Reader::new(&parse(&path), 1).unwrap(), encoders.recipe(&parse(&path)).unwrap());
-        Maker { reader, encoders, recipe, numbers, batch: 4 }
+        Maker { reader, encoders, recipe, numbers: numbers.into(), batch: 4 }
     };
     let url = demo().join("shards/00000.tar").display().to_string();
     for (maker, url, words) in [

@@ -148,6 +148,8 @@ fn last_holder_whose_copy_does_not_come_is_asked_again_every_two_minutes_and_may
     let record = world.record(1, &[]);
     world.die(workers[0]);
     world.stopped(workers[1], 1, StopCause::Aborted, vec![record]);
+    // At another time than one at which it is said who is missing.
+    world.pass(2, &workers[1..]);
     world.event(Event::Drain { rank: Rank(1) }).unwrap();
     for tries in 1..=3 {
         assert_eq!((asked(&world, workers[1]), let_go(&world, workers[1])), (tries, false));

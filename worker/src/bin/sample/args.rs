@@ -5,7 +5,7 @@ use std::str::FromStr;
 
 use clap::{Parser, ValueEnum};
 use peapod_model::schedule::{Scheduler, TimestepSpacing};
-use tch::Kind;
+use peapod_worker::numbers::Numbers;
 
 /// Draws pictures from prompts.
 ///
@@ -41,11 +41,11 @@ pub struct Args {
 
     /// What UNet, ControlNet and text encoders compute in [default: bf16 on a GPU, f32 on a CPU]
     #[arg(long, value_name = "KIND", help_heading = "Models")]
-    pub dtype: Option<Dtype>,
+    pub dtype: Option<Numbers>,
 
     /// What the autoencoder computes in [default: f32 where its configuration asks for it, else as --dtype]
     #[arg(long, value_name = "KIND", help_heading = "Models")]
-    pub vae_dtype: Option<Dtype>,
+    pub vae_dtype: Option<Numbers>,
 
     /// CPU threads [default: one a core]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024), help_heading = "Models")]
@@ -205,24 +205,6 @@ impl FromStr for Thresholds {
         match numbers {
             Some((low, high)) if low <= high => Ok(Self(low, high)),
             _ => Err("wanted LOW,HIGH: two whole numbers, the smaller first".into()),
-        }
-    }
-}
-
-/// Floating-point kinds.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Dtype {
-    F32,
-    Bf16,
-    F16,
-}
-
-impl From<Dtype> for Kind {
-    fn from(dtype: Dtype) -> Self {
-        match dtype {
-            Dtype::F32 => Self::Float,
-            Dtype::Bf16 => Self::BFloat16,
-            Dtype::F16 => Self::Half,
         }
     }
 }

@@ -9,6 +9,7 @@ use peapod_model::sample::{SampleOptions, SolverChoice};
 use peapod_model::vae::Decoding;
 use peapod_worker::draw::{Files, InputFiles, Inputs, Precision, Road, Setup, read_latents};
 use peapod_worker::grid::Typeface;
+use peapod_worker::numbers::Numbers;
 use tch::Tensor;
 
 use crate::args::{Args, Decode, Thresholds};
@@ -103,7 +104,7 @@ pub fn plan(args: Args) -> anyhow::Result<Plan> {
         english: roads.contains(&Road::English),
         loras: args.loras.iter().map(|lora| (lora.path.clone(), lora.scale)).collect(),
         control: args.controlnet.clone(),
-        precision: Precision { networks: args.dtype.map(Into::into), vae: args.vae_dtype.map(Into::into) },
+        precision: Precision { networks: args.dtype.map(Numbers::kind), vae: args.vae_dtype.map(Numbers::kind) },
     })?;
     let inputs = inputs(&args, &setup)?;
     let (width, height) = inputs.size().unwrap_or((setup.native_side(), setup.native_side()));
