@@ -7,7 +7,7 @@ use peapod_proto::ids::Rank;
 use peapod_proto::program::{LogArgs, Pages};
 use peapod_proto::secure::{Access, AccessArgs};
 
-use crate::device::Choice;
+use crate::device::{Choice, KernelArgs};
 use crate::precompute;
 use crate::shards::{inspect, make};
 use crate::{bench, check, vae_error};
@@ -70,6 +70,9 @@ pub struct Args {
     /// Device to train on: cpu, cuda:N, cuda (the GPU of PEAPOD_LOCAL_RANK, LOCAL_RANK or SLURM_LOCALID), or auto (that GPU if it can be used)
     #[arg(long, env = "PEAPOD_DEVICE", default_value = "auto")]
     pub device: Choice,
+    /// What networks compute with
+    #[command(flatten)]
+    pub kernels: KernelArgs,
     /// Lets two workers of a job train on the same GPU
     #[arg(long, env = "PEAPOD_ALLOW_SHARED_GPU")]
     pub allow_shared_gpu: bool,

@@ -14,8 +14,8 @@ use peapod_model::text::{StudentEncoder, StudentOptions};
 use serde::Serialize;
 use tch::{Device, Kind, Tensor};
 
-use crate::device::{self, Choice};
-use crate::numbers::{Numbers, name};
+use crate::device::{self, Choice, KernelArgs};
+use crate::numbers::{Numbers, VaeNumbers, name};
 
 /// A training step's time.
 #[derive(Debug, Clone, clap::Args)]
@@ -38,12 +38,15 @@ pub struct Options {
     /// Device: auto, cpu, cuda or cuda:N
     #[arg(long, default_value = "auto")]
     pub device: Choice,
+    /// What networks compute with
+    #[command(flatten)]
+    pub kernels: KernelArgs,
     /// Numbers of UNet and text encoders [default: bf16 on GPUs, f32 on the CPU]
     #[arg(long, value_enum)]
     pub dtype: Option<Numbers>,
     /// Numbers of the autoencoder [default: bf16 on GPUs, f32 on the CPU]
     #[arg(long, value_enum)]
-    pub vae_dtype: Option<Numbers>,
+    pub vae_dtype: Option<VaeNumbers>,
     /// Samples in a step
     #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=4096))]
     pub batch: u32,
@@ -114,6 +117,8 @@ struct Report {
     device: String,
     dtype: String,
     vae_dtype: String,
+    /// On a GPU, whether networks and autoencoder compute with fused operators.
+    fused: Option<[bool; 2]>,
     batch: u32,
     native: u32,
     size: [i64; 2],
@@ -161,9 +166,10 @@ pub fn run(options: &Options, device: Device) -> Result<String, String> {
     if options.native > options.batch {
         return Err(format!("--native {} must be at most --batch {}", options.native, options.batch));
     }
-    let default = if device.is_cuda() { Kind::BFloat16 } else { Kind::Float };
-    let [kind, vae_kind] = [options.dtype, options.vae_dtype].map(|numbers| numbers.map_or(default, Numbers::kind));
-    let (models, num_parameters) = load(options, device, kind, vae_kind).map_err(|error| error.to_string())?;
+    let default = if device.is_cuda() { Numbers::Bf16 } else { Numbers::F32 };
+    let (kind, vae_numbers) = (options.dtype.unwrap_or(default).kind(), options.vae_dtype.unwrap_or(default.into()));
+    vae_numbers.settle();
+    let (models, num_parameters) = load(options, device, kind, vae_numbers.kind()).map_err(|error| error.to_string())?;
     let size = match (&options.size[..], options.published) {
         (&[width, height], _) => [width, height],
         (_, Some(published)) => published.size(),
@@ -175,7 +181,7 @@ pub fn run(options: &Options, device: Device) -> Result<String, String> {
     }
     let (rows, is_finite) = measure(options, &models, device, kind, size).map_err(|error| error.to_string())?;
     let tflop_per_sample = count(options, size, num_parameters);
-    let report = summarise(options, device, [kind, vae_kind], size, tflop_per_sample, &rows, is_finite);
+    let report = summarise(options, device, kind, vae_numbers, size, tflop_per_sample, &rows, is_finite);
     if options.json {
         return serde_json::to_string_pretty(&report).map(|text| text + "\n").map_err(|error| error.to_string());
     }
@@ -269,7 +275,8 @@ fn synchronise(device: Device) {
 fn summarise(
     options: &Options,
     device: Device,
-    [kind, vae_kind]: [Kind; 2],
+    kind: Kind,
+    vae_numbers: VaeNumbers,
     size: [i64; 2],
     tflop_per_sample: Option<f64>,
     rows: &[[f64; NUM_PARTS]],
@@ -288,7 +295,8 @@ fn summarise(
         },
         device: device::name(device),
         dtype: name(kind),
-        vae_dtype: name(vae_kind),
+        vae_dtype: vae_numbers.name().into(),
+        fused: device.is_cuda().then(|| [kind, vae_numbers.kind()].map(|kind| peapod_kernels::of(device, kind).is_some())),
         batch: options.batch,
         native: options.native,
         size,
@@ -352,8 +360,20 @@ impl Report {
         let [width, height] = self.size;
         let _ = writeln!(
             text,
-            "{} on {}: {} of {width}x{height} ({} native) a step, networks in {}, autoencoder in {}",
-            self.model, self.device, self.batch, self.native, self.dtype, self.vae_dtype
+            "{} on {}: {} of {width}x{height} ({} native) a step, networks in {}, autoencoder in {}{}",
+            self.model,
+            self.device,
+            self.batch,
+            self.native,
+            self.dtype,
+            self.vae_dtype,
+            match self.fused {
+                Some([true, true]) => ", fused operators",
+                Some([true, false]) => ", fused operators in the networks alone",
+                Some([false, true]) => ", fused operators in the autoencoder alone",
+                Some([false, false]) => ", libtorch's operators",
+                None => "",
+            }
         );
         for (part, time) in [
             ("pictures to latents", self.encode_ms),

@@ -8,6 +8,7 @@ use std::str::FromStr;
 
 use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
 use peapod_collective::nccl::{self, Driver};
+use peapod_kernels::Mode;
 use tch::Device;
 
 /// libtorch's CUDA part, in the folder of the CPU part.
@@ -48,6 +49,33 @@ impl fmt::Display for Choice {
             Self::Cuda(None) => f.write_str("cuda"),
             Self::Cuda(Some(ordinal)) => write!(f, "cuda:{ordinal}"),
         }
+    }
+}
+
+/// What networks compute with on a GPU.
+#[derive(Debug, Clone, Copy, clap::Args)]
+pub struct KernelArgs {
+    /// Operators on a GPU: fused where this program has kernels of its own, or libtorch's alone
+    #[arg(long, env = "PEAPOD_KERNELS", value_enum, default_value_t = Kernels::Fused, hide_possible_values = true, value_name = "fused|plain")]
+    pub kernels: Kernels,
+}
+
+/// Whose operators.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Kernels {
+    /// This program's where it has some, else libtorch's.
+    Fused,
+    /// libtorch's.
+    Plain,
+}
+
+impl KernelArgs {
+    /// Says what networks that are loaded from here on compute with.
+    pub fn settle(self) {
+        peapod_kernels::set_mode(match self.kernels {
+            Kernels::Fused => Mode::Fused,
+            Kernels::Plain => Mode::Plain,
+        });
     }
 }
 

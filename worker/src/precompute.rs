@@ -32,7 +32,7 @@ use tch::Device;
 
 use self::encoders::{Encoders, Picture};
 use self::read::{Item, Reader};
-use crate::device::Choice;
+use crate::device::{Choice, KernelArgs};
 use crate::numbers::{self, Numbers};
 use crate::shards::whole::WholeTar;
 use crate::shards::{progress_bar, size};
@@ -64,6 +64,9 @@ pub struct Options {
     /// Device: auto, cpu, cuda or cuda:N
     #[arg(long, default_value = "auto")]
     pub device: Choice,
+    /// What networks compute with
+    #[command(flatten)]
+    pub kernels: KernelArgs,
     /// Threads that decode pictures, and for tensor work on the CPU [default: all cores]
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=4096))]
     pub threads: Option<u32>,

@@ -19,6 +19,7 @@ use tch::{Device, Kind};
 
 use crate::draw::{CONTEXT_LENGTH_KEY, ENCODER_KEY, MASK_PADS_KEY, NORMALIZE_QUOTES_KEY, PROJECT_KEY};
 use crate::loss_scale::LossScale;
+use crate::numbers::VaeNumbers;
 use crate::precompute::recipe;
 
 /// Standard deviation of the constant part of the noise that SDXL is trained with; SD1.5 is trained without.
@@ -33,11 +34,13 @@ const STUDENT_CONFIGURATIONS: [&str; 4] = ["config.json", "open_clip_config.json
 /// The model crate's, naming file and key.
 pub fn load_models(job: &Job, device: Device) -> peapod_model::Result<Distiller> {
     let model = ModelSource::open(&job.model.path, job.model.config.as_deref())?;
+    let vae_numbers = vae_numbers(job, device);
+    vae_numbers.settle();
     let options = LoadOptions {
         distill: distill_config(job, model.architecture()),
         context_length: job.student.context_length.into(),
         student: student_options(job, network_kind(job, device), device),
-        vae_kind: vae_kind(job, device),
+        vae_kind: vae_numbers.kind(),
     };
     Distiller::load(&model, &job.student.path, options)
 }
@@ -55,13 +58,17 @@ pub fn network_kind(job: &Job, device: Device) -> Kind {
     }
 }
 
-/// The kind that the autoencoder computes in while training.
+/// The numbers that the autoencoder computes in while training.
 #[must_use]
-pub fn vae_kind(job: &Job, device: Device) -> Kind {
+pub fn vae_numbers(job: &Job, device: Device) -> VaeNumbers {
     match (job.model.vae_dtype, job.preset) {
-        (VaeDtype::Bf16, _) => Kind::BFloat16,
-        (VaeDtype::Auto, Preset::Fixed) if device.is_cuda() => Kind::BFloat16,
-        (VaeDtype::F32 | VaeDtype::Auto, _) => Kind::Float,
+        (VaeDtype::F32, _) => VaeNumbers::F32,
+        (VaeDtype::Tf32, _) => VaeNumbers::Tf32,
+        (VaeDtype::Bf16, _) => VaeNumbers::Bf16,
+        (VaeDtype::Auto, _) if !device.is_cuda() => VaeNumbers::F32,
+        (VaeDtype::Auto, Preset::Fixed) => VaeNumbers::Bf16,
+        // The published trainer asks for f32, and PyTorch gives convolutions TF32 unless it is told not to.
+        (VaeDtype::Auto, Preset::Reference) => VaeNumbers::Tf32,
     }
 }
 
@@ -214,15 +221,16 @@ mod tests {
         };
         let (cpu, gpu) = (Device::Cpu, Device::Cuda(0));
         for (job, device, network, vae) in [
-            (job("fixed", "auto", "auto"), cpu, Kind::Float, Kind::Float),
-            (job("fixed", "auto", "auto"), gpu, Kind::BFloat16, Kind::BFloat16),
-            (job("reference", "auto", "auto"), cpu, Kind::Float, Kind::Float),
-            (job("reference", "auto", "auto"), gpu, Kind::Half, Kind::Float),
-            (job("fixed", "f16", "f32"), cpu, Kind::Half, Kind::Float),
-            (job("reference", "bf16", "bf16"), gpu, Kind::BFloat16, Kind::BFloat16),
-            (job("fixed", "f32", "f32"), gpu, Kind::Float, Kind::Float),
+            (job("fixed", "auto", "auto"), cpu, Kind::Float, VaeNumbers::F32),
+            (job("fixed", "auto", "auto"), gpu, Kind::BFloat16, VaeNumbers::Bf16),
+            (job("reference", "auto", "auto"), cpu, Kind::Float, VaeNumbers::F32),
+            (job("reference", "auto", "auto"), gpu, Kind::Half, VaeNumbers::Tf32),
+            (job("fixed", "f16", "f32"), cpu, Kind::Half, VaeNumbers::F32),
+            (job("reference", "bf16", "bf16"), gpu, Kind::BFloat16, VaeNumbers::Bf16),
+            (job("fixed", "f32", "tf32"), gpu, Kind::Float, VaeNumbers::Tf32),
+            (job("reference", "f32", "f32"), gpu, Kind::Float, VaeNumbers::F32),
         ] {
-            assert_eq!((network_kind(&job, device), vae_kind(&job, device)), (network, vae), "{:?} {device:?}", job.preset);
+            assert_eq!((network_kind(&job, device), vae_numbers(&job, device)), (network, vae), "{:?} {device:?}", job.preset);
             assert_eq!(first_loss_scale(&job, device).is_some(), network == Kind::Half);
         }
     }

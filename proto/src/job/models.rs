@@ -21,8 +21,8 @@ pub struct ModelSection {
     /// Rounds pictures and the autoencoder's weights to f16 before they are used, as the published trainer does.
     #[serde(default)]
     pub vae_round_fp16: bool,
-    /// Numbers the autoencoder computes in while training. By default bf16 on GPUs, f32 on the CPU and in the preset `reference`. libtorch lets
-    /// newer GPUs compute the convolutions of f32 in TF32. What fewer bits cost a model's latents is what `worker vae-error` prints.
+    /// Numbers the autoencoder computes in while training. By default f32 on the CPU and bf16 on GPUs, where the preset `reference` has TF32.
+    /// What fewer bits cost a model's latents is what `worker vae-error` prints.
     #[serde(default)]
     pub vae_dtype: VaeDtype,
 }
@@ -36,6 +36,8 @@ pub enum VaeDtype {
     Auto,
     /// Single precision.
     F32,
+    /// Single precision, of which a GPU's convolutions leave out half the bits of what they multiply.
+    Tf32,
     /// The range of single precision in half the bits.
     Bf16,
 }

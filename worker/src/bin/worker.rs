@@ -21,14 +21,18 @@ fn main() -> ExitCode {
     if let Err(problem) = program::start("worker", logs, io::stderr) {
         return fail(problem, supervisor::BAD_ARGUMENTS);
     }
-    let (choice, share_gpus) = match &command {
-        None => (run.device, run.allow_shared_gpu),
-        Some(Command::Check(options)) => (options.device, false),
-        Some(Command::Bench(options)) => (options.device, false),
-        Some(Command::VaeError(options)) => (options.device, false),
-        Some(Command::Precompute(options)) => (options.device, false),
-        Some(Command::Shards(_) | Command::Pages(_)) => (device::Choice::Cpu, false),
+    let (choice, kernels) = match &command {
+        None => (run.device, Some(run.kernels)),
+        Some(Command::Check(options)) => (options.device, None),
+        Some(Command::Bench(options)) => (options.device, Some(options.kernels)),
+        Some(Command::VaeError(options)) => (options.device, Some(options.kernels)),
+        Some(Command::Precompute(options)) => (options.device, Some(options.kernels)),
+        Some(Command::Shards(_) | Command::Pages(_)) => (device::Choice::Cpu, None),
     };
+    if let Some(kernels) = kernels {
+        kernels.settle();
+    }
+    let share_gpus = command.is_none() && run.allow_shared_gpu;
     if share_gpus && std::env::var_os("NCCL_HOSTID").is_none() {
         // NCCL refuses two members on one GPU of a host: to it, each worker is a host of its own.
         // SAFETY: this process has no other thread yet.

@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use peapod_collective::nccl;
 use peapod_proto::job::Job;
-use tch::Device;
+use tch::{Device, Kind};
 
 use crate::draw::memory::available_bytes;
 use crate::numbers;
@@ -25,11 +25,12 @@ pub(super) struct Need {
 impl Need {
     /// Of a job, from the numbers of parameters.
     pub(super) fn of(job: &Job, device: Device, num_networks: u64, num_vae: u64, num_adapter: usize) -> Self {
-        let weights = |num_parameters: u64, kind: tch::Kind| (num_parameters * kind.elt_size_in_bytes() as u64, numbers::name(kind));
+        let weights = |num_parameters: u64, kind: Kind, name| (num_parameters * kind.elt_size_in_bytes() as u64, name);
+        let (kind, vae_numbers) = (setup::network_kind(job, device), setup::vae_numbers(job, device));
         let num_copies = 4 + u64::from(job.train.ema_decay > 0.0);
         Self {
-            networks: weights(num_networks, setup::network_kind(job, device)),
-            vae: weights(num_vae, setup::vae_kind(job, device)),
+            networks: weights(num_networks, kind, numbers::name(kind)),
+            vae: weights(num_vae, vae_numbers.kind(), vae_numbers.name().to_owned()),
             adapter: num_copies * (num_adapter * size_of::<f32>()) as u64,
         }
     }

@@ -81,13 +81,12 @@ pub struct Drawing {
 }
 
 impl Painter {
-    /// Loads the models: on a GPU if libtorch sees one, else on the CPU; see [`Precision`] for the kinds.
+    /// Loads the models on a device that is open; see [`Precision`] for the kinds.
     ///
     /// Errors: [`DrawError::Model`].
-    pub fn load(setup: &Setup) -> Result<Self, DrawError> {
+    pub fn load(setup: &Setup, device: Device) -> Result<Self, DrawError> {
         catching(|| {
-            let device = Device::cuda_if_available();
-            let (kind, vae_kind) = setup.kinds(device);
+            let (kind, vae_kind) = setup.settle_kinds(device);
             let pipeline = Pipeline::load(&setup.model, PipelineOptions { device, unet_kind: kind, vae_kind })?;
             let english = setup.english.then(|| setup.model.english(kind, device)).transpose()?;
             let mut students: Vec<LoadedStudent> = Vec::new();

@@ -8,6 +8,7 @@ use tch::{Device, Kind};
 use super::inputs::Inputs;
 use super::memory;
 use super::student::{Student, adapter_file};
+use crate::numbers::VaeNumbers;
 
 /// Longer sides than this are a typing error: attention alone would need terabytes.
 const MAX_SIDE: i64 = 8192;
@@ -120,8 +121,9 @@ pub struct Files {
 pub struct Precision {
     /// Of UNet, ControlNet and text encoders; by default bf16 on a GPU, f32 on a CPU.
     pub networks: Option<Kind>,
-    /// Of the autoencoder; by default that of the others, or f32 where its configuration says that it overflows in halves.
-    pub vae: Option<Kind>,
+    /// Of the autoencoder; by default that of the others, or f32 where its configuration says that it overflows in halves. By default libtorch
+    /// lets GPUs compute the convolutions of f32 in TF32.
+    pub vae: Option<VaeNumbers>,
 }
 
 /// Files that were found to fit together.
@@ -198,11 +200,14 @@ impl Setup {
         self.model.unet_config().in_channels != self.model.vae_config().latent_channels
     }
 
-    /// The kinds that UNet and autoencoder compute in on a device.
-    pub(super) fn kinds(&self, device: Device) -> (Kind, Kind) {
+    /// The kinds that UNet and autoencoder compute in on a device. What is asked of the autoencoder holds from here on.
+    pub(super) fn settle_kinds(&self, device: Device) -> (Kind, Kind) {
         let networks = self.precision.networks.unwrap_or(if device.is_cuda() { Kind::BFloat16 } else { Kind::Float });
         let vae = if self.model.vae_config().force_upcast { Kind::Float } else { networks };
-        (networks, self.precision.vae.unwrap_or(vae))
+        if let Some(numbers) = self.precision.vae {
+            numbers.settle();
+        }
+        (networks, self.precision.vae.map_or(vae, VaeNumbers::kind))
     }
 
     /// Checks what is asked of the model.

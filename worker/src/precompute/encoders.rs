@@ -54,7 +54,9 @@ impl Encoders {
     /// The model crate's, naming file and key.
     pub fn load(job: &Job, device: Device, with_text: bool, numbers: Option<Kind>) -> Result<Self> {
         let model = ModelSource::open(&job.model.path, job.model.config.as_deref())?;
-        let vae_kind = setup::vae_kind(job, device);
+        let vae_numbers = setup::vae_numbers(job, device);
+        vae_numbers.settle();
+        let vae_kind = vae_numbers.kind();
         let round_fp16 = job.model.vae_round_fp16;
         let vae = if round_fp16 { model.vae_rounded(vae_kind, device)? } else { model.vae(vae_kind, device)? };
         let load_text = || {

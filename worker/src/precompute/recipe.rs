@@ -10,6 +10,7 @@ use peapod_proto::job::Job;
 use tch::{Device, Kind, Tensor, no_grad_guard};
 
 use crate::numbers::name;
+use crate::setup::vae_numbers;
 
 /// Latents along one side of the picture that autoencoders are told apart by.
 const PROBE_LATENTS: i64 = 8;
@@ -37,7 +38,7 @@ pub fn of_training(job: &Job, models: &Distiller) -> Result<Recipe> {
 pub fn of_latents(job: &Job, vae: &Vae, device: Device) -> Result<Recipe> {
     let _guard = no_grad_guard();
     let mut recipe = Recipe::of_data(&job.data);
-    set(&mut recipe.settings, "model.vae_dtype", name(vae.kind()));
+    set(&mut recipe.settings, "model.vae_dtype", vae_numbers(job, device).name());
     set(&mut recipe.settings, "model.vae_round_fp16", job.model.vae_round_fp16);
     let side = PROBE_LATENTS * vae.downscale();
     // Slopes with edges between them, others in each channel.

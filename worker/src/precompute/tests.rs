@@ -11,6 +11,7 @@ use peapod_proto::ids::{Epoch, LeaseId};
 use tch::Tensor;
 
 use super::*;
+use crate::device::Kernels;
 use crate::setup;
 use crate::trainer::tensors::to_tensors;
 
@@ -36,7 +37,8 @@ fn job(folder: &Path, changes: &[(&str, &str)]) -> PathBuf {
 
 fn options(job: &Path, out: &Path, text: bool) -> Options {
     let (numbers, shards, device) = (None, None, Choice::Cpu);
-    Options { job: job.to_owned(), out: out.to_owned(), text, numbers, shards, device, threads: Some(1), batch: 7 }
+    let kernels = KernelArgs { kernels: Kernels::Fused };
+    Options { job: job.to_owned(), out: out.to_owned(), text, numbers, shards, device, kernels, threads: Some(1), batch: 7 }
 }
 
 fn precompute(options: &Options) -> Result<String, String> {

@@ -136,7 +136,7 @@ impl ControlNet {
 
         let time = self.trunk.time(timesteps, added);
         let hidden = self.trunk.input(&sample) + self.hint.forward(&image);
-        let mut pass = Pass::new(Condition { time: &time, text: &text, bias: None }, hidden);
+        let mut pass = Pass::new(Condition { time: &time, text: &text, projected: &[], bias: None }, hidden);
         self.trunk.walk(&mut pass);
         let down = self.down.iter().zip(pass.skips()).map(|(conv, skip)| conv.forward(skip) * scale).collect();
         Ok(ControlResiduals { down, mid: self.mid.forward(pass.hidden()) * scale })

@@ -358,6 +358,20 @@ fn bf16_models_give_about_the_same_step() {
     assert!(relative_distance(&rough_gradient, &gradient) < 0.3, "{}", relative_distance(&rough_gradient, &gradient));
 }
 
+/// The kernels are those of GPUs, on an emulator.
+#[test]
+fn fused_operators_give_the_same_step_and_are_used_everywhere() {
+    let batch = batch(&[false, false], &[false, true]);
+    let (sums, gradient) = with_default(|distiller| accumulate(distiller, &batch));
+    let fused = peapod_kernels::emulator::with(|| distiller(DistillConfig::default()));
+    let before = peapod_kernels::emulator::num_launches();
+    let (fused_sums, fused_gradient) = accumulate(&fused, &batch);
+    assert!((fused_sums.logit / sums.logit - 1.0).abs() < 1e-4 && (fused_sums.feature / sums.feature - 1.0).abs() < 1e-4);
+    assert!(relative_distance(&fused_gradient, &gradient) < 1e-3, "{}", relative_distance(&fused_gradient, &gradient));
+    // Both passes of the network, the encoder, and a way back: hardly an operator is left to libtorch.
+    assert_eq!(peapod_kernels::emulator::num_launches() - before, 473, "a layer computes otherwise than before");
+}
+
 #[test]
 fn time_ids_put_height_or_width_first() {
     let batch = batch(&[true], &[false]);

@@ -7,6 +7,7 @@ mod resnet;
 
 use std::borrow::Borrow;
 
+use peapod_kernels::Kernels;
 use tch::Tensor;
 
 pub(crate) use resnet::{ResnetBlock, ResnetSpec};
@@ -31,6 +32,16 @@ impl Linear {
         let keys: Vec<String> = names.iter().map(|name| format!("{name}.weight")).collect();
         let keys: Vec<&str> = keys.iter().map(String::as_str).collect();
         Self { weight: scope.stacked(&keys, &[outputs, inputs]), bias: None }
+    }
+
+    /// Without bias, of `outputs` rows of a larger weight from the row `first` on, which it shares.
+    pub(crate) fn part(weight: &Frozen, first: i64, outputs: i64) -> Self {
+        Self { weight: Frozen::new(weight.narrow(0, first, outputs)), bias: None }
+    }
+
+    /// `[outputs, inputs]`.
+    pub(crate) fn weight(&self) -> &Tensor {
+        &self.weight
     }
 
     /// Shapes: `[.., inputs]` to `[.., outputs]`.
@@ -60,7 +71,16 @@ impl Conv2d {
 
     /// Shapes: `[B, inputs, H, W]` to `[B, outputs, H', W']`.
     pub fn forward(&self, input: &Tensor) -> Tensor {
-        input.conv2d(&self.weight, Some(&*self.bias), [self.stride; 2], [self.padding; 2], [1, 1], 1)
+        self.convolve(input, Some(&self.bias))
+    }
+
+    /// As [`Conv2d::forward`], but for the bias, `[outputs]`, which is left to whoever has the next walk over the map.
+    fn forward_unbiased(&self, input: &Tensor) -> (Tensor, &Tensor) {
+        (self.convolve(input, None), &self.bias)
+    }
+
+    fn convolve(&self, input: &Tensor, bias: Option<&Tensor>) -> Tensor {
+        input.conv2d(&self.weight, bias, [self.stride; 2], [self.padding; 2], [1, 1], 1)
     }
 }
 
@@ -69,18 +89,29 @@ pub struct LayerNorm {
     weight: Frozen,
     bias: Frozen,
     eps: f64,
+    kernels: Option<Kernels>,
 }
 
 impl LayerNorm {
     /// Takes `weight` and `bias`, both `[width]`.
     pub fn new<'a>(scope: impl Borrow<Scope<'a>>, width: i64, eps: f64) -> Self {
         let scope = scope.borrow();
-        Self { weight: scope.tensor("weight", &[width]), bias: scope.tensor("bias", &[width]), eps }
+        Self { weight: scope.tensor("weight", &[width]), bias: scope.tensor("bias", &[width]), eps, kernels: scope.kernels() }
     }
 
     /// Shapes: `[.., width]`, kept.
     pub fn forward(&self, input: &Tensor) -> Tensor {
         input.layer_norm(self.weight.size(), Some(&*self.weight), Some(&*self.bias), self.eps, true)
+    }
+
+    /// The sum of both, and what the norm makes of it. Shapes: all `[.., width]`.
+    pub fn forward_sum(&self, input: &Tensor, residual: &Tensor) -> (Tensor, Tensor) {
+        let fused = peapod_kernels::LayerNorm { weight: &self.weight, bias: &self.bias, eps: self.eps };
+        self.kernels.as_ref().and_then(|kernels| fused.forward(kernels, input, residual)).unwrap_or_else(|| {
+            let sum = input + residual;
+            let normed = self.forward(&sum);
+            (sum, normed)
+        })
     }
 }
 
@@ -90,18 +121,67 @@ pub struct GroupNorm {
     bias: Frozen,
     groups: i64,
     eps: f64,
+    kernels: Option<Kernels>,
 }
 
 impl GroupNorm {
     /// Takes `weight` and `bias`, both `[channels]`; `groups` divides `channels`.
     pub fn new<'a>(scope: impl Borrow<Scope<'a>>, groups: i64, channels: i64, eps: f64) -> Self {
         let scope = scope.borrow();
-        Self { weight: scope.tensor("weight", &[channels]), bias: scope.tensor("bias", &[channels]), groups, eps }
+        Self { weight: scope.tensor("weight", &[channels]), bias: scope.tensor("bias", &[channels]), groups, eps, kernels: scope.kernels() }
     }
 
     /// Shapes: `[B, channels, ..]`, kept.
     pub fn forward(&self, input: &Tensor) -> Tensor {
+        self.fused(input, None, false).unwrap_or_else(|| self.plain(input))
+    }
+
+    /// With a SiLU behind it. Shapes: `[B, channels, ..]`, kept.
+    pub fn forward_silu(&self, input: &Tensor) -> Tensor {
+        self.fused(input, None, true).unwrap_or_else(|| self.plain(input).silu())
+    }
+
+    /// With a SiLU behind it, and `added` to all of a channel before it. Shapes: `[B, channels, H, W]`, kept; `added` `[B, channels]`.
+    pub fn forward_sum_silu(&self, mut input: Tensor, added: &Tensor) -> Tensor {
+        if let Some(output) = self.fused(&input, Some(added), true) {
+            return output;
+        }
+        input += added.unsqueeze(-1).unsqueeze(-1);
+        self.forward_silu(&input)
+    }
+
+    /// Whether it walks over a map once, whatever it does to it.
+    fn is_fused(&self) -> bool {
+        self.kernels.is_some()
+    }
+
+    fn fused(&self, input: &Tensor, added: Option<&Tensor>, silu: bool) -> Option<Tensor> {
+        let (weight, bias) = (&*self.weight, &*self.bias);
+        peapod_kernels::GroupNorm { weight, bias, groups: self.groups, eps: self.eps, silu }.forward(self.kernels.as_ref()?, input, added)
+    }
+
+    fn plain(&self, input: &Tensor) -> Tensor {
         input.group_norm(self.groups, Some(&*self.weight), Some(&*self.bias), self.eps, true)
+    }
+}
+
+/// Values times the exact (erf) GELU of their gates, which lie behind them along the last dimension.
+pub(crate) struct Geglu {
+    kernels: Option<Kernels>,
+}
+
+impl Geglu {
+    /// It has no weights; `scope` says where it computes.
+    pub fn new(scope: &Scope) -> Self {
+        Self { kernels: scope.kernels() }
+    }
+
+    /// Shapes: `[.., 2 * width]` to `[.., width]`.
+    pub fn forward(&self, input: &Tensor) -> Tensor {
+        self.kernels.as_ref().and_then(|kernels| kernels.geglu(input)).unwrap_or_else(|| {
+            let width = input.size().last().map_or(0, |double| double / 2);
+            input.narrow(-1, 0, width) * input.narrow(-1, width, width).gelu("none")
+        })
     }
 }
 

@@ -44,11 +44,17 @@ impl ResnetBlock {
     /// Shapes: `input` `[B, inputs, H, W]`; `time`, after its SiLU (which all blocks share), `[B, time_width]`; returns
     /// `[B, outputs, H, W]`.
     pub fn forward(&self, input: &Tensor, time: Option<&Tensor>) -> Tensor {
-        let mut hidden = self.conv1.forward(&self.norm1.forward(input).silu());
-        if let (Some(projection), Some(time)) = (&self.time_emb_proj, time) {
-            hidden += projection.forward(time).unsqueeze(-1).unsqueeze(-1);
-        }
-        let hidden = self.conv2.forward(&self.norm2.forward(&hidden).silu());
+        let normed = self.norm1.forward_silu(input);
+        let normed = match self.time_emb_proj.as_ref().zip(time).map(|(projection, time)| projection.forward(time)) {
+            // One walk over the map adds the convolution's bias, too.
+            Some(time) if self.norm2.is_fused() => {
+                let (hidden, bias) = self.conv1.forward_unbiased(&normed);
+                self.norm2.forward_sum_silu(hidden, &(time + bias))
+            }
+            Some(time) => self.norm2.forward_sum_silu(self.conv1.forward(&normed), &time),
+            None => self.norm2.forward_silu(&self.conv1.forward(&normed)),
+        };
+        let hidden = self.conv2.forward(&normed);
         match &self.conv_shortcut {
             Some(shortcut) => shortcut.forward(input) + hidden,
             None => input + hidden,

@@ -2,8 +2,9 @@
 
 use tch::Tensor;
 
-use crate::nn::{Conv2d, GroupNorm, LayerNorm, Linear, attention};
-use crate::weights::Scope;
+use super::blocks::Condition;
+use crate::nn::{Conv2d, Geglu, GroupNorm, LayerNorm, Linear, attention};
+use crate::weights::{Frozen, Scope};
 
 /// Fixed in diffusers, whatever `norm_eps` says.
 const GROUP_NORM_EPS: f64 = 1e-6;
@@ -41,13 +42,21 @@ impl SpatialTransformer {
         }
     }
 
-    /// Shapes: `input` `[B, channels, H, W]`, kept; `text` `[B, L, context_width]`; `bias`, added to the scores of the text, `[B, 1, 1, L]`.
-    pub fn forward(&self, input: &Tensor, text: &Tensor, bias: Option<&Tensor>) -> Tensor {
+    /// The layers that attend to the text.
+    pub fn cross_attentions(&mut self) -> impl Iterator<Item = &mut CrossAttention> {
+        self.layers.iter_mut().map(|layer| &mut layer.cross_attention)
+    }
+
+    /// Shapes: `input` `[B, channels, H, W]`, kept.
+    pub fn forward(&self, input: &Tensor, condition: Condition) -> Tensor {
         let size = input.size();
         let mut tokens = self.proj_in.forward_tokens(&self.norm.forward(input));
+        let mut branch = None;
         for layer in &self.layers {
-            tokens = layer.forward(&tokens, text, bias);
+            let (stem, next) = layer.forward(tokens, branch, condition);
+            (tokens, branch) = (stem, Some(next));
         }
+        let tokens = branch.map_or_else(|| tokens.shallow_clone(), |branch| branch + &tokens);
         self.proj_out.forward_map(&tokens, &size) + input
     }
 }
@@ -111,10 +120,19 @@ impl TransformerLayer {
         }
     }
 
-    fn forward(&self, tokens: &Tensor, text: &Tensor, bias: Option<&Tensor>) -> Tensor {
-        let tokens = self.self_attention.forward(&self.norm1.forward(tokens)) + tokens;
-        let tokens = self.cross_attention.forward(&self.norm2.forward(&tokens), text, bias) + tokens;
-        self.feed_forward.forward(&self.norm3.forward(&tokens)) + tokens
+    /// Takes tokens and what the layer before would add to them; returns both of its own. Whoever normalises a sum is the one who adds it up.
+    fn forward(&self, tokens: Tensor, branch: Option<Tensor>, condition: Condition) -> (Tensor, Tensor) {
+        let (tokens, normed) = match branch {
+            Some(branch) => self.norm1.forward_sum(&branch, &tokens),
+            None => {
+                let normed = self.norm1.forward(&tokens);
+                (tokens, normed)
+            }
+        };
+        let (tokens, normed) = self.norm2.forward_sum(&self.self_attention.forward(&normed), &tokens);
+        let (tokens, normed) = self.norm3.forward_sum(&self.cross_attention.forward(&normed, condition), &tokens);
+        let branch = self.feed_forward.forward(&normed);
+        (tokens, branch)
     }
 }
 
@@ -139,11 +157,13 @@ impl SelfAttention {
 }
 
 /// Multi-head attention of pixels to text; keys and values are projected in one product, all without bias.
-struct CrossAttention {
+pub(super) struct CrossAttention {
     to_q: Linear,
     to_kv: Linear,
     to_out: Linear,
     heads: i64,
+    /// Where its keys and values are among those of all layers, if they are projected together.
+    slot: Option<usize>,
 }
 
 impl CrossAttention {
@@ -154,18 +174,56 @@ impl CrossAttention {
             to_kv: Linear::stacked(&scope, &["to_k", "to_v"], spec.context_width, width),
             to_out: Linear::new(&scope / "to_out" / 0, width, width, true),
             heads: spec.heads,
+            slot: None,
         }
     }
 
-    fn forward(&self, tokens: &Tensor, text: &Tensor, bias: Option<&Tensor>) -> Tensor {
-        let (query, projected) = (self.to_q.forward(tokens), self.to_kv.forward(text).chunk(2, -1));
-        self.to_out.forward(&attention(&query, &projected[0], &projected[1], self.heads, bias, false))
+    fn forward(&self, tokens: &Tensor, condition: Condition) -> Tensor {
+        let projected = match self.slot.and_then(|slot| condition.projected.get(slot)) {
+            Some(projected) => projected.chunk(2, -1),
+            None => self.to_kv.forward(condition.text).chunk(2, -1),
+        };
+        let query = self.to_q.forward(tokens);
+        self.to_out.forward(&attention(&query, &projected[0], &projected[1], self.heads, condition.bias, false))
+    }
+}
+
+/// The projections of the text to keys and values in all layers of cross-attention, as one product: each alone is too small to fill a GPU.
+pub(super) struct TextProjection {
+    weight: Frozen,
+    widths: Vec<i64>,
+}
+
+impl TextProjection {
+    /// Moves the weights of all `layers` into one, of which each keeps its part. `None` if there are none, or if the weights are not there.
+    pub fn gather<'a>(layers: impl Iterator<Item = &'a mut CrossAttention>) -> Option<Self> {
+        let layers: Vec<&mut CrossAttention> = layers.collect();
+        let weights: Vec<&Tensor> = layers.iter().map(|layer| layer.to_kv.weight()).collect();
+        // What stands for a tensor that no file holds takes no memory, and should not here.
+        if weights.is_empty() || !weights.iter().all(|weight| weight.is_contiguous()) {
+            return None;
+        }
+        let widths: Vec<i64> = weights.iter().map(|weight| weight.size()[0]).collect();
+        let weight = Frozen::new(Tensor::cat(&weights, 0));
+        let mut first = 0;
+        for (slot, (layer, &width)) in layers.into_iter().zip(&widths).enumerate() {
+            layer.to_kv = Linear::part(&weight, first, width);
+            layer.slot = Some(slot);
+            first += width;
+        }
+        Some(Self { weight, widths })
+    }
+
+    /// Shapes: `text` `[B, L, D]`; keys and values of a layer, `[B, L, 2 * width]`, by its slot.
+    pub fn forward(&self, text: &Tensor) -> Vec<Tensor> {
+        text.linear(&self.weight, None::<&Tensor>).split_with_sizes(&self.widths, -1)
     }
 }
 
 /// A feed-forward layer of four times the width, gated by an exact (erf) GELU.
 struct GegluFeedForward {
     proj: Linear,
+    gate: Geglu,
     out: Linear,
 }
 
@@ -175,13 +233,11 @@ impl GegluFeedForward {
     fn new(scope: Scope, width: i64) -> Self {
         let inner = Self::EXPANSION * width;
         // `proj` makes values and gates at once. Key 1 of the sequence is the dropout, which has no weights.
-        Self { proj: Linear::new(&scope / 0 / "proj", width, 2 * inner, true), out: Linear::new(&scope / 2, inner, width, true) }
+        let proj = Linear::new(&scope / 0 / "proj", width, 2 * inner, true);
+        Self { proj, gate: Geglu::new(&scope), out: Linear::new(&scope / 2, inner, width, true) }
     }
 
     fn forward(&self, tokens: &Tensor) -> Tensor {
-        let projected = self.proj.forward(tokens);
-        let inner = projected.size()[2] / 2;
-        let (value, gate) = (projected.narrow(-1, 0, inner), projected.narrow(-1, inner, inner));
-        self.out.forward(&(value * gate.gelu("none")))
+        self.out.forward(&self.gate.forward(&self.proj.forward(tokens)))
     }
 }

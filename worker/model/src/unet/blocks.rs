@@ -2,7 +2,7 @@
 
 use tch::Tensor;
 
-use super::attention::{SpatialTransformer, TransformerSpec};
+use super::attention::{CrossAttention, SpatialTransformer, TransformerSpec};
 use super::pass::Pass;
 use crate::nn::{Conv2d, GroupNorm, ResnetBlock, ResnetSpec, upsample_nearest};
 use crate::weights::Scope;
@@ -14,6 +14,8 @@ pub(crate) struct Condition<'a> {
     pub time: &'a Tensor,
     /// Text states `[B, L, D]`.
     pub text: &'a Tensor,
+    /// Keys and values of the text for every layer of cross-attention, by its slot; empty: each layer projects the text itself.
+    pub projected: &'a [Tensor],
     /// Added to the scores of cross-attention, `[B, 1, 1, L]`; `None` hides nothing.
     pub bias: Option<&'a Tensor>,
 }
@@ -66,10 +68,14 @@ impl Stage {
     fn forward(&self, input: &Tensor, condition: Condition) -> Tensor {
         let hidden = self.resnet.forward(input, Some(condition.time));
         match &self.attention {
-            Some(attention) => attention.forward(&hidden, condition.text, condition.bias),
+            Some(attention) => attention.forward(&hidden, condition),
             None => hidden,
         }
     }
+}
+
+fn cross_attentions(stages: &mut [Stage]) -> impl Iterator<Item = &mut CrossAttention> {
+    stages.iter_mut().filter_map(|stage| stage.attention.as_mut()).flat_map(SpatialTransformer::cross_attentions)
 }
 
 /// One level on the way down.
@@ -98,6 +104,11 @@ impl DownBlock {
         Self { stages, downsampler }
     }
 
+    /// The layers that attend to the text.
+    pub fn cross_attentions(&mut self) -> impl Iterator<Item = &mut CrossAttention> {
+        cross_attentions(&mut self.stages)
+    }
+
     /// Every unit's output becomes a skip connection; the last one is the block's.
     pub fn walk<'a>(&'a self, pass: &mut Pass<'a>) {
         for stage in &self.stages {
@@ -121,6 +132,11 @@ impl MidBlock {
     pub fn new(scope: &Scope, channels: i64, resnet: &ResnetSpec, attention: Option<TransformerSpec>) -> Self {
         let second = attention.map(|_| ResnetBlock::new(&(scope / "resnets" / 1), channels, channels, resnet));
         Self { first: Stage::new(scope, 0, channels, channels, resnet, attention), second }
+    }
+
+    /// The layers that attend to the text.
+    pub fn cross_attentions(&mut self) -> impl Iterator<Item = &mut CrossAttention> {
+        cross_attentions(std::slice::from_mut(&mut self.first))
     }
 
     pub fn walk<'a>(&'a self, pass: &mut Pass<'a>) {
@@ -164,6 +180,11 @@ impl UpBlock {
         Self { stages, upsampler: upsample.then(|| Conv2d::new(scope / "upsamplers" / 0 / "conv", outputs, outputs, 3, 1, 1)) }
     }
 
+    /// The layers that attend to the text.
+    pub fn cross_attentions(&mut self) -> impl Iterator<Item = &mut CrossAttention> {
+        cross_attentions(&mut self.stages)
+    }
+
     /// Every stage consumes the newest skip connection.
     pub fn walk<'a>(&'a self, pass: &mut Pass<'a>) {
         for stage in &self.stages {
@@ -190,6 +211,6 @@ impl Output {
     }
 
     fn forward(&self, input: &Tensor) -> Tensor {
-        self.conv.forward(&self.norm.forward(input).silu())
+        self.conv.forward(&self.norm.forward_silu(input))
     }
 }

@@ -14,6 +14,7 @@ use std::path::Path;
 
 use tch::{Device, Kind, Tensor, no_grad_guard};
 
+use self::attention::TextProjection;
 pub(crate) use self::blocks::Condition;
 use self::blocks::{Output, Unit, UpBlock};
 pub(crate) use self::config::SUPPORTED;
@@ -34,6 +35,7 @@ pub struct UNet {
     trunk: Trunk,
     up: Vec<UpBlock>,
     output: Output,
+    text_projection: Option<TextProjection>,
 }
 
 /// What SDXL's UNet is told beside the token states.
@@ -93,7 +95,7 @@ impl UNet {
         let up_layers = config.up_layers(&levels)?;
 
         // 1. Embeddings, input, down, mid.
-        let trunk = Trunk::new(scope, config)?;
+        let mut trunk = Trunk::new(scope, config)?;
         let config = &trunk.config;
         let first = config.block_out_channels[0];
         let resnet = resnet_spec(config, first);
@@ -112,7 +114,11 @@ impl UNet {
 
         // 3. Output.
         let output = Output::new(scope, first, config.out_channels, &resnet);
-        Ok(Self { trunk, up, output })
+
+        // 4. What all layers make of the text.
+        let layers = trunk.cross_attentions().chain(up.iter_mut().flat_map(UpBlock::cross_attentions));
+        let text_projection = TextProjection::gather(layers);
+        Ok(Self { trunk, up, output, text_projection })
     }
 
     /// Number of parameters of a network with this configuration; nothing is allocated.
@@ -171,7 +177,9 @@ impl UNet {
         self.trunk.check("UNet::forward", sample, timesteps, text, added)?;
         let (sample, text) = (sample.to_kind(self.kind()), text.to_kind(self.kind()));
         let (time, bias) = (self.trunk.time(timesteps, added), self.attention_bias(&text, options.mask)?);
-        let mut pass = Pass::new(Condition { time: &time, text: &text, bias: bias.as_ref() }, self.trunk.input(&sample));
+        let projected = self.text_projection.as_ref().map_or_else(Vec::new, |projection| projection.forward(&text));
+        let condition = Condition { time: &time, text: &text, projected: &projected, bias: bias.as_ref() };
+        let mut pass = Pass::new(condition, self.trunk.input(&sample));
         self.walk(&mut pass, options.control)?;
         Ok(UNetOutput { sample: pass.hidden().shallow_clone(), features: pass.features() })
     }
@@ -201,7 +209,7 @@ impl UNet {
         let time = graph_of_time.detach();
         let (pass, output) = {
             let _guard = no_grad_guard();
-            let condition = Condition { time: &time, text: &text, bias: bias.as_ref() };
+            let condition = Condition { time: &time, text: &text, projected: &[], bias: bias.as_ref() };
             let mut pass = Pass::remembering(condition, self.trunk.input(&sample));
             self.walk(&mut pass, None)?;
             let output = UNetOutput { sample: pass.hidden().shallow_clone(), features: pass.features() };

@@ -2,7 +2,7 @@
 
 use tch::{Kind, Tensor};
 
-use super::attention::TransformerSpec;
+use super::attention::{CrossAttention, TransformerSpec};
 use super::blocks::{DownBlock, MidBlock};
 use super::config::{AdditionWidths, Level, MidBlockType, NUM_TIME_IDS, UNetConfig};
 use super::embedding::{EmbeddingMlp, sinusoids};
@@ -128,6 +128,12 @@ impl Trunk {
             mid.walk(pass);
             pass.keep_feature();
         }
+    }
+
+    /// The layers that attend to the text.
+    pub(super) fn cross_attentions(&mut self) -> impl Iterator<Item = &mut CrossAttention> {
+        let down = self.down.iter_mut().flat_map(DownBlock::cross_attentions);
+        down.chain(self.mid.iter_mut().flat_map(MidBlock::cross_attentions))
     }
 
     /// Checks the inputs of a forward pass; `what` names it in the error.

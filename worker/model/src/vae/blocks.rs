@@ -120,7 +120,7 @@ impl Output {
     }
 
     fn forward(&self, hidden: &Tensor) -> Tensor {
-        self.conv_out.forward(&self.conv_norm_out.forward(hidden).silu())
+        self.conv_out.forward(&self.conv_norm_out.forward_silu(hidden))
     }
 }
 

@@ -21,6 +21,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use memmap2::Mmap;
+use peapod_kernels::Kernels;
 use serde::Deserialize;
 use tch::{Device, Kind, Tensor};
 
@@ -189,9 +190,10 @@ impl Weights {
         self.entries.get(key).map(|stored| stored.entry.shape())
     }
 
-    /// The scope of all keys. Tensors taken from it are converted to `kind` and copied to `device`.
+    /// The scope of all keys. Tensors taken from it are converted to `kind` and copied to `device`, where fused operators of that kind are
+    /// made ready if there are some.
     pub fn root(&self, kind: Kind, device: Device) -> Scope<'_> {
-        Scope { weights: self, prefix: String::new(), kind, rounded: kind, device }
+        Scope { weights: self, prefix: String::new(), kind, rounded: kind, device, kernels: peapod_kernels::of(device, kind) }
     }
 
     /// A text of the metadata of a safetensors file; `None` without it, or in another kind of file.
@@ -306,6 +308,7 @@ pub struct Scope<'a> {
     /// The kind values pass through on their way.
     rounded: Kind,
     device: Device,
+    kernels: Option<Kernels>,
 }
 
 impl Scope<'_> {
@@ -366,6 +369,11 @@ impl Scope<'_> {
     /// The device tensors are copied to.
     pub fn device(&self) -> Device {
         self.device
+    }
+
+    /// Fused operators of the scope's kind on its device.
+    pub(crate) fn kernels(&self) -> Option<Kernels> {
+        self.kernels.clone()
     }
 
     fn key(&self, name: &str) -> String {

@@ -5,7 +5,8 @@ use std::str::FromStr;
 
 use clap::{Parser, ValueEnum};
 use peapod_model::schedule::{Scheduler, TimestepSpacing};
-use peapod_worker::numbers::Numbers;
+use peapod_worker::device::{Choice, KernelArgs};
+use peapod_worker::numbers::{Numbers, VaeNumbers};
 
 /// Draws pictures from prompts.
 ///
@@ -45,7 +46,15 @@ pub struct Args {
 
     /// What the autoencoder computes in [default: f32 where its configuration asks for it, else as --dtype]
     #[arg(long, value_name = "KIND", help_heading = "Models")]
-    pub vae_dtype: Option<Numbers>,
+    pub vae_dtype: Option<VaeNumbers>,
+
+    /// Device to draw on: cpu, cuda:N, cuda (the first GPU), or auto (that GPU if it can be used)
+    #[arg(long, env = "PEAPOD_DEVICE", default_value = "auto", value_name = "DEVICE", help_heading = "Models")]
+    pub device: Choice,
+
+    /// What networks compute with
+    #[command(flatten, next_help_heading = "Models")]
+    pub kernels: KernelArgs,
 
     /// CPU threads [default: one a core]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024), help_heading = "Models")]

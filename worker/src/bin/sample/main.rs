@@ -13,10 +13,11 @@ use anyhow::Context;
 use clap::{CommandFactory, FromArgMatches, Subcommand};
 use peapod_model::sample::SampleOptions;
 use peapod_proto::program::{Pages, nobody_reads, say};
+use peapod_worker::device;
 use peapod_worker::draw::{Painter, Road, write_latents};
 use peapod_worker::grid::{Grid, Row};
 use peapod_worker::picture::Picture;
-use tch::Tensor;
+use tch::{Device, Tensor};
 
 use self::args::Args;
 use self::plan::{Asked, Plan, Target, plan};
@@ -33,6 +34,11 @@ fn main() -> ExitCode {
         };
     }
     let args = Args::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
+    args.kernels.settle();
+    let device = match device::open(args.device, false) {
+        Ok(device) => device,
+        Err(problem) => return fail(&anyhow::anyhow!(problem), 2),
+    };
     // Before the first tensor: libtorch sizes its pools once.
     let threads = args.threads.map_or_else(|| std::thread::available_parallelism().map_or(1, |n| n.get() as i32), i32::from);
     tch::set_num_threads(threads);
@@ -41,7 +47,7 @@ fn main() -> ExitCode {
         Ok(plan) => plan,
         Err(error) => return fail(&error, 2),
     };
-    match run(&plan) {
+    match run(&plan, device) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => fail(&error, 1),
     }
@@ -53,10 +59,10 @@ fn fail(error: &anyhow::Error, code: u8) -> ExitCode {
 }
 
 /// Loads the models, draws, and writes the files.
-fn run(plan: &Plan) -> anyhow::Result<()> {
+fn run(plan: &Plan, device: Device) -> anyhow::Result<()> {
     let started = Instant::now();
     let reporter = Reporter::new(plan.num_steps());
-    let painter = Painter::load(&plan.setup).context("cannot load the models")?;
+    let painter = Painter::load(&plan.setup, device).context("cannot load the models")?;
     reporter.say(format!("models loaded in {:.1} s", started.elapsed().as_secs_f64()));
     let seed = plan.options.seed.to_string();
     let took = match &plan.target {

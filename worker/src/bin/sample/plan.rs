@@ -104,7 +104,7 @@ pub fn plan(args: Args) -> anyhow::Result<Plan> {
         english: roads.contains(&Road::English),
         loras: args.loras.iter().map(|lora| (lora.path.clone(), lora.scale)).collect(),
         control: args.controlnet.clone(),
-        precision: Precision { networks: args.dtype.map(Numbers::kind), vae: args.vae_dtype.map(Numbers::kind) },
+        precision: Precision { networks: args.dtype.map(Numbers::kind), vae: args.vae_dtype },
     })?;
     let inputs = inputs(&args, &setup)?;
     let (width, height) = inputs.size().unwrap_or((setup.native_side(), setup.native_side()));
