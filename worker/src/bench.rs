@@ -179,9 +179,9 @@ pub fn run(options: &Options, device: Device) -> Result<String, String> {
     if size.iter().any(|side| *side <= 0 || side % scale != 0) {
         return Err(format!("--size {} {} must be multiples of {scale}", size[0], size[1]));
     }
-    let (rows, is_finite) = measure(options, &models, device, kind, size).map_err(|error| error.to_string())?;
+    let measured = measure(options, &models, device, kind, size).map_err(|error| error.to_string())?;
     let tflop_per_sample = count(options, size, num_parameters);
-    let report = summarise(options, device, kind, vae_numbers, size, tflop_per_sample, &rows, is_finite);
+    let report = summarise(options, device, kind, vae_numbers, size, tflop_per_sample, &measured);
     if options.json {
         return serde_json::to_string_pretty(&report).map(|text| text + "\n").map_err(|error| error.to_string());
     }
@@ -231,13 +231,12 @@ fn synthetic(options: &Options, models: &Distiller, [width, height]: [i64; 2], d
 }
 
 /// One row of seconds for each timed step, and whether the last gradient was finite.
-fn measure(
-    options: &Options,
-    models: &Distiller,
-    device: Device,
-    kind: Kind,
-    size: [i64; 2],
-) -> peapod_model::Result<(Vec<[f64; NUM_PARTS]>, bool)> {
+struct Measured {
+    rows: Vec<[f64; NUM_PARTS]>,
+    is_finite: bool,
+}
+
+fn measure(options: &Options, models: &Distiller, device: Device, kind: Kind, size: [i64; 2]) -> peapod_model::Result<Measured> {
     let batch = synthetic(options, models, size, device);
     let adapter = Adapter::fresh(models.adapter_config(options.hidden.into(), 3), 0, device)?;
     let mut optimizer = AdamW::new(AdamWConfig::default(), adapter.num_parameters() as i64, device);
@@ -262,7 +261,7 @@ fn measure(
         }
     }
     let is_finite = gradient.isfinite().all().int64_value(&[]) == 1;
-    Ok((rows, is_finite))
+    Ok(Measured { rows, is_finite })
 }
 
 /// Waits for everything a GPU was given.
@@ -279,8 +278,7 @@ fn summarise(
     vae_numbers: VaeNumbers,
     size: [i64; 2],
     tflop_per_sample: Option<f64>,
-    rows: &[[f64; NUM_PARTS]],
-    is_finite: bool,
+    Measured { rows, is_finite }: &Measured,
 ) -> Report {
     let mean = |part: usize| rows.iter().map(|row| row[part]).sum::<f64>() / rows.len() as f64 * 1e3;
     let steps: Vec<f64> = rows.iter().map(|row| row.iter().sum::<f64>() * 1e3).collect();
@@ -316,7 +314,7 @@ fn summarise(
         peak_tflops,
         share_of_peak: tflops.zip(peak_tflops).map(|(tflops, peak)| tflops / peak),
         memory_bytes: memory(device),
-        is_finite,
+        is_finite: *is_finite,
     }
 }
 

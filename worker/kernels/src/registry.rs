@@ -20,7 +20,14 @@ pub enum Mode {
 
 static IS_PLAIN: AtomicBool = AtomicBool::new(false);
 /// What was made, and what could not be.
-static MADE: Mutex<Vec<((usize, Kind), Option<Kernels>)>> = Mutex::new(Vec::new());
+static MADE: Mutex<Vec<Made>> = Mutex::new(Vec::new());
+
+/// What became of the kernels of a kind on a GPU.
+struct Made {
+    ordinal: usize,
+    kind: Kind,
+    kernels: Option<Kernels>,
+}
 
 /// Says how networks that are built from now on compute.
 pub fn set_mode(mode: Mode) {
@@ -40,11 +47,11 @@ pub fn of(device: Device, kind: Kind) -> Option<Kernels> {
         return None;
     }
     let mut made = MADE.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some((_, kernels)) = made.iter().find(|(place, _)| *place == (ordinal, kind)) {
-        return kernels.clone();
+    if let Some(made) = made.iter().find(|made| (made.ordinal, made.kind) == (ordinal, kind)) {
+        return made.kernels.clone();
     }
     let kernels = make(ordinal, kind);
-    made.push(((ordinal, kind), kernels.clone()));
+    made.push(Made { ordinal, kind, kernels: kernels.clone() });
     kernels
 }
 
