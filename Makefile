@@ -27,13 +27,18 @@ test: build .bench/manifests/.installed ## all tests that need no GPU, no root a
 	cargo test --workspace
 	cargo test --workspace --test stories -- --ignored --exact demo::trained_adapter_draws_what_chinese_prompts_name --nocapture
 
+# NVIDIA's compiler of kernels needs no GPU (110 MB, beside libtorch, where a full setup has it).
+.libtorch/nvidia/cu13/lib/libnvrtc.so.13: | setup
+	.libtorch.tools/bin/uv pip install --quiet --python .libtorch.tools/bin/python --target .libtorch --no-deps nvidia-cuda-nvrtc==13.0.88
+
 test-all: export OMP_NUM_THREADS = 1
-test-all: test lint-deps ## all tests, with many more random worlds, and what the programs are made of
+test-all: test lint-deps .libtorch/nvidia/cu13/lib/libnvrtc.so.13 ## all tests, with many more random worlds, and what the programs are made of
 	PROPTEST_CASES=10000 cargo test --workspace --lib -- exactly_once replay
 	cargo test --workspace --test stories -- --ignored --exact simulation::clusters_of_twenty_thousand_seeds_lose_and_double_no_sample --nocapture
 	@test $$(id -u) != 0 && echo "full disk: skipped, it mounts a file system and needs root" || \
 	  cargo test --workspace --test stories -- --ignored --exact restart::full_disk_costs_checkpoints_and_no_sample --nocapture
 	cargo test --workspace --test stories -- --ignored --exact observability::page_is_whole_in_a_browser_at_both_widths_and_in_both_colours --nocapture
+	PEAPOD_NVRTC=1 cargo test --workspace --lib -- kernels_compile_for_every_generation_in_every_kind
 	cargo test -p peapod-proto --features otlp --test otlp
 	tests/containers/run.sh
 

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # What only a machine with an NVIDIA GPU can show, after the build. From the project's root, after `make setup`.
-#   1. the conformance suite on NCCL, one member for each GPU;
-#   2. the demo for twenty steps in f32 by two workers: on the CPU over TCP, then on GPUs over NCCL (on one GPU, if there is only one):
-#      the adapters must be alike to rounding;
+#   1. the conformance suite on NCCL, one member for each GPU; the fused operators compiled, and proved beside libtorch's;
+#   2. the demo for twenty steps in f32 by two workers: on the CPU over TCP, then on GPUs over NCCL (on one GPU, if there is only one), with
+#      fused operators and with libtorch's: the adapters must be alike to rounding;
 #   3. the same from latents and text that the GPU has computed beforehand;
 #   4. three steps of the demo under compute-sanitizer, where that is installed;
 #   5. all-reduces of the demo's gradient among the GPUs, if there are several;
-#   6. a training step by its stages: of the published sizes with random weights, or of MODEL and STUDENT, if they name real models; and what
-#      the autoencoder of MODEL loses on the pictures in the folder IMAGES, if there is one;
+#   6. a training step by its stages: of the published sizes with random weights, or of MODEL and STUDENT, if they name real models; the same
+#      with one thing changed at a time; and what the autoencoder of MODEL loses on the pictures in the folder IMAGES, if there is one;
 #   7. the step beside that of diffusers and PyTorch (PEER: a Python that has tests/peers/requirements.txt; `make bench-gpu` makes one): SDXL's
 #      published sizes, 640x640, all samples parallel, plain and as the published trainer; then rows with 25 % native samples, with both
 #      autoencoders in bf16, and with the peer compiled.
@@ -26,6 +26,7 @@ worker=target/release/worker
 
 echo "== 1. conformance on NCCL"
 cargo test --workspace --lib -- --test-threads=1 nccl:: --nocapture
+PEAPOD_NVRTC=1 cargo test --workspace --lib -- --test-threads=1 gpu::tests --nocapture
 
 echo "== 2. the same adapter from TCP and from NCCL"
 sed -e 's/^steps = .*/steps = 20\ndtype = "f32"/' -e 's/^\(path = "tests\/demo\/model"\)$/\1\nvae_dtype = "f32"/' \
@@ -39,6 +40,8 @@ train tcp "$out/job.toml" PEAPOD_DEVICE=cpu
 # TF32 would hide a wrong sum among its own rounding.
 train nccl "$out/job.toml" PEAPOD_DEVICE=cuda PEAPOD_ALLOW_SHARED_GPU=true NVIDIA_TF32_OVERRIDE=0
 python3 tests/gpu/compare_adapters.py "$out/tcp" "$out/nccl" 1e-3
+train plain "$out/job.toml" PEAPOD_DEVICE=cuda PEAPOD_ALLOW_SHARED_GPU=true NVIDIA_TF32_OVERRIDE=0 PEAPOD_KERNELS=plain
+python3 tests/gpu/compare_adapters.py "$out/plain" "$out/nccl" 1e-3
 
 echo "== 3. the same adapter from what was computed beforehand"
 NVIDIA_TF32_OVERRIDE=0 $worker precompute --job "$out/job.toml" --out "$out/made" --text --device cuda
@@ -65,9 +68,20 @@ models=(--published sdxl)
 if [[ -n ${MODEL:-} && -n ${STUDENT:-} ]]; then
   models=(--model "$MODEL" --student "$STUDENT" --context-length 52 --size 640 640)
 fi
-for numbers in bf16 f16; do
-  $worker bench --device cuda --dtype $numbers --batch 10 --steps 20 --warmup 5 --peak-time 10s "${models[@]}"
-done
+step() { # what is changed
+  echo "-- ${*:-as it comes}"
+  $worker bench --device cuda --batch 10 --steps 20 --warmup 5 "${models[@]}" --peak-time "${peak:-0s}" "$@"
+}
+peak=10s step
+step --kernels plain
+step --vae-dtype tf32
+step --vae-dtype f32
+step --attention cudnn
+step --attention efficient
+step --cudnn-benchmark
+step --precomputed
+step --gradient-checkpointing
+step --dtype f16
 $worker bench --device cuda --published sd15 --batch 40 --steps 20 --warmup 5 --peak-time 10s
 if [[ -n ${MODEL:-} && -n ${IMAGES:-} ]]; then
   $worker vae-error --device cuda --model "$MODEL" --images "$IMAGES" --size 640 640

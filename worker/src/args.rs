@@ -129,6 +129,20 @@ mod tests {
         let refused = Cli::try_parse_from(["worker", "--coordinator", "http://a:1", "--device", "gpu"]).unwrap_err().to_string();
         assert!(refused.contains("cuda:N"), "{refused}");
     }
+
+    #[test]
+    fn operators_are_chosen_by_name() {
+        use crate::device::{Attention, Kernels};
+        let parse = |arguments: &[&str]| Cli::try_parse_from(["worker", "--coordinator", "http://a:1"].iter().chain(arguments));
+        let KernelArgs { kernels, attention, cudnn_benchmark } = parse(&[]).unwrap().run.kernels;
+        assert_eq!((kernels, attention, cudnn_benchmark), (Kernels::Fused, None, false));
+        let KernelArgs { kernels, attention, cudnn_benchmark } =
+            parse(&["--kernels", "plain", "--attention", "cudnn", "--cudnn-benchmark"]).unwrap().run.kernels;
+        assert_eq!((kernels, attention, cudnn_benchmark), (Kernels::Plain, Some(Attention::Cudnn), true));
+        let refused = parse(&["--kernels", "mine"]).unwrap_err().to_string();
+        assert!(refused.contains("--kernels <fused|plain>"), "{refused}");
+    }
+
     #[test]
     fn training_needs_an_address_and_a_check_does_not() {
         use clap::CommandFactory;

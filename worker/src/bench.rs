@@ -7,12 +7,12 @@ use std::time::{Duration, Instant};
 
 use peapod_collective::nccl;
 use peapod_model::adapter::Adapter;
-use peapod_model::distill::{DistillConfig, Distiller, English, Images, LoadOptions, MicroBatch, Prompts, Stage};
+use peapod_model::distill::{DistillConfig, Distiller, English, Images, LoadOptions, MicroBatch, Prompts, Stage, encode_pixels};
 use peapod_model::optim::{AdamW, AdamWConfig};
 use peapod_model::source::{Architecture, ModelSource, Part};
 use peapod_model::text::{StudentEncoder, StudentOptions};
 use serde::Serialize;
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Kind, Tensor, no_grad_guard};
 
 use crate::device::{self, Choice, KernelArgs};
 use crate::numbers::{Numbers, VaeNumbers, name};
@@ -53,6 +53,9 @@ pub struct Options {
     /// Samples among them with a native caption, which the teacher does not see
     #[arg(long, default_value_t = 0)]
     pub native: u32,
+    /// Latents and states of the text are there before the clock starts, as in shards of `worker precompute`
+    #[arg(long)]
+    pub precomputed: bool,
     /// Width and height of the pictures [default: the model's own; of a published model 640 640 (sdxl) or 512 512 (sd15)]
     #[arg(long, num_args = 2, value_names = ["WIDTH", "HEIGHT"])]
     pub size: Vec<i64>,
@@ -121,6 +124,7 @@ struct Report {
     fused: Option<[bool; 2]>,
     batch: u32,
     native: u32,
+    precomputed: bool,
     size: [i64; 2],
     threads: u32,
     steps: u32,
@@ -146,10 +150,25 @@ struct Report {
     is_finite: bool,
 }
 
-/// Parameters of the published UNets, and operations of a sample with a teacher and without, in 10^12.
-///
-/// Source: the method's table of training step costs, with the empty prompt cached.
-const COUNTS: [(i64, [i64; 2], f64, f64); 2] = [(2_567_463_684, [640, 640], 9.48, 6.91), (859_520_964, [512, 512], 3.77, 3.77 - 0.803)];
+/// What a sample of a published model costs, in 10^12 operations.
+struct Cost {
+    /// Parameters of the UNet, by which it is known.
+    num_parameters: i64,
+    /// Width and height of the picture.
+    size: [i64; 2],
+    /// With a teacher, and with the empty prompt's states kept.
+    taught: f64,
+    /// Without.
+    untaught: f64,
+    /// Of that, what the autoencoder and the text encoders take; without a teacher the English ones still count.
+    encoders: f64,
+}
+
+/// Source: the method's table of training step costs.
+const COSTS: [Cost; 2] = [
+    Cost { num_parameters: 2_567_463_684, size: [640, 640], taught: 9.48, untaught: 6.91, encoders: 1.775 + 0.143 },
+    Cost { num_parameters: 859_520_964, size: [512, 512], taught: 3.77, untaught: 3.77 - 0.803, encoders: 1.117 + 0.121 },
+];
 
 /// Tokens of a prompt of the demo's student.
 const DEMO_CONTEXT_LENGTH: u32 = 24;
@@ -230,6 +249,21 @@ fn synthetic(options: &Options, models: &Distiller, [width, height]: [i64; 2], d
     }
 }
 
+/// A batch with what the frozen encoders say of it in place of pictures and captions.
+fn encode(models: &Distiller, mut batch: MicroBatch) -> peapod_model::Result<MicroBatch> {
+    let _guard = no_grad_guard();
+    if let Images::Pixels(pixels) = &batch.images {
+        batch.images = Images::Moments(encode_pixels(models.vae(), pixels, false)?);
+    }
+    if let (English::Captions(captions), Some(teacher)) = (&batch.english, models.teacher()) {
+        batch.english = English::States(teacher.encode(captions)?);
+    }
+    if let Prompts::Captions(captions) = &batch.prompts {
+        batch.prompts = Prompts::States { sequence: models.student().encode(captions)?, mask: models.student().token_mask(captions)? };
+    }
+    Ok(batch)
+}
+
 /// One row of seconds for each timed step, and whether the last gradient was finite.
 struct Measured {
     rows: Vec<[f64; NUM_PARTS]>,
@@ -238,6 +272,7 @@ struct Measured {
 
 fn measure(options: &Options, models: &Distiller, device: Device, kind: Kind, size: [i64; 2]) -> peapod_model::Result<Measured> {
     let batch = synthetic(options, models, size, device);
+    let batch = if options.precomputed { encode(models, batch)? } else { batch };
     let adapter = Adapter::fresh(models.adapter_config(options.hidden.into(), 3), 0, device)?;
     let mut optimizer = AdamW::new(AdamWConfig::default(), adapter.num_parameters() as i64, device);
     let mut gradient = adapter.flat().zeros_like();
@@ -297,6 +332,7 @@ fn summarise(
         fused: device.is_cuda().then(|| [kind, vae_numbers.kind()].map(|kind| peapod_kernels::of(device, kind).is_some())),
         batch: options.batch,
         native: options.native,
+        precomputed: options.precomputed,
         size,
         threads: options.threads,
         steps: options.steps,
@@ -320,9 +356,10 @@ fn summarise(
 
 /// Operations of a sample, where the method has counted them.
 fn count(options: &Options, size: [i64; 2], num_parameters: i64) -> Option<f64> {
-    let &(_, _, taught, untaught) = COUNTS.iter().find(|(parameters, counted, ..)| *parameters == num_parameters && *counted == size)?;
+    let cost = COSTS.iter().find(|cost| cost.num_parameters == num_parameters && cost.size == size)?;
     let native = f64::from(options.native) / f64::from(options.batch);
-    Some(native * untaught + (1.0 - native) * taught)
+    let all = native * cost.untaught + (1.0 - native) * cost.taught;
+    Some(if options.precomputed { all - cost.encoders } else { all })
 }
 
 /// Operations a second of square products: large ones on a GPU, small ones on the CPU.
@@ -358,11 +395,12 @@ impl Report {
         let [width, height] = self.size;
         let _ = writeln!(
             text,
-            "{} on {}: {} of {width}x{height} ({} native) a step, networks in {}, autoencoder in {}{}",
+            "{} on {}: {} of {width}x{height} ({} native{}) a step, networks in {}, autoencoder in {}{}",
             self.model,
             self.device,
             self.batch,
             self.native,
+            if self.precomputed { ", precomputed" } else { "" },
             self.dtype,
             self.vae_dtype,
             match self.fused {
@@ -437,10 +475,30 @@ mod tests {
     }
 
     #[test]
+    fn what_is_precomputed_is_what_the_step_would_compute() {
+        let options = options("--batch 3 --native 1 --size 64 64");
+        let (models, _) = load(&options, Device::Cpu, Kind::Float, Kind::Float).unwrap();
+        let adapter = Adapter::fresh(models.adapter_config(32, 3), 0, Device::Cpu).unwrap();
+        let gradient = |batch: &MicroBatch| {
+            let mut gradient = adapter.flat().zeros_like();
+            models.accumulate(&adapter, batch, &mut gradient).unwrap();
+            gradient
+        };
+        let batch = synthetic(&options, &models, [64; 2], Device::Cpu);
+        let computed = gradient(&batch);
+        let batch = encode(&models, batch).unwrap();
+        assert!(matches!(batch.images, Images::Moments(_)) && matches!(batch.english, English::States(_)));
+        assert!(matches!(batch.prompts, Prompts::States { .. }));
+        let difference = (gradient(&batch) - &computed).norm().double_value(&[]) / computed.norm().double_value(&[]);
+        assert!(difference < 1e-5, "{difference}");
+    }
+
+    #[test]
     fn operations_are_told_where_they_were_counted_and_weighed_by_native_samples() {
         let count = |arguments, size, parameters| count(&options(arguments), size, parameters);
         assert_eq!(count("--batch 4", [640, 640], 2_567_463_684), Some(9.48));
         assert_eq!(count("--batch 4 --native 2", [640, 640], 2_567_463_684), Some((9.48 + 6.91) / 2.0));
+        assert_eq!(count("--batch 4 --precomputed", [640, 640], 2_567_463_684), Some(9.48 - 1.775 - 0.143));
         assert_eq!(count("--batch 4", [512, 512], 2_567_463_684), None);
         assert_eq!(count("--batch 4", [640, 640], 5_205_636), None);
     }
@@ -449,7 +507,7 @@ mod tests {
     fn published_models_come_in_the_sizes_that_are_counted() {
         for (published, part) in [(Published::Sdxl, 0), (Published::Sd15, 1)] {
             let num_parameters = ModelSource::random(published.architecture()).unwrap().survey(Part::Unet).unwrap().num_parameters;
-            assert_eq!((num_parameters, published.size()), (COUNTS[part].0, COUNTS[part].1));
+            assert_eq!((num_parameters, published.size()), (COSTS[part].num_parameters, COSTS[part].size));
         }
         let parse = |line: &str| Line::try_parse_from(["bench"].into_iter().chain(line.split_whitespace()));
         assert_eq!(parse("--published sd15").unwrap().options.published, Some(Published::Sd15));

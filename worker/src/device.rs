@@ -58,6 +58,23 @@ pub struct KernelArgs {
     /// Operators on a GPU: fused where this program has kernels of its own, or libtorch's alone
     #[arg(long, env = "PEAPOD_KERNELS", value_enum, default_value_t = Kernels::Fused, hide_possible_values = true, value_name = "fused|plain")]
     pub kernels: Kernels,
+    /// Attention on a GPU: the implementation that is tried first [default: libtorch's choice]
+    #[arg(long, env = "PEAPOD_ATTENTION", value_enum, value_name = "flash|cudnn|efficient", hide_possible_values = true)]
+    pub attention: Option<Attention>,
+    /// On a GPU, lets cuDNN try all its algorithms for each new shape of a convolution: minutes at the start for some per cent later
+    #[arg(long, env = "PEAPOD_CUDNN_BENCHMARK")]
+    pub cudnn_benchmark: bool,
+}
+
+/// Whose attention.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Attention {
+    /// FlashAttention.
+    Flash,
+    /// That of cuDNN.
+    Cudnn,
+    /// The memory-efficient one.
+    Efficient,
 }
 
 /// Whose operators.
@@ -70,12 +87,22 @@ pub enum Kernels {
 }
 
 impl KernelArgs {
-    /// Says what networks that are loaded from here on compute with.
-    pub fn settle(self) {
+    /// Says what networks that are loaded from here on compute with. The device is open: libtorch is asked.
+    pub fn settle(self, device: Device) {
         peapod_kernels::set_mode(match self.kernels {
             Kernels::Fused => Mode::Fused,
             Kernels::Plain => Mode::Plain,
         });
+        if let Some(attention) = self.attention {
+            peapod_kernels::prefer_attention(match attention {
+                Attention::Flash => peapod_kernels::Attention::Flash,
+                Attention::Cudnn => peapod_kernels::Attention::Cudnn,
+                Attention::Efficient => peapod_kernels::Attention::Efficient,
+            });
+        }
+        if device.is_cuda() {
+            tch::Cuda::cudnn_set_benchmark(self.cudnn_benchmark);
+        }
     }
 }
 

@@ -134,4 +134,13 @@ void peapod_allow_tf32(bool convolutions, bool products) {
   at::globalContext().setAllowTF32CuDNN(convolutions);
   at::globalContext().setAllowTF32CuBLAS(products);
 }
+
+// Which implementation of attention is tried first, as at::SDPBackend numbers them; the others follow in libtorch's order.
+void peapod_prefer_attention(int64_t backend) {
+  std::vector<int64_t> order = {backend};
+  for (at::SDPBackend other : at::globalContext().sDPPriorityOrder()) {
+    if (static_cast<int64_t>(other) != backend) order.push_back(static_cast<int64_t>(other));
+  }
+  at::globalContext().setSDPPriorityOrder(order);
+}
 }

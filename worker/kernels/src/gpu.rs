@@ -1,7 +1,8 @@
 //! Kernels on a GPU: compiled by NVRTC, launched through the driver on libtorch's stream.
 
-use std::ffi::{CStr, CString, c_int, c_void};
+use std::ffi::{CStr, CString, c_void};
 use std::panic::catch_unwind;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use cudarc::driver::sys::{self as cuda, CUdevice_attribute, CUfunction};
@@ -95,28 +96,40 @@ impl Launch for Gpu {
 /// [`Error::Gpu`] if there is no NVRTC, or with its messages.
 fn compile(kind: Kind, architecture: &str) -> Result<Vec<u8>> {
     let doing = "compile kernels";
+    open_compiler();
     // SAFETY: opens the compiler's library and closes it again; its initialisers are the vendor's and have no preconditions.
     if !unsafe { nvrtc::is_culib_present() } {
         return Err(Error::Gpu { doing, answer: "libnvrtc.so.13 is not on this machine: it comes with libtorch where a driver is".into() });
     }
     // What a compiler lacks is a panic in cudarc.
-    catch_unwind(|| {
-        open_builtins();
-        compile_with_nvrtc(kind, architecture)
-    })
-    .unwrap_or_else(|_| Err(Error::Gpu { doing, answer: "NVRTC lacks functions of CUDA 13".into() }))
+    catch_unwind(|| compile_with_nvrtc(kind, architecture))
+        .unwrap_or_else(|_| Err(Error::Gpu { doing, answer: "NVRTC lacks functions of CUDA 13".into() }))
 }
 
-/// Opens the library that NVRTC looks for by its bare name: here it is found beside libtorch, where NVRTC itself would not look.
-fn open_builtins() {
-    let (mut major, mut minor): (c_int, c_int) = (0, 0);
-    // SAFETY: writes two ints; then opens a library of the same vendor.
-    unsafe {
-        let _ = nvrtc::nvrtcVersion(&mut major, &mut minor);
-        if let Ok(library) = Library::open(Some(format!("libnvrtc-builtins.so.{major}.{minor}")), RTLD_NOW | RTLD_GLOBAL) {
-            std::mem::forget(library);
+/// Opens NVRTC, and before it the library that it looks for by a bare name, from where the wheels and the images put them: beside libtorch,
+/// wherever that is. Found by name afterwards; what is not there may still be where the system looks.
+fn open_compiler() {
+    let Some(folder) = folder_of_libtorch() else { return };
+    let Ok(entries) = std::fs::read_dir(folder.join("../../nvidia/cu13/lib")) else { return };
+    let mut files: Vec<PathBuf> = entries.filter_map(|entry| Some(entry.ok()?.path())).collect();
+    files.sort();
+    for start in ["libnvrtc-builtins.so.", "libnvrtc.so."] {
+        let is_wanted = |file: &&PathBuf| file.file_name().and_then(|name| name.to_str()).is_some_and(|name| name.starts_with(start));
+        for file in files.iter().filter(is_wanted) {
+            // SAFETY: the vendor's library, whose initialisers have no preconditions.
+            if let Ok(library) = unsafe { Library::open(Some(file), RTLD_NOW | RTLD_GLOBAL) } {
+                std::mem::forget(library);
+            }
         }
     }
+}
+
+/// The folder that libtorch was loaded from.
+fn folder_of_libtorch() -> Option<PathBuf> {
+    let maps = std::fs::read_to_string("/proc/self/maps").ok()?;
+    // Address, rights, offset, device and inode stand before the path.
+    let paths = maps.lines().filter_map(|line| line.split_once('/').map(|(_, path)| format!("/{path}")));
+    paths.map(PathBuf::from).find(|path| path.ends_with("libtorch_cpu.so"))?.parent().map(Path::to_path_buf)
 }
 
 fn compile_with_nvrtc(kind: Kind, architecture: &str) -> Result<Vec<u8>> {
@@ -177,6 +190,12 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn libtorch_is_found_where_it_was_loaded_from() {
+        let folder = folder_of_libtorch().unwrap();
+        assert!(folder.join("libc10.so").is_file(), "{}", folder.display());
     }
 
     #[test]

@@ -29,4 +29,4 @@ pub use group_norm::GroupNorm;
 pub use launch::Kernels;
 pub use layer_norm::LayerNorm;
 pub use registry::{Mode, of, set_mode};
-pub use switches::allow_tf32;
+pub use switches::{Attention, allow_tf32, prefer_attention};

@@ -65,7 +65,9 @@ fn make(ordinal: usize, kind: Kind) -> Option<Kernels> {
             Some(kernels)
         }
         Err(error) => {
-            tracing::warn!("no fused operators in {numbers} on cuda:{ordinal}, libtorch's are used, which take longer: {error}");
+            tracing::warn!(
+                "no fused operators in {numbers} on cuda:{ordinal}, libtorch's are used, which take longer (--kernels plain tries no others): {error}"
+            );
             None
         }
     }

@@ -29,9 +29,6 @@ fn main() -> ExitCode {
         Some(Command::Precompute(options)) => (options.device, Some(options.kernels)),
         Some(Command::Shards(_) | Command::Pages(_)) => (device::Choice::Cpu, None),
     };
-    if let Some(kernels) = kernels {
-        kernels.settle();
-    }
     let share_gpus = command.is_none() && run.allow_shared_gpu;
     if share_gpus && std::env::var_os("NCCL_HOSTID").is_none() {
         // NCCL refuses two members on one GPU of a host: to it, each worker is a host of its own.
@@ -44,6 +41,9 @@ fn main() -> ExitCode {
         Ok(device) => device,
         Err(problem) => return fail(problem, supervisor::BAD_ARGUMENTS),
     };
+    if let Some(kernels) = kernels {
+        kernels.settle(device);
+    }
     // libtorch reads these before its first tensor; pools of several threads each would spin against the other workers'.
     tch::set_num_interop_threads(1);
     if let Some(command) = command {

@@ -37,7 +37,7 @@ fn job(folder: &Path, changes: &[(&str, &str)]) -> PathBuf {
 
 fn options(job: &Path, out: &Path, text: bool) -> Options {
     let (numbers, shards, device) = (None, None, Choice::Cpu);
-    let kernels = KernelArgs { kernels: Kernels::Fused };
+    let kernels = KernelArgs { kernels: Kernels::Fused, attention: None, cudnn_benchmark: false };
     Options { job: job.to_owned(), out: out.to_owned(), text, numbers, shards, device, kernels, threads: Some(1), batch: 7 }
 }
 

@@ -7,12 +7,13 @@ use peapod_collective::{AbortHandle, Collective};
 use peapod_model::optim::clip_grad_norm;
 use peapod_proto::ids::{Generation, MemberIndex, Step};
 use peapod_proto::message::{Assignment, Phase, StepLosses, StepRecord, StepReport, StepTimings, StopCause};
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
 use super::copying::Copying;
 use super::ended::Ended;
 use super::rounds::{Drawn, Due, Unfinished, means};
 use super::state::TrainState;
+use super::wire::Wire;
 use super::{Output, Trainer, guarded, step};
 use crate::lifecycle::TrainerEvent;
 use crate::loss_scale::LossScale;
@@ -69,7 +70,7 @@ impl Trainer {
         let place = Place { assignment, abort, layout };
         let num_parameters = self.state.as_ref().map_or(0, |state| state.adapter.num_parameters());
         let mut gradient = Tensor::zeros([num_parameters as i64], (Kind::Float, self.context.device));
-        let mut wire = vec![0.0_f32; num_parameters + layout.len()];
+        let mut wire = Wire::new(num_parameters, layout.len(), self.context.device);
         loop {
             match self.step(place, collective.as_mut(), &mut gradient, &mut wire) {
                 Ok(None) => {}
@@ -85,7 +86,7 @@ impl Trainer {
         place: Place<'_>,
         collective: &mut dyn Collective,
         gradient: &mut Tensor,
-        wire: &mut [f32],
+        wire: &mut Wire,
     ) -> Result<Option<StopCause>, Ended> {
         let Place { assignment, layout, .. } = place;
         let generation = assignment.generation;
@@ -127,18 +128,16 @@ impl Trainer {
         };
         contribution.change = self.context.control.change_is_asked(generation);
         contribution.validation = round.validation;
-        let num_parameters = gradient.numel();
-        let (values, tail) = wire.split_at_mut(num_parameters);
-        gradient.to_device(Device::Cpu).copy_data(values, num_parameters);
-        layout.write(tail, step, assignment.member_index, &contribution);
+        let copied = guarded(|| wire.gradient().copy_(gradient));
+        copied.map_err(|message| Ended::Failed { phase: "compute", message })?;
+        layout.write(wire.tail_mut(), step, assignment.member_index, &contribution);
         let compute = clock.elapsed();
 
         // 3. The sum over all members.
         self.context.control.enter(Phase::Collective);
-        let reduced = collective.all_reduce_sum(wire, round.deadline());
+        let reduced = collective.all_reduce_sum(wire.values_mut(), round.deadline());
         reduced.map_err(|error| Ended::within(collective, error))?;
-        let (values, tail) = wire.split_at(num_parameters);
-        let outcome = layout.read(tail, step).map_err(|error| Ended::broken(error.to_string()))?;
+        let outcome = layout.read(wire.tail(), step).map_err(|error| Ended::broken(error.to_string()))?;
         self.in_flight = None;
         let reduced = clock.elapsed();
         let validation = means(before, &outcome.validation);
@@ -151,7 +150,7 @@ impl Trainer {
         self.finish_copy()?;
         self.context.control.enter(Phase::Update);
         let state = self.state.as_mut().ok_or_else(Ended::no_state)?;
-        gradient.copy_(&Tensor::from_slice(values));
+        guarded(|| gradient.copy_(&wire.gradient())).map_err(|message| Ended::Failed { phase: "update", message })?;
         let learning_rate = self.schedule.rate(state.step.0);
         let updated = update(state, gradient, &outcome, learning_rate, self.context.job.train.max_grad_norm);
         let (grad_norm, skipped) = updated.map_err(|error| Ended::Failed { phase: "update", message: error.to_string() })?;
@@ -229,7 +228,7 @@ impl Trainer {
     /// What is left to do after a generation's last step; returns what went wrong in it.
     ///
     /// The weights are final whatever happens here: nothing of it may look like a step that failed.
-    fn finish(&mut self, place: Place<'_>, collective: &mut dyn Collective, wire: &mut [f32], cause: StopCause) -> String {
+    fn finish(&mut self, place: Place<'_>, collective: &mut dyn Collective, wire: &mut Wire, cause: StopCause) -> String {
         let step = self.state.as_ref().map_or(Step(0), |state| state.step);
         // The number of the exchange is one that no all-reduce of this generation has had.
         let (due, number) = match cause {
@@ -263,17 +262,16 @@ impl Trainer {
         &self,
         place: Place<'_>,
         collective: &mut dyn Collective,
-        wire: &mut [f32],
+        wire: &mut Wire,
         number: Step,
         round: &Round,
     ) -> Result<ValidationTotals, Ended> {
         self.context.control.enter(Phase::Collective);
-        let tail_start = wire.len() - place.layout.len();
-        wire.fill(0.0);
+        wire.values_mut().fill(0.0);
         let contribution = Contribution { validation: round.validation, ..Contribution::default() };
-        place.layout.write(&mut wire[tail_start..], number, place.assignment.member_index, &contribution);
-        collective.all_reduce_sum(wire, round.deadline()).map_err(Ended::by)?;
-        let outcome = place.layout.read(&wire[tail_start..], number).map_err(|error| Ended::broken(error.to_string()))?;
+        place.layout.write(wire.tail_mut(), number, place.assignment.member_index, &contribution);
+        collective.all_reduce_sum(wire.values_mut(), round.deadline()).map_err(Ended::by)?;
+        let outcome = place.layout.read(wire.tail(), number).map_err(|error| Ended::broken(error.to_string()))?;
         Ok(outcome.validation)
     }
 

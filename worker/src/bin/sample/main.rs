@@ -34,11 +34,11 @@ fn main() -> ExitCode {
         };
     }
     let args = Args::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
-    args.kernels.settle();
     let device = match device::open(args.device, false) {
         Ok(device) => device,
         Err(problem) => return fail(&anyhow::anyhow!(problem), 2),
     };
+    args.kernels.settle(device);
     // Before the first tensor: libtorch sizes its pools once.
     let threads = args.threads.map_or_else(|| std::thread::available_parallelism().map_or(1, |n| n.get() as i32), i32::from);
     tch::set_num_threads(threads);
