@@ -78,6 +78,7 @@ pub fn report(options: &Options, device: Device) -> Result<String, String> {
         if !partial {
             let need = Need::of(&job, device, teacher.num_networks + num_student, teacher.num_vae, num_parameters);
             report.push_str(&need.report(device));
+            report.push_str(&operators(&job, device));
         }
         if options.bandwidth {
             report.push_str(&time_links(device, options.members, num_parameters)?);
@@ -98,6 +99,23 @@ fn time_links(device: Device, num_threads: u32, num_parameters: usize) -> Result
         measured.num_members,
         measured.time.as_secs_f64() * 1e3
     ))
+}
+
+/// Says for a GPU whose operators the job's networks would compute with; compiles and proves the fused ones.
+fn operators(job: &Job, device: Device) -> String {
+    if !device.is_cuda() {
+        return String::new();
+    }
+    let mut kinds = vec![setup::network_kind(job, device), setup::vae_numbers(job, device).kind()];
+    kinds.dedup();
+    let line = |kind: Kind| {
+        let whose = match peapod_kernels::of(device, kind) {
+            Some(_) => "fused, compiled for this GPU and proved on it",
+            None => "libtorch's: the log says why",
+        };
+        format!("operators in {}: {whose}\n", numbers::name(kind))
+    };
+    kinds.into_iter().map(line).collect()
 }
 
 /// What the English model asks of an adapter.

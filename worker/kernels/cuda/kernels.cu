@@ -394,3 +394,40 @@ extern "C" __global__ void __launch_bounds__(128)
     store(dx + place, values);
   }
 }
+
+// Sums of the squared difference of two tensors over parts of each sample: `partials` [N, chunks]. left and right [N, size] lie alike in memory;
+// a block takes `packs_per_block` packs.
+extern "C" __global__ void __launch_bounds__(256)
+    squared_difference_sums(const element* left, const element* right, float* partials, int packs, int packs_per_block) {
+  SHARED_FLOATS(scratch);
+  size_t sample = (size_t)blockIdx.y * packs * WIDTH;
+  int end = (blockIdx.x + 1) * packs_per_block < packs ? (blockIdx.x + 1) * packs_per_block : packs;
+  float sum = 0.0f;
+  for (int index = blockIdx.x * packs_per_block + threadIdx.x; index < end; index += blockDim.x) {
+    Pack one = load(left + sample + (size_t)index * WIDTH), other = load(right + sample + (size_t)index * WIDTH);
+    for (int k = 0; k < WIDTH; ++k) {
+      float difference = from_element(one.at[k]) - from_element(other.at[k]);
+      sum += difference * difference;
+    }
+  }
+  sum = sum_of_warp(sum);
+  if (threadIdx.x % WARP == 0) scratch[threadIdx.x / WARP] = sum;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    for (int warp = 1; warp < blockDim.x / WARP; ++warp) sum += scratch[warp];
+    partials[(size_t)blockIdx.y * gridDim.x + blockIdx.x] = sum;
+  }
+}
+
+// The gradient of left from that of each sample's mean of squares, `gradient` [N]; `factor` is two over the size of a sample.
+extern "C" __global__ void __launch_bounds__(256)
+    squared_difference_gradient(const element* left, const element* right, const float* gradient, element* dleft, int packs, float factor) {
+  size_t sample = (size_t)blockIdx.y * packs * WIDTH;
+  float scale = gradient[blockIdx.y] * factor;
+  for (int index = blockIdx.x * blockDim.x + threadIdx.x; index < packs; index += gridDim.x * blockDim.x) {
+    size_t place = sample + (size_t)index * WIDTH;
+    Pack one = load(left + place), other = load(right + place);
+    for (int k = 0; k < WIDTH; ++k) one.at[k] = to_element((from_element(one.at[k]) - from_element(other.at[k])) * scale);
+    store(dleft + place, one);
+  }
+}

@@ -20,10 +20,12 @@ pub(crate) enum Kernel {
     GegluBackward,
     AddLayerNormForward,
     AddLayerNormBackward,
+    SquaredDifferenceSums,
+    SquaredDifferenceGradient,
 }
 
 impl Kernel {
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 10] = [
         Self::GroupNormSums,
         Self::GroupNormApply,
         Self::GroupNormGradientSums,
@@ -32,6 +34,8 @@ impl Kernel {
         Self::GegluBackward,
         Self::AddLayerNormForward,
         Self::AddLayerNormBackward,
+        Self::SquaredDifferenceSums,
+        Self::SquaredDifferenceGradient,
     ];
 
     pub fn name(self) -> &'static str {
@@ -44,6 +48,8 @@ impl Kernel {
             Self::GegluBackward => "geglu_backward",
             Self::AddLayerNormForward => "add_layer_norm_forward",
             Self::AddLayerNormBackward => "add_layer_norm_backward",
+            Self::SquaredDifferenceSums => "squared_difference_sums",
+            Self::SquaredDifferenceGradient => "squared_difference_gradient",
         }
     }
 }

@@ -16,6 +16,7 @@ mod launch;
 mod layer_norm;
 mod proof;
 mod registry;
+mod squared_difference;
 mod switches;
 
 #[cfg(any(test, feature = "emulator"))]

@@ -27,6 +27,7 @@ pub(crate) fn prove(kernels: &Kernels, device: Device) -> Result<()> {
             for (silu, added) in [(true, true), (true, false), (false, false)] {
                 proof.group_norm(map, silu, added)?;
             }
+            proof.mean_squares(map)?;
         }
         for size in STATES {
             proof.layer_norm(size)?;
@@ -96,6 +97,15 @@ impl Proof<'_> {
         let [wide_weight, wide_bias] = [&weight, &bias].map(|tensor| tensor.to_kind(Kind::Float));
         let expected = wide_sum.f_layer_norm(&[width][..], Some(&wide_weight), Some(&wide_bias), 1e-5, false)?;
         self.compare("layer norm", &[(&sum, &wide_sum), (&made, &expected)], &[&input, &residual])
+    }
+
+    fn mean_squares(&self, [channels, _, height, width]: [i64; 4]) -> Result<()> {
+        let map = |seed| self.numbers(&[BATCH, height, width, channels], seed).permute([0, 3, 1, 2]);
+        let (left, right) = (map(20).set_requires_grad(true), map(21));
+        let made = self.kernels.mean_squares(&left, &right).ok_or_else(|| self.refused("mean of squares"))?;
+        let squares = (left.to_kind(Kind::Float) - right.to_kind(Kind::Float)).square();
+        let expected = squares.mean_dim(&[1_i64, 2, 3][..], false, Kind::Float);
+        self.compare("mean of squares", &[(&made, &expected)], &[&left])
     }
 
     fn geglu(&self, [rows, width]: [i64; 2]) -> Result<()> {

@@ -118,6 +118,27 @@ fn nan_and_infinity_come_out_where_they_went_in() {
 }
 
 #[test]
+fn differences_are_taken_of_tensors_that_lie_alike() {
+    let kernels = kernels(Kind::Float);
+    let (left, right) = (map([3, 16, 2, 5]), map([3, 16, 2, 5]) * 0.5);
+    let wanted = (&left - &right).square().mean_dim(&[1_i64, 2, 3][..], false, Kind::Float);
+    for (left, right) in [(left.shallow_clone(), right.shallow_clone()), (left.contiguous(), right.contiguous())] {
+        assert!(largest_difference(&kernels.mean_squares(&left, &right).unwrap(), &wanted) < 1e-6);
+    }
+    assert!(kernels.mean_squares(&left, &right.contiguous()).is_none(), "in another order");
+    assert!(kernels.mean_squares(&left, &right.narrow(0, 0, 1).expand([3, 16, 2, 5], false)).is_none(), "one sample seen thrice");
+    assert!(kernels.mean_squares(&left.narrow(1, 0, 8), &right.narrow(1, 0, 8)).is_none(), "with gaps");
+    assert!(kernels.mean_squares(&left, &right.to_kind(Kind::Half)).is_none());
+    assert!(kernels.mean_squares(&left.narrow(0, 0, 0), &right.narrow(0, 0, 0)).is_none());
+    let odd = || Tensor::ones([2, 3, 1, 1], CPU);
+    assert!(kernels.mean_squares(&odd(), &odd()).is_none(), "no whole packs");
+    // Only the left one learns.
+    let (left, right) = (left.set_requires_grad(true), right.set_requires_grad(true));
+    kernels.mean_squares(&left, &right).unwrap().sum(Kind::Float).backward();
+    assert!(left.grad().defined() && !right.grad().defined());
+}
+
+#[test]
 fn gradients_that_are_not_asked_for_are_not_there_and_odd_ones_are_taken() {
     let kernels = kernels(Kind::Float);
     let (input, added) = (map([2, 16, 3, 4]), Tensor::ones([2, 16], CPU).set_requires_grad(true));

@@ -1,5 +1,6 @@
 //! The three losses.
 
+use peapod_kernels::Kernels;
 use tch::{Kind, Tensor, no_grad_guard};
 
 use super::Subset;
@@ -65,6 +66,8 @@ pub(super) struct Lesson {
     pub kind: Kind,
     /// Leaves features out that are not finite.
     pub guard: bool,
+    /// Fused operators for the kind of the outputs.
+    pub kernels: Option<Kernels>,
 }
 
 impl Lesson {
@@ -75,12 +78,12 @@ impl Lesson {
         let task = match self.untaught.is_empty() {
             true => zero(),
             false => {
-                let errors = mean_squares(&self.untaught.select(&output.sample), &self.target, self.kind);
+                let errors = self.mean_squares(&self.untaught.select(&output.sample), &self.target);
                 weighted_sum(errors, weights_of(&self.untaught))
             }
         };
         let Some(teacher) = &self.teacher else { return Ok(Losses { task, logit: zero(), feature: zero() }) };
-        let errors = mean_squares(&self.taught.select(&output.sample), &teacher.sample, self.kind);
+        let errors = self.mean_squares(&self.taught.select(&output.sample), &teacher.sample);
         let logit = weighted_sum(errors, weights_of(&self.taught));
         let mut feature = zero();
         for (student, teacher) in output.features.iter().zip(&teacher.features) {
@@ -88,22 +91,23 @@ impl Lesson {
             if self.guard && !differs_finitely(&student, teacher, self.kind)? {
                 continue;
             }
-            feature += mean_squares(&student, teacher, self.kind).sum(Kind::Float);
+            feature += self.mean_squares(&student, teacher).sum(Kind::Float);
         }
         Ok(Losses { task, logit, feature })
+    }
+
+    /// Mean over channel and space of the squared difference; the mean in f32 whatever the kinds. `right` learns nothing.
+    ///
+    /// Shapes: both `[N, C, h, w]`; returns `[N]`.
+    fn mean_squares(&self, left: &Tensor, right: &Tensor) -> Tensor {
+        let fused = self.kernels.as_ref().filter(|_| self.kind == Kind::Float).and_then(|kernels| kernels.mean_squares(left, right));
+        fused.unwrap_or_else(|| squares(left, right, self.kind).mean_dim(&[1i64, 2, 3][..], false, Kind::Float))
     }
 }
 
 /// The squared difference, taken in `kind`.
 fn squares(left: &Tensor, right: &Tensor, kind: Kind) -> Tensor {
     (left.to_kind(kind) - right.to_kind(kind)).square()
-}
-
-/// Mean over channel and space of the squared difference; the mean in f32 whatever the kinds.
-///
-/// Shapes: both `[N, C, h, w]`; returns `[N]`.
-fn mean_squares(left: &Tensor, right: &Tensor, kind: Kind) -> Tensor {
-    squares(left, right, kind).mean_dim(&[1i64, 2, 3][..], false, Kind::Float)
 }
 
 fn weighted_sum(errors: Tensor, weights: Option<Tensor>) -> Tensor {

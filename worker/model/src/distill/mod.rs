@@ -12,6 +12,7 @@ mod subset;
 
 use std::path::Path;
 
+use peapod_kernels::Kernels;
 use serde::Deserialize;
 use tch::{Device, Kind, Tensor, no_grad_guard};
 
@@ -143,6 +144,7 @@ pub struct Distiller {
     native_side: i64,
     device: Device,
     lanes: Option<Lanes>,
+    kernels: Option<Kernels>,
 }
 
 /// The English side.
@@ -221,8 +223,8 @@ impl Distiller {
         let empty_student = EmptyPrompt { states: Frozen::new(student.encode(&[""])?), mask: mask.map(Frozen::new) };
         let noising = Noising::new(&schedule, scheduler.solver.prediction, &config, device);
         let native_side = model.sample_size() * vae.downscale();
-        let lanes = Lanes::new(device)?;
-        Ok(Self { unet, vae, student, teacher, scheduler, config, empty_student, noising, native_side, device, lanes })
+        let (lanes, kernels) = (Lanes::new(device)?, peapod_kernels::of(device, kind));
+        Ok(Self { unet, vae, student, teacher, scheduler, config, empty_student, noising, native_side, device, lanes, kernels })
     }
 
     /// The frozen UNet.
@@ -430,6 +432,7 @@ impl Distiller {
             weights: self.noising.weight.as_ref().map(|weight| weight.index_select(0, &noised.timesteps)),
             kind: self.config.loss_dtype.kind(),
             guard: self.config.feature_guard,
+            kernels: self.kernels.clone(),
         };
         Ok((noised, flags, lesson))
     }

@@ -33,6 +33,11 @@ impl Subset {
             return batch.shallow_clone();
         }
         let indices: Vec<i64> = self.indices.iter().map(|&index| index as i64).collect();
-        batch.index_select(0, &Tensor::from_slice(&indices).to_device(batch.device()))
+        let indices = Tensor::from_slice(&indices).to_device(batch.device());
+        if batch.dim() == 4 && !batch.is_contiguous() {
+            // A map with its channels last stays one.
+            return batch.permute([0, 2, 3, 1]).index_select(0, &indices).permute([0, 3, 1, 2]);
+        }
+        batch.index_select(0, &indices)
     }
 }

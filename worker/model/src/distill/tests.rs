@@ -361,15 +361,15 @@ fn bf16_models_give_about_the_same_step() {
 /// The kernels are those of GPUs, on an emulator.
 #[test]
 fn fused_operators_give_the_same_step_and_are_used_everywhere() {
-    let batch = batch(&[false, false], &[false, true]);
+    let batch = batch(&[false, true, false], &[false, false, true]);
     let (sums, gradient) = with_default(|distiller| accumulate(distiller, &batch));
     let fused = peapod_kernels::emulator::with(|| distiller(DistillConfig::default()));
     let before = peapod_kernels::emulator::num_launches();
     let (fused_sums, fused_gradient) = accumulate(&fused, &batch);
     assert!((fused_sums.logit / sums.logit - 1.0).abs() < 1e-4 && (fused_sums.feature / sums.feature - 1.0).abs() < 1e-4);
     assert!(relative_distance(&fused_gradient, &gradient) < 1e-3, "{}", relative_distance(&fused_gradient, &gradient));
-    // Both passes of the network, the encoder, and a way back: hardly an operator is left to libtorch.
-    assert_eq!(peapod_kernels::emulator::num_launches() - before, 473, "a layer computes otherwise than before");
+    // Both passes of the network, the encoder, the losses, and a way back: a layer that falls back to libtorch is missing here.
+    assert_eq!(peapod_kernels::emulator::num_launches() - before, 489, "a layer computes otherwise than before");
 }
 
 #[test]
@@ -450,6 +450,7 @@ fn features_that_are_not_finite_are_left_out_on_request() {
         vec![Tensor::full([1, 1, 1, 1], value, (Kind::Float, Device::Cpu)), Tensor::ones([1, 2, 1, 1], (Kind::Float, Device::Cpu))]
     };
     let lesson = |guard| Lesson {
+        kernels: None,
         target: Tensor::zeros([0, 1, 1, 1], (Kind::Float, Device::Cpu)),
         untaught: Subset::none(),
         taught: Subset::all(1),
