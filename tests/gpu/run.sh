@@ -27,6 +27,8 @@ worker=target/release/worker
 echo "== 1. conformance on NCCL"
 cargo test --workspace --lib -- --test-threads=1 nccl:: --nocapture
 PEAPOD_NVRTC=1 cargo test --workspace --lib -- --test-threads=1 gpu::tests --nocapture
+$worker check --job tests/demo/job.toml --device cuda | tee "$out/check"
+grep -q '^operators in bf16: fused' "$out/check"
 
 echo "== 2. the same adapter from TCP and from NCCL"
 sed -e 's/^steps = .*/steps = 20\ndtype = "f32"/' -e 's/^\(path = "tests\/demo\/model"\)$/\1\nvae_dtype = "f32"/' \

@@ -42,7 +42,8 @@ impl Cut {
     /// `None` for widths that the kernels cannot take.
     fn new(kernels: &Kernels, [batch, rows, channels]: [i64; 3], groups: i64) -> Option<Self> {
         let columns = channels / kernels.width();
-        if channels % kernels.width() != 0 || columns > MAX_THREADS || rows == 0 || batch == 0 {
+        let is_empty = batch * rows * channels == 0;
+        if is_empty || channels % kernels.width() != 0 || columns > MAX_THREADS || channels % groups != 0 {
             return None;
         }
         let lanes = MAX_THREADS / columns;
@@ -87,7 +88,9 @@ impl GroupNorm<'_> {
         let x = rows(input)?;
         let cut = Cut::new(kernels, x.size3().ok()?.into(), self.groups)?;
         let read = [Some(&x), added, Some(self.weight), Some(self.bias)];
-        if !read.into_iter().flatten().all(|tensor| kernels.takes(tensor)) || cut.channels % self.groups != 0 {
+        let are_sizes_right = [self.weight, self.bias].iter().all(|tensor| tensor.size() == [cut.channels])
+            && added.is_none_or(|added| added.size() == [cut.batch, cut.channels]);
+        if !are_sizes_right || !read.into_iter().flatten().all(|tensor| kernels.takes(tensor)) {
             return None;
         }
         Some(or_panic(self.run(kernels, cut, input, &x, added)))

@@ -34,7 +34,7 @@ impl LayerNorm<'_> {
         let all_fit = [input, residual, self.weight, self.bias].into_iter().all(|tensor| kernels.takes(tensor));
         if !all_fit
             || input.size() != residual.size()
-            || self.weight.size() != [width]
+            || [self.weight, self.bias].iter().any(|tensor| tensor.size() != [width])
             || width % kernels.width() != 0
             || input.numel() == 0
         {

@@ -42,6 +42,25 @@ fn maps_that_lie_otherwise_are_left_to_libtorch() {
     assert!(!taken(&shifted));
 }
 
+/// A kernel reads as far as it is told: what is too short for it must not reach it.
+#[test]
+fn weights_and_sums_of_other_sizes_are_left_to_libtorch() {
+    let (kernels, input) = (kernels(Kind::Float), map([2, 16, 3, 5]));
+    let ones = |size: &[i64]| Tensor::ones(size, CPU);
+    let taken = |weight: &[i64], bias: &[i64], added: Option<&[i64]>, groups| {
+        let (weight, bias, added) = (ones(weight), ones(bias), added.map(ones));
+        let norm = GroupNorm { weight: &weight, bias: &bias, groups, eps: 1e-5, silu: true };
+        norm.forward(&kernels, &input, added.as_ref()).is_some()
+    };
+    assert!(taken(&[16], &[16], Some(&[2, 16]), 4));
+    assert!(!taken(&[12], &[16], None, 4) && !taken(&[16], &[12], None, 4));
+    assert!(!taken(&[16], &[16], Some(&[1, 16]), 4) && !taken(&[16], &[16], Some(&[2, 12]), 4));
+    assert!(!taken(&[16], &[16], None, 3), "no whole groups");
+    let (states, weight, short) = (ones(&[3, 16]), ones(&[16]), ones(&[12]));
+    let taken = |weight: &Tensor, bias: &Tensor| LayerNorm { weight, bias, eps: 1e-5 }.forward(&kernels, &states, &states).is_some();
+    assert!(taken(&weight, &weight) && !taken(&short, &weight) && !taken(&weight, &short));
+}
+
 trait ChannelsLast {
     fn contiguous_channels_last(&self) -> Tensor;
 }
