@@ -11,6 +11,9 @@
 #   7. the step beside that of diffusers and PyTorch (PEER: a Python that has tests/peers/requirements.txt; `make bench-gpu` makes one): SDXL's
 #      published sizes, 640x640, all samples parallel, plain and as the published trainer; then rows with 25 % native samples, with both
 #      autoencoders in bf16, and with the peer compiled.
+#
+# PARTS="2 6" runs these alone. BIN names a folder with `coordinator` and `worker` that are built already, on a machine that builds nothing: tests
+# of part 1 are then left out.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -21,91 +24,120 @@ fi
 export OMP_NUM_THREADS=1
 out=$(mktemp -d)
 trap 'rm -rf "$out"' EXIT
-cargo build --release --workspace
-worker=target/release/worker
+if [[ -z ${BIN:-} ]]; then
+  cargo build --release --workspace
+fi
+bin=${BIN:-target/release}
+worker=$bin/worker
 
-echo "== 1. conformance on NCCL"
-cargo test --workspace --lib -- --test-threads=1 nccl:: --nocapture
-PEAPOD_NVRTC=1 cargo test --workspace --lib -- --test-threads=1 gpu::tests --nocapture
-$worker check --job tests/demo/job.toml --device cuda | tee "$out/check"
-grep -q '^operators in bf16: fused' "$out/check"
-
-echo "== 2. the same adapter from TCP and from NCCL"
 sed -e 's/^steps = .*/steps = 20\ndtype = "f32"/' -e 's/^\(path = "tests\/demo\/model"\)$/\1\nvae_dtype = "f32"/' \
   -e 's/^every_steps = .*/every_steps = 20/' tests/demo/job.toml >"$out/job.toml"
 train() { # NAME JOB, then variables of the workers
   local name=$1 job=$2
   shift 2
-  env "$@" target/release/coordinator --world-size 2 --local --job "$job" --state-dir "$out/$name"
+  env "$@" "$bin/coordinator" --world-size 2 --local --job "$job" --state-dir "$out/$name"
 }
-train tcp "$out/job.toml" PEAPOD_DEVICE=cpu
-# TF32 would hide a wrong sum among its own rounding.
-train nccl "$out/job.toml" PEAPOD_DEVICE=cuda PEAPOD_ALLOW_SHARED_GPU=true NVIDIA_TF32_OVERRIDE=0
-python3 tests/gpu/compare_adapters.py "$out/tcp" "$out/nccl" 1e-3
-train plain "$out/job.toml" PEAPOD_DEVICE=cuda PEAPOD_ALLOW_SHARED_GPU=true NVIDIA_TF32_OVERRIDE=0 PEAPOD_KERNELS=plain
-python3 tests/gpu/compare_adapters.py "$out/plain" "$out/nccl" 1e-3
-
-echo "== 3. the same adapter from what was computed beforehand"
-NVIDIA_TF32_OVERRIDE=0 $worker precompute --job "$out/job.toml" --out "$out/made" --text --device cuda
-sed "s#^shards = .*#shards = [\"$out/made/{00000..00005}.tar\"]#" "$out/job.toml" >"$out/made.toml"
-train made "$out/made.toml" PEAPOD_DEVICE=cuda PEAPOD_ALLOW_SHARED_GPU=true NVIDIA_TF32_OVERRIDE=0
-python3 tests/gpu/compare_adapters.py "$out/nccl" "$out/made" 1e-3
-
-echo "== 4. memory accesses"
-if command -v compute-sanitizer >/dev/null; then
-  compute-sanitizer --tool memcheck --error-exitcode 1 $worker bench --device cuda --batch 2 --steps 3 --warmup 0 --peak-time 0s
-else
-  echo "skipped: compute-sanitizer is not installed"
-fi
-
-echo "== 5. the links"
-if [[ $(nvidia-smi -L | wc -l) -gt 1 ]]; then
-  $worker check --job tests/demo/job.toml --device cuda --bandwidth
-else
-  echo "skipped: one GPU has nobody to sum with"
-fi
-
-echo "== 6. a step by its stages"
-models=(--published sdxl)
-if [[ -n ${MODEL:-} && -n ${STUDENT:-} ]]; then
-  models=(--model "$MODEL" --student "$STUDENT" --context-length 52 --size 640 640)
-fi
-step() { # what is changed
-  echo "-- ${*:-as it comes}"
-  $worker bench --device cuda --batch 10 --steps 20 --warmup 5 "${models[@]}" --peak-time "${peak:-0s}" "$@"
+train_on_gpu() { # likewise, once; TF32 would hide a wrong sum among its own rounding
+  local name=$1 job=$2
+  shift 2
+  [[ -d $out/$name ]] || train "$name" "$job" PEAPOD_DEVICE=cuda PEAPOD_ALLOW_SHARED_GPU=true NVIDIA_TF32_OVERRIDE=0 "$@"
 }
-peak=10s step
-step --kernels plain
-step --vae-dtype tf32
-step --vae-dtype f32
-step --attention cudnn
-step --attention efficient
-step --cudnn-benchmark
-step --precomputed
-step --gradient-checkpointing
-step --dtype f16
-$worker bench --device cuda --published sd15 --batch 40 --steps 20 --warmup 5 --peak-time 10s
-if [[ -n ${MODEL:-} && -n ${IMAGES:-} ]]; then
-  $worker vae-error --device cuda --model "$MODEL" --images "$IMAGES" --size 640 640
-else
-  echo "the autoencoder's error: skipped, MODEL and IMAGES name no model and no folder of pictures"
+
+wanted() { [[ " ${PARTS:-1 2 3 4 5 6 7} " == *" $1 "* ]]; }
+
+if wanted 1; then
+  echo "== 1. conformance on NCCL, and the fused operators"
+  if [[ -z ${BIN:-} ]]; then
+    cargo test --workspace --lib -- --test-threads=1 nccl:: --nocapture
+    PEAPOD_NVRTC=1 cargo test --workspace --lib -- --test-threads=1 gpu::tests --nocapture
+  else
+    echo "skipped: the tests, which BIN does not hold"
+  fi
+  $worker check --job tests/demo/job.toml --device cuda | tee "$out/check"
+  grep -q '^operators in bf16: fused' "$out/check"
 fi
 
-echo "== 7. beside diffusers and PyTorch"
-if [[ -n ${PEER:-} ]]; then
-  beside() {
-    echo "-- ${*:-plain}"
-    "$PEER" tests/peers/bench_step.py $worker --published sdxl --device cuda --steps 20 --rounds 3 "$@"
+if wanted 2; then
+  echo "== 2. the same adapter from TCP and from NCCL"
+  train tcp "$out/job.toml" PEAPOD_DEVICE=cpu
+  train_on_gpu nccl "$out/job.toml"
+  python3 tests/gpu/compare_adapters.py "$out/tcp" "$out/nccl" 1e-3
+  train_on_gpu plain "$out/job.toml" PEAPOD_KERNELS=plain
+  python3 tests/gpu/compare_adapters.py "$out/plain" "$out/nccl" 1e-3
+fi
+
+if wanted 3; then
+  echo "== 3. the same adapter from what was computed beforehand"
+  NVIDIA_TF32_OVERRIDE=0 $worker precompute --job "$out/job.toml" --out "$out/shards" --text --device cuda
+  sed "s#^shards = .*#shards = [\"$out/shards/{00000..00005}.tar\"]#" "$out/job.toml" >"$out/made.toml"
+  train_on_gpu made "$out/made.toml"
+  train_on_gpu nccl "$out/job.toml"
+  python3 tests/gpu/compare_adapters.py "$out/nccl" "$out/made" 1e-3
+fi
+
+if wanted 4; then
+  echo "== 4. memory accesses"
+  if command -v compute-sanitizer >/dev/null; then
+    compute-sanitizer --tool memcheck --error-exitcode 1 $worker bench --device cuda --batch 2 --steps 3 --warmup 0 --peak-time 0s
+  else
+    echo "skipped: compute-sanitizer is not installed"
+  fi
+fi
+
+if wanted 5; then
+  echo "== 5. the links"
+  if [[ $(nvidia-smi -L | wc -l) -gt 1 ]]; then
+    $worker check --job tests/demo/job.toml --device cuda --bandwidth
+  else
+    echo "skipped: one GPU has nobody to sum with"
+  fi
+fi
+
+if wanted 6; then
+  echo "== 6. a step by its stages"
+  models=(--published sdxl)
+  if [[ -n ${MODEL:-} && -n ${STUDENT:-} ]]; then
+    models=(--model "$MODEL" --student "$STUDENT" --context-length 52 --size 640 640)
+  fi
+  step() { # what is changed
+    echo "-- ${*:-as it comes}"
+    $worker bench --device cuda --batch 10 --steps 20 --warmup 5 "${models[@]}" --peak-time "${peak:-0s}" "$@"
   }
-  beside --batch 10
-  beside --batch 10 --reference
-  # Each program's best: the largest of its medians over these.
-  for batch in 20 40 64; do
-    beside --batch $batch || echo "-- a batch of $batch does not fit one of the two"
-  done
-  beside --batch 12 --native 3
-  beside --batch 10 --vae-dtype bf16
-  beside --batch 10 --compile
-else
-  echo "skipped: PEER names no Python with tests/peers/requirements.txt"
+  peak=10s step
+  step --kernels plain
+  step --vae-dtype tf32
+  step --vae-dtype f32
+  step --attention cudnn
+  step --attention efficient
+  step --cudnn-benchmark
+  step --precomputed
+  step --gradient-checkpointing
+  step --dtype f16
+  $worker bench --device cuda --published sd15 --batch 40 --steps 20 --warmup 5 --peak-time 10s
+  if [[ -n ${MODEL:-} && -n ${IMAGES:-} ]]; then
+    $worker vae-error --device cuda --model "$MODEL" --images "$IMAGES" --size 640 640
+  else
+    echo "the autoencoder's error: skipped, MODEL and IMAGES name no model and no folder of pictures"
+  fi
+fi
+
+if wanted 7; then
+  echo "== 7. beside diffusers and PyTorch"
+  if [[ -n ${PEER:-} ]]; then
+    beside() {
+      echo "-- ${*:-plain}"
+      "$PEER" tests/peers/bench_step.py $worker --published sdxl --device cuda --steps 20 --rounds 3 "$@"
+    }
+    beside --batch 10
+    beside --batch 10 --reference
+    # Each program's best: the largest of its medians over these.
+    for batch in 20 40 64; do
+      beside --batch $batch || echo "-- a batch of $batch does not fit one of the two"
+    done
+    beside --batch 12 --native 3
+    beside --batch 10 --vae-dtype bf16
+    beside --batch 10 --compile
+  else
+    echo "skipped: PEER names no Python with tests/peers/requirements.txt"
+  fi
 fi

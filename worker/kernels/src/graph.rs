@@ -165,6 +165,8 @@ unsafe extern "C" fn release(way: *mut c_void) {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use tch::{Device, Kind, no_grad};
 
     use super::*;
@@ -207,22 +209,24 @@ mod tests {
         assert_eq!(x.grad(), constant);
     }
 
+    /// Also where the graph keeps what hangs on it: an output.
     #[test]
     fn state_lives_as_long_as_the_graph() {
-        let held = std::sync::Arc::new(());
+        let held = Arc::new(());
         let x = leaf(&[1.0]);
         let made = no_grad(|| &x * 1.0);
-        let kept = std::sync::Arc::clone(&held);
-        record(
-            &[&x],
-            &[&made],
-            &[],
-            Box::new(move |_, gradients, _| Ok(vec![gradients[0].as_ref().map(|g| g * (1 + std::sync::Arc::strong_count(&kept) as i64))])),
-        )
-        .unwrap();
-        assert_eq!(std::sync::Arc::strong_count(&held), 2);
+        let kept = Arc::clone(&held);
+        let back = move |_: &[Tensor], gradients: &[Option<Tensor>], _: &[bool]| {
+            let factor = Arc::strong_count(&kept) as i64;
+            Ok(vec![gradients[0].as_ref().map(|gradient| gradient * factor)])
+        };
+        record(&[&x], &[&made], &[&x, &made], Box::new(back)).unwrap();
+        assert_eq!(Arc::strong_count(&held), 2);
+        made.sum(Kind::Float).backward();
+        assert_eq!(x.grad(), Tensor::from_slice(&[2.0_f32]));
+        assert_eq!(Arc::strong_count(&held), 2, "the output still hangs on it");
         drop(made);
-        assert_eq!(std::sync::Arc::strong_count(&held), 1);
+        assert_eq!(Arc::strong_count(&held), 1);
     }
 
     #[test]
