@@ -19,6 +19,8 @@ use tonic::{Code, Streaming};
 const OUTBOUND_CAPACITY: usize = 1024;
 /// One attempt to connect.
 const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(5);
+/// From the first byte of an attempt to the coordinator's answer. It answers at once, whoever else is awaited: what takes longer is lost.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(15);
 /// Between attempts: the first wait, doubled up to the longest.
 const FIRST_WAIT: Duration = Duration::from_millis(100);
 const LONGEST_WAIT: Duration = Duration::from_secs(2);
@@ -99,7 +101,9 @@ pub async fn join(access: &Access, hello: FromWorker, patience: Duration, return
     let mut taken_since = None;
     let longest = if returning { LONGEST_WAIT_OF_A_MEMBER } else { LONGEST_WAIT };
     loop {
-        let last = match attempt(access, &endpoint, hello.clone()).await {
+        let answer = tokio::time::timeout(ANSWER_TIMEOUT, attempt(access, &endpoint, hello.clone())).await;
+        let no_answer = || Err(Attempt::Failed(format!("no answer within {} s", ANSWER_TIMEOUT.as_secs())));
+        let last = match answer.unwrap_or_else(|_| no_answer()) {
             Ok(mut stream) => {
                 stream.local_ip = local_ip(access.url()).await;
                 return Ok(stream);
