@@ -156,18 +156,16 @@ struct Cost {
     num_parameters: i64,
     /// Width and height of the picture.
     size: [i64; 2],
-    /// With a teacher, and with the empty prompt's states kept.
-    taught: f64,
-    /// Without.
-    untaught: f64,
-    /// Of that, what the autoencoder and the text encoders take; without a teacher the English ones still count.
-    encoders: f64,
+    /// With a teacher and without, the empty prompt's states kept.
+    whole: [f64; 2],
+    /// Of that, in the UNet: what is left when latents and text are there already.
+    unet: [f64; 2],
 }
 
 /// Source: the method's table of training step costs.
 const COSTS: [Cost; 2] = [
-    Cost { num_parameters: 2_567_463_684, size: [640, 640], taught: 9.48, untaught: 6.91, encoders: 1.775 + 0.143 },
-    Cost { num_parameters: 859_520_964, size: [512, 512], taught: 3.77, untaught: 3.77 - 0.803, encoders: 1.117 + 0.121 },
+    Cost { num_parameters: 2_567_463_684, size: [640, 640], whole: [9.48, 6.91], unet: [7.56, 7.56 - 2.494] },
+    Cost { num_parameters: 859_520_964, size: [512, 512], whole: [3.77, 3.77 - 0.803], unet: [0.803 + 0.803 + 0.929, 0.803 + 0.929] },
 ];
 
 /// Tokens of a prompt of the demo's student.
@@ -358,8 +356,8 @@ fn summarise(
 fn count(options: &Options, size: [i64; 2], num_parameters: i64) -> Option<f64> {
     let cost = COSTS.iter().find(|cost| cost.num_parameters == num_parameters && cost.size == size)?;
     let native = f64::from(options.native) / f64::from(options.batch);
-    let all = native * cost.untaught + (1.0 - native) * cost.taught;
-    Some(if options.precomputed { all - cost.encoders } else { all })
+    let [taught, untaught] = if options.precomputed { cost.unet } else { cost.whole };
+    Some(native * untaught + (1.0 - native) * taught)
 }
 
 /// Operations a second of square products: large ones on a GPU, small ones on the CPU.
@@ -498,7 +496,8 @@ mod tests {
         let count = |arguments, size, parameters| count(&options(arguments), size, parameters);
         assert_eq!(count("--batch 4", [640, 640], 2_567_463_684), Some(9.48));
         assert_eq!(count("--batch 4 --native 2", [640, 640], 2_567_463_684), Some((9.48 + 6.91) / 2.0));
-        assert_eq!(count("--batch 4 --precomputed", [640, 640], 2_567_463_684), Some(9.48 - 1.775 - 0.143));
+        assert_eq!(count("--batch 4 --precomputed", [640, 640], 2_567_463_684), Some(7.56));
+        assert_eq!(count("--batch 4 --native 4 --precomputed", [640, 640], 2_567_463_684), Some(7.56 - 2.494));
         assert_eq!(count("--batch 4", [512, 512], 2_567_463_684), None);
         assert_eq!(count("--batch 4", [640, 640], 5_205_636), None);
     }
