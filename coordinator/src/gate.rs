@@ -278,35 +278,41 @@ async fn shake_hands(mut stream: TcpStream, tls: Option<TlsAcceptor>) -> Result<
     match tls {
         None if first[0] == TLS_HANDSHAKE => {
             // The server's answer tells the other end what it has met.
-            let _ = stream.write_all(&http2_goaway("this port speaks without TLS")).await;
+            answer_and_close(&mut stream, "this port speaks without TLS").await;
             Err(Some("it speaks TLS, and this coordinator listens without: join with http://".into()))
         }
         None => Ok(Stream::Plain(stream)),
         Some(_) if first[0] != TLS_HANDSHAKE => {
-            answer_plain(&mut stream).await;
+            answer_and_close(&mut stream, NEEDS_TLS).await;
             Err(Some("it speaks without TLS: join with the join string, or with https://".into()))
         }
-        Some(tls) => match tls.accept(stream).await {
+        Some(tls) => match tls.accept(stream).into_fallible().await {
             Ok(stream) => Ok(Stream::Tls(Box::new(stream))),
-            Err(error) => Err(Some(handshake_failed(&error))),
+            // The alert that says why has been written.
+            Err((error, mut stream)) => {
+                close_gently(&mut stream).await;
+                Err(Some(handshake_failed(&error)))
+            }
         },
     }
 }
 
-/// Tells a peer without TLS why it is sent away, and takes what it sends meanwhile: a closed socket with unread bytes would take the answer back.
-async fn answer_plain(stream: &mut TcpStream) {
+/// Tells a peer why it is sent away.
+async fn answer_and_close(stream: &mut TcpStream, words: &str) {
+    if stream.write_all(&http2_goaway(words)).await.is_ok() {
+        close_gently(stream).await;
+    }
+}
+
+/// Ends what is written, and takes what the peer sends meanwhile: closing a socket with unread bytes would take back the last words on it.
+async fn close_gently(stream: &mut TcpStream) {
     use tokio::io::AsyncReadExt;
-    if stream.write_all(&http2_goaway(NEEDS_TLS)).await.is_err() || stream.shutdown().await.is_err() {
+    if stream.shutdown().await.is_err() {
         return;
     }
-    let mut left = 64 * 1024;
-    let mut buffer = [0; 1024];
-    while let Ok(Ok(count @ 1..)) = tokio::time::timeout(Duration::from_secs(1), stream.read(&mut buffer)).await {
-        left -= count.min(left);
-        if left == 0 {
-            return;
-        }
-    }
+    let mut rest = stream.take(64 * 1024);
+    // Whoever goes on talking has had its answer.
+    let _ = tokio::time::timeout(Duration::from_secs(1), tokio::io::copy(&mut rest, &mut tokio::io::sink())).await;
 }
 
 /// An empty SETTINGS frame and a GOAWAY with INADEQUATE_SECURITY and these words (RFC 9113, 6.5, 6.8 and 7).
@@ -384,7 +390,11 @@ impl Interceptor for Guard {
 
 #[cfg(test)]
 mod tests {
+    use peapod_proto::secure::read_certificates;
+
     use super::*;
+    use crate::config::SecurityArgs;
+    use crate::secrets::{IDENTITY, Secrets};
 
     #[test]
     fn guard_tells_no_token_from_a_wrong_one() {
@@ -403,6 +413,45 @@ mod tests {
             assert!(call(Some(wrong)).unwrap_err().contains("wrong token"), "{wrong}");
         }
         assert!(Guard::new(None, Refusals::default()).call(Request::new(())).is_ok());
+    }
+
+    /// A client of TLS 1.3 is done before its certificate is missed, and may have sent a lot by then.
+    #[tokio::test]
+    async fn refused_peer_that_talks_on_still_hears_why() {
+        use tokio::io::AsyncReadExt;
+        let folder = tempfile::tempdir().unwrap();
+        let prepare = |args: &SecurityArgs| Secrets::prepare(args, folder.path(), "localhost", [127, 0, 0, 1].into()).unwrap();
+        let identity = folder.path().join(IDENTITY);
+        let _ = prepare(&SecurityArgs::default());
+        let asking = prepare(&SecurityArgs { tls_client_ca: Some(identity.clone()), ..SecurityArgs::default() });
+        let mut roots = rustls::RootCertStore::empty();
+        roots.add(read_certificates(&identity).unwrap().remove(0)).unwrap();
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let client = rustls::ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions().unwrap();
+        let client = tokio_rustls::TlsConnector::from(Arc::new(client.with_root_certificates(roots).with_no_client_auth()));
+
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let peer = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let (stream, _) = listener.accept().await.unwrap();
+        let verdict = tokio::spawn(shake_hands(stream, Some(TlsAcceptor::from(asking.tls))));
+        let mut peer = client.connect("localhost".try_into().unwrap(), peer).await.unwrap();
+        peer.write_all(&[0; 48 * 1024]).await.expect("a reset could have overtaken the answer");
+        let answer = peer.read(&mut [0; 16]).await.unwrap_err().to_string();
+        assert!(answer.contains("CertificateRequired"), "{answer}");
+        drop(peer);
+        let why = verdict.await.unwrap().err().flatten();
+        assert_eq!(why.as_deref(), Some("it shows no certificate, and --tls-client-ca asks for one"));
+
+        // The same for one that is met without TLS.
+        let mut peer = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        peer.write_all(&[&[TLS_HANDSHAKE][..], &[0; 32 * 1024]].concat()).await.unwrap();
+        let (stream, _) = listener.accept().await.unwrap();
+        let verdict = tokio::spawn(shake_hands(stream, None));
+        let mut heard = Vec::new();
+        peer.read_to_end(&mut heard).await.expect("the end is orderly");
+        assert!(String::from_utf8_lossy(&heard).contains("this port speaks without TLS"));
+        drop(peer);
+        assert!(verdict.await.unwrap().is_err_and(|why| why.is_some()));
     }
 
     #[test]

@@ -15,7 +15,7 @@ use rustls::{RootCertStore, ServerConfig};
 use crate::config::SecurityArgs;
 
 /// The certificate and its key, in one file so that neither is ever without the other.
-const IDENTITY: &str = "identity.pem";
+pub(crate) const IDENTITY: &str = "identity.pem";
 const TOKEN: &str = "token";
 /// The join string of the coordinator that runs, or ran last, in a state folder.
 pub const JOIN: &str = "join";

@@ -112,6 +112,7 @@ if wanted 6; then
   step --cudnn-benchmark
   step --precomputed
   step --gradient-checkpointing
+  step --fp8-linears
   step --dtype f16
   $worker bench --device cuda --published sd15 --batch 40 --steps 20 --warmup 5 --peak-time 10s
   if [[ -n ${MODEL:-} && -n ${IMAGES:-} ]]; then

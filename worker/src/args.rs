@@ -10,7 +10,7 @@ use peapod_proto::secure::{Access, AccessArgs};
 use crate::device::{Choice, KernelArgs};
 use crate::precompute;
 use crate::shards::{inspect, make};
-use crate::{bench, check, vae_error};
+use crate::{bench, check, loss_error, vae_error};
 
 /// Trains with others on one device: start one for each GPU of a job.
 #[derive(Debug, Clone, Parser)]
@@ -41,6 +41,8 @@ pub enum Command {
     Bench(bench::Options),
     /// Compare what an autoencoder makes of your own pictures in fewer bits
     VaeError(vae_error::Options),
+    /// Compare a job's losses and gradient on its own samples with networks in fewer bits
+    LossError(loss_error::Options),
     /// Completions and manual pages
     #[command(flatten)]
     Pages(Pages),

@@ -71,6 +71,9 @@ pub struct Options {
     /// Computes the student's activations again in the backward pass
     #[arg(long)]
     pub gradient_checkpointing: bool,
+    /// Multiplies in the UNet's transformers with FP8 numbers
+    #[arg(long)]
+    pub fp8_linears: bool,
     /// How long the device multiplies matrices to find its peak; 0s: not at all
     #[arg(long, default_value = "2s", value_parser = humantime::parse_duration)]
     pub peak_time: Duration,
@@ -119,6 +122,7 @@ struct Report {
     model: String,
     device: String,
     dtype: String,
+    fp8_linears: bool,
     vae_dtype: String,
     /// On a GPU, whether networks and autoencoder compute with fused operators.
     fused: Option<[bool; 2]>,
@@ -214,7 +218,8 @@ fn load(options: &Options, device: Device, kind: Kind, vae_kind: Kind) -> peapod
         None => ModelSource::open(&options.model, None)?,
     };
     let context_length = options.context_length.unwrap_or(options.published.map_or(DEMO_CONTEXT_LENGTH, Published::context_length)).into();
-    let distill = DistillConfig { gradient_checkpointing: options.gradient_checkpointing, ..DistillConfig::default() };
+    let Options { gradient_checkpointing, fp8_linears, .. } = *options;
+    let distill = DistillConfig { gradient_checkpointing, fp8_linears, ..DistillConfig::default() };
     let load = LoadOptions { distill, context_length, student: StudentOptions::new(kind, device), vae_kind };
     let num_parameters = model.survey(Part::Unet)?.num_parameters;
     let models = match options.published {
@@ -326,6 +331,7 @@ fn summarise(
         },
         device: device::name(device),
         dtype: name(kind),
+        fp8_linears: options.fp8_linears,
         vae_dtype: vae_numbers.name().into(),
         fused: device.is_cuda().then(|| [kind, vae_numbers.kind()].map(|kind| peapod_kernels::of(device, kind).is_some())),
         batch: options.batch,
@@ -393,13 +399,14 @@ impl Report {
         let [width, height] = self.size;
         let _ = writeln!(
             text,
-            "{} on {}: {} of {width}x{height} ({} native{}) a step, networks in {}, autoencoder in {}{}",
+            "{} on {}: {} of {width}x{height} ({} native{}) a step, networks in {}{}, autoencoder in {}{}",
             self.model,
             self.device,
             self.batch,
             self.native,
             if self.precomputed { ", precomputed" } else { "" },
             self.dtype,
+            if self.fp8_linears { " with linears in FP8" } else { "" },
             self.vae_dtype,
             match self.fused {
                 Some([true, true]) => ", fused operators",

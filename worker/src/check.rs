@@ -46,11 +46,7 @@ pub struct Options {
 /// The first thing that is wrong: what loading would answer, or what would fail in the first step.
 pub fn report(options: &Options, device: Device) -> Result<String, String> {
     let Options { job: path, partial, .. } = options;
-    let text = std::fs::read_to_string(path).map_err(|error| format!("cannot read job file {}: {error}", path.display()))?;
-    let job = Job::parse(&text).map_err(|error| {
-        let lines = error.problems.iter().map(|problem| format!("{}: {problem}", path.display()));
-        lines.collect::<Vec<_>>().join("\n")
-    })?;
+    let job = setup::read_job(path)?;
     let mut report = String::new();
     let mut is_here = |field: &str, name: &Path| match locate(name) {
         Ok(_) => Ok(true),
@@ -78,7 +74,7 @@ pub fn report(options: &Options, device: Device) -> Result<String, String> {
         if !partial {
             let need = Need::of(&job, device, teacher.num_networks + num_student, teacher.num_vae, num_parameters);
             report.push_str(&need.report(device));
-            report.push_str(&operators(&job, device));
+            report.push_str(&operators(&job, device)?);
         }
         if options.bandwidth {
             report.push_str(&time_links(device, options.members, num_parameters)?);
@@ -102,11 +98,15 @@ fn time_links(device: Device, num_threads: u32, num_parameters: usize) -> Result
 }
 
 /// Says for a GPU whose operators the job's networks would compute with; compiles and proves the fused ones.
-fn operators(job: &Job, device: Device) -> String {
+///
+/// # Errors
+/// The job wants FP8, and this GPU has none.
+fn operators(job: &Job, device: Device) -> Result<String, String> {
     if !device.is_cuda() {
-        return String::new();
+        return Ok(String::new());
     }
-    let mut kinds = vec![setup::network_kind(job, device), setup::vae_numbers(job, device).kind()];
+    let kind = setup::network_kind(job, device);
+    let mut kinds = vec![kind, setup::vae_numbers(job, device).kind()];
     kinds.dedup();
     let line = |kind: Kind| {
         let whose = match peapod_kernels::of(device, kind) {
@@ -115,7 +115,13 @@ fn operators(job: &Job, device: Device) -> String {
         };
         format!("operators in {}: {whose}\n", numbers::name(kind))
     };
-    kinds.into_iter().map(line).collect()
+    let mut text: String = kinds.into_iter().map(line).collect();
+    if job.train.fp8_linears {
+        let kernels = peapod_kernels::of(device, kind);
+        peapod_kernels::prove_fp8(device, kind, kernels.as_ref()).map_err(|error| format!("train.fp8_linears: {error}"))?;
+        text.push_str("linear layers in FP8: proved on this GPU\n");
+    }
+    Ok(text)
 }
 
 /// What the English model asks of an adapter.

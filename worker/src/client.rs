@@ -89,6 +89,16 @@ pub struct Stream {
 /// # Errors
 /// [`ClientError::Unreachable`] after that time; [`ClientError::Refused`] and [`ClientError::Over`] at once.
 pub async fn join(access: &Access, hello: FromWorker, patience: Duration, returning: bool) -> Result<Stream, ClientError> {
+    search(access, hello, patience, returning, ANSWER_TIMEOUT).await
+}
+
+async fn search(
+    access: &Access,
+    hello: FromWorker,
+    patience: Duration,
+    returning: bool,
+    answer_timeout: Duration,
+) -> Result<Stream, ClientError> {
     let endpoint = access.endpoint().map_err(ClientError::Address)?;
     let endpoint = endpoint
         .connect_timeout(ATTEMPT_TIMEOUT)
@@ -99,10 +109,11 @@ pub async fn join(access: &Access, hello: FromWorker, patience: Duration, return
     let started = std::time::Instant::now();
     let mut wait = FIRST_WAIT;
     let mut taken_since = None;
+    let mut said = String::new();
     let longest = if returning { LONGEST_WAIT_OF_A_MEMBER } else { LONGEST_WAIT };
     loop {
-        let answer = tokio::time::timeout(ANSWER_TIMEOUT, attempt(access, &endpoint, hello.clone())).await;
-        let no_answer = || Err(Attempt::Failed(format!("no answer within {} s", ANSWER_TIMEOUT.as_secs())));
+        let answer = tokio::time::timeout(answer_timeout, attempt(access, &endpoint, hello.clone())).await;
+        let no_answer = || Err(Attempt::Failed(format!("no answer within {} s", answer_timeout.as_secs_f64())));
         let last = match answer.unwrap_or_else(|_| no_answer()) {
             Ok(mut stream) => {
                 stream.local_ip = local_ip(access.url()).await;
@@ -126,6 +137,11 @@ pub async fn join(access: &Access, hello: FromWorker, patience: Duration, return
         };
         if started.elapsed() + wait > patience {
             return Err(ClientError::Unreachable { address: access.url().into(), tried_for: started.elapsed(), last });
+        }
+        // A minute of silence looks like a program that hangs.
+        if last != said {
+            tracing::info!("no coordinator answers at {} yet ({last}): trying for {:.0} s", access.url(), patience.as_secs_f64());
+            said = last;
         }
         tokio::time::sleep(wait.mul_f64(jitter())).await;
         wait = (wait * 2).min(longest);
@@ -295,4 +311,51 @@ pub async fn download(channel: Link, trace: &Trace, worker: WorkerId, step: Step
         files.push((part.name, bytes));
     }
     Ok(files)
+}
+
+#[cfg(test)]
+mod tests {
+    use futures::stream::BoxStream;
+    use peapod_proto::ids::Incarnation;
+    use peapod_proto::message::Hello;
+    use peapod_proto::secure::AccessArgs;
+    use tonic::{Request, Response, Status};
+
+    use super::*;
+
+    /// A coordinator that is alive on the wire, and never answers.
+    struct Mute;
+
+    #[tonic::async_trait]
+    impl v1::membership_server::Membership for Mute {
+        type JoinStream = BoxStream<'static, Result<v1::ToWorker, Status>>;
+
+        async fn join(&self, _: Request<Streaming<v1::FromWorker>>) -> Result<Response<Self::JoinStream>, Status> {
+            futures::future::pending().await
+        }
+    }
+
+    #[tokio::test]
+    async fn coordinator_that_never_answers_is_given_up() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        let incoming = tokio_stream::wrappers::TcpListenerStream::new(listener);
+        let server = v1::membership_server::MembershipServer::new(Mute);
+        let server = tokio::spawn(tonic::transport::Server::builder().add_service(server).serve_with_incoming(incoming));
+        let access = Access::new(Some(&url), &AccessArgs::default()).unwrap();
+        let hello = Hello {
+            protocol_version: 1,
+            program_version: "1.0.0".into(),
+            incarnation: Incarnation(1),
+            attempt: 0,
+            requested_rank: None,
+            host: "host".into(),
+            pid: 1,
+            device: "cpu".into(),
+        };
+        let answer = search(&access, FromWorker::Hello(hello), Duration::ZERO, false, Duration::from_millis(50)).await;
+        let Err(ClientError::Unreachable { last, .. }) = answer else { panic!("joined a coordinator that says nothing") };
+        assert_eq!(last, "no answer within 0.05 s");
+        server.abort();
+    }
 }

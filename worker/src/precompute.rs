@@ -23,7 +23,6 @@ use std::str::FromStr;
 use std::sync::mpsc::{Receiver, sync_channel};
 
 use peapod_data::cached::{CachedSample, LATENTS, Recipe, SKIPPED, STAMP, Stamp, TRUNCATED, skipped};
-use peapod_data::expand_shards;
 use peapod_data::shard::{Found, read_shard};
 use peapod_proto::ids::{Bitmap, ShardId};
 use peapod_proto::job::Job;
@@ -34,6 +33,7 @@ use self::encoders::{Encoders, Picture};
 use self::read::{Item, Reader};
 use crate::device::{Choice, KernelArgs};
 use crate::numbers::{self, Numbers};
+use crate::setup::{self, Source};
 use crate::shards::whole::WholeTar;
 use crate::shards::{progress_bar, size};
 use crate::trainer::guarded;
@@ -92,13 +92,6 @@ impl FromStr for Places {
     }
 }
 
-/// Shards of one of the job's sources, which lie one after the other in its list.
-struct Source {
-    /// Empty for a job that has but one.
-    name: String,
-    len: usize,
-}
-
 /// A job whose arguments are checked.
 pub struct Plan {
     options: Options,
@@ -115,17 +108,8 @@ impl Plan {
     /// # Errors
     /// What is wrong with the job file or the arguments.
     pub fn new(options: &Options) -> Result<Self, String> {
-        let text =
-            std::fs::read_to_string(&options.job).map_err(|error| format!("cannot read job file {}: {error}", options.job.display()))?;
-        let job = Job::parse(&text).map_err(|error| format!("{}: {error}", options.job.display()))?;
-        let (mut shards, mut sources) = (Vec::new(), Vec::new());
-        let named = job.data.sources.iter().map(|source| (source.name.as_str(), &source.shards));
-        let lists = if job.data.sources.is_empty() { vec![("", &job.data.shards)] } else { named.collect() };
-        for (name, list) in lists {
-            let found = expand_shards(list).map_err(|error| format!("data.shards: {error}"))?;
-            sources.push(Source { name: name.to_owned(), len: found.len() });
-            shards.extend(found);
-        }
+        let job = setup::read_job(&options.job)?;
+        let (shards, sources) = setup::shards(&job)?;
         let places = match &options.shards {
             None => (0..shards.len()).collect(),
             Some(Places(ranges)) => {

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use peapod_data::LoaderConfig;
+use peapod_data::{LoaderConfig, expand_shards};
 use peapod_model::adapter::AdapterConfig;
 use peapod_model::distill::{DistillConfig, Distiller, LoadOptions, Precision, TimeIdsOrder};
 use peapod_model::optim::AdamWConfig;
@@ -27,6 +27,42 @@ const SDXL_NOISE_OFFSET: f64 = 0.5;
 
 /// Where the kinds of student encoders keep their configuration; a folder has one or two of them.
 const STUDENT_CONFIGURATIONS: [&str; 4] = ["config.json", "open_clip_config.json", "xlm_roberta/config.json", "chinese_clip/config.json"];
+
+/// Shards of one of a job's sources, which lie one after the other in its list.
+pub struct Source {
+    /// Empty for a job that has but one.
+    pub name: String,
+    /// How many.
+    pub len: usize,
+}
+
+/// Reads and checks a job file.
+///
+/// # Errors
+/// A line for each thing that is wrong with it, with its path.
+pub fn read_job(path: &Path) -> Result<Job, String> {
+    let text = std::fs::read_to_string(path).map_err(|error| format!("cannot read job file {}: {error}", path.display()))?;
+    Job::parse(&text).map_err(|error| {
+        let lines = error.problems.iter().map(|problem| format!("{}: {problem}", path.display()));
+        lines.collect::<Vec<_>>().join("\n")
+    })
+}
+
+/// All shards of a job, source by source.
+///
+/// # Errors
+/// Names the pattern that cannot be expanded.
+pub fn shards(job: &Job) -> Result<(Vec<String>, Vec<Source>), String> {
+    let (mut shards, mut sources) = (Vec::new(), Vec::new());
+    let named = job.data.sources.iter().map(|source| (source.name.as_str(), &source.shards));
+    let lists = if job.data.sources.is_empty() { vec![("", &job.data.shards)] } else { named.collect() };
+    for (name, list) in lists {
+        let found = expand_shards(list).map_err(|error| format!("data.shards: {error}"))?;
+        sources.push(Source { name: name.to_owned(), len: found.len() });
+        shards.extend(found);
+    }
+    Ok((shards, sources))
+}
 
 /// Loads the frozen models of a job.
 ///
@@ -109,6 +145,7 @@ fn distill_config(job: &Job, architecture: Architecture) -> DistillConfig {
         feature_guard: loss.feature_guard.unwrap_or(job.preset == Preset::Reference && !is_sdxl),
         mask_pads: job.adapter.mask_pads,
         gradient_checkpointing: job.train.gradient_checkpointing,
+        fp8_linears: job.train.fp8_linears,
     }
 }
 

@@ -22,3 +22,13 @@ __device__ static inline unsigned short float_to_bfloat(float value) {
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(result) : "f"(value));
   return result;
 }
+
+// Two numbers in E4M3, the first in the lower byte; those beyond its largest become the largest.
+__device__ static inline unsigned short floats_to_e4m3(float first, float second) {
+  unsigned short result = 0x7f7f;
+  // What is older has no products of such numbers either, and asks for none; there it is NaN.
+#if __CUDA_ARCH__ >= 890
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(result) : "f"(second), "f"(first));
+#endif
+  return result;
+}

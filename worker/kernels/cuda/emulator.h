@@ -175,3 +175,19 @@ static inline unsigned short float_to_bfloat(float value) {
   if ((bits & 0x7fffffffu) > 0x7f800000u) return (unsigned short)((bits >> 16) | 0x40u);
   return (unsigned short)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
+
+static inline unsigned char float_to_e4m3(float value) {
+  unsigned char sign = std::signbit(value) ? 0x80 : 0;
+  float size = fabsf(value);
+  if (std::isnan(size)) return sign | 0x7f;
+  if (size >= 448.0f) return sign | 0x7e;
+  // The distance of two neighbours: 2^-9 up to 2^-6, and beyond it an eighth of the power of two below.
+  int exponent = size < 0.015625f ? -6 : ilogbf(size);
+  int steps = (int)nearbyintf(ldexpf(size, 3 - exponent));
+  // Eight steps above the smallest power are the next one's first: the sum carries.
+  return sign | (unsigned char)((exponent + 6) * 8 + steps);
+}
+
+static inline unsigned short floats_to_e4m3(float first, float second) {
+  return (unsigned short)(float_to_e4m3(first) | float_to_e4m3(second) << 8);
+}

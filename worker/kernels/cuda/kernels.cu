@@ -431,3 +431,45 @@ extern "C" __global__ void __launch_bounds__(256)
     store(dleft + place, one);
   }
 }
+
+// Packs of a row that a thread of the following kernel holds; as in src/fp8.rs.
+#define MAX_PACKS 8
+
+struct __align__(WIDTH) Codes {
+  unsigned short at[WIDTH / 2];
+};
+
+// Rows in eight bits: codes [rows, width] in E4M3 of x / scale, where a row's scale [rows] makes its largest number 448, the largest there is.
+// A block takes a row, and no thread more than MAX_PACKS packs. What is not finite stays so: infinity / infinity is NaN.
+extern "C" __global__ void __launch_bounds__(256) rows_to_e4m3(const element* x, unsigned char* codes, float* scales, int width) {
+  SHARED_FLOATS(scratch);
+  x += (size_t)blockIdx.x * width;
+  codes += (size_t)blockIdx.x * width;
+  Pack packs[MAX_PACKS];
+  float largest = 0.0f;
+#pragma unroll
+  for (int index = 0; index < MAX_PACKS; ++index) {
+    int place = (index * blockDim.x + threadIdx.x) * WIDTH;
+    if (place >= width) continue;
+    packs[index] = load(x + place);
+    for (int k = 0; k < WIDTH; ++k) largest = fmaxf(largest, fabsf(from_element(packs[index].at[k])));
+  }
+  for (int distance = WARP / 2; distance > 0; distance /= 2) largest = fmaxf(largest, __shfl_xor_sync(EVERY_LANE, largest, distance));
+  if (threadIdx.x % WARP == 0) scratch[threadIdx.x / WARP] = largest;
+  __syncthreads();
+  for (int warp = 0; warp < blockDim.x / WARP; ++warp) largest = fmaxf(largest, scratch[warp]);
+  // Of a row of zeros any scale is right, but zero.
+  largest = fmaxf(largest, 1e-30f);
+  float factor = 448.0f / largest;
+  if (threadIdx.x == 0) scales[blockIdx.x] = largest / 448.0f;
+#pragma unroll
+  for (int index = 0; index < MAX_PACKS; ++index) {
+    int place = (index * blockDim.x + threadIdx.x) * WIDTH;
+    if (place >= width) continue;
+    Codes made;
+    for (int k = 0; k < WIDTH; k += 2) {
+      made.at[k / 2] = floats_to_e4m3(from_element(packs[index].at[k]) * factor, from_element(packs[index].at[k + 1]) * factor);
+    }
+    *reinterpret_cast<Codes*>(codes + place) = made;
+  }
+}

@@ -22,10 +22,11 @@ pub(crate) enum Kernel {
     AddLayerNormBackward,
     SquaredDifferenceSums,
     SquaredDifferenceGradient,
+    RowsToE4m3,
 }
 
 impl Kernel {
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::GroupNormSums,
         Self::GroupNormApply,
         Self::GroupNormGradientSums,
@@ -36,6 +37,7 @@ impl Kernel {
         Self::AddLayerNormBackward,
         Self::SquaredDifferenceSums,
         Self::SquaredDifferenceGradient,
+        Self::RowsToE4m3,
     ];
 
     pub fn name(self) -> &'static str {
@@ -50,6 +52,7 @@ impl Kernel {
             Self::AddLayerNormBackward => "add_layer_norm_backward",
             Self::SquaredDifferenceSums => "squared_difference_sums",
             Self::SquaredDifferenceGradient => "squared_difference_gradient",
+            Self::RowsToE4m3 => "rows_to_e4m3",
         }
     }
 }

@@ -8,6 +8,7 @@
 //! that cannot be compiled, or that computes something else, is warned of and not used.
 
 mod error;
+mod fp8;
 mod geglu;
 mod gpu;
 mod graph;
@@ -26,6 +27,7 @@ pub mod emulator;
 mod tests;
 
 pub use error::Error;
+pub use fp8::{Fp8Linear, Fp8Matrix, prove_fp8};
 pub use group_norm::GroupNorm;
 pub use launch::Kernels;
 pub use layer_norm::LayerNorm;

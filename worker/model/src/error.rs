@@ -52,6 +52,9 @@ pub enum Error {
         /// What to use instead.
         hint: String,
     },
+    /// A device has no products of eight bits, or computes something else.
+    #[error("no linear layers in FP8 on this device, leave `train.fp8_linears` out: {0}")]
+    Fp8(#[source] peapod_kernels::Error),
     /// Settings of a configuration contradict each other, or are beyond what any model has.
     #[error("{setting} of the configuration: {reason}")]
     Config {

@@ -230,6 +230,19 @@ impl ModelSource {
         self.unet_of(&self.weights(Part::Unet)?, kind, device)
     }
 
+    /// Builds the UNet with the attention and feed-forward layers of its transformers in eight bits (but for what they make of the text).
+    ///
+    /// Errors: those of [`UNet::load`]; [`Error::Fp8`] if the device has no products of such numbers.
+    pub fn unet_with_fp8_linears(&self, kind: Kind, device: Device) -> Result<UNet> {
+        if device != Device::Cpu {
+            peapod_kernels::prove_fp8(device, kind, peapod_kernels::of(device, kind).as_ref()).map_err(Error::Fp8)?;
+        }
+        let weights = self.weights(Part::Unet)?;
+        let unet = UNet::new(&weights.root(kind, device).with_fp8_linears(), self.unet.clone())?;
+        weights.finish(&[])?;
+        Ok(unet)
+    }
+
     /// Builds the autoencoder; SDXL's overflows in f16. Errors: those of [`Vae::load`].
     pub fn vae(&self, kind: Kind, device: Device) -> Result<Vae> {
         self.vae_of(&self.weights(Part::Vae)?, kind, device)

@@ -8,7 +8,7 @@ use clap::{CommandFactory, Parser};
 use peapod_proto::program;
 use peapod_worker::args::{Cli, Command, Shards};
 use peapod_worker::shards::{inspect, make};
-use peapod_worker::{bench, check, device, precompute, supervisor, vae_error};
+use peapod_worker::{bench, check, device, loss_error, precompute, supervisor, vae_error};
 
 fn main() -> ExitCode {
     let Cli { command, run, logs } = Cli::parse();
@@ -26,6 +26,7 @@ fn main() -> ExitCode {
         Some(Command::Check(options)) => (options.device, None),
         Some(Command::Bench(options)) => (options.device, Some(options.kernels)),
         Some(Command::VaeError(options)) => (options.device, Some(options.kernels)),
+        Some(Command::LossError(options)) => (options.device, Some(options.kernels)),
         Some(Command::Precompute(options)) => (options.device, Some(options.kernels)),
         Some(Command::Shards(_) | Command::Pages(_)) => (device::Choice::Cpu, None),
     };
@@ -52,6 +53,7 @@ fn main() -> ExitCode {
             Command::Check(options) => check::report(&options, device),
             Command::Bench(options) => bench::run(&options, device),
             Command::VaeError(options) => vae_error::run(&options, device),
+            Command::LossError(options) => loss_error::run(&options, device),
             Command::Precompute(options) => match precompute::Plan::new(&options).map(|plan| plan.run(device)) {
                 Ok(Err(problem)) => return fail(problem, 1),
                 Ok(report) => report,

@@ -14,10 +14,11 @@ use peapod_data::sample::{Rules, Stored, examine};
 use peapod_data::shard::{Found, RawSample, read_shard};
 use peapod_data::{Reason, Rule, expand_shards, image, source};
 use peapod_proto::ids::Bitmap;
-use peapod_proto::job::{DataSection, Job};
+use peapod_proto::job::DataSection;
 use serde::Serialize;
 
 use super::{progress_bar, size};
+use crate::setup;
 
 /// Broken samples that are named; all are counted.
 const NUM_NAMED: usize = 10;
@@ -124,8 +125,7 @@ fn data_section(options: &Options) -> Result<DataSection, String> {
     let Some(path) = &options.job else {
         return serde_json::from_str(r#"{"shards": []}"#).map_err(|error| error.to_string());
     };
-    let text = std::fs::read_to_string(path).map_err(|error| format!("cannot read job file {}: {error}", path.display()))?;
-    Ok(Job::parse(&text).map_err(|error| format!("{}: {error}", path.display()))?.data)
+    Ok(setup::read_job(path)?.data)
 }
 
 /// Reads every shard of the list, several at once.

@@ -67,6 +67,8 @@ pub struct DistillConfig {
     pub mask_pads: bool,
     /// Computes the student's activations again in the backward pass instead of keeping them.
     pub gradient_checkpointing: bool,
+    /// Multiplies in the UNet's transformers with numbers of eight bits, for teacher and student alike.
+    pub fp8_linears: bool,
 }
 
 impl Default for DistillConfig {
@@ -85,6 +87,7 @@ impl Default for DistillConfig {
             feature_guard: false,
             mask_pads: false,
             gradient_checkpointing: false,
+            fp8_linears: false,
         }
     }
 }
@@ -200,7 +203,7 @@ impl Distiller {
     /// Errors: those of [`Distiller::load`].
     pub fn with_student(model: &ModelSource, student: StudentEncoder, options: LoadOptions) -> Result<Self> {
         let LoadOptions { distill: config, context_length: _, student: StudentOptions { kind, device, .. }, vae_kind } = options;
-        let unet = model.unet(kind, device)?;
+        let unet = if config.fp8_linears { model.unet_with_fp8_linears(kind, device)? } else { model.unet(kind, device)? };
         let vae = if config.vae_round_fp16 { model.vae_rounded(vae_kind, device)? } else { model.vae(vae_kind, device)? };
         let teacher = config.distill.then(|| model.english(kind, device)).transpose()?;
 

@@ -187,6 +187,23 @@ fn gradients_in_few_bits_are_those_in_many_to_rounding() {
     }
 }
 
+/// Eight bits in the transformers: not the same gradient, and near it; whichever way it is computed.
+#[test]
+fn linears_in_eight_bits_keep_the_direction_of_the_gradient() {
+    let batch = batch(&[true, false, false, false], &[false, false, true, false]);
+    let (wanted, exact) = with_default(|distiller| accumulate(distiller, &batch));
+    let config = DistillConfig { fp8_linears: true, ..DistillConfig::default() };
+    let (sums, gradient) = accumulate(&distiller(config.clone()), &batch);
+    let distance = relative_distance(&gradient, &exact);
+    assert!(distance > 1e-3 && distance < 0.3, "{distance}");
+    for (got, wanted) in [(sums.task, wanted.task), (sums.logit, wanted.logit), (sums.feature, wanted.feature)] {
+        assert!((got / wanted - 1.0).abs() < 0.05, "{sums:?} {wanted:?}");
+    }
+    // A number just between two codes falls to one of them by its last bit, which other kernels have otherwise.
+    let again = accumulate(&distiller(DistillConfig { gradient_checkpointing: true, ..config }), &batch).1;
+    assert!(relative_distance(&again, &gradient) < distance / 2.0, "{} of {distance}", relative_distance(&again, &gradient));
+}
+
 /// A scale beyond the range of f16 is not hidden: the step is to be skipped and the scale to be halved.
 #[test]
 fn overflow_in_f16_reaches_the_gradient_and_not_the_losses() {
@@ -370,6 +387,16 @@ fn fused_operators_give_the_same_step_and_are_used_everywhere() {
     assert!(relative_distance(&fused_gradient, &gradient) < 1e-3, "{}", relative_distance(&fused_gradient, &gradient));
     // Both passes of the network, the encoder, the losses, and a way back: a layer that falls back to libtorch is missing here.
     assert_eq!(peapod_kernels::emulator::num_launches() - before, 489, "a layer computes otherwise than before");
+
+    // The same with eight bits in the transformers, whose inputs and gradients are rounded by a kernel of their own.
+    let config = DistillConfig { fp8_linears: true, ..DistillConfig::default() };
+    let (_, gradient) = accumulate(&distiller(config.clone()), &batch);
+    let fused = peapod_kernels::emulator::with(|| distiller(config));
+    let before = peapod_kernels::emulator::num_launches();
+    let (_, fused_gradient) = accumulate(&fused, &batch);
+    assert!(relative_distance(&fused_gradient, &gradient) < 0.05, "{}", relative_distance(&fused_gradient, &gradient));
+    // Three passes through six products in each of 17 layers.
+    assert_eq!(peapod_kernels::emulator::num_launches() - before, 489 + 3 * 6 * 17, "a layer computes otherwise than before");
 }
 
 #[test]

@@ -3,6 +3,7 @@
 //! Each is built from a [`Scope`] whose keys are those of the PyTorch layer of the same name, and holds weights without gradient:
 //! a backward pass goes through them to their inputs and saves nothing else.
 
+mod fp8;
 mod resnet;
 
 use std::borrow::Borrow;
@@ -10,6 +11,7 @@ use std::borrow::Borrow;
 use peapod_kernels::Kernels;
 use tch::Tensor;
 
+pub(crate) use fp8::TransformerLinear;
 pub(crate) use resnet::{ResnetBlock, ResnetSpec};
 
 use crate::weights::{Frozen, Scope};

@@ -3,7 +3,7 @@
 use tch::Tensor;
 
 use super::blocks::Condition;
-use crate::nn::{Conv2d, Geglu, GroupNorm, LayerNorm, Linear, attention};
+use crate::nn::{Conv2d, Geglu, GroupNorm, LayerNorm, Linear, TransformerLinear, attention};
 use crate::weights::{Frozen, Scope};
 
 /// Fixed in diffusers, whatever `norm_eps` says.
@@ -138,16 +138,20 @@ impl TransformerLayer {
 
 /// Multi-head self-attention; queries, keys and values are projected without bias, in one product.
 struct SelfAttention {
-    to_qkv: Linear,
-    to_out: Linear,
+    to_qkv: TransformerLinear,
+    to_out: TransformerLinear,
     heads: i64,
 }
 
 impl SelfAttention {
     fn new(scope: Scope, spec: &TransformerSpec) -> Self {
         let width = spec.channels;
-        let to_out = Linear::new(&scope / "to_out" / 0, width, width, true);
-        Self { to_qkv: Linear::stacked(&scope, &["to_q", "to_k", "to_v"], width, width), to_out, heads: spec.heads }
+        let (to_qkv, to_out) = (["to_q", "to_k", "to_v"], Linear::new(&scope / "to_out" / 0, width, width, true));
+        Self {
+            to_qkv: TransformerLinear::new(Linear::stacked(&scope, &to_qkv, width, width), &scope),
+            to_out: TransformerLinear::new(to_out, &scope),
+            heads: spec.heads,
+        }
     }
 
     fn forward(&self, tokens: &Tensor) -> Tensor {
@@ -157,10 +161,12 @@ impl SelfAttention {
 }
 
 /// Multi-head attention of pixels to text; keys and values are projected in one product, all without bias.
+///
+/// What comes from the text keeps its digits: it is little work, and all that the adapter learns from passes through it.
 pub(super) struct CrossAttention {
-    to_q: Linear,
+    to_q: TransformerLinear,
     to_kv: Linear,
-    to_out: Linear,
+    to_out: TransformerLinear,
     heads: i64,
     /// Where its keys and values are among those of all layers, if they are projected together.
     slot: Option<usize>,
@@ -170,9 +176,9 @@ impl CrossAttention {
     fn new(scope: Scope, spec: &TransformerSpec) -> Self {
         let width = spec.channels;
         Self {
-            to_q: Linear::new(&scope / "to_q", width, width, false),
+            to_q: TransformerLinear::new(Linear::new(&scope / "to_q", width, width, false), &scope),
             to_kv: Linear::stacked(&scope, &["to_k", "to_v"], spec.context_width, width),
-            to_out: Linear::new(&scope / "to_out" / 0, width, width, true),
+            to_out: TransformerLinear::new(Linear::new(&scope / "to_out" / 0, width, width, true), &scope),
             heads: spec.heads,
             slot: None,
         }
@@ -222,9 +228,9 @@ impl TextProjection {
 
 /// A feed-forward layer of four times the width, gated by an exact (erf) GELU.
 struct GegluFeedForward {
-    proj: Linear,
+    proj: TransformerLinear,
     gate: Geglu,
-    out: Linear,
+    out: TransformerLinear,
 }
 
 impl GegluFeedForward {
@@ -233,8 +239,8 @@ impl GegluFeedForward {
     fn new(scope: Scope, width: i64) -> Self {
         let inner = Self::EXPANSION * width;
         // `proj` makes values and gates at once. Key 1 of the sequence is the dropout, which has no weights.
-        let proj = Linear::new(&scope / 0 / "proj", width, 2 * inner, true);
-        Self { proj, gate: Geglu::new(&scope), out: Linear::new(&scope / 2, inner, width, true) }
+        let (proj, out) = (Linear::new(&scope / 0 / "proj", width, 2 * inner, true), Linear::new(&scope / 2, inner, width, true));
+        Self { proj: TransformerLinear::new(proj, &scope), gate: Geglu::new(&scope), out: TransformerLinear::new(out, &scope) }
     }
 
     fn forward(&self, tokens: &Tensor) -> Tensor {

@@ -193,7 +193,15 @@ impl Weights {
     /// The scope of all keys. Tensors taken from it are converted to `kind` and copied to `device`, where fused operators of that kind are
     /// made ready if there are some.
     pub fn root(&self, kind: Kind, device: Device) -> Scope<'_> {
-        Scope { weights: self, prefix: String::new(), kind, rounded: kind, device, kernels: peapod_kernels::of(device, kind) }
+        Scope {
+            weights: self,
+            prefix: String::new(),
+            kind,
+            rounded: kind,
+            device,
+            kernels: peapod_kernels::of(device, kind),
+            fp8_linears: false,
+        }
     }
 
     /// A text of the metadata of a safetensors file; `None` without it, or in another kind of file.
@@ -309,12 +317,18 @@ pub struct Scope<'a> {
     rounded: Kind,
     device: Device,
     kernels: Option<Kernels>,
+    fp8_linears: bool,
 }
 
 impl Scope<'_> {
     /// The same scope with values rounded to `kind` before they are converted to the scope's own.
     pub fn rounded(self, kind: Kind) -> Self {
         Self { rounded: kind, ..self }
+    }
+
+    /// The same scope for a network whose transformers multiply in eight bits.
+    pub(crate) fn with_fp8_linears(self) -> Self {
+        Self { fp8_linears: true, ..self }
     }
 
     /// The tensor `name` below this prefix, of the scope's kind and on its device, without gradient.
@@ -374,6 +388,11 @@ impl Scope<'_> {
     /// Fused operators of the scope's kind on its device.
     pub(crate) fn kernels(&self) -> Option<Kernels> {
         self.kernels.clone()
+    }
+
+    /// Whether transformers are to multiply in eight bits.
+    pub(crate) fn has_fp8_linears(&self) -> bool {
+        self.fp8_linears
     }
 
     fn key(&self, name: &str) -> String {
