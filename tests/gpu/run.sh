@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # What only a machine with an NVIDIA GPU can show, after the build. From the project's root, after `make setup`.
-#   1. the conformance suite on NCCL, one member for each GPU; the fused operators compiled, and proved beside libtorch's;
+#   1. the golden cases of networks in f32 and bf16; the conformance suite on NCCL, one member for each GPU; the fused operators compiled, and
+#      proved beside libtorch's, and FP8 products; what each kind of number costs the demo's losses and gradient;
 #   2. the demo for twenty steps in f32 by two workers: on the CPU over TCP, then on GPUs over NCCL (on one GPU, if there is only one), with
 #      fused operators and with libtorch's: the adapters must be alike to rounding;
 #   3. the same from latents and text that the GPU has computed beforehand;
@@ -47,14 +48,24 @@ wanted() { [[ " ${PARTS:-1 2 3 4 5 6 7} " == *" $1 "* ]]; }
 
 if wanted 1; then
   echo "== 1. conformance on NCCL, and the fused operators"
+  golden=golden_networks_come_out_on_a_gpu
   if [[ -z ${BIN:-} ]]; then
+    PEAPOD_GOLDEN_DEVICE=cuda cargo test --workspace --test stories -- $golden --nocapture
     cargo test --workspace --lib -- --test-threads=1 nccl:: --nocapture
     PEAPOD_NVRTC=1 cargo test --workspace --lib -- --test-threads=1 gpu::tests --nocapture
   else
-    echo "skipped: the tests, which BIN does not hold"
+    echo "skipped: the tests of NCCL and of kernels, which BIN does not hold"
+    if [[ -x $bin/stories ]]; then
+      PEAPOD_GOLDEN_DEVICE=cuda "$bin/stories" $golden --nocapture
+    else
+      echo "skipped: golden cases, as BIN holds no \`stories\` (target/debug/deps/stories-*, which finds the cases where it was built)"
+    fi
   fi
-  $worker check --job tests/demo/job.toml --device cuda | tee "$out/check"
+  sed 's/^\[train\]/[train]\nfp8_linears = true/' tests/demo/job.toml >"$out/fp8.toml"
+  $worker check --job "$out/fp8.toml" --device cuda | tee "$out/check"
   grep -q '^operators in bf16: fused' "$out/check"
+  grep -q '^linear layers in FP8: proved' "$out/check"
+  $worker loss-error --job tests/demo/job.toml --device cuda
 fi
 
 if wanted 2; then

@@ -5,9 +5,9 @@ use peapod_model::distill::{DistillConfig, Distiller, English, Images, LoadOptio
 use peapod_model::optim::{AdamW, AdamWConfig, Ema, clip_grad_norm};
 use peapod_model::source::ModelSource;
 use peapod_model::text::StudentOptions;
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
-use super::{Case, Result, Tensors};
+use super::{Case, Place, Result, Tensors};
 
 /// The losses and the adapter's gradients of a training step, summed over samples.
 pub fn step(case: &Case) -> Result<Tensors> {
@@ -29,7 +29,7 @@ pub fn train(case: &Case) -> Result<Tensors> {
         weight_decay: case.setting("weight_decay")?,
     };
     let initial = adapter.flat().copy();
-    let mut optimiser = AdamW::new(config, adapter.num_parameters() as i64, Device::Cpu);
+    let mut optimiser = AdamW::new(config, adapter.num_parameters() as i64, case.place.device);
     let mut average = Ema::new(adapter.flat(), case.setting("ema_decay")?)?;
     let micro_batches: Vec<usize> = case.setting("micro_batches")?;
     let (mut losses, mut norms) = (Vec::new(), Vec::new());
@@ -52,14 +52,15 @@ pub fn train(case: &Case) -> Result<Tensors> {
 }
 
 fn load(case: &Case) -> Result<(Distiller, Adapter)> {
+    let Place { kind, device } = case.place;
     let options = LoadOptions {
         distill: case.setting::<DistillConfig>("distill")?,
         context_length: case.setting("context_length")?,
-        student: StudentOptions::new(Kind::Float, Device::Cpu),
-        vae_kind: Kind::Float,
+        student: StudentOptions::new(kind, device),
+        vae_kind: kind,
     };
     let distiller = Distiller::load(&ModelSource::open(&case.path("model")?, None)?, &case.path("student")?, options)?;
-    Ok((distiller, Adapter::load(&case.folder.join("adapter.safetensors"), Device::Cpu)?))
+    Ok((distiller, Adapter::load(&case.folder.join("adapter.safetensors"), device)?))
 }
 
 /// Some samples of a case; in training, with the randomness of one step. The pictures are the same in every step.
@@ -90,7 +91,7 @@ fn captions(case: &Case) -> Result<Vec<String>> {
 }
 
 fn zeros(adapter: &Adapter) -> Tensor {
-    Tensor::zeros([adapter.num_parameters() as i64], (Kind::Float, Device::Cpu))
+    adapter.flat().zeros_like()
 }
 
 /// A flat row cut into the adapter's tensors, which follow the order of the state dict (pea-method's list of keys).

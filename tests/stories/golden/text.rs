@@ -4,7 +4,7 @@ use peapod_model::source::ModelSource;
 use peapod_model::text::{BertEncoder, ClipTextEncoder, StudentEncoder, StudentOptions, TextTokenizer};
 use tch::{Device, Kind, Tensor};
 
-use super::{Case, Result, Tensors};
+use super::{Case, Place, Result, Tensors};
 
 /// The token ids of texts.
 pub fn tokenizer(case: &Case) -> Result<Tensors> {
@@ -30,7 +30,7 @@ pub fn tokenizer_published(case: &Case) -> Result<Tensors> {
 
 /// The states of one CLIP text encoder for given ids.
 pub fn clip_text(case: &Case) -> Result<Tensors> {
-    let encoder = ClipTextEncoder::load(&case.path("model")?, Kind::Float, Device::Cpu)?;
+    let encoder = ClipTextEncoder::load(&case.path("model")?, case.place.kind, case.place.device)?;
     let states = encoder.forward(&ids(case)?)?;
     let named = [("penultimate", states.penultimate), ("last", states.last), ("pooled", states.pooled)];
     Ok(named.map(|(name, tensor)| (name.into(), tensor)).into())
@@ -38,7 +38,7 @@ pub fn clip_text(case: &Case) -> Result<Tensors> {
 
 /// The states of a BERT encoder for given ids, some of them padding.
 pub fn bert_text(case: &Case) -> Result<Tensors> {
-    let encoder = BertEncoder::load(&case.path("model")?, Kind::Float, Device::Cpu)?;
+    let encoder = BertEncoder::load(&case.path("model")?, case.place.kind, case.place.device)?;
     Ok([("last".to_owned(), encoder.forward(&ids(case)?, case.setting("pad_id")?)?)].into())
 }
 
@@ -46,7 +46,7 @@ pub fn bert_text(case: &Case) -> Result<Tensors> {
 pub fn student(case: &Case) -> Result<Tensors> {
     let project = case.settings.contains_key("project") && case.setting("project")?;
     let normalize_quotes = case.setting("normalize_quotes")?;
-    let options = StudentOptions { normalize_quotes, project, ..StudentOptions::new(Kind::Float, Device::Cpu) };
+    let options = StudentOptions { normalize_quotes, project, ..StudentOptions::new(case.place.kind, case.place.device) };
     let student = StudentEncoder::load(&case.path("student")?, case.setting("context_length")?, options)?;
     Ok([("states".to_owned(), student.encode(&case.setting::<Vec<String>>("texts")?)?)].into())
 }
@@ -61,9 +61,10 @@ pub fn student_ids(case: &Case) -> Result<Tensors> {
 
 /// What both roads tell the UNet about prompts: English through SDXL's encoders, Chinese through the student's.
 pub fn prompts(case: &Case) -> Result<Tensors> {
-    let english = ModelSource::open(&case.path("model")?, None)?.english(Kind::Float, Device::Cpu)?;
+    let Place { kind, device } = case.place;
+    let english = ModelSource::open(&case.path("model")?, None)?.english(kind, device)?;
     let states = english.encode(&case.setting::<Vec<String>>("english")?)?;
-    let options = StudentOptions { normalize_quotes: false, ..StudentOptions::new(Kind::Float, Device::Cpu) };
+    let options = StudentOptions { normalize_quotes: false, ..StudentOptions::new(kind, device) };
     let student = StudentEncoder::load(&case.path("student")?, case.setting("context_length")?, options)?;
     let student = student.encode(&case.setting::<Vec<String>>("captions")?)?;
     let named = [("english.sequence", states.sequence), ("english.pooled", states.pooled.unwrap_or_default()), ("student", student)];
