@@ -11,7 +11,7 @@
 #      with one thing changed at a time; and what the autoencoder of MODEL loses on the pictures in the folder IMAGES, if there is one;
 #   7. the step beside that of diffusers and PyTorch (PEER: a Python that has tests/peers/requirements.txt; `make bench-gpu` makes one): SDXL's
 #      published sizes, 640x640, all samples parallel, plain and as the published trainer; then rows with 25 % native samples, with both
-#      autoencoders in bf16, and with the peer compiled.
+#      autoencoders in bf16, with the peer compiled, and with what the peer lacks: latents and text from the cache, FP8.
 #
 # PARTS="2 6" runs these alone. BIN names a folder with `coordinator` and `worker` that are built already, on a machine that builds nothing: tests
 # of part 1 are then left out.
@@ -149,6 +149,8 @@ if wanted 7; then
     beside --batch 12 --native 3
     beside --batch 10 --vae-dtype bf16
     beside --batch 10 --compile
+  beside --batch 10 --precomputed
+  beside --batch 10 --fp8-linears
   else
     echo "skipped: PEER names no Python with tests/peers/requirements.txt"
   fi

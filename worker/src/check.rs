@@ -14,7 +14,7 @@ use peapod_proto::job::Job;
 use tch::{Device, Kind};
 
 use self::memory::Need;
-use crate::device::Choice;
+use crate::device::{Choice, KernelArgs, Kernels};
 use crate::shards::size;
 use crate::{bandwidth, numbers, setup};
 
@@ -27,6 +27,9 @@ pub struct Options {
     /// Device they would be loaded on: auto, cpu, cuda or cuda:N
     #[arg(long, default_value = "auto")]
     pub device: Choice,
+    /// What networks would compute with
+    #[command(flatten)]
+    pub kernels: KernelArgs,
     /// Leave models that are not on this machine to the workers that see them
     #[arg(long)]
     pub partial: bool,
@@ -74,7 +77,7 @@ pub fn report(options: &Options, device: Device) -> Result<String, String> {
         if !partial {
             let need = Need::of(&job, device, teacher.num_networks + num_student, teacher.num_vae, num_parameters);
             report.push_str(&need.report(device));
-            report.push_str(&operators(&job, device)?);
+            report.push_str(&operators(&job, device, options.kernels.kernels)?);
         }
         if options.bandwidth {
             report.push_str(&time_links(device, options.members, num_parameters)?);
@@ -101,7 +104,7 @@ fn time_links(device: Device, num_threads: u32, num_parameters: usize) -> Result
 ///
 /// # Errors
 /// The job wants FP8, and this GPU has none.
-fn operators(job: &Job, device: Device) -> Result<String, String> {
+fn operators(job: &Job, device: Device, wanted: Kernels) -> Result<String, String> {
     if !device.is_cuda() {
         return Ok(String::new());
     }
@@ -111,6 +114,7 @@ fn operators(job: &Job, device: Device) -> Result<String, String> {
     let line = |kind: Kind| {
         let whose = match peapod_kernels::of(device, kind) {
             Some(_) => "fused, compiled for this GPU and proved on it",
+            None if wanted == Kernels::Plain => "libtorch's, as --kernels plain asks for",
             None => "libtorch's: the log says why",
         };
         format!("operators in {}: {whose}\n", numbers::name(kind))

@@ -41,6 +41,45 @@ pub struct Stall {
     pub received_bytes: u64,
 }
 
+/// What is summed, and where it lies.
+#[derive(Debug)]
+pub enum Values<'a> {
+    /// In the memory of this process.
+    Host(&'a mut [f32]),
+    /// In that of the GPU that the communicator works on, where it stays.
+    Device(DeviceValues),
+}
+
+impl Values<'_> {
+    fn num_bytes(&self) -> usize {
+        size_of::<f32>()
+            * match self {
+                Self::Host(values) => values.len(),
+                Self::Device(DeviceValues { num_values, .. }) => *num_values,
+            }
+    }
+}
+
+/// f32 values in a GPU's memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DeviceValues {
+    address: u64,
+    num_values: usize,
+    stream: u64,
+}
+
+impl DeviceValues {
+    /// `num_values` from `address` on, which the work on `stream` has made; 0 is the GPU's first stream.
+    ///
+    /// # Safety
+    /// Until the call that they are given to has returned, the values lie there, on the GPU that its communicator works on, nothing but what is
+    /// on the stream already touches them, and the stream is one of that GPU.
+    #[must_use]
+    pub unsafe fn new(address: u64, num_values: usize, stream: u64) -> Self {
+        Self { address, num_values, stream }
+    }
+}
+
 /// A communicator: one member's end of the group that trains together.
 pub trait Collective: Send {
     /// This member's place, in `0..num_members`.
@@ -49,10 +88,23 @@ pub trait Collective: Send {
     /// How many members take part in every call.
     fn num_members(&self) -> u32;
 
-    /// Sums `data` element-wise over all members; every member ends with bit-identical contents.
+    /// Sums `values` element-wise over all members; every member ends with bit-identical contents.
     ///
-    /// A slot that one member writes and the others leave 0 keeps that member's integer exactly, below 2^24.
-    fn all_reduce_sum(&mut self, data: &mut [f32], deadline: Instant) -> Result<(), Error>;
+    /// A slot that one member writes and the others leave 0 keeps that member's integer exactly, below 2^24. Where values lie on one member does
+    /// not matter to the others.
+    ///
+    /// Errors: [`Error::InvalidArgument`] for values on a device where [`Collective::sums_on_device`] is false.
+    fn all_reduce_sum_in(&mut self, values: Values<'_>, deadline: Instant) -> Result<(), Error>;
+
+    /// As [`Collective::all_reduce_sum_in`], of values in the memory of this process.
+    fn all_reduce_sum(&mut self, data: &mut [f32], deadline: Instant) -> Result<(), Error> {
+        self.all_reduce_sum_in(Values::Host(data), deadline)
+    }
+
+    /// Whether values may stay on a device.
+    fn sums_on_device(&self) -> bool {
+        false
+    }
 
     /// Replaces every member's `data` by that of member `root`.
     ///

@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use crate::{AbortHandle, Collective, Error};
+use crate::{AbortHandle, Collective, Error, Values};
 
 /// The communicator of a world with a single member: a sum over one is the data itself, so nothing is sent and nothing waits.
 #[derive(Debug)]
@@ -35,8 +35,12 @@ impl Collective for SoloCollective {
         1
     }
 
-    fn all_reduce_sum(&mut self, _data: &mut [f32], _deadline: Instant) -> Result<(), Error> {
+    fn all_reduce_sum_in(&mut self, _values: Values<'_>, _deadline: Instant) -> Result<(), Error> {
         self.check()
+    }
+
+    fn sums_on_device(&self) -> bool {
+        true
     }
 
     fn broadcast(&mut self, _data: &mut [u8], root: u32, _deadline: Instant) -> Result<(), Error> {

@@ -46,7 +46,7 @@ use std::time::Instant;
 pub use bootstrap::{Bootstrap, Listener};
 
 use crate::solo::check_root;
-use crate::{AbortHandle, Announcement, Collective, Error, OnAbort, Operation, Stall};
+use crate::{AbortHandle, Announcement, Collective, Error, OnAbort, Operation, Stall, Values};
 use exchange::{RingCopy, RingSum, SEGMENT_BYTES};
 use links::Links;
 
@@ -213,7 +213,10 @@ impl Collective for TcpCollective {
         self.membership.num_members
     }
 
-    fn all_reduce_sum(&mut self, data: &mut [f32], deadline: Instant) -> Result<(), Error> {
+    fn all_reduce_sum_in(&mut self, values: Values<'_>, deadline: Instant) -> Result<(), Error> {
+        let Values::Host(data) = values else {
+            return Err(Error::InvalidArgument { reason: "a sum over TCP of values on a device".into() });
+        };
         let Membership { member_index, num_members, .. } = self.membership;
         self.run(Operation::AllReduceSum, size_of_val(data), |ring, announcement, abort| {
             let mut sum = RingSum::new(data, &mut ring.scratch, member_index as usize, num_members as usize);

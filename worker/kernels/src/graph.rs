@@ -82,7 +82,7 @@ pub(crate) fn record(inputs: &[&Tensor], outputs: &[&Tensor], saved: &[&Tensor],
 ///
 /// # Errors
 /// [`Error::Gpu`] if libtorch has no such GPU.
-pub(crate) fn current_stream(ordinal: usize) -> Result<*mut c_void> {
+pub fn current_stream(ordinal: usize) -> Result<*mut c_void> {
     let (mut stream, mut problem) = (ptr::null_mut(), [0; MAX_PROBLEM]);
     let ordinal = i32::try_from(ordinal).unwrap_or(i32::MAX);
     // SAFETY: writes one pointer, or a message.

@@ -23,7 +23,7 @@ fn main() -> ExitCode {
     }
     let (choice, kernels) = match &command {
         None => (run.device, Some(run.kernels)),
-        Some(Command::Check(options)) => (options.device, None),
+        Some(Command::Check(options)) => (options.device, Some(options.kernels)),
         Some(Command::Bench(options)) => (options.device, Some(options.kernels)),
         Some(Command::VaeError(options)) => (options.device, Some(options.kernels)),
         Some(Command::LossError(options)) => (options.device, Some(options.kernels)),

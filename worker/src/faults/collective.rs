@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use peapod_collective::{AbortHandle, Collective, Error, Stall};
+use peapod_collective::{AbortHandle, Collective, Error, Stall, Values};
 use peapod_proto::ids::Step;
 
 use super::{Faults, Point, VARIABLE, die};
@@ -41,7 +41,7 @@ impl Collective for Faulty {
         self.inner.num_members()
     }
 
-    fn all_reduce_sum(&mut self, data: &mut [f32], deadline: Instant) -> Result<(), Error> {
+    fn all_reduce_sum_in(&mut self, values: Values<'_>, deadline: Instant) -> Result<(), Error> {
         self.step = self.step.next();
         if self.faults.strikes(Point::DieBeforeAllReduce, self.step) {
             die();
@@ -49,7 +49,7 @@ impl Collective for Faulty {
         if self.faults.strikes(Point::RefuseAllReduce, self.step) {
             return self.failed(Point::RefuseAllReduce);
         }
-        self.inner.all_reduce_sum(data, deadline)?;
+        self.inner.all_reduce_sum_in(values, deadline)?;
         if self.faults.strikes(Point::DieAfterAllReduce, self.step) {
             std::thread::sleep(OTHERS_FINISH);
             die();
@@ -59,6 +59,10 @@ impl Collective for Faulty {
             return self.failed(Point::LoseAllReduce);
         }
         Ok(())
+    }
+
+    fn sums_on_device(&self) -> bool {
+        self.inner.sums_on_device()
     }
 
     fn broadcast(&mut self, data: &mut [u8], root: u32, deadline: Instant) -> Result<(), Error> {

@@ -7,7 +7,7 @@ use peapod_collective::{AbortHandle, Collective};
 use peapod_model::optim::clip_grad_norm;
 use peapod_proto::ids::{Generation, MemberIndex, Step};
 use peapod_proto::message::{Assignment, Phase, StepLosses, StepRecord, StepReport, StepTimings, StopCause};
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
 use super::copying::Copying;
 use super::ended::Ended;
@@ -69,10 +69,9 @@ impl Trainer {
         let layout = TailLayout::new(assignment.num_members, assignment.global_batch);
         let place = Place { assignment, abort, layout };
         let num_parameters = self.state.as_ref().map_or(0, |state| state.adapter.num_parameters());
-        let mut gradient = Tensor::zeros([num_parameters as i64], (Kind::Float, self.context.device));
-        let mut wire = Wire::new(num_parameters, layout.len(), self.context.device);
+        let mut wire = Wire::new(num_parameters, layout.len(), self.context.device, collective.sums_on_device());
         loop {
-            match self.step(place, collective.as_mut(), &mut gradient, &mut wire) {
+            match self.step(place, collective.as_mut(), &mut wire) {
                 Ok(None) => {}
                 Ok(Some(cause)) => return Ended::Orderly(cause, self.finish(place, collective.as_mut(), &mut wire, cause)),
                 Err(ended) => return ended,
@@ -81,13 +80,7 @@ impl Trainer {
     }
 
     /// One step; says when it was the generation's last.
-    fn step(
-        &mut self,
-        place: Place<'_>,
-        collective: &mut dyn Collective,
-        gradient: &mut Tensor,
-        wire: &mut Wire,
-    ) -> Result<Option<StopCause>, Ended> {
+    fn step(&mut self, place: Place<'_>, collective: &mut dyn Collective, wire: &mut Wire) -> Result<Option<StopCause>, Ended> {
         let Place { assignment, layout, .. } = place;
         let generation = assignment.generation;
         let owed = share_of(assignment.global_batch, assignment.member_index, assignment.num_members) as usize;
@@ -119,6 +112,7 @@ impl Trainer {
         let share = &self.in_flight.insert((step, share)).1;
         let (models, adapter) = (&self.models, &state.adapter);
         let scale = state.loss_scale.as_ref().map_or(1.0, LossScale::factor);
+        let gradient = wire.gradient();
         let _ = gradient.zero_();
         let result = guarded(|| step::accumulate(models, adapter, share, gradient, scale));
         let mut contribution = match result {
@@ -128,14 +122,12 @@ impl Trainer {
         };
         contribution.change = self.context.control.change_is_asked(generation);
         contribution.validation = round.validation;
-        let copied = guarded(|| wire.gradient().copy_(gradient));
-        copied.map_err(|message| Ended::Failed { phase: "compute", message })?;
         layout.write(wire.tail_mut(), step, assignment.member_index, &contribution);
         let compute = clock.elapsed();
 
         // 3. The sum over all members.
         self.context.control.enter(Phase::Collective);
-        let reduced = collective.all_reduce_sum(wire.values_mut(), round.deadline());
+        let reduced = wire.sum(collective, round.deadline());
         reduced.map_err(|error| Ended::within(collective, error))?;
         let outcome = layout.read(wire.tail(), step).map_err(|error| Ended::broken(error.to_string()))?;
         self.in_flight = None;
@@ -150,9 +142,8 @@ impl Trainer {
         self.finish_copy()?;
         self.context.control.enter(Phase::Update);
         let state = self.state.as_mut().ok_or_else(Ended::no_state)?;
-        guarded(|| gradient.copy_(&wire.gradient())).map_err(|message| Ended::Failed { phase: "update", message })?;
         let learning_rate = self.schedule.rate(state.step.0);
-        let updated = update(state, gradient, &outcome, learning_rate, self.context.job.train.max_grad_norm);
+        let updated = update(state, wire.gradient(), &outcome, learning_rate, self.context.job.train.max_grad_norm);
         let (grad_norm, skipped) = updated.map_err(|error| Ended::Failed { phase: "update", message: error.to_string() })?;
         state.step = step;
         state.generation = generation;
@@ -267,10 +258,10 @@ impl Trainer {
         round: &Round,
     ) -> Result<ValidationTotals, Ended> {
         self.context.control.enter(Phase::Collective);
-        wire.values_mut().fill(0.0);
+        wire.clear().map_err(Ended::by)?;
         let contribution = Contribution { validation: round.validation, ..Contribution::default() };
         place.layout.write(wire.tail_mut(), number, place.assignment.member_index, &contribution);
-        collective.all_reduce_sum(wire.values_mut(), round.deadline()).map_err(Ended::by)?;
+        wire.sum(collective, round.deadline()).map_err(Ended::by)?;
         let outcome = place.layout.read(wire.tail(), number).map_err(|error| Ended::broken(error.to_string()))?;
         Ok(outcome.validation)
     }

@@ -1,6 +1,6 @@
 //! The few calls that the engine makes, so that its rules can be tested where there is no GPU.
 
-use crate::Error;
+use crate::{DeviceValues, Error};
 
 /// Bytes of NCCL's unique id.
 pub(super) const UNIQUE_ID_BYTES: usize = 128;
@@ -49,6 +49,9 @@ pub(super) trait Gpu: Send + Sync + 'static {
 
     /// Launches the sum of the buffer's first `num_values` f32 over all members.
     fn all_reduce(&self, comm: Comm, num_values: usize) -> Result<(), Fault>;
+
+    /// Launches the sum of values where they lie, behind everything that is on their stream.
+    fn all_reduce_in_place(&self, comm: Comm, values: DeviceValues) -> Result<(), Fault>;
 
     /// Launches the copy of the buffer's first `num_bytes` bytes from `root`.
     fn broadcast(&self, comm: Comm, num_bytes: usize, root: u32) -> Result<(), Fault>;

@@ -8,13 +8,13 @@ use std::panic::catch_unwind;
 use std::ptr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use cudarc::driver::sys::{self as cuda, CUresult};
+use cudarc::driver::sys::{self as cuda, CUevent_wait_flags, CUresult, CUstream};
 use cudarc::driver::{CudaContext, CudaEvent, CudaSlice, CudaStream, DevicePtrMut, DriverError, result};
 use cudarc::nccl::sys::{ncclDataType_t, ncclRedOp_t, ncclResult_t};
 use libloading::Library;
 
 use super::gpu::{Comm, Fault, Gpu, Progress, UNIQUE_ID_BYTES};
-use crate::Error;
+use crate::{DeviceValues, Error};
 
 /// NCCL's only name in its package.
 const NCCL_FILE: &str = "libnccl.so.2";
@@ -231,6 +231,8 @@ pub struct NcclDevice {
     context: Arc<CudaContext>,
     stream: Arc<CudaStream>,
     event: CudaEvent,
+    /// What the stream waits for before it touches values that others have made.
+    made: CudaEvent,
     buffer: Mutex<Option<CudaSlice<u8>>>,
     uuid: [u8; 16],
 }
@@ -251,12 +253,13 @@ impl NcclDevice {
         // SAFETY: the one buffer is used on the one stream, by one thread at a time.
         unsafe { context.disable_event_tracking() };
         let stream = context.new_stream().map_err(driver("make a stream"))?;
-        let event = context.new_event(None).map_err(driver("make an event"))?;
+        let new_event = || context.new_event(None).map_err(driver("make an event"));
+        let (event, made) = (new_event()?, new_event()?);
         let uuid = context.uuid().map_err(driver("read the GPU's UUID"))?.bytes.map(|byte| byte as u8);
         let name = context.name().unwrap_or_default();
         tracing::info!("NCCL {} on GPU {ordinal}, {name}", version_text(nccl.version));
         tracing::info!("for the topology and transports that NCCL chooses: NCCL_DEBUG=INFO");
-        Ok(Self { nccl, context, stream, event, buffer: Mutex::new(None), uuid })
+        Ok(Self { nccl, context, stream, event, made, buffer: Mutex::new(None), uuid })
     }
 
     /// What no other GPU has.
@@ -331,6 +334,23 @@ impl Gpu for NcclDevice {
             // SAFETY: the buffer holds that many values and is not freed before the stream is past them.
             unsafe { (self.nccl.all_reduce)(address, address, num_values, float, sum, comm.0 as *mut c_void, stream) }
         })
+    }
+
+    fn all_reduce_in_place(&self, comm: Comm, values: DeviceValues) -> Result<(), Fault> {
+        let doing = "launch an all-reduce";
+        let DeviceValues { address, num_values, stream } = values;
+        self.context.bind_to_thread().map_err(driver(doing))?;
+        let (float, sum) = (ncclDataType_t::ncclFloat32 as c_int, ncclRedOp_t::ncclSum as c_int);
+        // SAFETY: whoever made the values has promised that the stream is one of this GPU, and that they lie there until the engine returns,
+        // which it does when this stream is past them, or when the communicator is aborted and its kernels are gone.
+        let result = unsafe {
+            result::event::record(self.made.cu_event(), stream as CUstream).map_err(driver(doing))?;
+            result::stream::wait_event(self.stream.cu_stream(), self.made.cu_event(), CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT)
+                .map_err(driver(doing))?;
+            let address = address as *mut c_void;
+            (self.nccl.all_reduce)(address, address, num_values, float, sum, comm.0 as *mut c_void, self.stream.cu_stream().cast())
+        };
+        self.nccl.check(doing, result)
     }
 
     fn broadcast(&self, comm: Comm, num_bytes: usize, root: u32) -> Result<(), Fault> {

@@ -22,7 +22,7 @@ pub use library::{Driver, NcclDevice, device_name, memory, nccl_version_text};
 
 use crate::solo::check_root;
 use crate::tcp::TcpCollective;
-use crate::{AbortHandle, Collective, Error, Operation, Stall};
+use crate::{AbortHandle, Collective, Error, Operation, Stall, Values};
 
 /// Between two looks at what NCCL does. An all-reduce of an adapter takes about a millisecond.
 const LOOK_EVERY: Duration = Duration::from_micros(50);
@@ -76,11 +76,12 @@ impl<G: Gpu> Engine<G> {
         }
     }
 
-    /// Runs one operation on `data`, unless the communicator has ended; an error ends it. What the GPU is asked for is `launch`.
+    /// Runs one operation, unless the communicator has ended; an error ends it. What the GPU is asked for is `launch`: in its buffer, for
+    /// `data` of this process, or in place.
     fn run(
         &mut self,
         operation: Operation,
-        data: &mut [u8],
+        data: Data<'_>,
         deadline: Instant,
         launch: impl FnOnce(&G, Comm) -> Result<(), Fault>,
     ) -> Result<(), Error> {
@@ -94,27 +95,35 @@ impl<G: Gpu> Engine<G> {
     fn run_once(
         &mut self,
         operation: Operation,
-        data: &mut [u8],
+        mut data: Data<'_>,
         deadline: Instant,
         launch: impl FnOnce(&G, Comm) -> Result<(), Fault>,
     ) -> Result<(), Error> {
         // 1. Everybody is here, and means the same.
-        self.meet(operation, data.len(), deadline)?;
-        if data.is_empty() {
+        let num_bytes = match &data {
+            Data::Copied(bytes) => bytes.len(),
+            Data::InPlace { num_bytes } => *num_bytes,
+        };
+        self.meet(operation, num_bytes, deadline)?;
+        if num_bytes == 0 {
             return Ok(());
         }
         let Some(comm) = self.comm else { return Err(no_communicator()) };
 
         // 2. NCCL may answer before its kernel is on the stream: a mark set then would be passed too early.
-        self.gpu.upload(data)?;
+        if let Data::Copied(bytes) = &data {
+            self.gpu.upload(bytes)?;
+        }
         launch(&self.gpu, comm)?;
         self.until_idle(operation, deadline)?;
         self.gpu.mark()?;
         self.until(operation, deadline, |gpu| Ok(gpu.progress(comm)? == Progress::Idle && gpu.is_past_mark()?))?;
-        self.gpu.download(data)?;
+        if let Data::Copied(bytes) = &mut data {
+            self.gpu.download(bytes)?;
+        }
 
         // 3. Nobody leaves, which closes links and frees buffers, while another is still inside.
-        self.meet(operation, data.len(), deadline)
+        self.meet(operation, num_bytes, deadline)
     }
 
     /// Returns once every member has come here with the same operation and length.
@@ -194,6 +203,14 @@ impl<G: Gpu> Drop for Engine<G> {
     }
 }
 
+/// What an operation works on.
+enum Data<'a> {
+    /// Bytes of this process, copied to the GPU and back.
+    Copied(&'a mut [u8]),
+    /// What lies on the GPU.
+    InPlace { num_bytes: usize },
+}
+
 fn no_communicator() -> Error {
     Error::Poisoned { first: "it has ended".into() }
 }
@@ -207,9 +224,22 @@ impl<G: Gpu> Collective for Engine<G> {
         self.num_members
     }
 
-    fn all_reduce_sum(&mut self, data: &mut [f32], deadline: Instant) -> Result<(), Error> {
-        let num_values = data.len();
-        self.run(Operation::AllReduceSum, bytemuck::cast_slice_mut(data), deadline, |gpu, comm| gpu.all_reduce(comm, num_values))
+    fn all_reduce_sum_in(&mut self, values: Values<'_>, deadline: Instant) -> Result<(), Error> {
+        let (operation, num_bytes) = (Operation::AllReduceSum, values.num_bytes());
+        match values {
+            Values::Host(values) => {
+                let num_values = values.len();
+                let bytes = Data::Copied(bytemuck::cast_slice_mut(values));
+                self.run(operation, bytes, deadline, |gpu, comm| gpu.all_reduce(comm, num_values))
+            }
+            Values::Device(values) => {
+                self.run(operation, Data::InPlace { num_bytes }, deadline, |gpu, comm| gpu.all_reduce_in_place(comm, values))
+            }
+        }
+    }
+
+    fn sums_on_device(&self) -> bool {
+        true
     }
 
     fn broadcast(&mut self, data: &mut [u8], root: u32, deadline: Instant) -> Result<(), Error> {
@@ -218,11 +248,11 @@ impl<G: Gpu> Collective for Engine<G> {
         if self.failure.is_none() {
             check_root(root, num_members).map_err(|error| self.fail(error))?;
         }
-        self.run(Operation::Broadcast { root }, data, deadline, |gpu, comm| gpu.broadcast(comm, num_bytes, root))
+        self.run(Operation::Broadcast { root }, Data::Copied(data), deadline, |gpu, comm| gpu.broadcast(comm, num_bytes, root))
     }
 
     fn barrier(&mut self, deadline: Instant) -> Result<(), Error> {
-        self.run(Operation::Barrier, &mut [], deadline, |_, _| Ok(()))
+        self.run(Operation::Barrier, Data::Copied(&mut []), deadline, |_, _| Ok(()))
     }
 
     fn stalled(&self) -> Option<Stall> {

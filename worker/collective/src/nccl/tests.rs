@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Condvar, Mutex};
 
 use super::*;
+use crate::DeviceValues;
 use crate::tcp::tests::members;
 
 /// What all GPUs of a world share.
@@ -23,6 +24,8 @@ struct FakeGpu {
     buffer: Mutex<Vec<u8>>,
     launched: AtomicU32,
     root: Mutex<Option<usize>>,
+    /// Where the sum is wanted, if not in the buffer.
+    in_place: Mutex<Option<DeviceValues>>,
     /// Answers "busy" so many times more.
     busy: AtomicU32,
     /// Answers "busy" for ever.
@@ -38,7 +41,12 @@ struct FakeGpu {
 impl FakeGpu {
     fn launch(&self, len: usize, root: Option<usize>) -> Result<(), Fault> {
         let contribution = self.buffer.lock().unwrap()[..len].to_vec();
+        self.launch_with(contribution, root, None)
+    }
+
+    fn launch_with(&self, contribution: Vec<u8>, root: Option<usize>, in_place: Option<DeviceValues>) -> Result<(), Fault> {
         *self.root.lock().unwrap() = root;
+        *self.in_place.lock().unwrap() = in_place;
         let round = self.launched.fetch_add(1, Ordering::SeqCst) as usize;
         let mut rounds = self.world.rounds.lock().unwrap();
         let places = rounds.entry(round).or_insert_with(|| vec![None; self.world.num_members]);
@@ -50,6 +58,21 @@ impl FakeGpu {
 
     fn round(&self) -> usize {
         self.launched.load(Ordering::SeqCst) as usize - 1
+    }
+
+    /// What has come out of the last operation.
+    fn outcome(&self, bytes: &mut [u8]) {
+        let rounds = self.world.rounds.lock().unwrap();
+        let parts: Vec<&Vec<u8>> = rounds[&self.round()].iter().flatten().collect();
+        match *self.root.lock().unwrap() {
+            Some(root) => bytes.copy_from_slice(parts[root]),
+            None => {
+                for (at, place) in bytes.as_chunks_mut::<4>().0.iter_mut().enumerate() {
+                    let value = |part: &&Vec<u8>| f32::from_le_bytes(part.as_chunks::<4>().0[at]);
+                    *place = parts.iter().map(value).sum::<f32>().to_le_bytes();
+                }
+            }
+        }
     }
 }
 
@@ -85,6 +108,13 @@ impl Gpu for FakeGpu {
         self.launch(num_values * size_of::<f32>(), None)
     }
 
+    fn all_reduce_in_place(&self, _comm: Comm, values: DeviceValues) -> Result<(), Fault> {
+        assert_eq!(values.stream, STREAM);
+        // SAFETY: the tests' values lie in this process's memory until the operation is over, and nobody else looks at them.
+        let contribution = unsafe { std::slice::from_raw_parts(values.address as *const u8, values.num_values * 4) }.to_vec();
+        self.launch_with(contribution, None, Some(values))
+    }
+
     fn broadcast(&self, _comm: Comm, num_bytes: usize, root: u32) -> Result<(), Fault> {
         self.launch(num_bytes, Some(root as usize))
     }
@@ -96,22 +126,17 @@ impl Gpu for FakeGpu {
     }
 
     fn is_past_mark(&self) -> Result<bool, Fault> {
-        Ok(self.world.rounds.lock().unwrap()[&self.round()].iter().all(Option::is_some))
+        let is_done = self.world.rounds.lock().unwrap()[&self.round()].iter().all(Option::is_some);
+        if is_done && let Some(values) = self.in_place.lock().unwrap().take() {
+            // SAFETY: as when they were read.
+            self.outcome(unsafe { std::slice::from_raw_parts_mut(values.address as *mut u8, values.num_values * 4) });
+        }
+        Ok(is_done)
     }
 
     fn download(&self, bytes: &mut [u8]) -> Result<(), Fault> {
         self.downloads.fetch_add(1, Ordering::SeqCst);
-        let rounds = self.world.rounds.lock().unwrap();
-        let parts: Vec<&Vec<u8>> = rounds[&self.round()].iter().flatten().collect();
-        match *self.root.lock().unwrap() {
-            Some(root) => bytes.copy_from_slice(parts[root]),
-            None => {
-                for (at, place) in bytes.as_chunks_mut::<4>().0.iter_mut().enumerate() {
-                    let value = |part: &&Vec<u8>| f32::from_le_bytes(part.as_chunks::<4>().0[at]);
-                    *place = parts.iter().map(value).sum::<f32>().to_le_bytes();
-                }
-            }
-        }
+        self.outcome(bytes);
         Ok(())
     }
 
@@ -125,6 +150,8 @@ impl Gpu for FakeGpu {
     }
 }
 
+/// What values in place are said to be made on.
+const STREAM: u64 = 7;
 const SHORT: Duration = Duration::from_millis(200);
 
 fn soon() -> Instant {
@@ -155,6 +182,63 @@ fn world(num_members: u32) -> Vec<Box<dyn Collective>> {
 
 mod suite {
     crate::conformance_suite!(super::world, [1, 2, 3]);
+}
+
+/// A member that sums in place whatever it is given: on these GPUs the memory of this process is that of the device.
+struct InPlace(Engine<FakeGpu>);
+
+impl Collective for InPlace {
+    fn member_index(&self) -> u32 {
+        self.0.member_index()
+    }
+
+    fn num_members(&self) -> u32 {
+        self.0.num_members()
+    }
+
+    fn all_reduce_sum_in(&mut self, values: Values<'_>, deadline: Instant) -> Result<(), Error> {
+        assert!(self.0.sums_on_device());
+        let Values::Host(values) = values else { panic!("on a device already") };
+        // SAFETY: borrowed until the call has returned.
+        let values = unsafe { DeviceValues::new(values.as_mut_ptr() as u64, values.len(), STREAM) };
+        self.0.all_reduce_sum_in(Values::Device(values), deadline)
+    }
+
+    fn broadcast(&mut self, data: &mut [u8], root: u32, deadline: Instant) -> Result<(), Error> {
+        self.0.broadcast(data, root, deadline)
+    }
+
+    fn barrier(&mut self, deadline: Instant) -> Result<(), Error> {
+        self.0.barrier(deadline)
+    }
+
+    fn abort_handle(&self) -> AbortHandle {
+        self.0.abort_handle()
+    }
+}
+
+fn world_in_place(num_members: u32) -> Vec<Box<dyn Collective>> {
+    whole(&gpus(num_members)).into_iter().map(|member| -> Box<dyn Collective> { Box::new(InPlace(member)) }).collect()
+}
+
+mod suite_in_place {
+    crate::conformance_suite!(super::world_in_place, [1, 2, 3]);
+}
+
+/// Where values lie is each member's own affair: one sums in place, the other a copy.
+#[test]
+fn sums_in_place_meet_sums_of_copies() {
+    let gpus = gpus(2);
+    let mut world = whole(&gpus).into_iter();
+    let (first, mut second) = (world.next().unwrap(), world.next().unwrap());
+    let mut first = InPlace(first);
+    let ([mut one, mut other], deadline) = ([[1.0, 2.0], [10.0, 20.0]], soon());
+    thread::scope(|scope| {
+        scope.spawn(|| first.all_reduce_sum(&mut one, deadline).unwrap());
+        second.all_reduce_sum(&mut other, deadline).unwrap();
+    });
+    assert_eq!((one, other), ([11.0, 22.0], [11.0, 22.0]));
+    assert_eq!(gpus.iter().map(|gpu| gpu.downloads.load(Ordering::SeqCst)).collect::<Vec<_>>(), [0, 1]);
 }
 
 /// One member on each GPU of this machine: NCCL refuses two on the same one in a process.

@@ -5,6 +5,7 @@
 //! losses. Sums over samples go out, never means: whoever joins the micro-batches divides by their number.
 
 mod batch;
+mod config;
 mod lanes;
 mod loss;
 mod noise;
@@ -13,14 +14,14 @@ mod subset;
 use std::path::Path;
 
 use peapod_kernels::Kernels;
-use serde::Deserialize;
 use tch::{Device, Kind, Tensor, no_grad_guard};
 
 use self::batch::Flags;
 pub use self::batch::{English, Images, MicroBatch, Prompts};
+pub use self::config::{DistillConfig, LoadOptions, Precision, TimeIdsOrder};
 use self::lanes::Lanes;
-use self::loss::Lesson;
 pub use self::loss::LossSums;
+use self::loss::{Lesson, Losses};
 pub use self::noise::encode_pixels;
 use self::noise::{Noised, Noising};
 use self::subset::Subset;
@@ -33,106 +34,6 @@ use crate::unet::{Added, ForwardOptions, UNet, UNetOutput};
 use crate::vae::Vae;
 use crate::weights::Frozen;
 use crate::{Error, Result};
-
-/// What a training step computes. The default is the method's preset `fixed` for SDXL.
-#[derive(Debug, Clone, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct DistillConfig {
-    /// Standard deviation of the noise that is alike in all pixels of a channel.
-    pub noise_offset: f64,
-    /// Whether native samples learn from the images and parallel ones from the teacher; else all learn from both.
-    pub hybrid: bool,
-    /// Whether there is a teacher at all.
-    pub distill: bool,
-    /// Weight of the feature loss.
-    pub feature_weight: f64,
-    /// Order of the sizes in the time ids.
-    pub time_ids_order: TimeIdsOrder,
-    /// Whether a dropped text is replaced in the pooled embedding too.
-    pub drop_pooled: bool,
-    /// Bound of the signal-to-noise ratio in the weights of the losses on predictions; 0: they are not weighted.
-    ///
-    /// A prediction of the noise weighs `min(SNR, gamma) / SNR`, one of the velocity `min(SNR, gamma) / (SNR + 1)`.
-    /// Source: Hang et al. 2023 (arXiv:2303.09556).
-    pub min_snr_gamma: f64,
-    /// In which numbers predictions and features are subtracted and squared. Means are taken in f32.
-    pub loss_dtype: Precision,
-    /// In which numbers `alpha_bar` and the two roots of it are held.
-    pub schedule_dtype: Precision,
-    /// Rounds images, and the autoencoder's weights as they are loaded, to f16.
-    pub vae_round_fp16: bool,
-    /// Leaves a feature out of a micro-batch's loss if its squared difference is not finite somewhere.
-    pub feature_guard: bool,
-    /// Leaves padding out of the pooled mean and hides it from the student's cross-attention.
-    pub mask_pads: bool,
-    /// Computes the student's activations again in the backward pass instead of keeping them.
-    pub gradient_checkpointing: bool,
-    /// Multiplies in the UNet's transformers with numbers of eight bits, for teacher and student alike.
-    pub fp8_linears: bool,
-}
-
-impl Default for DistillConfig {
-    fn default() -> Self {
-        Self {
-            noise_offset: 0.5,
-            hybrid: true,
-            distill: true,
-            feature_weight: 0.1,
-            time_ids_order: TimeIdsOrder::Hw,
-            drop_pooled: false,
-            min_snr_gamma: 0.0,
-            loss_dtype: Precision::F32,
-            schedule_dtype: Precision::F32,
-            vae_round_fp16: false,
-            feature_guard: false,
-            mask_pads: false,
-            gradient_checkpointing: false,
-            fp8_linears: false,
-        }
-    }
-}
-
-/// Numbers to compute in.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Precision {
-    /// Single precision.
-    F32,
-    /// Half precision.
-    F16,
-}
-
-impl Precision {
-    fn kind(self) -> Kind {
-        match self {
-            Self::F32 => Kind::Float,
-            Self::F16 => Kind::Half,
-        }
-    }
-}
-
-/// Order of width and height in SDXL's time ids.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum TimeIdsOrder {
-    /// Height first, as SDXL was trained and is sampled.
-    Hw,
-    /// Width first, as the published trainer of the method has it.
-    Wh,
-}
-
-/// How the models of a distillation are loaded.
-#[derive(Debug, Clone)]
-pub struct LoadOptions {
-    /// What a step computes.
-    pub distill: DistillConfig,
-    /// Tokens a prompt of the student is cut and padded to.
-    pub context_length: i64,
-    /// How the student is loaded; UNet and English encoders are of its kind and lie on its device.
-    pub student: StudentOptions,
-    /// The kind of the autoencoder; SDXL's overflows in f16.
-    pub vae_kind: Kind,
-}
 
 /// The frozen models of the distillation and what is constant about them.
 pub struct Distiller {
@@ -367,11 +268,11 @@ impl Distiller {
         let (noised, flags, lesson) = self.prepare(adapter, batch, observe)?;
         let conditioning = self.condition(adapter, batch, &noised, &flags, true)?;
         observe(Stage::Text);
-        let (scalar, sums) = match self.config.gradient_checkpointing {
-            true => self.study_again(&conditioning, &noised, &lesson, batch.len(), scale)?,
+        let (scalar, losses) = match self.config.gradient_checkpointing {
+            true => self.study_again(&conditioning, &noised, &lesson, scale)?,
             false => {
                 let losses = lesson.compare(&self.study(&conditioning, &noised)?)?;
-                (losses.total(self.config.feature_weight) * scale, losses.sums(batch.len())?)
+                (losses.total(self.config.feature_weight) * scale, losses)
             }
         };
         observe(Stage::Student);
@@ -379,6 +280,8 @@ impl Distiller {
         let flat: Vec<Tensor> = parts.iter().map(|part| part.flatten(0, -1)).collect();
         let _guard = no_grad_guard();
         let flat = Tensor::f_cat(&flat, 0)? / scale;
+        // Whoever asks a GPU for numbers waits for it: not before it has all its work.
+        let sums = losses.sums(batch.len())?;
         observe(Stage::Backward);
         Ok((flat, sums))
     }
@@ -517,27 +420,21 @@ impl Distiller {
         self.unet.forward_with(&noised.sample, &noised.timesteps, &conditioning.sequence, added.as_ref(), &options)
     }
 
-    /// The student's pass without its graph, and back. Returns a scalar with the loss's gradient with respect to what the adapter made.
-    fn study_again(
-        &self,
-        conditioning: &Conditioning,
-        noised: &Noised,
-        lesson: &Lesson,
-        count: usize,
-        scale: f64,
-    ) -> Result<(Tensor, LossSums)> {
+    /// The student's pass without its graph, and back. Returns a scalar with the loss's gradient with respect to what the adapter made, and the
+    /// losses.
+    fn study_again(&self, conditioning: &Conditioning, noised: &Noised, lesson: &Lesson, scale: f64) -> Result<(Tensor, Losses)> {
         let Conditioning { sequence, pooled, mask } = conditioning;
         let added = added(conditioning, noised);
-        let (gradients, sums) =
+        let (gradients, losses) =
             self.unet.recompute(&noised.sample, &noised.timesteps, sequence, added.as_ref(), mask.as_ref(), |output| {
                 let losses = lesson.compare(output)?;
-                Ok((losses.total(self.config.feature_weight) * scale, losses.sums(count)?))
+                Ok((losses.total(self.config.feature_weight) * scale, losses))
             })?;
         // The gradient of a product's sum with respect to one factor is the other.
         let along = |made: &Tensor, gradient: &Tensor| (made * gradient.to_kind(Kind::Float)).sum(Kind::Float);
         let parts = [(Some(sequence), &gradients.text), (pooled.as_ref(), &gradients.pooled)];
         let parts = parts.into_iter().filter_map(|(made, gradient)| Some(along(made?, gradient.as_ref()?)));
-        Ok((parts.fold(sequence.sum(Kind::Float) * 0.0, |sum, part| sum + part), sums))
+        Ok((parts.fold(sequence.sum(Kind::Float) * 0.0, |sum, part| sum + part), losses))
     }
 }
 

@@ -1,7 +1,9 @@
 //! `worker bench`: the time of a training step by its stages, on batches made beforehand. No data is read and nothing is sent: what is measured
 //! is what the models cost on this device.
 
-use std::fmt::Write as _;
+mod published;
+mod report;
+
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -9,11 +11,12 @@ use peapod_collective::nccl;
 use peapod_model::adapter::Adapter;
 use peapod_model::distill::{DistillConfig, Distiller, English, Images, LoadOptions, MicroBatch, Prompts, Stage, encode_pixels};
 use peapod_model::optim::{AdamW, AdamWConfig};
-use peapod_model::source::{Architecture, ModelSource, Part};
+use peapod_model::source::{ModelSource, Part};
 use peapod_model::text::{StudentEncoder, StudentOptions};
-use serde::Serialize;
 use tch::{Device, Kind, Tensor, no_grad_guard};
 
+pub use self::published::Published;
+use self::report::Report;
 use crate::device::{self, Choice, KernelArgs};
 use crate::numbers::{Numbers, VaeNumbers, name};
 
@@ -82,96 +85,6 @@ pub struct Options {
     pub json: bool,
 }
 
-/// Models whose sizes this program knows, each with Chinese-CLIP's text encoder as the student.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-pub enum Published {
-    /// SDXL base.
-    Sdxl,
-    /// Stable Diffusion 1.5.
-    Sd15,
-}
-
-impl Published {
-    fn architecture(self) -> Architecture {
-        match self {
-            Self::Sdxl => Architecture::Sdxl,
-            Self::Sd15 => Architecture::Sd15,
-        }
-    }
-
-    /// Tokens of a prompt of the student, as the method was trained.
-    fn context_length(self) -> u32 {
-        match self {
-            Self::Sdxl => 52,
-            Self::Sd15 => 77,
-        }
-    }
-
-    /// The size of pictures whose operations are counted.
-    fn size(self) -> [i64; 2] {
-        match self {
-            Self::Sdxl => [640; 2],
-            Self::Sd15 => [512; 2],
-        }
-    }
-}
-
-/// What was measured. Times are means over the timed steps, in milliseconds.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-struct Report {
-    model: String,
-    device: String,
-    dtype: String,
-    fp8_linears: bool,
-    vae_dtype: String,
-    /// On a GPU, whether networks and autoencoder compute with fused operators.
-    fused: Option<[bool; 2]>,
-    batch: u32,
-    native: u32,
-    precomputed: bool,
-    size: [i64; 2],
-    threads: u32,
-    steps: u32,
-    encode_ms: f64,
-    teacher_ms: f64,
-    text_ms: f64,
-    student_ms: f64,
-    backward_ms: f64,
-    update_ms: f64,
-    step_ms: f64,
-    /// The longest of the timed steps.
-    slowest_step_ms: f64,
-    samples_per_second: f64,
-    /// 10^12 operations a sample by the method's counts; of the published sizes at 640x640 (SDXL) and 512x512 (SD1.5) alone.
-    tflop_per_sample: Option<f64>,
-    tflops: Option<f64>,
-    /// Of products of large matrices in `dtype` on the same device.
-    peak_tflops: Option<f64>,
-    share_of_peak: Option<f64>,
-    /// On a GPU, what is taken of its memory at the end, by all processes; on the CPU, the most this process ever held.
-    memory_bytes: Option<u64>,
-    /// Whether the last gradient was. A step of NaN may take another time than one of numbers.
-    is_finite: bool,
-}
-
-/// What a sample of a published model costs, in 10^12 operations.
-struct Cost {
-    /// Parameters of the UNet, by which it is known.
-    num_parameters: i64,
-    /// Width and height of the picture.
-    size: [i64; 2],
-    /// With a teacher and without, the empty prompt's states kept.
-    whole: [f64; 2],
-    /// Of that, in the UNet: what is left when latents and text are there already.
-    unet: [f64; 2],
-}
-
-/// Source: the method's table of training step costs.
-const COSTS: [Cost; 2] = [
-    Cost { num_parameters: 2_567_463_684, size: [640, 640], whole: [9.48, 6.91], unet: [7.56, 7.56 - 2.494] },
-    Cost { num_parameters: 859_520_964, size: [512, 512], whole: [3.77, 3.77 - 0.803], unet: [0.803 + 0.803 + 0.929, 0.803 + 0.929] },
-];
-
 /// Tokens of a prompt of the demo's student.
 const DEMO_CONTEXT_LENGTH: u32 = 24;
 
@@ -201,7 +114,8 @@ pub fn run(options: &Options, device: Device) -> Result<String, String> {
         return Err(format!("--size {} {} must be multiples of {scale}", size[0], size[1]));
     }
     let measured = measure(options, &models, device, kind, size).map_err(|error| error.to_string())?;
-    let tflop_per_sample = count(options, size, num_parameters);
+    let native = f64::from(options.native) / f64::from(options.batch);
+    let tflop_per_sample = published::operations(num_parameters, size, native, options.precomputed);
     let report = summarise(options, device, kind, vae_numbers, size, tflop_per_sample, &measured);
     if options.json {
         return serde_json::to_string_pretty(&report).map(|text| text + "\n").map_err(|error| error.to_string());
@@ -358,14 +272,6 @@ fn summarise(
     }
 }
 
-/// Operations of a sample, where the method has counted them.
-fn count(options: &Options, size: [i64; 2], num_parameters: i64) -> Option<f64> {
-    let cost = COSTS.iter().find(|cost| cost.num_parameters == num_parameters && cost.size == size)?;
-    let native = f64::from(options.native) / f64::from(options.batch);
-    let [taught, untaught] = if options.precomputed { cost.unet } else { cost.whole };
-    Some(native * untaught + (1.0 - native) * taught)
-}
-
 /// Operations a second of square products: large ones on a GPU, small ones on the CPU.
 fn peak(device: Device, kind: Kind, time: Duration) -> f64 {
     let side: i64 = if device.is_cuda() { 8192 } else { 1024 };
@@ -391,61 +297,6 @@ fn memory(device: Device) -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
     peak.trim().trim_end_matches(" kB").parse::<u64>().ok().map(|kilobytes| kilobytes * 1024)
-}
-
-impl Report {
-    fn to_text(&self) -> String {
-        let mut text = String::new();
-        let [width, height] = self.size;
-        let _ = writeln!(
-            text,
-            "{} on {}: {} of {width}x{height} ({} native{}) a step, networks in {}{}, autoencoder in {}{}",
-            self.model,
-            self.device,
-            self.batch,
-            self.native,
-            if self.precomputed { ", precomputed" } else { "" },
-            self.dtype,
-            if self.fp8_linears { " with linears in FP8" } else { "" },
-            self.vae_dtype,
-            match self.fused {
-                Some([true, true]) => ", fused operators",
-                Some([true, false]) => ", fused operators in the networks alone",
-                Some([false, true]) => ", fused operators in the autoencoder alone",
-                Some([false, false]) => ", libtorch's operators",
-                None => "",
-            }
-        );
-        for (part, time) in [
-            ("pictures to latents", self.encode_ms),
-            ("teacher", self.teacher_ms),
-            ("text and adapter", self.text_ms),
-            ("student forward", self.student_ms),
-            ("backward", self.backward_ms),
-            ("update", self.update_ms),
-        ] {
-            let _ = writeln!(text, "  {part:<22}{time:>10.2} ms {:>5.1} %", 100.0 * time / self.step_ms);
-        }
-        let _ = writeln!(
-            text,
-            "  {:<22}{:>10.2} ms, the slowest {:.2} ms; {:.2} samples/s",
-            "step", self.step_ms, self.slowest_step_ms, self.samples_per_second
-        );
-        if let Some(tflops) = self.tflops {
-            let _ = writeln!(text, "  {tflops:.1} TFLOP/s by the method's counts");
-        }
-        if let Some(peak) = self.peak_tflops {
-            let share = self.share_of_peak.map_or(String::new(), |share| format!(", of which the step has {:.1} %", 100.0 * share));
-            let _ = writeln!(text, "  {peak:.2} TFLOP/s in products of large matrices{share}");
-        }
-        if let Some(bytes) = self.memory_bytes {
-            let _ = writeln!(text, "  {:.2} GB of memory", bytes as f64 / 1e9);
-        }
-        if !self.is_finite {
-            let _ = writeln!(text, "  the gradient was not finite: with other --dtype or --vae-dtype it may be");
-        }
-        text
-    }
 }
 
 #[cfg(test)]
@@ -499,22 +350,7 @@ mod tests {
     }
 
     #[test]
-    fn operations_are_told_where_they_were_counted_and_weighed_by_native_samples() {
-        let count = |arguments, size, parameters| count(&options(arguments), size, parameters);
-        assert_eq!(count("--batch 4", [640, 640], 2_567_463_684), Some(9.48));
-        assert_eq!(count("--batch 4 --native 2", [640, 640], 2_567_463_684), Some((9.48 + 6.91) / 2.0));
-        assert_eq!(count("--batch 4 --precomputed", [640, 640], 2_567_463_684), Some(7.56));
-        assert_eq!(count("--batch 4 --native 4 --precomputed", [640, 640], 2_567_463_684), Some(7.56 - 2.494));
-        assert_eq!(count("--batch 4", [512, 512], 2_567_463_684), None);
-        assert_eq!(count("--batch 4", [640, 640], 5_205_636), None);
-    }
-
-    #[test]
-    fn published_models_come_in_the_sizes_that_are_counted() {
-        for (published, part) in [(Published::Sdxl, 0), (Published::Sd15, 1)] {
-            let num_parameters = ModelSource::random(published.architecture()).unwrap().survey(Part::Unet).unwrap().num_parameters;
-            assert_eq!((num_parameters, published.size()), (COSTS[part].num_parameters, COSTS[part].size));
-        }
+    fn published_models_come_without_files() {
         let parse = |line: &str| Line::try_parse_from(["bench"].into_iter().chain(line.split_whitespace()));
         assert_eq!(parse("--published sd15").unwrap().options.published, Some(Published::Sd15));
         assert!(parse("--published sdxl --model models/sdxl").err().unwrap().to_string().contains("cannot be used with"));
