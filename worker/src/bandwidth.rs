@@ -1,5 +1,5 @@
-//! How fast the devices of this host sum a gradient: one member for each of them, in threads of this process, over the same collective that
-//! a job's workers use.
+//! How fast the devices of this host sum a gradient: one member for each of them, in threads of this process, over the same collective and
+//! from the same memory as a job's workers.
 
 use std::net::{IpAddr, Ipv4Addr};
 use std::thread;
@@ -8,7 +8,9 @@ use std::time::{Duration, Instant};
 use peapod_collective::nccl::{self, Driver, NcclDevice};
 use peapod_collective::tcp::{Bootstrap, Listener, Membership, TcpCollective};
 use peapod_collective::{AbortHandle, Collective, Error};
-use tch::Device;
+use tch::{Device, TchError};
+
+use crate::trainer::wire::Wire;
 
 /// How long the sums are repeated, about.
 const MEASURED_FOR: Duration = Duration::from_secs(1);
@@ -26,7 +28,7 @@ pub struct Bandwidth {
     pub num_members: u32,
     /// Bytes of the sum.
     pub num_bytes: u64,
-    /// Time of a sum, with the copies between host and GPU that a step makes too.
+    /// Time of a sum.
     pub time: Duration,
 }
 
@@ -76,7 +78,7 @@ pub fn measure(devices: &[Device], num_values: usize) -> Result<Bandwidth, Error
             scope.spawn(move || {
                 let listener = listener.map_or_else(|| Listener::open(local, local), Ok);
                 let collective = listener.and_then(|listener| connect(device, bootstrap, membership, listener, abort.clone()));
-                let time = collective.and_then(|mut collective| repeat(collective.as_mut(), num_values));
+                let time = collective.and_then(|mut collective| repeat(collective.as_mut(), device, num_values));
                 // The others need not wait for one that failed until their deadlines.
                 time.inspect_err(|error| abort.abort(format!("member {member_index}: {error}")))
             })
@@ -115,31 +117,33 @@ fn connect(
 }
 
 /// The time of a sum on this member.
-fn repeat(collective: &mut dyn Collective, num_values: usize) -> Result<Duration, Error> {
-    let mut data = vec![1.0_f32; num_values];
-    collective.all_reduce_sum(&mut data, deadline())?;
-    let wanted = collective.num_members() as f32;
-    if data.iter().any(|&value| value != wanted) {
+fn repeat(collective: &mut dyn Collective, device: Device, num_values: usize) -> Result<Duration, Error> {
+    let failed = |error: TchError| Error::Gpu { doing: "compute on the GPU", answer: error.to_string() };
+    let mut wire = Wire::new(num_values, 0, device, collective.sums_on_device());
+    let _ = wire.gradient().f_fill_(1.0).map_err(failed)?;
+    wire.sum(collective, deadline())?;
+    let wanted = f64::from(collective.num_members());
+    if wire.gradient().f_ne(wanted).and_then(|wrong| wrong.f_any()).map_err(failed)?.int64_value(&[]) != 0 {
         let reason = format!("the sum of ones over {wanted} members has values that are not {wanted}");
         return Err(Error::InvalidArgument { reason });
     }
     // Sums of zeros stay zero, however many.
-    data.fill(0.0);
-    time(collective, &mut data, WARM_UP)?;
-    let first = time(collective, &mut data, WARM_UP)?;
+    wire.clear()?;
+    time(collective, &mut wire, WARM_UP)?;
+    let first = time(collective, &mut wire, WARM_UP)?;
     // All must sum equally often: as the first member says.
     let rounds = (MEASURED_FOR.as_secs_f64() / first.as_secs_f64().max(1e-9)).clamp(ROUNDS.0, ROUNDS.1) as u32;
     let mut agreed = rounds.to_le_bytes();
     collective.broadcast(&mut agreed, 0, deadline())?;
-    time(collective, &mut data, u32::from_le_bytes(agreed))
+    time(collective, &mut wire, u32::from_le_bytes(agreed))
 }
 
 /// The mean time of so many sums, begun by all members together.
-fn time(collective: &mut dyn Collective, data: &mut [f32], rounds: u32) -> Result<Duration, Error> {
+fn time(collective: &mut dyn Collective, wire: &mut Wire, rounds: u32) -> Result<Duration, Error> {
     collective.barrier(deadline())?;
     let clock = Instant::now();
     for _ in 0..rounds {
-        collective.all_reduce_sum(data, deadline())?;
+        wire.sum(collective, deadline())?;
     }
     Ok(clock.elapsed() / rounds)
 }

@@ -90,7 +90,7 @@ pub fn report(options: &Options, device: Device) -> Result<String, String> {
 fn time_links(device: Device, num_threads: u32, num_parameters: usize) -> Result<String, String> {
     let members = bandwidth::members(device, num_threads)?;
     let measured = bandwidth::measure(&members, num_parameters).map_err(|error| format!("--bandwidth: {error}"))?;
-    let who = if device.is_cuda() { "GPUs over NCCL, with the copies to the host and back" } else { "threads over TCP" };
+    let who = if device.is_cuda() { "GPUs over NCCL" } else { "threads over TCP" };
     let [algorithm, bus] = [measured.algorithm(), measured.bus()].map(|bytes| bytes / 1e9);
     Ok(format!(
         "all-reduce of {} among {} {who}: {:.3} ms, {algorithm:.2} GB/s (bus {bus:.2} GB/s)\n",

@@ -66,6 +66,29 @@ pub struct KernelArgs {
     pub cudnn_benchmark: bool,
 }
 
+/// Where a subcommand computes, and with how much of it.
+#[derive(Debug, Clone, Copy, clap::Args)]
+pub struct ComputeArgs {
+    /// Device: auto, cpu, cuda or cuda:N
+    #[arg(long, default_value = "auto")]
+    pub device: Choice,
+    /// What networks compute with
+    #[command(flatten)]
+    pub kernels: KernelArgs,
+    /// Threads for pictures, and for tensor work on the CPU [default: all cores]
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=4096))]
+    pub threads: Option<u32>,
+}
+
+impl ComputeArgs {
+    /// Has libtorch share its work on the CPU among the threads; returns how many they are.
+    pub fn settle_threads(&self) -> usize {
+        let threads = self.threads.map_or_else(|| std::thread::available_parallelism().map_or(1, usize::from), |threads| threads as usize);
+        tch::set_num_threads(i32::try_from(threads).unwrap_or(i32::MAX));
+        threads
+    }
+}
+
 /// Whose attention.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum Attention {

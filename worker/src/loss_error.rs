@@ -12,7 +12,7 @@ use peapod_proto::job::{Dtype, Job, VaeDtype};
 use serde::Serialize;
 use tch::{Device, Tensor};
 
-use crate::device::{self, Choice, KernelArgs};
+use crate::device::{self, ComputeArgs};
 use crate::loss_scale::LossScale;
 use crate::setup;
 use crate::trainer::tensors::to_tensors;
@@ -32,15 +32,9 @@ pub struct Options {
     /// Samples of a micro-batch [default: the job's]
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=4096))]
     pub micro_batch: Option<u32>,
-    /// Device: auto, cpu, cuda or cuda:N
-    #[arg(long, default_value = "auto")]
-    pub device: Choice,
-    /// What networks compute with
+    /// Where to compute
     #[command(flatten)]
-    pub kernels: KernelArgs,
-    /// Threads for tensor work on the CPU [default: all cores]
-    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=4096))]
-    pub threads: Option<u32>,
+    pub compute: ComputeArgs,
     /// Prints JSON
     #[arg(long)]
     pub json: bool,
@@ -111,8 +105,7 @@ struct Outcome {
 /// # Errors
 /// One line: the job, a model, a shard or the adapter cannot be read, or does not fit.
 pub fn run(options: &Options, device: Device) -> Result<String, String> {
-    let num_cores = std::thread::available_parallelism().map_or(1, usize::from);
-    tch::set_num_threads(options.threads.map_or(num_cores as i32, u32::cast_signed));
+    options.compute.settle_threads();
     let mut job = setup::read_job(&options.job)?;
     if let Some(samples) = options.micro_batch {
         job.train.micro_batch = samples;

@@ -31,7 +31,7 @@ use tch::Device;
 
 use self::encoders::{Encoders, Picture};
 use self::read::{Item, Reader};
-use crate::device::{Choice, KernelArgs};
+use crate::device::ComputeArgs;
 use crate::numbers::{self, Numbers};
 use crate::setup::{self, Source};
 use crate::shards::whole::WholeTar;
@@ -61,15 +61,9 @@ pub struct Options {
     /// Shards to make, by their places in the job's list from 0: 0..99,120 [default: all]
     #[arg(long)]
     pub shards: Option<Places>,
-    /// Device: auto, cpu, cuda or cuda:N
-    #[arg(long, default_value = "auto")]
-    pub device: Choice,
-    /// What networks compute with
+    /// Where to compute
     #[command(flatten)]
-    pub kernels: KernelArgs,
-    /// Threads that decode pictures, and for tensor work on the CPU [default: all cores]
-    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=4096))]
-    pub threads: Option<u32>,
+    pub compute: ComputeArgs,
     /// Samples that are encoded at once
     #[arg(long, default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..=4096))]
     pub batch: u32,
@@ -132,10 +126,8 @@ impl Plan {
     /// # Errors
     /// One line: models that cannot be loaded, or the shards that could not be made.
     pub fn run(&self, device: Device) -> Result<String, String> {
-        let Options { text, numbers, threads, batch, .. } = &self.options;
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        let threads = threads.map_or(cores, |threads| threads as usize);
-        tch::set_num_threads(threads as i32);
+        let Options { text, numbers, compute, batch, .. } = &self.options;
+        let threads = compute.settle_threads();
         let encoders = Encoders::load(&self.job, device, *text, numbers.map(Numbers::kind)).map_err(|error| error.to_string())?;
         let misaligned = self.job.data.buckets.iter().find(|sides| sides.iter().any(|side| side % encoders.downscale() != 0));
         if let Some([width, height]) = misaligned {

@@ -13,7 +13,7 @@ use peapod_proto::ids::{Epoch, SampleName, ShardId};
 use serde::Serialize;
 use tch::{Device, Kind, Tensor, no_grad_guard};
 
-use crate::device::{self, Choice, KernelArgs};
+use crate::device::{self, ComputeArgs};
 use crate::numbers::VaeNumbers;
 
 /// What an autoencoder loses in fewer bits.
@@ -31,15 +31,9 @@ pub struct Options {
     /// Width and height that pictures are scaled and cut to [default: the model's own]
     #[arg(long, num_args = 2, value_names = ["WIDTH", "HEIGHT"])]
     pub size: Vec<u32>,
-    /// Device whose numbers are compared with the CPU's in f32: auto, cpu, cuda or cuda:N
-    #[arg(long, default_value = "auto")]
-    pub device: Choice,
-    /// What networks compute with
+    /// Where to compute what is compared with the CPU's f32
     #[command(flatten)]
-    pub kernels: KernelArgs,
-    /// Threads for tensor work on the CPU [default: all cores]
-    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=4096))]
-    pub threads: Option<u32>,
+    pub compute: ComputeArgs,
     /// Prints JSON
     #[arg(long)]
     pub json: bool,
@@ -84,8 +78,7 @@ struct Encoded {
 /// # Errors
 /// One line: the model cannot be loaded, there are no pictures, or one cannot be read.
 pub fn run(options: &Options, device: Device) -> Result<String, String> {
-    let num_cores = std::thread::available_parallelism().map_or(1, usize::from);
-    tch::set_num_threads(options.threads.map_or(num_cores as i32, u32::cast_signed));
+    options.compute.settle_threads();
     let failed = |error: peapod_model::Error| format!("--model: {error}");
     let model = ModelSource::open(&options.model, None).map_err(failed)?;
     let downscale = 1_u32 << (model.vae_config().block_out_channels.len() - 1);

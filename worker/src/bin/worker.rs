@@ -25,9 +25,9 @@ fn main() -> ExitCode {
         None => (run.device, Some(run.kernels)),
         Some(Command::Check(options)) => (options.device, Some(options.kernels)),
         Some(Command::Bench(options)) => (options.device, Some(options.kernels)),
-        Some(Command::VaeError(options)) => (options.device, Some(options.kernels)),
-        Some(Command::LossError(options)) => (options.device, Some(options.kernels)),
-        Some(Command::Precompute(options)) => (options.device, Some(options.kernels)),
+        Some(Command::VaeError(options)) => (options.compute.device, Some(options.compute.kernels)),
+        Some(Command::LossError(options)) => (options.compute.device, Some(options.compute.kernels)),
+        Some(Command::Precompute(options)) => (options.compute.device, Some(options.compute.kernels)),
         Some(Command::Shards(_) | Command::Pages(_)) => (device::Choice::Cpu, None),
     };
     let share_gpus = command.is_none() && run.allow_shared_gpu;

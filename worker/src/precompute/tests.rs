@@ -11,7 +11,7 @@ use peapod_proto::ids::{Epoch, LeaseId};
 use tch::Tensor;
 
 use super::*;
-use crate::device::Kernels;
+use crate::device::{Choice, KernelArgs, Kernels};
 use crate::setup;
 use crate::trainer::tensors::to_tensors;
 
@@ -36,9 +36,9 @@ fn job(folder: &Path, changes: &[(&str, &str)]) -> PathBuf {
 }
 
 fn options(job: &Path, out: &Path, text: bool) -> Options {
-    let (numbers, shards, device) = (None, None, Choice::Cpu);
     let kernels = KernelArgs { kernels: Kernels::Fused, attention: None, cudnn_benchmark: false };
-    Options { job: job.to_owned(), out: out.to_owned(), text, numbers, shards, device, kernels, threads: Some(1), batch: 7 }
+    let compute = ComputeArgs { device: Choice::Cpu, kernels, threads: Some(1) };
+    Options { job: job.to_owned(), out: out.to_owned(), text, numbers: None, shards: None, compute, batch: 7 }
 }
 
 fn precompute(options: &Options) -> Result<String, String> {

@@ -13,7 +13,7 @@ mod state;
 mod step;
 pub(crate) mod tensors;
 mod training;
-mod wire;
+pub(crate) mod wire;
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;

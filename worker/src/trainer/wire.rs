@@ -8,7 +8,7 @@ use tch::{Device, Kind, TchError, Tensor};
 
 /// The buffer that a collective works on, and what of it is made elsewhere: on a GPU the tail, or the gradient where the collective sums on the
 /// host.
-pub(super) struct Wire {
+pub(crate) struct Wire {
     /// f32: first the gradient, then the tail.
     buffer: Tensor,
     /// Where the gradient is computed.
@@ -40,7 +40,7 @@ impl Wire {
     fn assemble(num_parameters: i64, tail_len: i64, device: Device, place: Device, apart: &Apart) -> Self {
         let zeros = |length, place: Device| {
             let zeros = Tensor::zeros([length], (Kind::Float, place));
-            if device.is_cuda() && place == Device::Cpu { pinned(zeros, device) } else { zeros }
+            if device.is_cuda() && place == Device::Cpu && length > 0 { pinned(zeros, device) } else { zeros }
         };
         let buffer = zeros(num_parameters + tail_len, place);
         let (gradient, tail) = (buffer.narrow(0, 0, num_parameters), buffer.narrow(0, num_parameters, tail_len));
