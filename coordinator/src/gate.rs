@@ -435,7 +435,12 @@ mod tests {
         let (stream, _) = listener.accept().await.unwrap();
         let verdict = tokio::spawn(shake_hands(stream, Some(TlsAcceptor::from(asking.tls))));
         let mut peer = client.connect("localhost".try_into().unwrap(), peer).await.unwrap();
-        peer.write_all(&[0; 48 * 1024]).await.expect("a reset could have overtaken the answer");
+        peer.write_all(&[0; 32 * 1024]).await.unwrap();
+        // Meanwhile the other end has refused: whoever writes into a reset does not look what there is to read.
+        for _ in 0..20 {
+            sleep(Duration::from_millis(5)).await;
+            peer.write_all(&[0; 64]).await.expect("no reset");
+        }
         let answer = peer.read(&mut [0; 16]).await.unwrap_err().to_string();
         assert!(answer.contains("CertificateRequired"), "{answer}");
         drop(peer);
