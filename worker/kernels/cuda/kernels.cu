@@ -1,4 +1,4 @@
-// Fused operators of the frozen networks, forward and backward to their inputs.
+// Fused operators of the frozen networks, forward and backward to their inputs, and the rounding of rows to eight bits.
 //
 // Compiled at run time behind device.h, once for each kind of number: KIND is 0 (f32), 1 (f16) or 2 (bf16). Everything is computed in f32. Maps lie in memory
 // with the channels last, so that a "row" is a pixel (or a token) with all its channels. Numbers are read and written in packs of 16 bytes,

@@ -5,7 +5,8 @@
 //! chain is one kernel, with a backward pass to its inputs alone: weights are frozen.
 //!
 //! Kernels are compiled for the GPU at hand when the first network asks for them, and proved on it against libtorch's own operators: a kernel
-//! that cannot be compiled, or that computes something else, is warned of and not used.
+//! that cannot be compiled, or that computes something else, is warned of and not used. [`Fp8Linear`] is a linear layer in eight bits, which
+//! costs digits and is for those who ask for it: where it cannot be had, that is an error.
 
 mod error;
 mod fp8;
