@@ -135,3 +135,20 @@ fn options_of_diffusion_trainers_train_together() {
     cluster.job.set("train.ema_decay", 0.9).set("train.decay", "cosine").set("adapter.mask_pads", true);
     train(&cluster);
 }
+
+/// Eight bits in the transformers: other losses than in f32, and not by much.
+#[test]
+fn fp8_linears_train_as_f32_does_but_for_digits() {
+    let first_losses = |fp8_linears: bool| {
+        let mut cluster = two_steps();
+        cluster.job.set("train.fp8_linears", fp8_linears);
+        train(&cluster);
+        let log = std::fs::read_to_string(cluster.state_dir().join("steps.jsonl")).unwrap();
+        let step: serde_json::Value = serde_json::from_str(log.lines().next().unwrap()).unwrap();
+        ["logit", "feature"].map(|name| step[name].as_f64().unwrap())
+    };
+    for (rounded, whole) in first_losses(true).into_iter().zip(first_losses(false)) {
+        let difference = (rounded / whole - 1.0).abs();
+        assert!(difference > 1e-6 && difference < 0.1, "{rounded} beside {whole}");
+    }
+}

@@ -72,11 +72,6 @@ pub fn load_models(job: &Job, device: Device) -> peapod_model::Result<Distiller>
     let model = ModelSource::open(&job.model.path, job.model.config.as_deref())?;
     let vae_numbers = vae_numbers(job, device);
     vae_numbers.settle();
-    if job.train.fp8_linears && !device.is_cuda() {
-        tracing::warn!(
-            "train.fp8_linears on the CPU: numbers are rounded as on a GPU and computed in f32, which takes longer than without"
-        );
-    }
     let options = LoadOptions {
         distill: distill_config(job, model.architecture()),
         context_length: job.student.context_length.into(),

@@ -163,6 +163,11 @@ struct Trainer {
 impl Trainer {
     fn load(context: Context) -> Result<Self, String> {
         let Context { job, device, output, control, .. } = &context;
+        if job.train.fp8_linears && !device.is_cuda() {
+            tracing::warn!(
+                "train.fp8_linears on the CPU: numbers are rounded as on a GPU and computed in f32, which takes longer than without"
+            );
+        }
         let models = setup::load_models(job, *device).map_err(|error| error.to_string())?;
         let adapter_config = setup::adapter_config(job, &models);
         let data = setup::loader_config(job, &models).map_err(|error| error.to_string())?;

@@ -2,7 +2,7 @@
 
 use peapod_data::Share;
 use peapod_model::adapter::Adapter;
-use peapod_model::distill::Distiller;
+use peapod_model::distill::{Distiller, LossSums, PendingSums};
 use tch::Tensor;
 
 use super::tensors::to_tensors;
@@ -19,15 +19,14 @@ pub fn accumulate(
     gradient: &mut Tensor,
     scale: f64,
 ) -> peapod_model::Result<Contribution> {
-    let (mut task, mut logit, mut feature) = (0.0, 0.0, 0.0);
+    // A GPU works on one micro-batch while the next is put together.
+    let mut sums = PendingSums::default();
     for batch in &share.batches {
         for batch in to_tensors(batch, models.vae().downscale())? {
-            let sums = models.accumulate_scaled(adapter, &batch, gradient, scale)?;
-            task += sums.task;
-            logit += sums.logit;
-            feature += sums.feature;
+            sums.append(models.accumulate_ahead(adapter, &batch, gradient, scale)?);
         }
     }
+    let LossSums { task, logit, feature, .. } = sums.read()?;
     let losses = LossTotals { task: task as f32, logit: logit as f32, feature: feature as f32 };
     let not_finite = ![task, logit, feature].iter().all(|sum: &f64| sum.is_finite());
     let native = share.batches.iter().flat_map(|batch| &batch.samples).filter(|sample| sample.native).count() as u32;

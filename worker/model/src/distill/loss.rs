@@ -27,6 +27,29 @@ pub struct LossSums {
     pub feature: f64,
 }
 
+/// Sums of losses that a GPU may still be computing: whoever reads them waits for it.
+#[derive(Debug, Default)]
+pub struct PendingSums(Vec<(usize, Tensor)>);
+
+impl PendingSums {
+    /// Adds more of them.
+    pub fn append(&mut self, mut more: Self) {
+        self.0.append(&mut more.0);
+    }
+
+    /// Waits for all of them, and brings them to the host.
+    ///
+    /// Errors: [`crate::Error::Torch`].
+    pub fn read(self) -> Result<LossSums> {
+        let mut sums = LossSums::default();
+        for (count, values) in self.0 {
+            let values = Vec::<f64>::try_from(values)?;
+            sums += LossSums { count, task: values[0], logit: values[1], feature: values[2] };
+        }
+        Ok(sums)
+    }
+}
+
 impl std::ops::AddAssign for LossSums {
     fn add_assign(&mut self, other: Self) {
         self.count += other.count;
@@ -42,11 +65,10 @@ impl Losses {
         &self.task + &self.logit + &self.feature * feature_weight
     }
 
-    /// Brings the values to the host, in one copy.
-    pub fn sums(&self, count: usize) -> Result<LossSums> {
+    /// The values, without what they were computed from.
+    pub fn pending(&self, count: usize) -> Result<PendingSums> {
         let values = Tensor::f_stack(&[&self.task, &self.logit, &self.feature], 0)?.detach().to_kind(Kind::Double);
-        let values = Vec::<f64>::try_from(values)?;
-        Ok(LossSums { count, task: values[0], logit: values[1], feature: values[2] })
+        Ok(PendingSums(vec![(count, values)]))
     }
 }
 

@@ -20,8 +20,8 @@ use self::batch::Flags;
 pub use self::batch::{English, Images, MicroBatch, Prompts};
 pub use self::config::{DistillConfig, LoadOptions, Precision, TimeIdsOrder};
 use self::lanes::Lanes;
-pub use self::loss::LossSums;
 use self::loss::{Lesson, Losses};
+pub use self::loss::{LossSums, PendingSums};
 pub use self::noise::encode_pixels;
 use self::noise::{Noised, Noising};
 use self::subset::Subset;
@@ -202,10 +202,15 @@ impl Distiller {
     /// As [`Distiller::accumulate`], with the loss multiplied by `scale` on the way back and the gradient divided by it at the end: keeps
     /// small gradients within the range of networks in f16. What exceeds that range makes `gradient` infinite or NaN.
     pub fn accumulate_scaled(&self, adapter: &Adapter, batch: &MicroBatch, gradient: &mut Tensor, scale: f64) -> Result<LossSums> {
+        self.accumulate_observed(adapter, batch, gradient, scale, &mut |_| {})?.read()
+    }
+
+    /// As [`Distiller::accumulate_scaled`], but for the wait: a GPU may still be at work when this returns, and more can be prepared for it.
+    pub fn accumulate_ahead(&self, adapter: &Adapter, batch: &MicroBatch, gradient: &mut Tensor, scale: f64) -> Result<PendingSums> {
         self.accumulate_observed(adapter, batch, gradient, scale, &mut |_| {})
     }
 
-    /// As [`Distiller::accumulate_scaled`]; calls `observe` at the end of each stage, whose work a GPU may still have before it.
+    /// As [`Distiller::accumulate_ahead`]; calls `observe` at the end of each stage, whose work a GPU may still have before it.
     ///
     /// On the CPU, stages are those of the first of the threads that share the samples; the last one is told again once all of them are done.
     pub fn accumulate_observed(
@@ -215,24 +220,24 @@ impl Distiller {
         gradient: &mut Tensor,
         scale: f64,
         observe: &mut dyn FnMut(Stage),
-    ) -> Result<LossSums> {
+    ) -> Result<PendingSums> {
         let num_parameters: i64 = adapter.parameters().iter().map(|parameter| parameter.numel() as i64).sum();
         if gradient.size() != [num_parameters] || gradient.kind() != Kind::Float {
             let detail = format!("gradient is {:?} {:?}, wanted Float [{num_parameters}]", gradient.kind(), gradient.size());
             return Err(Error::Shape { what: "Distiller::accumulate", detail });
         }
         if batch.is_empty() {
-            return Ok(LossSums::default());
+            return Ok(PendingSums::default());
         }
         let differentiate =
             |adapter: &Adapter, batch: &MicroBatch, observe: &mut dyn FnMut(Stage)| self.differentiate(adapter, batch, scale, observe);
         let parts = self.in_lanes(adapter, batch, differentiate, observe)?;
         observe(Stage::Backward);
         let _guard = no_grad_guard();
-        let mut sums = LossSums::default();
+        let mut sums = PendingSums::default();
         for (part, losses) in parts {
             let _ = gradient.g_add_(&part);
-            sums += losses;
+            sums.append(losses);
         }
         Ok(sums)
     }
@@ -264,7 +269,7 @@ impl Distiller {
         batch: &MicroBatch,
         scale: f64,
         observe: &mut dyn FnMut(Stage),
-    ) -> Result<(Tensor, LossSums)> {
+    ) -> Result<(Tensor, PendingSums)> {
         let (noised, flags, lesson) = self.prepare(adapter, batch, observe)?;
         let conditioning = self.condition(adapter, batch, &noised, &flags, true)?;
         observe(Stage::Text);
@@ -280,10 +285,8 @@ impl Distiller {
         let flat: Vec<Tensor> = parts.iter().map(|part| part.flatten(0, -1)).collect();
         let _guard = no_grad_guard();
         let flat = Tensor::f_cat(&flat, 0)? / scale;
-        // Whoever asks a GPU for numbers waits for it: not before it has all its work.
-        let sums = losses.sums(batch.len())?;
         observe(Stage::Backward);
-        Ok((flat, sums))
+        Ok((flat, losses.pending(batch.len())?))
     }
 
     /// Returns the sums of the losses over the samples of `batch`, without any gradient: for validation.
@@ -297,11 +300,11 @@ impl Distiller {
             let _guard = no_grad_guard();
             let (noised, flags, lesson) = self.prepare(adapter, batch, observe)?;
             let conditioning = self.condition(adapter, batch, &noised, &flags, false)?;
-            lesson.compare(&self.study(&conditioning, &noised)?)?.sums(batch.len())
+            lesson.compare(&self.study(&conditioning, &noised)?)?.pending(batch.len())
         };
-        let mut sums = LossSums::default();
-        self.in_lanes(adapter, batch, evaluate, &mut |_| {})?.into_iter().for_each(|part| sums += part);
-        Ok(sums)
+        let mut sums = PendingSums::default();
+        self.in_lanes(adapter, batch, evaluate, &mut |_| {})?.into_iter().for_each(|part| sums.append(part));
+        sums.read()
     }
 
     fn check(&self, batch: &MicroBatch) -> Result<Flags> {
