@@ -129,6 +129,11 @@ bool peapod_current_stream(int device, void** stream, char* problem) {
   });
 }
 
+// A copy on pages that a GPU reads by itself. (libtorch's C interface names a device, which is deprecated and warned of each time.)
+bool peapod_pin(const at::Tensor* tensor, at::Tensor** pinned, char* problem) {
+  return guarded(problem, [&] { *pinned = new at::Tensor(tensor->pin_memory()); });
+}
+
 // Whether f32 convolutions and products may round what they multiply to ten bits.
 void peapod_allow_tf32(bool convolutions, bool products) {
   at::globalContext().setAllowTF32CuDNN(convolutions);

@@ -33,6 +33,7 @@ unsafe extern "C" {
         release: unsafe extern "C" fn(*mut c_void),
         problem: *mut c_char,
     ) -> bool;
+    fn peapod_pin(tensor: *const C_tensor, pinned: *mut *mut C_tensor, problem: *mut c_char) -> bool;
     fn peapod_current_stream(device: i32, stream: *mut *mut c_void, problem: *mut c_char) -> bool;
 }
 
@@ -89,6 +90,19 @@ pub fn current_stream(ordinal: usize) -> Result<*mut c_void> {
     let is_done = unsafe { peapod_current_stream(ordinal, &mut stream, problem.as_mut_ptr()) };
     check(is_done, "ask libtorch for its stream", &problem)?;
     Ok(stream)
+}
+
+/// A copy of a tensor on the host, on pages that a GPU reads and writes by itself.
+///
+/// # Errors
+/// [`Error::Gpu`] with libtorch's message: there is no GPU, or the system gives no more such pages.
+pub fn pinned(tensor: &Tensor) -> Result<Tensor> {
+    let (mut pinned, mut problem) = (ptr::null_mut(), [0; MAX_PROBLEM]);
+    // SAFETY: a valid tensor; writes one that is the caller's, or a message.
+    let is_done = unsafe { peapod_pin(tensor.as_ptr(), &mut pinned, problem.as_mut_ptr()) };
+    check(is_done, "pin memory", &problem)?;
+    // SAFETY: it was made for this.
+    Ok(unsafe { Tensor::from_ptr(pinned) })
 }
 
 fn pointers(tensors: &[&Tensor]) -> Vec<*const C_tensor> {
@@ -266,9 +280,12 @@ mod tests {
     }
 
     #[test]
-    fn no_stream_without_a_gpu() {
-        if !tch::Cuda::is_available() {
+    fn no_stream_and_no_pinned_memory_without_a_gpu() {
+        if tch::Cuda::is_available() {
+            assert_eq!(pinned(&leaf(&[1.0, 2.0])).unwrap(), Tensor::from_slice(&[1.0_f32, 2.0]));
+        } else {
             assert!(current_stream(0).is_err());
+            assert!(pinned(&leaf(&[1.0])).unwrap_err().to_string().starts_with("cannot pin memory: "));
         }
         assert_eq!(leaf(&[0.0]).device(), Device::Cpu);
     }

@@ -17,6 +17,7 @@ pub mod sample;
 pub mod schedule;
 pub mod source;
 pub mod text;
+mod transfer;
 pub mod unet;
 pub mod vae;
 pub mod weights;

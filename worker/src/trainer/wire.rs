@@ -40,7 +40,7 @@ impl Wire {
     fn assemble(num_parameters: i64, tail_len: i64, device: Device, place: Device, apart: &Apart) -> Self {
         let zeros = |length, place: Device| {
             let zeros = Tensor::zeros([length], (Kind::Float, place));
-            if device.is_cuda() && place == Device::Cpu && length > 0 { pinned(zeros, device) } else { zeros }
+            if device.is_cuda() && place == Device::Cpu && length > 0 { pinned(zeros) } else { zeros }
         };
         let buffer = zeros(num_parameters + tail_len, place);
         let (gradient, tail) = (buffer.narrow(0, 0, num_parameters), buffer.narrow(0, num_parameters, tail_len));
@@ -123,8 +123,8 @@ fn failed(doing: &'static str) -> impl FnOnce(TchError) -> Error {
 }
 
 /// The same on pages that a GPU copies from and to by itself. Where the system pins no more memory, copies take longer and nothing else changes.
-fn pinned(tensor: Tensor, device: Device) -> Tensor {
-    tensor.f_pin_memory(device).unwrap_or_else(|error| {
+fn pinned(tensor: Tensor) -> Tensor {
+    peapod_kernels::pinned(&tensor).unwrap_or_else(|error| {
         tracing::warn!("the memory that gradients are exchanged in cannot be pinned, copies from and to the GPU take longer: {error}");
         tensor
     })

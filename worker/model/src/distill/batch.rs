@@ -4,6 +4,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::TimeIdsOrder;
 use crate::text::Conditioning;
+use crate::transfer::send;
 use crate::vae::Moments;
 use crate::{Error, Result};
 
@@ -229,7 +230,7 @@ impl MicroBatch {
     }
 
     /// SDXL's time ids, f32 `[B, 6]`: original size, top and left of the crop, target size.
-    pub(super) fn time_ids(&self, order: TimeIdsOrder, downscale: i64, device: Device) -> Tensor {
+    pub(super) fn time_ids(&self, order: TimeIdsOrder, downscale: i64, device: Device) -> Result<Tensor> {
         let size = self.noise.size();
         let ordered = |width: i64, height: i64| match order {
             TimeIdsOrder::Hw => [height, width],
@@ -239,6 +240,6 @@ impl MicroBatch {
         let ids: Vec<i64> = (self.original_size.iter().zip(&self.crop))
             .flat_map(|(&(width, height), &(top, left))| [ordered(width, height), [top, left], target].concat())
             .collect();
-        Tensor::from_slice(&ids).reshape([-1, 6]).to_kind(Kind::Float).to_device(device)
+        send(&Tensor::from_slice(&ids).reshape([-1, 6]).to_kind(Kind::Float), device)
     }
 }

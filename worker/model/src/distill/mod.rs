@@ -30,6 +30,7 @@ use crate::sample::{Prompter, Sampler, SchedulerConfig};
 use crate::schedule::NoiseSchedule;
 use crate::source::ModelSource;
 use crate::text::{Conditioning, EnglishEncoders, StudentEncoder, StudentOptions};
+use crate::transfer::send;
 use crate::unet::{Added, ForwardOptions, UNet, UNetOutput};
 use crate::vae::Vae;
 use crate::weights::Frozen;
@@ -365,8 +366,8 @@ impl Distiller {
                 teacher.encoders.encode(&captions)?
             }
             English::States(Conditioning { sequence, pooled, .. }) => {
-                let rows = |tensor: &Tensor| subset.select(&tensor.to_device(self.device)).to_kind(Kind::Float);
-                Conditioning { sequence: rows(sequence), pooled: pooled.as_ref().map(rows), mask: None }
+                let rows = |tensor: &Tensor| Ok::<_, Error>(subset.select(&send(tensor, self.device)?).to_kind(Kind::Float));
+                Conditioning { sequence: rows(sequence)?, pooled: pooled.as_ref().map(rows).transpose()?, mask: None }
             }
         };
         let drop = subset.select(&noised.drop);
@@ -394,8 +395,8 @@ impl Distiller {
                 (encode(captions, &batch.text_dropout)?, mask)
             }
             Prompts::States { sequence, mask } => {
-                let mask = self.config.mask_pads.then(|| mask.to_device(self.device));
-                (sequence.to_device(self.device).to_kind(Kind::Float), mask)
+                let mask = self.config.mask_pads.then(|| send(mask, self.device)).transpose()?;
+                (send(sequence, self.device)?.to_kind(Kind::Float), mask)
             }
         };
         let prompt = adapter.forward_masked(&states, mask.as_ref());

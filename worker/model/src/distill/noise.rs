@@ -6,6 +6,7 @@ use super::batch::{Images, MicroBatch};
 use super::{DistillConfig, Distiller};
 use crate::Result;
 use crate::schedule::{NoiseSchedule, Prediction};
+use crate::transfer::send;
 use crate::vae::{Moments, Vae};
 use crate::weights::Frozen;
 
@@ -33,18 +34,17 @@ pub(super) struct Noised {
 impl Distiller {
     /// Encodes the images, where they are not encoded yet, and adds noise: `x_t = sqrt(alpha_bar) z + sqrt(1 - alpha_bar) eps`.
     pub(super) fn noise(&self, batch: &MicroBatch) -> Result<Noised> {
-        let here = |tensor: &Tensor| tensor.to_device(self.device);
+        let here = |tensor: &Tensor| send(tensor, self.device);
         let moments = match &batch.images {
-            Images::Pixels(pixels) => encode_pixels(&self.vae, &here(pixels), self.config.vae_round_fp16)?,
+            Images::Pixels(pixels) => encode_pixels(&self.vae, &here(pixels)?, self.config.vae_round_fp16)?,
             Images::Moments(Moments { mean, log_variance }) => {
-                let float = |tensor: &Tensor| here(tensor).to_kind(Kind::Float);
-                Moments { mean: float(mean), log_variance: float(log_variance) }
+                Moments { mean: here(mean)?.to_kind(Kind::Float), log_variance: here(log_variance)?.to_kind(Kind::Float) }
             }
         };
-        let latents = moments.sample(&here(&batch.posterior)) * self.vae.scaling_factor();
+        let latents = moments.sample(&here(&batch.posterior)?) * self.vae.scaling_factor();
         // The target includes the offset: the student learns to predict all of the noise.
-        let noise = here(&batch.noise) + here(&batch.offset).unsqueeze(-1).unsqueeze(-1) * self.config.noise_offset;
-        let timesteps = here(&batch.timesteps);
+        let noise = here(&batch.noise)? + here(&batch.offset)?.unsqueeze(-1).unsqueeze(-1) * self.config.noise_offset;
+        let timesteps = here(&batch.timesteps)?;
         let at = |table: &Tensor| table.index_select(0, &timesteps).reshape([-1, 1, 1, 1]);
         let (signal_share, noise_share) = (at(&self.noising.signal), at(&self.noising.noise));
         let sample = &signal_share * &latents + &noise_share * &noise;
@@ -52,8 +52,8 @@ impl Distiller {
             Prediction::Epsilon => noise,
             Prediction::Velocity => signal_share * noise - noise_share * latents,
         };
-        let time_ids = batch.time_ids(self.config.time_ids_order, self.vae.downscale(), self.device);
-        Ok(Noised { sample, target, timesteps, drop: here(&batch.drop), time_ids })
+        let time_ids = batch.time_ids(self.config.time_ids_order, self.vae.downscale(), self.device)?;
+        Ok(Noised { sample, target, timesteps, drop: here(&batch.drop)?, time_ids })
     }
 }
 

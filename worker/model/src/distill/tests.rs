@@ -402,7 +402,7 @@ fn fused_operators_give_the_same_step_and_are_used_everywhere() {
 #[test]
 fn time_ids_put_height_or_width_first() {
     let batch = batch(&[true], &[false]);
-    let ids = |order| Vec::<f32>::try_from(batch.time_ids(order, 8, Device::Cpu).flatten(0, 1)).unwrap();
+    let ids = |order| Vec::<f32>::try_from(batch.time_ids(order, 8, Device::Cpu).unwrap().flatten(0, 1)).unwrap();
     assert_eq!(ids(TimeIdsOrder::Hw), [150.0, 200.0, 0.0, 0.0, 64.0, 48.0]);
     assert_eq!(ids(TimeIdsOrder::Wh), [200.0, 150.0, 0.0, 0.0, 48.0, 64.0]);
 }

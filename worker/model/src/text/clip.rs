@@ -10,6 +10,7 @@ use super::config::{Architecture, TextSettings, check_transformer, ids_to_tensor
 use super::tower::Tower;
 use crate::Result;
 use crate::nn::{Embedding, LayerNorm, Linear, attention};
+use crate::transfer::send;
 use crate::weights::{Frozen, Scope, Weights};
 
 /// Old configurations name this id as end of text though no tokenizer uses it so.
@@ -159,7 +160,7 @@ impl ClipTextEncoder {
 
         let ends: Vec<i64> = ids.iter().map(|row| self.end_of_text(row)).collect();
         let rows = Tensor::arange(ids.len() as i64, (Kind::Int64, self.device));
-        let ends = Tensor::f_from_slice(&ends)?.f_to_device(self.device)?;
+        let ends = send(&Tensor::f_from_slice(&ends)?, self.device)?;
         let pooled = last.f_index(&[Some(rows), Some(ends)])?;
         let pooled = self.projection.as_ref().map_or_else(|| pooled.shallow_clone(), |projection| projection.forward(&pooled));
         Ok(ClipTextStates { penultimate, last, pooled })

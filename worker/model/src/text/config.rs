@@ -7,6 +7,7 @@ use serde_json::{Map, Value};
 use tch::{Device, Tensor};
 
 use crate::config::{Supported, parse_config, read_config};
+use crate::transfer::send;
 use crate::{Error, Result};
 
 /// The settings of a text model as its `config.json` gives them.
@@ -200,7 +201,7 @@ pub(super) fn ids_to_tensor(ids: &[Vec<i64>], max_length: i64, vocab_size: i64, 
     if let Some(id) = flat.iter().find(|id| !(0..vocab_size).contains(*id)) {
         return Err(shape_error(format!("id {id}, the encoder's vocabulary has {vocab_size}")));
     }
-    Ok(Tensor::f_from_slice(&flat)?.f_view([ids.len() as i64, length as i64])?.f_to_device(device)?)
+    send(&Tensor::f_from_slice(&flat)?.f_view([ids.len() as i64, length as i64])?, device)
 }
 
 #[cfg(test)]

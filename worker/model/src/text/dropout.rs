@@ -5,6 +5,7 @@ use std::cell::Cell;
 use tch::{Device, Kind, Tensor};
 
 use crate::Result;
+use crate::transfer::send;
 
 /// Dropout of the rows of one batch, each by a seed of its own.
 ///
@@ -30,7 +31,7 @@ impl Dropout {
     pub(super) fn by_row(seeds: &[u64], device: Device) -> Result<Self> {
         let half = |shift: u32| -> Result<Tensor> {
             let halves: Vec<i64> = seeds.iter().map(|&seed| (mix(seed) >> shift) as i64 & MASK_32).collect();
-            Ok(Tensor::f_from_slice(&halves)?.f_view([seeds.len() as i64, 1])?.f_to_device(device)?)
+            send(&Tensor::f_from_slice(&halves)?.f_view([seeds.len() as i64, 1])?, device)
         };
         Ok(Self { keys: Some([half(0)?, half(32)?]), ..Self::off() })
     }
