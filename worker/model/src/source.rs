@@ -18,7 +18,7 @@ use crate::sample::SchedulerConfig;
 use crate::text::{ClipTextEncoder, EnglishEncoders, Sd15TextEncoder, SdxlTextEncoders, TextTokenizer};
 use crate::unet::{UNet, UNetConfig};
 use crate::vae::{Vae, VaeConfig};
-use crate::weights::{Additions, SingleFile, Survey, Weights, locate};
+use crate::weights::{Additions, Scope, SingleFile, Survey, Weights, locate};
 use crate::{Error, Result};
 
 /// The networks of a model.
@@ -227,7 +227,8 @@ impl ModelSource {
 
     /// Builds the UNet. Errors: those of [`UNet::load`].
     pub fn unet(&self, kind: Kind, device: Device) -> Result<UNet> {
-        self.unet_of(&self.weights(Part::Unet)?, kind, device)
+        let weights = self.weights(Part::Unet)?;
+        self.unet_of(&weights, &weights.root(kind, device))
     }
 
     /// Builds the UNet with the attention and feed-forward layers of its transformers in eight bits (but for what they make of the text).
@@ -238,9 +239,7 @@ impl ModelSource {
             peapod_kernels::prove_fp8(device, kind, peapod_kernels::of(device, kind).as_ref()).map_err(Error::Fp8)?;
         }
         let weights = self.weights(Part::Unet)?;
-        let unet = UNet::new(&weights.root(kind, device).with_fp8_linears(), self.unet.clone())?;
-        weights.finish(&[])?;
-        Ok(unet)
+        self.unet_of(&weights, &weights.root(kind, device).with_fp8_linears())
     }
 
     /// Builds the autoencoder; SDXL's overflows in f16. Errors: those of [`Vae::load`].
@@ -300,7 +299,7 @@ impl ModelSource {
         let weights = self.weights(part)?.shapes_only();
         let (kind, device) = (Kind::Float, Device::Cpu);
         match part {
-            Part::Unet => drop(self.unet_of(&weights, kind, device)?),
+            Part::Unet => drop(self.unet_of(&weights, &weights.root(kind, device))?),
             Part::Vae => drop(self.vae_of(&weights, kind, device)?),
             Part::TextEncoder | Part::TextEncoder2 => drop(self.text_encoder_of(part, &weights, kind, device)?),
         }
@@ -317,8 +316,8 @@ impl ModelSource {
         parts.chain([scheduler]).collect()
     }
 
-    fn unet_of(&self, weights: &Weights, kind: Kind, device: Device) -> Result<UNet> {
-        let unet = UNet::new(&weights.root(kind, device), self.unet.clone())?;
+    fn unet_of(&self, weights: &Weights, scope: &Scope) -> Result<UNet> {
+        let unet = UNet::new(scope, self.unet.clone())?;
         weights.finish(&[])?;
         Ok(unet)
     }
