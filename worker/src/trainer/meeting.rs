@@ -40,6 +40,10 @@ impl Trainer {
 
     /// Puts the data threads where the new generation starts. That leases are lost was told them with the assignment.
     pub(super) fn settle_data(&mut self, assignment: &Assignment) {
+        // In this order: what comes back last is given out first.
+        if let Some(ahead) = self.ahead.take() {
+            self.loader.put_back(ahead.share);
+        }
         match self.in_flight.take() {
             Some((step, share)) if is_void(step, assignment.base_step) => self.loader.put_back(share),
             _ => {}

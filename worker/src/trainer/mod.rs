@@ -39,6 +39,7 @@ use reading::data_output;
 pub use rounds::Drawn;
 use rounds::Rounds;
 pub use state::{Snapshot, TrainState};
+use step::Ahead;
 
 use crate::faults::Faults;
 use crate::lifecycle::TrainerEvent;
@@ -146,6 +147,9 @@ struct Trainer {
     state: Option<TrainState>,
     /// The share of a step whose all-reduce did not finish here: consumed if the source holds that step, else to be given again.
     in_flight: Option<(Step, Share)>,
+    /// The share of the next step of this generation, taken while a GPU computed the one before. It is the loader's again when the
+    /// generation ends.
+    ahead: Option<Ahead>,
     /// Losses of the last step's weights that no record carries, as no step follows.
     last_validation: Option<ValidationLosses>,
     /// Its other end is closed once the newest pictures are sent or given up.
@@ -190,6 +194,7 @@ impl Trainer {
             adapter_config,
             state: None,
             in_flight: None,
+            ahead: None,
             last_validation: None,
             pending: None,
             copying: None,

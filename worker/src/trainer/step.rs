@@ -2,13 +2,44 @@
 
 use peapod_data::Share;
 use peapod_model::adapter::Adapter;
-use peapod_model::distill::{Distiller, LossSums, PendingSums};
+use peapod_model::distill::{Distiller, LossSums, MicroBatch, PendingSums};
 use tch::Tensor;
 
 use super::tensors::to_tensors;
 use crate::tail::{Contribution, LossTotals};
 
+/// A share before its step, with the tensors that the step begins with, if there was time to put them together.
+pub struct Ahead {
+    /// The share.
+    pub share: Share,
+    /// Of its first batch, or none.
+    first: Vec<MicroBatch>,
+}
+
+impl From<Share> for Ahead {
+    fn from(share: Share) -> Self {
+        Self { share, first: Vec::new() }
+    }
+}
+
+impl Ahead {
+    /// Puts the first tensors together. What cannot be put together is left to the step, which says why.
+    pub fn prepare(&mut self, models: &Distiller) {
+        if let Some(batch) = self.share.batches.first() {
+            self.first = to_tensors(batch, models.vae().downscale()).unwrap_or_default();
+        }
+    }
+
+    /// The share, and what was put together of it.
+    pub fn into_parts(self) -> (Share, Vec<MicroBatch>) {
+        (self.share, self.first)
+    }
+}
+
 /// Adds the gradient of every micro-batch of a share into `gradient`, computed at a loss scale, and sums up what the tail will say.
+///
+/// `first` are the tensors of the first batch, if there are any yet. `meanwhile` is called when a GPU has all its work and nobody has waited
+/// for it.
 ///
 /// # Errors
 /// The model crate's.
@@ -16,16 +47,23 @@ pub fn accumulate(
     models: &Distiller,
     adapter: &Adapter,
     share: &Share,
+    first: Vec<MicroBatch>,
     gradient: &mut Tensor,
     scale: f64,
+    meanwhile: impl FnOnce(),
 ) -> peapod_model::Result<Contribution> {
     // A GPU works on one micro-batch while the next is put together.
-    let mut sums = PendingSums::default();
+    let (mut sums, mut first) = (PendingSums::default(), Some(first).filter(|first| !first.is_empty()));
     for batch in &share.batches {
-        for batch in to_tensors(batch, models.vae().downscale())? {
+        let tensors = match first.take() {
+            Some(tensors) => tensors,
+            None => to_tensors(batch, models.vae().downscale())?,
+        };
+        for batch in tensors {
             sums.append(models.accumulate_ahead(adapter, &batch, gradient, scale)?);
         }
     }
+    meanwhile();
     let LossSums { task, logit, feature, .. } = sums.read()?;
     let losses = LossTotals { task: task as f32, logit: logit as f32, feature: feature as f32 };
     let not_finite = ![task, logit, feature].iter().all(|sum: &f64| sum.is_finite());
@@ -61,7 +99,7 @@ mod tests {
         assert!(share.batches.len() >= 3 && share.num_samples() == 8);
 
         let adapter = Adapter::fresh(setup::adapter_config(&job, &models), 1, Device::Cpu).unwrap();
-        let of = |share: &Share, gradient: &mut Tensor| accumulate(&models, &adapter, share, gradient, 1.0).unwrap();
+        let of = |share: &Share, gradient: &mut Tensor| accumulate(&models, &adapter, share, Vec::new(), gradient, 1.0, || {}).unwrap();
         let (mut whole, mut parts) = (adapter.flat().zeros_like(), adapter.flat().zeros_like());
         let together = of(&share, &mut whole);
         let alone: Vec<Contribution> = share.batches.iter().map(|batch| of(&Share { batches: vec![batch.clone()] }, &mut parts)).collect();
@@ -74,5 +112,15 @@ mod tests {
         }
         let distance = (&whole - &parts).norm().double_value(&[]) / parts.norm().double_value(&[]);
         assert!(distance < 1e-5, "{distance}");
+
+        // What was put together ahead stands for the first of them, and for nothing else.
+        let mut ahead = Ahead::from(share.clone());
+        ahead.prepare(&models);
+        let (share, first) = ahead.into_parts();
+        assert_eq!(first.iter().map(MicroBatch::len).sum::<usize>(), share.batches[0].samples.len());
+        let (mut gradient, mut is_called) = (adapter.flat().zeros_like(), false);
+        let prepared = accumulate(&models, &adapter, &share, first, &mut gradient, 1.0, || is_called = true).unwrap();
+        assert_eq!((prepared, gradient), (together, whole));
+        assert!(is_called);
     }
 }

@@ -13,6 +13,7 @@ use super::copying::Copying;
 use super::ended::Ended;
 use super::rounds::{Drawn, Due, Unfinished, means};
 use super::state::TrainState;
+use super::step::Ahead;
 use super::wire::Wire;
 use super::{Output, Trainer, guarded, step};
 use crate::lifecycle::TrainerEvent;
@@ -88,18 +89,13 @@ impl Trainer {
 
         // 0. What is due of the weights as they are. The data threads read on meanwhile.
         let round = self.round(place, self.rounds.due(before))?;
-        let Some(state) = &self.state else { return Err(Ended::no_state()) };
         let step = before.next();
         let clock = Instant::now();
 
         // 1. Samples.
         self.context.control.enter(Phase::Data);
         self.context.faults.in_data(step, place.abort);
-        let share = self.loader.next_share(owed).map_err(|error| match error {
-            peapod_data::Error::Cancelled => Ended::broken("aborted while waiting for samples".into()),
-            error @ peapod_data::Error::Recipe(_) => Ended::Unfit { phase: "data", message: error.to_string() },
-            error => Ended::Failed { phase: "data", message: error.to_string() },
-        })?;
+        let (share, first) = self.next_share(owed, place.abort)?.into_parts();
         let data = clock.elapsed();
 
         // 2. Gradient of this share. From here until the sum has arrived, the share is in flight.
@@ -109,12 +105,19 @@ impl Trainer {
         }
         self.context.control.enter(if is_new { Phase::Warming } else { Phase::Compute });
         self.context.faults.in_compute(step);
+        let Some(state) = &self.state else { return Err(Ended::no_state()) };
         let share = &self.in_flight.insert((step, share)).1;
-        let (models, adapter) = (&self.models, &state.adapter);
+        let (models, adapter, loader, ahead) = (&self.models, &state.adapter, &mut self.loader, &mut self.ahead);
         let scale = state.loss_scale.as_ref().map_or(1.0, LossScale::factor);
         let gradient = wire.gradient();
         let _ = gradient.zero_();
-        let result = guarded(|| step::accumulate(models, adapter, share, gradient, scale));
+        // A GPU would wait for the next step's first batch after the update, were it put together only then.
+        let meanwhile = || {
+            if let Some(share) = loader.share_ahead(owed) {
+                ahead.insert(share.into()).prepare(models);
+            }
+        };
+        let result = guarded(|| step::accumulate(models, adapter, share, first, gradient, scale, meanwhile));
         let mut contribution = match result {
             Ok(Ok(contribution)) => contribution,
             Ok(Err(error)) => return Err(Ended::Failed { phase: "compute", message: error.to_string() }),
@@ -165,6 +168,20 @@ impl Trainer {
             return Ok(Some(StopCause::StepsDone));
         }
         Ok(outcome.change.then_some(StopCause::Planned))
+    }
+
+    /// The share of a step: the one that was taken ahead in this generation, or else the loader's next.
+    fn next_share(&mut self, owed: usize, abort: &AbortHandle) -> Result<Ahead, Ended> {
+        let broken = || Ended::broken("aborted while waiting for samples".into());
+        match self.ahead.take_if(|_| abort.reason().is_none()) {
+            Some(ahead) => Ok(ahead),
+            None if self.ahead.is_some() => Err(broken()),
+            None => self.loader.next_share(owed).map(Ahead::from).map_err(|error| match error {
+                peapod_data::Error::Cancelled => broken(),
+                error @ peapod_data::Error::Recipe(_) => Ended::Unfit { phase: "data", message: error.to_string() },
+                error => Ended::Failed { phase: "data", message: error.to_string() },
+            }),
+        }
     }
 
     /// Does what is due of the weights between two steps.

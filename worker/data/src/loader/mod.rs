@@ -327,7 +327,22 @@ impl Loader {
         }
     }
 
-    /// Takes back the share of a void step: the next call of [`next_share`](Self::next_share) gives the same batches again.
+    /// The share that [`next_share`](Self::next_share) would give without a wait, if it is whole and of the size of the last one.
+    ///
+    /// For who has time to prepare it before it is needed.
+    pub fn share_ahead(&mut self, num_samples: usize) -> Option<Share> {
+        let mut state = self.shared.lock();
+        if state.is_cancelled || state.failure.is_some() {
+            return None;
+        }
+        let share = state.take_whole_share(num_samples)?;
+        self.shared.work.notify_all();
+        self.shared.ask(&mut state);
+        Some(share)
+    }
+
+    /// Takes back the share of a void step: the next call of [`next_share`](Self::next_share) gives the same batches again. Of several
+    /// the last one is taken back first.
     ///
     /// Samples of leases that are no longer held are dropped.
     pub fn put_back(&mut self, share: Share) {

@@ -397,6 +397,15 @@ impl State {
         }
     }
 
+    /// The next share, if it is whole and its pictures are decoded. Asks nobody for anything.
+    pub fn take_whole_share(&mut self, num_samples: usize) -> Option<Share> {
+        if num_samples == 0 || self.cuts.share() != num_samples {
+            return None;
+        }
+        self.plan();
+        (self.num_ready(num_samples)? == num_samples).then(|| self.hand_out(num_samples))
+    }
+
     /// The number of decoded samples at the front, up to `num_samples`; `None` if one of them is not decoded yet.
     fn num_ready(&self, num_samples: usize) -> Option<usize> {
         let mut ready = 0;

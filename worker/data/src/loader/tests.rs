@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::path::Path;
 use std::sync::mpsc::{Receiver, channel};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::*;
 use crate::sample::{Reason, Rule};
@@ -250,6 +250,76 @@ fn a_share_put_back_comes_again() {
     all.sort();
     all.dedup();
     assert_eq!((all.len(), num_handed_out), (125, 125));
+}
+
+/// Takes the next share ahead as soon as its pictures are decoded.
+fn share_ahead(rig: &mut Rig, num_samples: usize) -> Share {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        match rig.loader.share_ahead(num_samples) {
+            Some(share) => return share,
+            None if Instant::now() < deadline => std::thread::yield_now(),
+            None => panic!("no share of {num_samples}: {:?}", rig.handle.stats()),
+        }
+    }
+}
+
+#[test]
+fn shares_taken_ahead_are_those_that_would_have_come() {
+    let folder = tempfile::tempdir().unwrap();
+    let url = write_shard(folder.path(), 0, &mixed(200));
+    let start = || {
+        let rig = Rig::start(config(12, 2));
+        rig.handle.grant(vec![lease(0, 0, &url)], true);
+        rig
+    };
+    let expected = start().drain(10);
+    let whole = expected.iter().filter(|share| share.num_samples() == 10).count();
+
+    let mut rig = start();
+    assert_eq!(rig.loader.share_ahead(10), None, "no share of this size has been asked for");
+    for (number, expected) in expected[..whole].iter().enumerate() {
+        let share = if number % 3 == 0 { rig.loader.next_share(10).unwrap() } else { share_ahead(&mut rig, 10) };
+        assert_eq!(share, *expected, "share {number}");
+        assert_eq!(rig.loader.share_ahead(9), None, "of another size");
+    }
+    assert_eq!(rig.loader.share_ahead(10), None, "what is left is no whole share");
+    assert_eq!(rig.drain(10), expected[whole..]);
+}
+
+#[test]
+fn shares_put_back_the_last_one_first_come_again_in_order() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut rig = Rig::start(config(12, 2));
+    rig.handle.grant(vec![lease(0, 0, &write_shard(folder.path(), 0, &mixed(200)))], true);
+    let mut all = Vec::new();
+    for _ in 0..6 {
+        let shares = [rig.loader.next_share(10).unwrap(), share_ahead(&mut rig, 10)];
+        let [first, second] = shares.clone();
+        rig.loader.put_back(second);
+        rig.loader.put_back(first);
+        assert_eq!([rig.loader.next_share(10).unwrap(), share_ahead(&mut rig, 10)], shares);
+        all.extend(names(&shares));
+    }
+    all.extend(names(&rig.drain(10)));
+    all.sort();
+    all.dedup();
+    assert_eq!(all.len(), 125);
+}
+
+#[test]
+fn nothing_is_taken_ahead_of_a_cancelled_loader() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut rig = Rig::start(config(12, 2));
+    rig.handle.grant(vec![lease(0, 0, &write_shard(folder.path(), 0, &[Kind::Good; 40]))], true);
+    let first = rig.loader.next_share(10).unwrap();
+    let second = share_ahead(&mut rig, 10);
+    rig.loader.put_back(second.clone());
+    rig.handle.cancel();
+    assert_eq!(rig.loader.share_ahead(10), None);
+    rig.handle.resume();
+    assert_eq!(share_ahead(&mut rig, 10), second);
+    assert_eq!(first.num_samples(), 10);
 }
 
 #[test]
