@@ -88,7 +88,7 @@ fn golden_networks_come_out_on_a_gpu() {
         println!("skipped: PEAPOD_GOLDEN_DEVICE names no GPU");
         return;
     };
-    let device = device::open(name.parse().unwrap(), false).unwrap_or_else(|problem| panic!("{problem}"));
+    let device = device::open(name.parse().unwrap(), device::Sharing::Ignored).unwrap_or_else(|problem| panic!("{problem}"));
     for kind in [Kind::Float, Kind::BFloat16] {
         check_all(Place { device, kind });
     }

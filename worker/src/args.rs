@@ -69,7 +69,8 @@ pub struct Args {
     /// Rank to ask for; without it, any free one
     #[arg(long, env = "PEAPOD_RANK")]
     pub rank: Option<u32>,
-    /// Device to train on: cpu, cuda:N, cuda (the GPU of PEAPOD_LOCAL_RANK, LOCAL_RANK or SLURM_LOCALID), or auto (that GPU if it can be used)
+    /// Device to train on: cpu, cuda:N, cuda (the GPU of PEAPOD_LOCAL_RANK, LOCAL_RANK or SLURM_LOCALID, else the first that no other worker
+    /// has), or auto (that GPU if this machine has any)
     #[arg(long, env = "PEAPOD_DEVICE", default_value = "auto")]
     pub device: Choice,
     /// What networks compute with

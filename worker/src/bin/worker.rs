@@ -7,6 +7,7 @@ use std::process::ExitCode;
 use clap::{CommandFactory, Parser};
 use peapod_proto::program;
 use peapod_worker::args::{Cli, Command, Shards};
+use peapod_worker::device::{Sharing, nccl_settings};
 use peapod_worker::shards::{inspect, make};
 use peapod_worker::{bench, check, device, loss_error, precompute, supervisor, vae_error};
 
@@ -18,6 +19,8 @@ fn main() -> ExitCode {
             _ => ExitCode::SUCCESS,
         };
     }
+    let shares_gpus = command.is_none() && run.allow_shared_gpu;
+    nccl_settings::settle(shares_gpus, run.advertise);
     if let Err(problem) = program::start("worker", logs, io::stderr) {
         return fail(problem, supervisor::BAD_ARGUMENTS);
     }
@@ -30,14 +33,13 @@ fn main() -> ExitCode {
         Some(Command::Precompute(options)) => (options.compute.device, Some(options.compute.kernels)),
         Some(Command::Shards(_) | Command::Pages(_)) => (device::Choice::Cpu, None),
     };
-    let share_gpus = command.is_none() && run.allow_shared_gpu;
-    if share_gpus && std::env::var_os("NCCL_HOSTID").is_none() {
-        // NCCL refuses two members on one GPU of a host: to it, each worker is a host of its own.
-        // SAFETY: this process has no other thread yet.
-        unsafe { std::env::set_var("NCCL_HOSTID", format!("peapod-{}", std::process::id())) };
-    }
+    let sharing = match &command {
+        Some(_) => Sharing::Ignored,
+        None if shares_gpus => Sharing::Allowed,
+        None => Sharing::Refused,
+    };
     // Arguments that cannot work are told before what this machine lacks.
-    let opened = if command.is_none() { run.validate().map(|_| ()) } else { Ok(()) }.and_then(|()| device::open(choice, share_gpus));
+    let opened = if command.is_none() { run.validate().map(|_| ()) } else { Ok(()) }.and_then(|()| device::open(choice, sharing));
     let device = match opened {
         Ok(device) => device,
         Err(problem) => return fail(problem, supervisor::BAD_ARGUMENTS),
@@ -81,8 +83,16 @@ fn main() -> ExitCode {
         program::say(format_args!("worker: {}", exit.message));
     }
     program::otlp::finish();
-    // Threads in libtorch cannot be interrupted; the process does not wait for them.
-    std::process::exit(exit.code.into());
+    leave(exit.code)
+}
+
+/// Ends the process at once. The trainer's thread may be in libtorch and another in NCCL, which cannot be interrupted: what they do while the
+/// libraries' destructors run would cost the exit code, or the exit.
+fn leave(code: u8) -> ! {
+    // Nothing else is buffered: logs go to an unbuffered stream.
+    let _ = io::stdout().flush();
+    // SAFETY: ends the process, whatever its threads do.
+    unsafe { libc::_exit(code.into()) }
 }
 
 fn fail(problem: impl Display, code: u8) -> ExitCode {

@@ -25,7 +25,11 @@ use self::report::Reporter;
 
 fn main() -> ExitCode {
     // What draws needs a model; what every program has does not.
-    let commands = Pages::augment_subcommands(Args::command()).subcommand_negates_reqs(true).args_conflicts_with_subcommands(true);
+    let described = Args::command();
+    let (about, long_about) = (described.get_about().cloned(), described.get_long_about().cloned());
+    let commands = Pages::augment_subcommands(described).subcommand_negates_reqs(true).args_conflicts_with_subcommands(true);
+    // The subcommands bring a description of their own.
+    let commands = commands.about(about.unwrap_or_default()).long_about(long_about.unwrap_or_default());
     let matches = commands.clone().get_matches();
     if let Ok(pages) = Pages::from_arg_matches(&matches) {
         return match pages.answer(commands) {
@@ -34,7 +38,7 @@ fn main() -> ExitCode {
         };
     }
     let args = Args::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
-    let device = match device::open(args.device, false) {
+    let device = match device::open(args.device, device::Sharing::Ignored) {
         Ok(device) => device,
         Err(problem) => return fail(&anyhow::anyhow!(problem), 2),
     };

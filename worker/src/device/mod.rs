@@ -3,8 +3,13 @@
 //! The program needs libtorch's CPU part alone. Where a GPU is to be used, libtorch_cuda.so is opened before the first call of libtorch, which
 //! looks for its CUDA part once and remembers a "no".
 
+mod claim;
+pub mod nccl_settings;
+
 use std::fmt;
 use std::str::FromStr;
+
+use claim::{Claim, Claims};
 
 use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
 use peapod_collective::nccl::{self, Driver};
@@ -19,7 +24,7 @@ const LOCAL_RANKS: [&str; 3] = ["PEAPOD_LOCAL_RANK", "LOCAL_RANK", "SLURM_LOCALI
 /// What `--device` says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Choice {
-    /// A GPU where one can be used, else the processor.
+    /// A GPU where there is one, else the processor.
     Auto,
     /// The processor.
     Cpu,
@@ -129,30 +134,39 @@ impl KernelArgs {
     }
 }
 
-/// Opens what was chosen. Must come before the first call of libtorch. With `share_gpus`, local ranks beyond the last GPU begin again at the
-/// first one.
+/// Whether a GPU is this process's alone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Sharing {
+    /// Any: nothing is said of who else uses it.
+    Ignored,
+    /// No other worker of this host may have it, and of several the first free one is taken.
+    Refused,
+    /// Workers may share one. Local ranks beyond the last GPU begin again at the first one.
+    Allowed,
+}
+
+/// Opens what was chosen. Must come before the first call of libtorch.
 ///
 /// # Errors
 /// One line that says what is missing and what to do.
-pub fn open(choice: Choice, share_gpus: bool) -> Result<Device, String> {
+pub fn open(choice: Choice, sharing: Sharing) -> Result<Device, String> {
     let ordinal = match choice {
         Choice::Cpu => return Ok(Device::Cpu),
+        Choice::Auto if Driver::is_absent() => {
+            tracing::debug!("no GPU: working on the CPU");
+            return Ok(Device::Cpu);
+        }
         Choice::Cuda(ordinal) => ordinal,
         Choice::Auto => None,
     };
     let local_rank = local_rank(|name| std::env::var(name).ok())?;
     let opened = Driver::probe()
         .map_err(|error| error.to_string())
-        .and_then(|driver| pick(ordinal, local_rank, driver.num_devices, share_gpus))
+        .and_then(|driver| pick(ordinal, local_rank, driver.num_devices, sharing))
+        .and_then(|picked| claim(picked, sharing))
         .and_then(open_cuda);
-    match (opened, choice) {
-        (Ok(ordinal), _) => Ok(Device::Cuda(ordinal)),
-        (Err(problem), Choice::Auto) => {
-            tracing::debug!("training on the CPU: {problem}");
-            Ok(Device::Cpu)
-        }
-        (Err(problem), _) => Err(format!("--device {choice}: {problem}; or use --device cpu")),
-    }
+    // A GPU that cannot be used is no reason to train for weeks on the processor.
+    opened.map(Device::Cuda).map_err(|problem| format!("--device {choice}: {problem}; or use --device cpu"))
 }
 
 /// How a device is called on the command line and in reports.
@@ -188,18 +202,59 @@ fn local_rank(variable: impl Fn(&str) -> Option<String>) -> Result<Option<usize>
     value.parse().map(Some).map_err(|_| format!("{name}={value} is not a number: it says which of a host's workers this is"))
 }
 
-/// Which GPU: the one asked for, or that of the local rank.
-fn pick(ordinal: Option<usize>, local_rank: Option<usize>, num_devices: usize, share_gpus: bool) -> Result<usize, String> {
-    let wanted = ordinal.or(local_rank).unwrap_or(0);
-    let picked = if ordinal.is_none() && share_gpus { wanted % num_devices } else { wanted };
-    if picked < num_devices {
-        return Ok(picked);
+/// Which GPU.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Picked {
+    /// This one.
+    This(usize),
+    /// Any of so many.
+    AnyOf(usize),
+}
+
+/// Which GPU: the one asked for, or that of the local rank, or any.
+fn pick(ordinal: Option<usize>, local_rank: Option<usize>, num_devices: usize, sharing: Sharing) -> Result<Picked, String> {
+    let last = num_devices.saturating_sub(1);
+    match (ordinal, local_rank) {
+        (Some(ordinal), _) if ordinal >= num_devices => {
+            Err(format!("there is no such device: the driver shows {num_devices}, from cuda:0 to cuda:{last}"))
+        }
+        (Some(ordinal), _) => Ok(Picked::This(ordinal)),
+        // Who gives each worker a GPU of its own, and shows it no other, counts workers all the same.
+        (None, Some(_)) if num_devices == 1 => Ok(Picked::This(0)),
+        (None, Some(rank)) if rank < num_devices => Ok(Picked::This(rank)),
+        (None, Some(rank)) if sharing == Sharing::Allowed => Ok(Picked::This(rank % num_devices)),
+        (None, Some(rank)) => {
+            Err(format!("local rank {rank} on a host with {num_devices} GPU(s): start fewer workers here, or add --allow-shared-gpu"))
+        }
+        (None, None) if sharing == Sharing::Ignored => Ok(Picked::This(0)),
+        (None, None) => Ok(Picked::AnyOf(num_devices)),
     }
-    let last = num_devices - 1;
-    Err(match ordinal {
-        Some(_) => format!("there is no such device: the driver shows {num_devices}, from cuda:0 to cuda:{last}"),
-        None => format!("local rank {wanted} on a host with {num_devices} GPU(s): start fewer workers here, or add --allow-shared-gpu"),
-    })
+}
+
+/// Claims a GPU until the process ends.
+fn claim(picked: Picked, sharing: Sharing) -> Result<usize, String> {
+    let (claims, uuid_of) = (Claims::default(), |ordinal| nccl::uuid(ordinal).map_err(|error| error.to_string()));
+    let claimed: Option<(usize, Claim)> = match picked {
+        Picked::This(ordinal) if sharing == Sharing::Ignored => return Ok(ordinal),
+        Picked::This(ordinal) => claims.take(uuid_of(ordinal)?).map(|claim| (ordinal, claim)),
+        Picked::AnyOf(num_devices) => claims.take_first(num_devices, uuid_of)?,
+    };
+    match (claimed, picked) {
+        (Some((ordinal, claim)), _) => {
+            // Until the process ends.
+            std::mem::forget(claim);
+            Ok(ordinal)
+        }
+        (None, Picked::This(ordinal)) if sharing == Sharing::Allowed => Ok(ordinal),
+        (None, Picked::AnyOf(num_devices)) if sharing == Sharing::Allowed => Ok(std::process::id() as usize % num_devices),
+        (None, Picked::This(ordinal)) => Err(format!(
+            "another worker on this host has the GPU cuda:{ordinal}: give each a --device cuda:N of its own, or start all workers with \
+             --allow-shared-gpu"
+        )),
+        (None, Picked::AnyOf(num_devices)) => Err(format!(
+            "other workers on this host have its {num_devices} GPU(s): start fewer workers here, or all of them with --allow-shared-gpu"
+        )),
+    }
 }
 
 /// Opens libtorch's CUDA part and asks it for the GPU.
@@ -238,12 +293,16 @@ mod tests {
 
     #[test]
     fn each_worker_of_a_host_gets_a_gpu_of_its_own() {
-        assert_eq!(pick(None, None, 2, false), Ok(0));
-        assert_eq!(pick(None, Some(1), 2, false), Ok(1));
-        assert_eq!(pick(Some(0), Some(1), 2, false), Ok(0), "what is asked for stands");
-        assert!(pick(None, Some(2), 2, false).unwrap_err().contains("local rank 2 on a host with 2 GPU(s)"));
-        assert_eq!(pick(None, Some(3), 2, true), Ok(1));
-        assert!(pick(Some(2), None, 2, true).unwrap_err().contains("from cuda:0 to cuda:1"));
+        use Picked::{AnyOf, This};
+        use Sharing::{Allowed, Ignored, Refused};
+        assert_eq!(pick(None, None, 2, Refused), Ok(AnyOf(2)));
+        assert_eq!(pick(None, None, 2, Ignored), Ok(This(0)), "what is no worker takes none away");
+        assert_eq!(pick(None, Some(1), 2, Refused), Ok(This(1)));
+        assert_eq!(pick(Some(0), Some(1), 2, Refused), Ok(This(0)), "what is asked for stands");
+        assert_eq!(pick(None, Some(3), 1, Refused), Ok(This(0)), "the only one that it is shown");
+        assert!(pick(None, Some(2), 2, Refused).unwrap_err().contains("local rank 2 on a host with 2 GPU(s)"));
+        assert_eq!(pick(None, Some(3), 2, Allowed), Ok(This(1)));
+        assert!(pick(Some(2), None, 2, Allowed).unwrap_err().contains("from cuda:0 to cuda:1"));
     }
 
     #[test]
@@ -260,11 +319,12 @@ mod tests {
     #[test]
     fn without_a_gpu_auto_is_the_cpu_and_cuda_says_what_is_missing() {
         // Where there is a GPU, tests/gpu/run.sh looks at the other side.
-        if Driver::probe().is_ok() {
+        if !Driver::is_absent() {
+            eprintln!("not tested: this machine has a GPU");
             return;
         }
-        assert_eq!(open(Choice::Auto, false), Ok(Device::Cpu));
-        let problem = open(Choice::Cuda(Some(0)), false).unwrap_err();
+        assert_eq!(open(Choice::Auto, Sharing::Refused), Ok(Device::Cpu));
+        let problem = open(Choice::Cuda(Some(0)), Sharing::Refused).unwrap_err();
         assert!(
             problem.starts_with("--device cuda:0: cannot use the NVIDIA driver: ") && problem.ends_with("use --device cpu"),
             "{problem}"
