@@ -102,6 +102,8 @@ pub enum Error {
     Unfit {
         /// Who differs, and what to do.
         reason: String,
+        /// Whether this member is one that the others can do without.
+        is_odd: bool,
     },
 
     /// The operating system refused something that has nothing to do with a peer.

@@ -2,6 +2,7 @@
 // what it says to a GPU goes through libtorch's own registries, so that it links where there is none.
 
 #include <ATen/Context.h>
+#include <c10/core/CachingDeviceAllocator.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
@@ -132,6 +133,11 @@ bool peapod_current_stream(int device, void** stream, char* problem) {
 // A copy on pages that a GPU reads by itself. (libtorch's C interface names a device, which is deprecated and warned of each time.)
 bool peapod_pin(const at::Tensor* tensor, at::Tensor** pinned, char* problem) {
   return guarded(problem, [&] { *pinned = new at::Tensor(tensor->pin_memory()); });
+}
+
+// Gives memory that no tensor uses back to the GPU, for others to have.
+bool peapod_release_unused_memory(char* problem) {
+  return guarded(problem, [&] { c10::getDeviceAllocator(c10::DeviceType::CUDA)->emptyCache(); });
 }
 
 // Whether f32 convolutions and products may round what they multiply to ten bits.

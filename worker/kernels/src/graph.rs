@@ -4,7 +4,7 @@ use std::ffi::{CStr, c_char, c_void};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr;
 
-use tch::Tensor;
+use tch::{Device, Tensor};
 use torch_sys::C_tensor;
 
 use crate::{Error, error::Result};
@@ -34,6 +34,7 @@ unsafe extern "C" {
         problem: *mut c_char,
     ) -> bool;
     fn peapod_pin(tensor: *const C_tensor, pinned: *mut *mut C_tensor, problem: *mut c_char) -> bool;
+    fn peapod_release_unused_memory(problem: *mut c_char) -> bool;
     fn peapod_current_stream(device: i32, stream: *mut *mut c_void, problem: *mut c_char) -> bool;
 }
 
@@ -103,6 +104,20 @@ pub fn pinned(tensor: &Tensor) -> Result<Tensor> {
     check(is_done, "pin memory", &problem)?;
     // SAFETY: it was made for this.
     Ok(unsafe { Tensor::from_ptr(pinned) })
+}
+
+/// Gives memory of GPUs that libtorch keeps for tensors to come back to the driver: NCCL allocates for itself, and pieces of the wrong size are
+/// in the way of larger tensors. It waits for the work that GPUs have. Nothing happens on the CPU.
+pub fn release_unused_memory(device: Device) {
+    if !device.is_cuda() {
+        return;
+    }
+    let mut problem = [0; MAX_PROBLEM];
+    // SAFETY: writes a message at most.
+    let is_done = unsafe { peapod_release_unused_memory(problem.as_mut_ptr()) };
+    if let Err(error) = check(is_done, "release a GPU's unused memory", &problem) {
+        tracing::debug!("{error}");
+    }
 }
 
 fn pointers(tensors: &[&Tensor]) -> Vec<*const C_tensor> {
@@ -181,7 +196,7 @@ unsafe extern "C" fn release(way: *mut c_void) {
 mod tests {
     use std::sync::Arc;
 
-    use tch::{Device, Kind, no_grad};
+    use tch::{Kind, no_grad};
 
     use super::*;
 
@@ -285,6 +300,10 @@ mod tests {
             assert_eq!(pinned(&leaf(&[1.0, 2.0])).unwrap(), Tensor::from_slice(&[1.0_f32, 2.0]));
         } else {
             assert!(current_stream(0).is_err());
+            let mut problem = [0; MAX_PROBLEM];
+            // SAFETY: writes a message at most.
+            assert!(!unsafe { peapod_release_unused_memory(problem.as_mut_ptr()) }, "there is nothing to release");
+            assert!(check(false, "release", &problem).unwrap_err().to_string().len() > "cannot release: ".len());
             assert!(pinned(&leaf(&[1.0])).unwrap_err().to_string().starts_with("cannot pin memory: "));
         }
         assert_eq!(leaf(&[0.0]).device(), Device::Cpu);

@@ -29,7 +29,7 @@ mod tests;
 
 pub use error::Error;
 pub use fp8::{Fp8Linear, Fp8Matrix, prove_fp8};
-pub use graph::{current_stream, pinned};
+pub use graph::{current_stream, pinned, release_unused_memory};
 pub use group_norm::GroupNorm;
 pub use launch::Kernels;
 pub use layer_norm::LayerNorm;

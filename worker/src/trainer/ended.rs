@@ -34,7 +34,10 @@ impl Ended {
     /// What an error of the collective means, and which neighbour is behind it as far as this member can see.
     pub fn by(error: peapod_collective::Error) -> Self {
         let lost = match &error {
-            peapod_collective::Error::Unfit { .. } => return Self::Unfit { phase: "connecting", message: error.to_string() },
+            // The others meet again without those.
+            peapod_collective::Error::Unfit { is_odd: true, .. } => {
+                return Self::Unfit { phase: "connecting", message: error.to_string() };
+            }
             peapod_collective::Error::AbortHung { .. } => return Self::Failed { phase: "collective", message: error.to_string() },
             peapod_collective::Error::PeerLost { member_index, .. } => Some(MemberIndex(*member_index)),
             peapod_collective::Error::Timeout { waiting_for, .. } => waiting_for.first().map(|&index| MemberIndex(index)),

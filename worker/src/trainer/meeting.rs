@@ -70,11 +70,16 @@ impl Trainer {
             let bootstrap = Bootstrap::from_bytes(&assignment.bootstrap).map_err(broken)?;
             let connected = Instant::now() + CONNECT_TIMEOUT;
             let mut ring = TcpCollective::connect(&bootstrap, membership, listener, abort.clone(), connected).map_err(broken)?;
-            let gpu = self.open_gpu().map_err(broken)?;
+            // What is missing here is missing in the next generation too.
+            let gpu = self.open_gpu().map_err(|error| Ended::Failed { phase: "connecting", message: error.to_string() })?;
             let footing = gpu.as_ref().map_or(Footing::Cpu, |gpu| Footing::Gpu(gpu.uuid()));
             agree(&mut ring, footing, self.context.allow_shared_gpu, connected).map_err(broken)?;
             match gpu {
-                Some(gpu) => nccl::connect(ring, gpu, deadline).map_err(broken)?,
+                Some(gpu) => {
+                    // NCCL has no part in the memory that libtorch keeps.
+                    peapod_kernels::release_unused_memory(self.context.device);
+                    nccl::connect(ring, gpu, deadline).map_err(broken)?
+                }
                 None => Box::new(ring),
             }
         };

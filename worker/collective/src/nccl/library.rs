@@ -40,11 +40,24 @@ impl Driver {
     ///
     /// Errors: [`Error::Gpu`] if there is none, or one that is too old for libtorch, or that shows no GPU.
     pub fn probe() -> Result<Self, Error> {
-        Ok(Self::look()?)
+        match Self::look()? {
+            Self { num_devices: 0, .. } => {
+                Err(no_driver("it shows no GPU to this process: see nvidia-smi and CUDA_VISIBLE_DEVICES".into()).into())
+            }
+            driver => Ok(driver),
+        }
+    }
+
+    /// Whether this machine plainly has no GPU for this process: no driver, or one that shows none. Anything else that is wrong is a GPU that
+    /// cannot be used.
+    #[must_use]
+    pub fn is_absent() -> bool {
+        // SAFETY: as in `look`.
+        !unsafe { cuda::is_culib_present() } || matches!(Self::look(), Ok(Self { num_devices: 0, .. }))
     }
 
     fn look() -> Result<Self, Fault> {
-        let fault = |answer: String| Fault { doing: "use the NVIDIA driver", answer };
+        let fault = no_driver;
         // SAFETY: opens the driver's library and closes it again; its initialisers are the vendor's and have no preconditions.
         if !unsafe { cuda::is_culib_present() } {
             return Err(fault("libcuda.so.1 is not on this machine: install NVIDIA driver 580 or newer".into()));
@@ -68,11 +81,12 @@ impl Driver {
             Err(error) => return Err(fault(error.to_string())),
             Ok(count) => usize::try_from(count).unwrap_or_default(),
         };
-        if num_devices == 0 {
-            return Err(fault("it shows no GPU to this process: see nvidia-smi and CUDA_VISIBLE_DEVICES".into()));
-        }
         Ok(Self { cuda_version, num_devices })
     }
+}
+
+fn no_driver(answer: String) -> Fault {
+    Fault { doing: "use the NVIDIA driver", answer }
 }
 
 /// Free and total memory of a GPU in bytes.
@@ -86,6 +100,15 @@ pub fn memory(ordinal: usize) -> Result<(u64, u64), Error> {
     };
     let (free, total) = ask().map_err(driver("read the GPU's memory"))?;
     Ok((free as u64, total as u64))
+}
+
+/// What tells a GPU from every other, in this machine's containers too.
+///
+/// Errors: [`Error::Gpu`] if there is no such GPU.
+pub fn uuid(ordinal: usize) -> Result<[u8; 16], Error> {
+    Driver::probe()?;
+    let uuid = CudaContext::new(ordinal).and_then(|context| context.uuid()).map_err(driver("read the GPU's UUID"))?;
+    Ok(uuid.bytes.map(|byte| byte as u8))
 }
 
 /// What the maker calls a GPU, such as `NVIDIA H200`.
@@ -260,6 +283,19 @@ impl NcclDevice {
         tracing::info!("NCCL {} on GPU {ordinal}, {name}", version_text(nccl.version));
         tracing::info!("for the topology and transports that NCCL chooses: NCCL_DEBUG=INFO");
         Ok(Self { nccl, context, stream, event, made, buffer: Mutex::new(None), uuid })
+    }
+
+    /// Whether this process can still use the GPU. After an illegal access or an uncorrectable error of its memory every call fails until the
+    /// process is started again.
+    ///
+    /// Errors: [`Error::Gpu`] with what the driver says.
+    pub fn check_health(&self) -> Result<(), Error> {
+        self.context.bind_to_thread().map_err(driver("use the GPU any more"))?;
+        // SAFETY: the stream is alive. A question that waits for nothing is answered with the error that has stopped the GPU.
+        match unsafe { cuda::cuStreamQuery(self.stream.cu_stream()) } {
+            CUresult::CUDA_SUCCESS | CUresult::CUDA_ERROR_NOT_READY => Ok(()),
+            error => Err(driver("use the GPU any more")(DriverError(error)).into()),
+        }
     }
 
     /// What no other GPU has.

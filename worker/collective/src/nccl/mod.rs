@@ -18,7 +18,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use gpu::{Comm, Fault, Gpu, Progress, UNIQUE_ID_BYTES};
-pub use library::{Driver, NcclDevice, device_name, memory, nccl_version_text};
+pub use library::{Driver, NcclDevice, device_name, memory, nccl_version_text, uuid};
 
 use crate::solo::check_root;
 use crate::tcp::TcpCollective;
@@ -26,8 +26,9 @@ use crate::{AbortHandle, Collective, Error, Operation, Stall, Values};
 
 /// Between two looks at what NCCL does. An all-reduce of an adapter takes about a millisecond.
 const LOOK_EVERY: Duration = Duration::from_micros(50);
-/// An abort that takes longer than this is taken for one that never ends.
-const ABORT_PATIENCE: Duration = Duration::from_secs(3);
+/// An abort that takes longer than this is taken for one that never ends. One in the middle of NCCL's look at the host's topology waits for
+/// the end of that, which can take many seconds; one that is given up costs the process, with the weights it holds.
+const ABORT_PATIENCE: Duration = Duration::from_secs(30);
 
 /// Forms the communicator of a generation on `device`; `control` is its members' ring. Returns when NCCL is ready on this member.
 ///
