@@ -94,3 +94,18 @@ fn source_that_stalls_for_good_ends_the_job_with_who_waited_for_what() {
     let named = reason.contains("coordinator: rank ") && reason.contains(" failed in phase data: read http://");
     assert!(named && reason.contains(".tar: ") && reason.contains("; given up after "), "{reason}");
 }
+
+#[test]
+fn worker_that_runs_out_of_memory_goes_on_in_smaller_parts() {
+    let cluster = twelve_steps();
+    let mut coordinator = cluster.coordinator(2, &[]);
+    let plan = FaultPlan::new().at(Point::RunOutOfMemory, 1, 3).at(Point::RunOutOfMemory, 1, 5);
+    let [mut steady, mut short] = plan.workers(&coordinator, 2).try_into().unwrap();
+    coordinator.expect_exit(0);
+    steady.expect_exit(0);
+    short.expect_exit(0);
+    for parts in ["in 2 parts", "in 4 parts"] {
+        short.assert_said(&format!("out of memory: micro-batches of 8 are computed {parts} from here on, with the same result"));
+    }
+    assert_trained_once(&cluster.trained_samples(), &SIZES);
+}

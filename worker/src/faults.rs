@@ -46,6 +46,8 @@ pub enum Point {
     HangInData,
     /// Hangs for good in the gradient of the step, out of reach of an abort.
     HangInCompute,
+    /// Has too little memory for the gradient of the step, in one piece.
+    RunOutOfMemory,
     /// Does not hear the next abort that it is told, once it holds the step.
     MissAbort,
     /// Loses its stream to the coordinator, once it holds the step.
@@ -54,7 +56,7 @@ pub enum Point {
     FallSilent,
 }
 
-const NAMES: [(Point, &str); 13] = [
+const NAMES: [(Point, &str); 14] = [
     (Point::DieBeforeAllReduce, "die-before-all-reduce"),
     (Point::DieAfterAllReduce, "die-after-all-reduce"),
     (Point::RefuseAllReduce, "refuse-all-reduce"),
@@ -65,6 +67,7 @@ const NAMES: [(Point, &str); 13] = [
     (Point::StallInData, "stall-in-data"),
     (Point::HangInData, "hang-in-data"),
     (Point::HangInCompute, "hang-in-compute"),
+    (Point::RunOutOfMemory, "run-out-of-memory"),
     (Point::MissAbort, "miss-abort"),
     (Point::CutStream, "cut-stream"),
     (Point::FallSilent, "fall-silent"),
@@ -157,6 +160,17 @@ impl Faults {
     pub fn in_compute(&self, step: Step) {
         if self.strikes(Point::HangInCompute, step) {
             hang();
+        }
+    }
+
+    /// To be called on the way through the models in `step`.
+    ///
+    /// # Panics
+    /// As libtorch's operators do.
+    #[expect(clippy::panic, reason = "what libtorch's errors are turned into")]
+    pub fn in_pass(&self, step: Step) {
+        if self.strikes(Point::RunOutOfMemory, step) {
+            panic!("CUDA out of memory. Tried to allocate 2.00 GiB.");
         }
     }
 

@@ -114,8 +114,15 @@ impl Adapter {
     ///
     /// Errors: [`Error::Shape`] if the length differs.
     pub fn with_parameters(&self, flat: &Tensor) -> Result<Self> {
+        self.copied_to(self.flat.device(), flat)
+    }
+
+    /// As [`Adapter::with_parameters`], on another device.
+    ///
+    /// Errors: [`Error::Shape`] if the length differs.
+    pub fn copied_to(&self, device: Device, flat: &Tensor) -> Result<Self> {
         flat::check_length("adapter parameters", flat, self.num_parameters())?;
-        Self::from_flat(self.config, self.layout, flat::copy(&flat.f_detach()?.f_to_device(self.flat.device())?.f_to_kind(Kind::Float)?)?)
+        Self::from_flat(self.config, self.layout, flat::copy(&flat.f_detach()?.f_to_device(device)?.f_to_kind(Kind::Float)?)?)
     }
 
     /// Returns the same adapter under another name, for another thread: what changes one changes the other.

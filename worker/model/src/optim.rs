@@ -191,7 +191,9 @@ impl Ema {
 /// As PyTorch does, 1e-6 is added to the norm before dividing.
 pub fn clip_grad_norm(gradient: &mut Tensor, max_norm: f64) -> Result<f64> {
     let _guard = no_grad_guard();
-    let norm = gradient.f_norm()?.f_double_value(&[])?;
+    // Each rank sums for itself, in an order that depends on its GPU: in double precision the order does not show in what is left after rounding.
+    let norm = gradient.f_norm_scalaropt_dtype(2.0, Kind::Double)?.f_double_value(&[])?;
+    let norm = f64::from(norm as f32);
     let scale = max_norm / (norm + 1e-6);
     if norm.is_finite() && scale < 1.0 {
         let _ = gradient.f_mul_scalar_(scale)?;

@@ -68,6 +68,10 @@ impl Control {
         drop(breaking);
         self.generation.store(generation.0, Ordering::Release);
         if let Some((_, reason)) = early {
+            // A wait for samples would not see the handle.
+            if let Some(loader) = self.loader() {
+                loader.cancel();
+            }
             handle.abort(reason);
         }
         handle

@@ -117,8 +117,7 @@ pub fn run(context: Context, commands: Receiver<Command>) {
     let fail = |phase, message: String, permanent| output(Output::Event(TrainerEvent::Failed { phase, message, permanent }));
     let mut trainer = match guarded(|| Trainer::load(context)) {
         Ok(Ok(trainer)) => trainer,
-        // The files are what they are: another worker with the same job would fail in the same way.
-        Ok(Err(message)) => return fail("loading", message, true),
+        Ok(Err(Unloaded { message, permanent })) => return fail("loading", message, permanent),
         Err(panic) => return fail("loading", panic, false),
     };
     while let Ok(command) = commands.recv() {
@@ -134,6 +133,27 @@ pub(crate) fn guarded<T>(body: impl FnOnce() -> T) -> Result<T, String> {
         let text = panic.downcast_ref::<String>().cloned().or_else(|| panic.downcast_ref::<&str>().map(|&text| text.to_owned()));
         text.unwrap_or_else(|| "a panic without a message".into())
     })
+}
+
+/// Why a job cannot be loaded.
+struct Unloaded {
+    message: String,
+    /// Whether another worker with the same job would fail in the same way.
+    permanent: bool,
+}
+
+impl From<String> for Unloaded {
+    /// What is wrong with the job or with the machine's files, which are what they are.
+    fn from(message: String) -> Self {
+        Self { message, permanent: true }
+    }
+}
+
+impl From<peapod_model::Error> for Unloaded {
+    /// What libtorch refuses, want of memory say, may go well another time.
+    fn from(error: peapod_model::Error) -> Self {
+        Self { permanent: !matches!(error, peapod_model::Error::Torch(_)), message: error.to_string() }
+    }
 }
 
 struct Trainer {
@@ -160,29 +180,31 @@ struct Trainer {
     listener: Option<(Generation, Listener)>,
     /// Opened by the first generation that needs it.
     gpu: Option<Arc<NcclDevice>>,
-    /// Picture sizes and batch sizes that were computed before: the first time may take long.
-    sizes_seen: BTreeSet<((u32, u32), usize)>,
+    /// Picture sizes, batch sizes and, on GPUs, sizes of the teacher's part that were computed before: the first time may take long.
+    sizes_seen: BTreeSet<((u32, u32), usize, usize)>,
+    /// Parts in which a micro-batch is computed: more than one where the device ran out of memory.
+    parts: usize,
 }
 
 impl Trainer {
-    fn load(context: Context) -> Result<Self, String> {
+    fn load(context: Context) -> Result<Self, Unloaded> {
         let Context { job, device, output, control, .. } = &context;
         if job.train.fp8_linears && !device.is_cuda() {
             tracing::warn!(
                 "train.fp8_linears on the CPU: numbers are rounded as on a GPU and computed in f32, which takes longer than without"
             );
         }
-        let models = setup::load_models(job, *device).map_err(|error| error.to_string())?;
+        let models = setup::load_models(job, *device)?;
         let adapter_config = setup::adapter_config(job, &models);
-        let data = setup::loader_config(job, &models).map_err(|error| error.to_string())?;
+        let data = setup::loader_config(job, &models)?;
         let rounds = Rounds::load(job, &models, &data)?;
-        let model_digest = setup::model_digest(job, &adapter_config).map_err(|error| error.to_string())?;
+        let model_digest = setup::model_digest(job, &adapter_config)?;
         let model_digest = rounds.digest_with(model_digest);
         let events = output.clone();
         let loader = Loader::start(data, move |event| events(data_output(event)));
         let loader = loader.map_err(|error| error.to_string())?;
         control.set_loader(loader.handle());
-        let fresh = Adapter::fresh(adapter_config, job.seed, *device).map_err(|error| error.to_string())?;
+        let fresh = Adapter::fresh(adapter_config, job.seed, *device)?;
         control.enter(Phase::Waiting);
         output(Output::Event(TrainerEvent::Loaded { model_digest, num_parameters: fresh.num_parameters() as u64 }));
         Ok(Self {
@@ -201,6 +223,7 @@ impl Trainer {
             listener: None,
             gpu: None,
             sizes_seen: BTreeSet::new(),
+            parts: 1,
         })
     }
 
@@ -235,6 +258,7 @@ impl Trainer {
             Err(ended) => ended,
         };
         let ended = self.finish_copy().err().unwrap_or(ended);
+        let ended = self.without_a_broken_gpu(ended);
         self.context.control.end();
         self.context.control.enter(Phase::Waiting);
         let (cause, reason, lost_member, stalled) = match ended {
@@ -249,6 +273,14 @@ impl Trainer {
         let records = Vec::new();
         let stopped = Stopped { generation, applied, cause, records, reason, validation, trained_in, lost_member, stalled };
         self.event(TrainerEvent::Stopped(stopped));
+    }
+
+    /// What failed on a GPU that this process cannot use any more ends the process: the next generation would fail likewise.
+    fn without_a_broken_gpu(&self, ended: Ended) -> Ended {
+        match (ended, self.gpu.as_ref().and_then(|gpu| gpu.check_health().err())) {
+            (Ended::Broken { reason, .. }, Some(error)) => Ended::Failed { phase: "collective", message: format!("{reason}: {error}") },
+            (ended, _) => ended,
+        }
     }
 
     fn snapshot(&mut self, generation: Generation) -> peapod_model::Result<()> {

@@ -22,6 +22,7 @@ use peapod_proto::job::{Job, PicturesSection};
 use peapod_proto::message::{Assignment, ValidationLosses};
 use sha2::{Digest, Sha256};
 
+use super::Unloaded;
 use super::tensors::to_tensors;
 use crate::picture::Picture;
 use crate::tail::{LossTotals, ValidationTotals};
@@ -101,10 +102,15 @@ impl Rounds {
     ///
     /// # Errors
     /// Names the shard or the field of the job file.
-    pub fn load(job: &Job, models: &Distiller, data: &LoaderConfig) -> Result<Self, String> {
+    pub fn load(job: &Job, models: &Distiller, data: &LoaderConfig) -> Result<Self, Unloaded> {
         let section = &job.validation;
         let load = || ValidationSet::load(&section.shards, section.samples, data, |warning| tracing::warn!("{warning}"));
-        let set = if section.shards.is_empty() { None } else { Some(load().map_err(|error| format!("validation.shards: {error}"))?) };
+        let unread = |error: peapod_data::Error| Unloaded {
+            // A store that is down now may be back when the worker is.
+            permanent: !matches!(error, peapod_data::Error::Store(_)),
+            message: format!("validation.shards: {error}"),
+        };
+        let set = if section.shards.is_empty() { None } else { Some(load().map_err(unread)?) };
         let pictures = (!job.pictures.prompts.is_empty()).then(|| Pictures::check(job, models)).transpose()?;
         if let Some(set) = &set {
             tracing::info!("{} validation samples", set.len());
@@ -270,7 +276,10 @@ mod tests {
     }
 
     fn load(job: &Job, models: &Distiller) -> Result<Rounds, String> {
-        Rounds::load(job, models, &setup::loader_config(job, models).unwrap())
+        Rounds::load(job, models, &setup::loader_config(job, models).unwrap()).map_err(|unloaded| {
+            assert!(unloaded.permanent, "another worker reads the same: {}", unloaded.message);
+            unloaded.message
+        })
     }
 
     #[test]

@@ -203,11 +203,11 @@ impl View {
         // A host tensor moved to the host is itself: only a clone of its values is a copy.
         let host = |tensor: &Tensor| tensor.f_to_device(Device::Cpu).map(|tensor| tensor.copy());
         Ok(Snapshot {
-            adapter: self.adapter.with_parameters(self.adapter.flat())?,
+            adapter: self.adapter.copied_to(Device::Cpu, self.adapter.flat())?,
             exp_avg: host(&self.exp_avg)?,
             exp_avg_sq: host(&self.exp_avg_sq)?,
             num_updates: self.num_updates,
-            ema: self.ema.as_ref().map(|average| self.adapter.with_parameters(average)).transpose()?,
+            ema: self.ema.as_ref().map(|average| self.adapter.copied_to(Device::Cpu, average)).transpose()?,
             loss_scale: self.loss_scale,
             step: self.step,
             generation: self.generation,

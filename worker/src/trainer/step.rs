@@ -1,9 +1,10 @@
 //! One share of one step: from decoded samples to gradient and tail.
 
+use peapod_collective::AbortHandle;
 use peapod_data::Share;
 use peapod_model::adapter::Adapter;
 use peapod_model::distill::{Distiller, LossSums, MicroBatch, PendingSums};
-use tch::Tensor;
+use tch::{Device, Tensor};
 
 use super::tensors::to_tensors;
 use crate::tail::{Contribution, LossTotals};
@@ -23,10 +24,12 @@ impl From<Share> for Ahead {
 }
 
 impl Ahead {
-    /// Puts the first tensors together. What cannot be put together is left to the step, which says why.
-    pub fn prepare(&mut self, models: &Distiller) {
-        if let Some(batch) = self.share.batches.first() {
-            self.first = to_tensors(batch, models.vae().downscale()).unwrap_or_default();
+    /// Puts the first tensors together and sends them to `device`. What fails is left to the step, which says why.
+    pub fn prepare(&mut self, models: &Distiller, device: Device) {
+        let Some(batch) = self.share.batches.first() else { return };
+        let mut tensors = to_tensors(batch, models.vae().downscale()).unwrap_or_default();
+        if tensors.iter_mut().all(|tensors| tensors.send_ahead(device).is_ok()) {
+            self.first = tensors;
         }
     }
 
@@ -36,52 +39,72 @@ impl Ahead {
     }
 }
 
-/// Adds the gradient of every micro-batch of a share into `gradient`, computed at a loss scale, and sums up what the tail will say.
-///
-/// `first` are the tensors of the first batch, if there are any yet. `meanwhile` is called when a GPU has all its work and nobody has waited
-/// for it.
-///
-/// # Errors
-/// The model crate's.
-pub fn accumulate(
-    models: &Distiller,
-    adapter: &Adapter,
-    share: &Share,
-    first: Vec<MicroBatch>,
-    gradient: &mut Tensor,
-    scale: f64,
-    meanwhile: impl FnOnce(),
-) -> peapod_model::Result<Contribution> {
-    // A GPU works on one micro-batch while the next is put together.
-    let (mut sums, mut first) = (PendingSums::default(), Some(first).filter(|first| !first.is_empty()));
-    for batch in &share.batches {
-        let tensors = match first.take() {
-            Some(tensors) => tensors,
-            None => to_tensors(batch, models.vae().downscale())?,
-        };
-        for batch in tensors {
-            sums.append(models.accumulate_ahead(adapter, &batch, gradient, scale)?);
+/// A pass through the models, forth and back.
+pub struct Pass<'a> {
+    /// The models.
+    pub models: &'a Distiller,
+    /// What is trained.
+    pub adapter: &'a Adapter,
+    /// What the loss is multiplied with on the way back.
+    pub scale: f64,
+    /// Parts in which each micro-batch is computed, where memory is short.
+    pub parts: usize,
+    /// Looked at before each micro-batch: the others do not wait for a step that is void.
+    pub abort: &'a AbortHandle,
+}
+
+impl Pass<'_> {
+    /// Adds the gradient of every micro-batch of a share into `gradient` and sums up what the tail will say; nothing if it is broken off.
+    ///
+    /// `first` are the tensors of the first batch, if there are any yet. `meanwhile` is called when a GPU has all its work and nobody has
+    /// waited for it.
+    ///
+    /// # Errors
+    /// The model crate's.
+    pub fn accumulate(
+        &self,
+        share: &Share,
+        first: Vec<MicroBatch>,
+        gradient: &mut Tensor,
+        meanwhile: impl FnOnce(),
+    ) -> peapod_model::Result<Option<Contribution>> {
+        // A GPU works on one micro-batch while the next is put together.
+        let (mut sums, mut first) = (PendingSums::default(), Some(first).filter(|first| !first.is_empty()));
+        for batch in &share.batches {
+            let tensors = match first.take() {
+                Some(tensors) => tensors,
+                None => to_tensors(batch, self.models.vae().downscale())?,
+            };
+            for batch in tensors.iter().flat_map(|batch| batch.split(self.parts)) {
+                if self.abort.reason().is_some() {
+                    return Ok(None);
+                }
+                sums.append(self.models.accumulate_ahead(self.adapter, &batch, gradient, self.scale)?);
+            }
         }
+        meanwhile();
+        let LossSums { task, logit, feature, .. } = sums.read()?;
+        let losses = LossTotals { task: task as f32, logit: logit as f32, feature: feature as f32 };
+        let not_finite = ![task, logit, feature].iter().all(|sum: &f64| sum.is_finite());
+        let native = share.batches.iter().flat_map(|batch| &batch.samples).filter(|sample| sample.native).count() as u32;
+        Ok(Some(Contribution { names: share.names().collect(), native, losses, not_finite, ..Contribution::default() }))
     }
-    meanwhile();
-    let LossSums { task, logit, feature, .. } = sums.read()?;
-    let losses = LossTotals { task: task as f32, logit: logit as f32, feature: feature as f32 };
-    let not_finite = ![task, logit, feature].iter().all(|sum: &f64| sum.is_finite());
-    let native = share.batches.iter().flat_map(|batch| &batch.samples).filter(|sample| sample.native).count() as u32;
-    Ok(Contribution { names: share.names().collect(), native, losses, not_finite, ..Contribution::default() })
+}
+
+/// Whether a device has failed for want of memory alone, after which it can be used as before.
+pub fn is_out_of_memory(problem: &str) -> bool {
+    problem.contains("out of memory")
 }
 
 #[cfg(test)]
 mod tests {
     use std::path::Path;
 
+    use super::*;
+    use crate::setup;
     use peapod_data::{LeasedShard, Loader};
     use peapod_proto::ids::{Bitmap, Epoch, LeaseId, ShardId};
     use peapod_proto::job::Job;
-    use tch::Device;
-
-    use super::*;
-    use crate::setup;
 
     #[test]
     fn share_says_what_its_micro_batches_say_together() {
@@ -99,7 +122,9 @@ mod tests {
         assert!(share.batches.len() >= 3 && share.num_samples() == 8);
 
         let adapter = Adapter::fresh(setup::adapter_config(&job, &models), 1, Device::Cpu).unwrap();
-        let of = |share: &Share, gradient: &mut Tensor| accumulate(&models, &adapter, share, Vec::new(), gradient, 1.0, || {}).unwrap();
+        let abort = AbortHandle::new();
+        let pass = Pass { models: &models, adapter: &adapter, scale: 1.0, parts: 1, abort: &abort };
+        let of = |share: &Share, gradient: &mut Tensor| pass.accumulate(share, Vec::new(), gradient, || {}).unwrap().unwrap();
         let (mut whole, mut parts) = (adapter.flat().zeros_like(), adapter.flat().zeros_like());
         let together = of(&share, &mut whole);
         let alone: Vec<Contribution> = share.batches.iter().map(|batch| of(&Share { batches: vec![batch.clone()] }, &mut parts)).collect();
@@ -115,12 +140,24 @@ mod tests {
 
         // What was put together ahead stands for the first of them, and for nothing else.
         let mut ahead = Ahead::from(share.clone());
-        ahead.prepare(&models);
+        ahead.prepare(&models, Device::Cpu);
         let (share, first) = ahead.into_parts();
         assert_eq!(first.iter().map(MicroBatch::len).sum::<usize>(), share.batches[0].samples.len());
         let (mut gradient, mut is_called) = (adapter.flat().zeros_like(), false);
-        let prepared = accumulate(&models, &adapter, &share, first, &mut gradient, 1.0, || is_called = true).unwrap();
-        assert_eq!((prepared, gradient), (together, whole));
+        let prepared = pass.accumulate(&share, first, &mut gradient, || is_called = true).unwrap().unwrap();
+        assert_eq!((&prepared, &gradient), (&together, &whole));
         assert!(is_called);
+
+        // Where memory is short the same comes out in parts.
+        let halves = Pass { parts: 2, ..pass };
+        let _ = gradient.zero_();
+        let in_parts = halves.accumulate(&share, Vec::new(), &mut gradient, || {}).unwrap().unwrap();
+        assert_eq!(in_parts.names, together.names);
+        let distance = (&whole - &gradient).norm().double_value(&[]) / whole.norm().double_value(&[]);
+        assert!(distance < 1e-5, "{distance}");
+
+        abort.abort("rank 1 died");
+        let broken_off = halves.accumulate(&share, Vec::new(), &mut gradient, || panic!("no step will follow")).unwrap();
+        assert_eq!(broken_off, None);
     }
 }

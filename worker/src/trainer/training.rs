@@ -4,6 +4,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
 use peapod_collective::{AbortHandle, Collective};
+use peapod_model::distill::MicroBatch;
 use peapod_model::optim::clip_grad_norm;
 use peapod_proto::ids::{Generation, MemberIndex, Step};
 use peapod_proto::message::{Assignment, Phase, StepLosses, StepRecord, StepReport, StepTimings, StopCause};
@@ -13,7 +14,7 @@ use super::copying::Copying;
 use super::ended::Ended;
 use super::rounds::{Drawn, Due, Unfinished, means};
 use super::state::TrainState;
-use super::step::Ahead;
+use super::step::{Ahead, Pass};
 use super::wire::Wire;
 use super::{Output, Trainer, guarded, step};
 use crate::lifecycle::TrainerEvent;
@@ -35,6 +36,13 @@ struct Place<'a> {
     assignment: &'a Assignment,
     abort: &'a AbortHandle,
     layout: TailLayout,
+}
+
+impl Place<'_> {
+    /// Samples that this member trains in a step.
+    fn owed(&self) -> usize {
+        share_of(self.assignment.global_batch, self.assignment.member_index, self.assignment.num_members) as usize
+    }
 }
 
 /// What was done of the weights between two steps.
@@ -84,7 +92,6 @@ impl Trainer {
     fn step(&mut self, place: Place<'_>, collective: &mut dyn Collective, wire: &mut Wire) -> Result<Option<StopCause>, Ended> {
         let Place { assignment, layout, .. } = place;
         let generation = assignment.generation;
-        let owed = share_of(assignment.global_batch, assignment.member_index, assignment.num_members) as usize;
         let before = self.state.as_ref().map_or(Step(0), |state| state.step);
 
         // 0. What is due of the weights as they are. The data threads read on meanwhile.
@@ -95,34 +102,12 @@ impl Trainer {
         // 1. Samples.
         self.context.control.enter(Phase::Data);
         self.context.faults.in_data(step, place.abort);
-        let (share, first) = self.next_share(owed, place.abort)?.into_parts();
+        let (share, first) = self.next_share(place)?.into_parts();
         let data = clock.elapsed();
 
         // 2. Gradient of this share. From here until the sum has arrived, the share is in flight.
-        let mut is_new = false;
-        for batch in &share.batches {
-            is_new |= self.sizes_seen.insert((batch.bucket, batch.samples.len()));
-        }
-        self.context.control.enter(if is_new { Phase::Warming } else { Phase::Compute });
-        self.context.faults.in_compute(step);
-        let Some(state) = &self.state else { return Err(Ended::no_state()) };
-        let share = &self.in_flight.insert((step, share)).1;
-        let (models, adapter, loader, ahead) = (&self.models, &state.adapter, &mut self.loader, &mut self.ahead);
-        let scale = state.loss_scale.as_ref().map_or(1.0, LossScale::factor);
-        let gradient = wire.gradient();
-        let _ = gradient.zero_();
-        // A GPU would wait for the next step's first batch after the update, were it put together only then.
-        let meanwhile = || {
-            if let Some(share) = loader.share_ahead(owed) {
-                ahead.insert(share.into()).prepare(models);
-            }
-        };
-        let result = guarded(|| step::accumulate(models, adapter, share, first, gradient, scale, meanwhile));
-        let mut contribution = match result {
-            Ok(Ok(contribution)) => contribution,
-            Ok(Err(error)) => return Err(Ended::Failed { phase: "compute", message: error.to_string() }),
-            Err(panic) => return Err(Ended::Failed { phase: "compute", message: panic }),
-        };
+        self.in_flight = Some((step, share));
+        let mut contribution = self.compute(place, step, first, wire)?;
         contribution.change = self.context.control.change_is_asked(generation);
         contribution.validation = round.validation;
         layout.write(wire.tail_mut(), step, assignment.member_index, &contribution);
@@ -170,13 +155,77 @@ impl Trainer {
         Ok(outcome.change.then_some(StopCause::Planned))
     }
 
+    /// The gradient of the share in flight, in the wire, and what the tail will say of it.
+    fn compute(&mut self, place: Place<'_>, step: Step, mut first: Vec<MicroBatch>, wire: &mut Wire) -> Result<Contribution, Ended> {
+        self.enter_compute();
+        self.context.faults.in_compute(step);
+        loop {
+            match self.pass(place, step, std::mem::take(&mut first), wire) {
+                Ok(Some(contribution)) => return Ok(contribution),
+                Ok(None) => return Err(Ended::broken(place.abort.reason().unwrap_or("aborted").to_owned())),
+                Err(problem) if step::is_out_of_memory(&problem) && self.parts < self.context.job.train.micro_batch as usize => {
+                    self.parts *= 2;
+                    tracing::warn!(
+                        "out of memory: micro-batches of {} are computed in {} parts from here on, with the same result; a smaller \
+                         train.micro_batch or train.gradient_checkpointing = true saves this step's repetition ({})",
+                        self.context.job.train.micro_batch,
+                        self.parts,
+                        problem.lines().next().unwrap_or_default()
+                    );
+                    peapod_kernels::release_unused_memory(self.context.device);
+                    // Other shapes take long the first time.
+                    self.context.control.enter(Phase::Warming);
+                }
+                Err(message) => return Err(Ended::Failed { phase: "compute", message }),
+            }
+        }
+    }
+
+    /// Says what comes: the first pass over pictures of a size, or so many of them, may take long.
+    fn enter_compute(&mut self) {
+        let on_gpu = self.context.device.is_cuda();
+        let mut is_new = false;
+        for batch in self.in_flight.iter().flat_map(|(_, share)| &share.batches) {
+            // The teacher sees only those that are not native. It matters on GPUs alone, which choose their algorithms by it.
+            let num_taught = batch.samples.iter().filter(|sample| on_gpu && !sample.native).count();
+            is_new |= self.sizes_seen.insert((batch.bucket, batch.samples.len(), num_taught));
+        }
+        self.context.control.enter(if is_new { Phase::Warming } else { Phase::Compute });
+    }
+
+    /// One pass over the share in flight; nothing if it is broken off. The next share is taken meanwhile.
+    ///
+    /// # Errors
+    /// The models', or a panic's message.
+    fn pass(&mut self, place: Place<'_>, step: Step, first: Vec<MicroBatch>, wire: &mut Wire) -> Result<Option<Contribution>, String> {
+        let (Some(state), Some((_, share))) = (&self.state, &self.in_flight) else { return Err("no state".into()) };
+        let (models, loader, ahead, faults) = (&self.models, &mut self.loader, &mut self.ahead, &self.context.faults);
+        let (device, scale) = (self.context.device, state.loss_scale.as_ref().map_or(1.0, LossScale::factor));
+        let pass = Pass { models, adapter: &state.adapter, scale, parts: self.parts, abort: place.abort };
+        // A GPU would wait for the next step's first batch after the update, were it put together only then.
+        let meanwhile = || {
+            if ahead.is_none()
+                && let Some(share) = loader.share_ahead(place.owed())
+            {
+                ahead.insert(share.into()).prepare(models, device);
+            }
+        };
+        guarded(|| {
+            let gradient = wire.gradient();
+            let _ = gradient.f_zero_()?;
+            faults.in_pass(step);
+            pass.accumulate(share, first, gradient, meanwhile)
+        })?
+        .map_err(|error| error.to_string())
+    }
+
     /// The share of a step: the one that was taken ahead in this generation, or else the loader's next.
-    fn next_share(&mut self, owed: usize, abort: &AbortHandle) -> Result<Ahead, Ended> {
+    fn next_share(&mut self, place: Place<'_>) -> Result<Ahead, Ended> {
         let broken = || Ended::broken("aborted while waiting for samples".into());
-        match self.ahead.take_if(|_| abort.reason().is_none()) {
+        match self.ahead.take_if(|_| place.abort.reason().is_none()) {
             Some(ahead) => Ok(ahead),
             None if self.ahead.is_some() => Err(broken()),
-            None => self.loader.next_share(owed).map(Ahead::from).map_err(|error| match error {
+            None => self.loader.next_share(place.owed()).map(Ahead::from).map_err(|error| match error {
                 peapod_data::Error::Cancelled => broken(),
                 error @ peapod_data::Error::Recipe(_) => Ended::Unfit { phase: "data", message: error.to_string() },
                 error => Ended::Failed { phase: "data", message: error.to_string() },

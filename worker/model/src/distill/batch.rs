@@ -124,6 +124,18 @@ impl MicroBatch {
         }
     }
 
+    /// Puts what is large of it where the models are, behind the work that a GPU has already. Flags stay on the host, where they are looked at.
+    ///
+    /// Errors: [`Error::Torch`].
+    pub fn send_ahead(&mut self, device: Device) -> Result<()> {
+        let here = |tensor: &mut Tensor| send(tensor, device).map(|sent| *tensor = sent);
+        match &mut self.images {
+            Images::Pixels(pixels) => here(pixels)?,
+            Images::Moments(Moments { mean, log_variance }) => [mean, log_variance].into_iter().try_for_each(here)?,
+        }
+        [&mut self.posterior, &mut self.noise, &mut self.offset].into_iter().try_for_each(here)
+    }
+
     /// One of the samples as a batch of its own.
     ///
     /// Panics: if there is no such sample.
@@ -132,7 +144,8 @@ impl MicroBatch {
     }
 
     /// The samples in `num` batches, or fewer if there are fewer samples, as equal in size as can be, in order.
-    pub(super) fn split(&self, num: usize) -> Vec<Self> {
+    #[must_use]
+    pub fn split(&self, num: usize) -> Vec<Self> {
         let num = num.clamp(1, self.len().max(1));
         let bound = |part: usize| part * self.len() / num;
         (0..num).map(|part| self.range(bound(part), bound(part + 1))).collect()
