@@ -28,8 +28,14 @@ const LONGEST_WAIT: Duration = Duration::from_secs(2);
 const LONGEST_WAIT_OF_A_MEMBER: Duration = Duration::from_millis(400);
 /// Silence of the transport after which it is probed, and then given up.
 const KEEPALIVE: Duration = Duration::from_secs(3);
+/// One look-up of the coordinator's name, which has been found before.
+const LOOK_UP_TIMEOUT: Duration = Duration::from_secs(1);
 /// One picture.
 const PICTURE_TIMEOUT: Duration = Duration::from_secs(60);
+/// A whole checkpoint on its way to the coordinator's store. One that takes longer is older than the next.
+const UPLOAD_TIMEOUT: Duration = Duration::from_secs(600);
+/// Silence in the middle of a checkpoint that is being fetched.
+const DOWNLOAD_SILENCE: Duration = Duration::from_secs(60);
 /// Bytes in one message of an upload.
 const CHUNK: usize = 1 << 20;
 
@@ -116,7 +122,8 @@ async fn search(
         let no_answer = || Err(Attempt::Failed(format!("no answer within {} s", answer_timeout.as_secs_f64())));
         let last = match answer.unwrap_or_else(|_| no_answer()) {
             Ok(mut stream) => {
-                stream.local_ip = local_ip(access.url()).await;
+                // The stream is up, and its heartbeats are waited for: a name service that is slow has to do without this worker.
+                stream.local_ip = tokio::time::timeout(LOOK_UP_TIMEOUT, local_ip(access.url())).await.ok().flatten();
                 return Ok(stream);
             }
             Err(Attempt::Over(message)) => return Err(ClientError::Over(message)),
@@ -229,7 +236,7 @@ pub async fn next(inbound: &mut Streaming<v1::ToWorker>) -> Result<ToWorker, Str
 /// Sends a checkpoint's files, as the work of `trace`.
 ///
 /// # Errors
-/// [`ClientError::Transfer`] with the coordinator's words.
+/// [`ClientError::Transfer`] with the coordinator's words, or when it takes more than ten minutes.
 pub async fn upload(
     channel: Link,
     trace: &Trace,
@@ -253,9 +260,11 @@ pub async fn upload(
     drop(files);
     let messages: Vec<v1::UploadMessage> = messages.into_iter().map(|message| v1::UploadMessage { message: Some(message) }).collect();
     let messages = futures::stream::iter(messages);
-    let reply = v1::checkpoints_client::CheckpointsClient::new(channel).upload(trace.request(messages)).await;
-    let reply = reply.map_err(|status| ClientError::Transfer { what: "checkpoint not stored", message: status.message().into() })?;
-    Ok(reply.into_inner().location)
+    let failed = |message: String| ClientError::Transfer { what: "checkpoint not stored", message };
+    let mut client = v1::checkpoints_client::CheckpointsClient::new(channel);
+    let reply = tokio::time::timeout(UPLOAD_TIMEOUT, client.upload(trace.request(messages))).await;
+    let reply = reply.map_err(|_| failed(format!("not done within {} s", UPLOAD_TIMEOUT.as_secs())))?;
+    Ok(reply.map_err(|status| failed(status.message().into()))?.into_inner().location)
 }
 
 /// Sends a picture, as the work of `trace`; returns where it is kept.
@@ -287,9 +296,9 @@ pub async fn download(channel: Link, trace: &Trace, worker: WorkerId, step: Step
     let failed = |message: String| ClientError::Transfer { what: "checkpoint not received", message };
     let request = v1::DownloadRequest { worker_id: worker.0, step: step.0 };
     let mut client = v1::checkpoints_client::CheckpointsClient::new(channel);
-    let mut messages = client.download(trace.request(request)).await.map_err(|status| failed(status.message().into()))?.into_inner();
-    let mut next = async || messages.message().await.map(|message| message.and_then(|message| message.message));
-    let header = match next().await.map_err(|status| failed(status.message().into()))? {
+    let mut messages = in_time(client.download(trace.request(request))).await.map_err(failed)?.into_inner();
+    let mut next = async || in_time(messages.message()).await.map(|message| message.and_then(|message| message.message));
+    let header = match next().await.map_err(failed)? {
         Some(Message::Header(header)) => header,
         _ => return Err(failed("it does not begin with its header".into())),
     };
@@ -297,7 +306,7 @@ pub async fn download(channel: Link, trace: &Trace, worker: WorkerId, step: Step
     let mut rest: Vec<u8> = Vec::new();
     for part in header.parts {
         while (rest.len() as u64) < part.num_bytes {
-            match next().await.map_err(|status| failed(status.message().into()))? {
+            match next().await.map_err(failed)? {
                 Some(Message::Chunk(chunk)) => rest.extend(chunk),
                 _ => return Err(failed(format!("it ended in the middle of {}", part.name))),
             }
@@ -311,6 +320,12 @@ pub async fn download(channel: Link, trace: &Trace, worker: WorkerId, step: Step
         files.push((part.name, bytes));
     }
     Ok(files)
+}
+
+/// What a download says next, or why it says nothing.
+async fn in_time<T>(answer: impl Future<Output = Result<T, tonic::Status>>) -> Result<T, String> {
+    let answer = tokio::time::timeout(DOWNLOAD_SILENCE, answer).await;
+    answer.map_err(|_| format!("nothing came for {} s", DOWNLOAD_SILENCE.as_secs()))?.map_err(|status| status.message().into())
 }
 
 #[cfg(test)]

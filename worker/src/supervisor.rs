@@ -30,6 +30,8 @@ use crate::trainer::{self, Command, Context, Control, Drawn, Output, Snapshot};
 pub const BAD_ARGUMENTS: u8 = 2;
 /// What is under way when the worker ends gets this long: the last messages and a checkpoint being sent.
 const GRACE: Duration = Duration::from_secs(10);
+/// A stream that takes nothing for so long is given up.
+const SEND_TIMEOUT: Duration = Duration::from_secs(10);
 /// Until the coordinator says how often.
 const FIRST_HEARTBEAT_INTERVAL: Duration = Duration::from_millis(500);
 
@@ -74,8 +76,10 @@ struct Supervisor {
     output: mpsc::UnboundedSender<Output>,
     uploads: JoinSet<()>,
     faults: Arc<Faults>,
-    /// Whether a fault has cut the current stream.
+    /// Whether the current stream is given up.
     cut: bool,
+    /// The newest weights that were to be stored while there was no coordinator.
+    unsent: Option<Box<Snapshot>>,
     /// Whether one keeps its heartbeats back.
     silent: bool,
 }
@@ -117,6 +121,7 @@ pub async fn run(args: Args, device: Device) -> Exit {
         uploads: JoinSet::new(),
         faults,
         cut: false,
+        unsent: None,
         silent: false,
     };
     let exit = supervisor.run().await;
@@ -134,13 +139,23 @@ impl Supervisor {
         let mut heartbeat = tokio::time::interval(self.heartbeat_interval);
         loop {
             if self.inbound.is_none() {
-                // Nothing is lost by leaving while there is no connection: a signal breaks the search at once.
-                let joined = tokio::select! {
-                    joined = self.join() => joined,
-                    _ = interrupt.recv() => Err(Exit { code: 130, message: "Ctrl-C".into() }),
-                    _ = terminate.recv() => Err(Exit { code: 143, message: "SIGTERM".into() }),
+                let search = self.search();
+                tokio::pin!(search);
+                // Nothing is lost by leaving while there is no connection: a signal breaks the search at once. The trainer trains on, and is
+                // listened to: what it hands out must not pile up.
+                let found = loop {
+                    tokio::select! {
+                        found = &mut search => break found,
+                        Some(output) = self.outputs.recv() => {
+                            if let Some(exit) = self.take_alone(output) {
+                                return exit;
+                            }
+                        }
+                        _ = interrupt.recv() => return Exit { code: 130, message: "Ctrl-C".into() },
+                        _ = terminate.recv() => return Exit { code: 143, message: "SIGTERM".into() },
+                    }
                 };
-                if let Err(exit) = joined {
+                if let Err(exit) = self.joined(found) {
                     return exit;
                 }
             }
@@ -171,8 +186,12 @@ impl Supervisor {
                 // A beat that is late is sent once, not made up for.
                 heartbeat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
             }
+            let is_welcome = matches!(input, Input::Said(ToWorker::Welcome { .. }));
             let mut actions: VecDeque<Action> = self.life.handle(input).into();
             self.remember_identity();
+            if let Some(snapshot) = self.unsent.take_if(|_| is_welcome) {
+                self.upload(*snapshot);
+            }
             while let Some(action) = actions.pop_front() {
                 if let Some(exit) = self.act(action).await {
                     return exit;
@@ -181,8 +200,8 @@ impl Supervisor {
         }
     }
 
-    /// Finds the coordinator and opens a stream.
-    async fn join(&mut self) -> Result<(), Exit> {
+    /// Looks for the coordinator and opens a stream.
+    fn search(&mut self) -> impl Future<Output = Result<client::Stream, ClientError>> + use<> {
         let hello = FromWorker::Hello(Hello {
             protocol_version: PROTOCOL_VERSION,
             program_version: PROGRAM_VERSION.into(),
@@ -194,8 +213,13 @@ impl Supervisor {
             device: device::name(self.device),
         });
         self.attempt += 1;
-        let patience = self.args.patience(self.join_timeout);
-        match client::join(&self.access, hello, patience, self.join_timeout.is_some()).await {
+        let (access, patience, returning) = (self.access.clone(), self.args.patience(self.join_timeout), self.join_timeout.is_some());
+        async move { client::join(&access, hello, patience, returning).await }
+    }
+
+    /// Takes a stream over, or ends without one.
+    fn joined(&mut self, found: Result<client::Stream, ClientError>) -> Result<(), Exit> {
+        match found {
             Ok(stream) => {
                 (self.cut, self.silent) = (false, false);
                 self.outbound = Some(stream.outbound);
@@ -222,6 +246,20 @@ impl Supervisor {
         }
     }
 
+    /// Takes what the trainer hands out while there is no coordinator.
+    fn take_alone(&mut self, output: Output) -> Option<Exit> {
+        if let Output::Snapshot(snapshot) = output {
+            self.unsent = Some(snapshot);
+            return None;
+        }
+        let input = self.take(output)?;
+        // What is to be sent is said again, as far as it matters, when there is a stream.
+        self.life.handle(input).into_iter().find_map(|action| match action {
+            Action::Exit { code, message } => Some(Exit { code, message }),
+            _ => None,
+        })
+    }
+
     fn remember_identity(&self) {
         if let (Some(session), Some((worker, rank))) = (lock(&self.channel).as_mut(), self.life.identity()) {
             session.worker = worker;
@@ -233,9 +271,11 @@ impl Supervisor {
         if self.faults.keep_back(&message, self.control.heartbeat().step, &mut self.silent) {
             return;
         }
-        if let Some(outbound) = &self.outbound {
-            // A closed stream is noticed where it is read.
-            let _ = outbound.send(message).await;
+        let Some(outbound) = &self.outbound else { return };
+        // A closed stream is noticed where it is read. One that nobody reads must not keep signals and aborts waiting.
+        if tokio::time::timeout(SEND_TIMEOUT, outbound.send(message)).await.is_err() {
+            tracing::warn!("the coordinator has read nothing for {} s", SEND_TIMEOUT.as_secs());
+            self.cut = true;
         }
     }
 
@@ -418,7 +458,7 @@ fn files_of(job: &Job, snapshot: &Snapshot, step: Step) -> peapod_model::Result<
 /// The next message, or never while there is no stream.
 async fn next_message(inbound: &mut Option<Streaming<v1::ToWorker>>, cut: bool) -> Result<ToWorker, String> {
     match inbound {
-        Some(_) if cut => Err("cut on purpose".into()),
+        Some(_) if cut => Err("this worker has cut it".into()),
         Some(inbound) => client::next(inbound).await,
         None => std::future::pending().await,
     }
