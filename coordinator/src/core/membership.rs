@@ -127,6 +127,7 @@ impl Core {
             if hello.attempt <= attempt {
                 return Err(CoreError::StaleStream);
             }
+            self.free_rank(now, hello.requested_rank, Some(id))?;
             self.lose(now, id, "came back on a new stream", out);
             if let JobPhase::Done(_) = self.phase {
                 // That was the end of the job: nothing may be said after it. The worker is told when it asks again.
@@ -138,7 +139,12 @@ impl Core {
         let (id, rank) = match awaited {
             Some(member) => (member.worker, member.rank),
             None => {
-                let rank = self.free_rank(now, hello.requested_rank)?;
+                let rank = match self.free_rank(now, hello.requested_rank, None) {
+                    Ok(rank) => rank,
+                    // Its old stream is gone already: it is refused by having no new one, and asks again.
+                    Err(_) if returning.is_some() => return Ok(()),
+                    Err(error) => return Err(error),
+                };
                 let id = WorkerId(self.next_worker);
                 if let Some(replaced) = self.absent_member(rank) {
                     // Whoever asks for the rank of a worker that is awaited was started in its place.
@@ -178,8 +184,8 @@ impl Core {
                 world_size,
                 job_id: self.config.job_id.clone(),
                 job_toml: self.config.job_toml.clone(),
-                heartbeat_interval_ms: (self.config.heartbeat_timeout / 6).as_millis() as u32,
-                heartbeat_timeout_ms: self.config.heartbeat_timeout.as_millis() as u32,
+                heartbeat_interval_ms: u32::try_from((self.config.heartbeat_timeout / 6).as_millis()).unwrap_or(u32::MAX),
+                heartbeat_timeout_ms: u32::try_from(self.config.heartbeat_timeout.as_millis()).unwrap_or(u32::MAX),
                 join_timeout_ms: u32::try_from(self.config.join_timeout.as_millis()).unwrap_or(u32::MAX),
                 continues: if returns { self.generation } else { Generation::NONE },
             },
@@ -194,8 +200,10 @@ impl Core {
         Ok(())
     }
 
-    fn free_rank(&self, now: Timestamp, requested: Option<Rank>) -> Result<Rank, CoreError> {
-        let holder = |rank: Rank| self.workers.values().find(|worker| worker.rank == rank);
+    /// The rank of a newcomer; `own` is the worker that it was until now.
+    fn free_rank(&self, now: Timestamp, requested: Option<Rank>, own: Option<WorkerId>) -> Result<Rank, CoreError> {
+        let others = || self.workers.iter().filter(|(id, _)| Some(**id) != own).map(|(_, worker)| worker);
+        let holder = |rank: Rank| others().find(|worker| worker.rank == rank);
         if let Some(rank) = requested {
             return match holder(rank) {
                 Some(worker) => {
@@ -205,7 +213,7 @@ impl Core {
                 None => Ok(rank),
             };
         }
-        let taken: BTreeSet<Rank> = self.workers.values().map(|worker| worker.rank).collect();
+        let taken: BTreeSet<Rank> = others().map(|worker| worker.rank).collect();
         let reserved = self.reserved_ranks(now);
         let free = |rank: &Rank| !taken.contains(rank);
         let mut ranks = (0..self.config.world_size).map(Rank);
@@ -237,8 +245,10 @@ impl Core {
         if let Some(worker) = self.workers.get_mut(&id).filter(|worker| worker.state == WorkerState::Loading) {
             worker.state = state;
             worker.phase = Phase::Waiting;
+            let rank = worker.rank;
             out.push(Effect::Notice(Notice::Ready(worker.view(id, now, false))));
             self.last_arrival = now;
+            self.setbacks.loaded(rank);
         }
         self.admit(out);
         self.try_form(now, out);
