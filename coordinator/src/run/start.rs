@@ -14,6 +14,7 @@ use crate::check::{self, LoadedJob};
 use crate::config::RunArgs;
 use crate::core::{Config, Core, Resume};
 use crate::journal::{Disk, Found, Run};
+use crate::shard_list::{self, ShardList};
 use crate::store::{Store, hex, sha256};
 
 /// A worker's own deadlines come first by this much.
@@ -26,6 +27,8 @@ pub(super) struct Start {
     pub job: Job,
     pub run: Run,
     pub num_shards: usize,
+    /// Its shards, as its checkpoints remember them.
+    pub lists: Vec<ShardList>,
     pub store: Store,
     pub journal: Disk,
     pub core: Core,
@@ -44,14 +47,15 @@ impl Start {
             Ok(loaded) => loaded,
             Err(problem) => return Ok(Err(Exit::Refused(problem))),
         };
-        let LoadedJob { ref job, ref toml, ref shards, .. } = loaded;
+        let LoadedJob { ref job, ref toml, ref shards, ref sources, .. } = loaded;
+        let lists = ShardList::of(shards, sources);
         let _lock = match lock(&args.state_dir)? {
             Ok(lock) => lock,
             Err(problem) => return Ok(Err(Exit::Refused(problem))),
         };
         let checkpoints = job.checkpoint.store.clone().unwrap_or_else(|| args.state_dir.join("checkpoints"));
         let store = Store::local(&checkpoints)?;
-        let resume = match resume(&store, job).await? {
+        let resume = match resume(&store, job, &lists).await? {
             Ok(resume) => resume,
             Err(problem) => return Ok(Err(Exit::Refused(problem))),
         };
@@ -71,6 +75,12 @@ impl Start {
         let step = resume.as_ref().map_or(Step(0), |resume| resume.step);
         let shards_digest = hex(&sha256(shards.join("\n").as_bytes()));
         let run = Run { job_id: String::new(), term: 1, world_size: args.world_size, job: toml.clone(), shards: shards_digest };
+        // Workers of `--local` are gone: without a checkpoint nothing is left that the old list is needed for.
+        let is_kept = !args.local || resume.is_some();
+        if is_kept && found.as_ref().is_some_and(|found| found.run.shards != run.shards) {
+            let problem = format!("the run in the journal {} has another list of shards. {}", journal_path.display(), shard_list::RESTORE);
+            return Ok(Err(Exit::Refused(problem)));
+        }
         let found = found.filter(|found| match new_run(found, &run, resume.as_ref(), args.local) {
             Some(why) => {
                 tracing::warn!("{why}: its workers are sent away, and the job goes on from step {step}, where its newest checkpoint is");
@@ -97,7 +107,7 @@ impl Start {
             None => fresh,
         };
         let num_shards = shards.len();
-        Ok(Ok(Self { job: loaded.job, run, num_shards, store, journal, core, goes_back, is_finished, _lock }))
+        Ok(Ok(Self { job: loaded.job, run, num_shards, lists, store, journal, core, goes_back, is_finished, _lock }))
     }
 }
 
@@ -134,6 +144,7 @@ fn config(args: &RunArgs, loaded: &LoadedJob, job_id: &str) -> Config {
         sources: sources.clone(),
         epochs: job.train.epochs,
         last_step: job.last_step().map(Step),
+        workers_are_alike: args.local,
         global_batch: job.train.global_batch,
         scale_batch: job.train.scale_batch,
         checkpoint_every: job.checkpoint.every,
@@ -205,8 +216,8 @@ fn lock(state_dir: &Path) -> anyhow::Result<Result<File, String>> {
     })
 }
 
-/// The newest checkpoint, if it is of this job.
-async fn resume(store: &Store, job: &Job) -> anyhow::Result<Result<Option<Resume>, String>> {
+/// The newest checkpoint, if it is of this job and its shards.
+async fn resume(store: &Store, job: &Job, lists: &[ShardList]) -> anyhow::Result<Result<Option<Resume>, String>> {
     let Some((manifest, ledger)) = store.newest().await? else { return Ok(Ok(None)) };
     let location = store.location(manifest.step, manifest.generation);
     let before = match Job::parse(&manifest.job) {
@@ -220,8 +231,14 @@ async fn resume(store: &Store, job: &Job) -> anyhow::Result<Result<Option<Resume
             "the checkpoint in {location} belongs to another job:{list}\nTo go on with it, restore these; to start anew, give another --state-dir or checkpoint.store"
         )));
     }
-    if *job != before {
-        tracing::info!("the job file has changed since {location}; its new settings hold from here on");
+    let changes = shard_list::changes(&manifest.shards, lists);
+    if !changes.is_empty() {
+        let list = changes.iter().map(|change| format!("\n  {change}")).collect::<String>();
+        return Ok(Err(format!("the checkpoint in {location} was trained on another list of shards:{list}\n{}", shard_list::RESTORE)));
+    }
+    let changed = job.changed_keys(&before);
+    if !changed.is_empty() {
+        tracing::info!("the job file has changed since {location} ({}); its new settings hold from here on", changed.join(", "));
     }
     tracing::info!("resuming from {location}");
     Ok(Ok(Some(Resume { step: manifest.step, ledger: Arc::new(ledger), generation: manifest.generation })))
