@@ -134,31 +134,42 @@ impl Core {
                 return Ok(());
             }
         }
-        let awaited = self.awaited(hello.incarnation);
-        let returns = awaited.is_some();
-        let (id, rank) = match awaited {
-            Some(member) => (member.worker, member.rank),
-            None => {
-                let rank = match self.free_rank(now, hello.requested_rank, None) {
-                    Ok(rank) => rank,
-                    // Its old stream is gone already: it is refused by having no new one, and asks again.
-                    Err(_) if returning.is_some() => return Ok(()),
-                    Err(error) => return Err(error),
-                };
-                let id = WorkerId(self.next_worker);
-                if let Some(replaced) = self.absent_member(rank) {
-                    // Whoever asks for the rank of a worker that is awaited was started in its place.
-                    self.last_members.retain(|member| member.worker != replaced);
-                    out.push(Effect::Persist(Fact::Replaced(replaced)));
-                }
-                self.next_worker += 1;
-                if id.0 >= self.reserved_ids {
-                    self.reserved_ids = id.0 + IDS_AT_ONCE;
-                    out.push(Effect::Persist(Fact::Joined(WorkerId(self.reserved_ids - 1))));
-                }
-                (id, rank)
-            }
+        if let Some(member) = self.awaited(hello.incarnation) {
+            self.welcome(now, stream, hello, (member.worker, member.rank), self.generation, out);
+            self.has_returned(now);
+            return Ok(());
+        }
+        let rank = match self.free_rank(now, hello.requested_rank, None) {
+            Ok(rank) => rank,
+            // Its old stream is gone already: it is refused by having no new one, and asks again.
+            Err(_) if returning.is_some() => return Ok(()),
+            Err(error) => return Err(error),
         };
+        if let Some(replaced) = self.absent_member(rank) {
+            // Whoever asks for the rank of a worker that is awaited was started in its place.
+            self.last_members.retain(|member| member.worker != replaced);
+            out.push(Effect::Persist(Fact::Replaced(replaced)));
+        }
+        let id = WorkerId(self.next_worker);
+        self.next_worker += 1;
+        if id.0 >= self.reserved_ids {
+            self.reserved_ids = id.0 + IDS_AT_ONCE;
+            out.push(Effect::Persist(Fact::Joined(WorkerId(self.reserved_ids - 1))));
+        }
+        self.welcome(now, stream, hello, (id, rank), Generation::NONE, out);
+        Ok(())
+    }
+
+    /// Lets a worker in; `continues` is the generation that it is a member of and may go on with.
+    fn welcome(
+        &mut self,
+        now: Timestamp,
+        stream: StreamId,
+        hello: Hello,
+        (id, rank): (WorkerId, Rank),
+        continues: Generation,
+        out: &mut Vec<Effect>,
+    ) {
         let worker = Worker {
             rank,
             incarnation: hello.incarnation,
@@ -181,23 +192,19 @@ impl Core {
             message: ToWorker::Welcome {
                 worker: id,
                 rank,
-                world_size,
+                world_size: self.config.world_size,
                 job_id: self.config.job_id.clone(),
                 job_toml: self.config.job_toml.clone(),
                 heartbeat_interval_ms: u32::try_from((self.config.heartbeat_timeout / 6).as_millis()).unwrap_or(u32::MAX),
                 heartbeat_timeout_ms: u32::try_from(self.config.heartbeat_timeout.as_millis()).unwrap_or(u32::MAX),
                 join_timeout_ms: u32::try_from(self.config.join_timeout.as_millis()).unwrap_or(u32::MAX),
-                continues: if returns { self.generation } else { Generation::NONE },
+                continues,
             },
         });
         out.push(Effect::Notice(Notice::Joined(worker.view(id, now, false))));
         self.workers.insert(id, worker);
         self.next_silence = self.next_silence.min(now + self.config.heartbeat_timeout);
         self.last_arrival = now;
-        if returns {
-            self.has_returned(now);
-        }
-        Ok(())
     }
 
     /// The rank of a newcomer; `own` is the worker that it was until now.

@@ -81,13 +81,7 @@ impl Start {
             let problem = format!("the run in the journal {} has another list of shards. {}", journal_path.display(), shard_list::RESTORE);
             return Ok(Err(Exit::Refused(problem)));
         }
-        let found = found.filter(|found| match new_run(found, &run, resume.as_ref(), args.local) {
-            Some(why) => {
-                tracing::warn!("{why}: its workers are sent away, and the job goes on from step {step}, where its newest checkpoint is");
-                false
-            }
-            None => true,
-        });
+        let found = found.filter(|found| goes_on(found, &run, resume.as_ref(), args.local));
         let run = match &found {
             Some(found) => Run { job_id: found.run.job_id.clone(), term: found.run.term + 1, ..run },
             None => Run { job_id: format!("{:016x}", random()?), ..run },
@@ -103,7 +97,7 @@ impl Start {
         }
         let core = match found {
             _ if is_finished => fresh.over(),
-            Some(found) => go_on(config, resume, found, run.term, &journal_path),
+            Some(found) => go_on(config, resume, found, &run, &journal_path),
             None => fresh,
         };
         let num_shards = shards.len();
@@ -160,11 +154,28 @@ fn say_finished(job: &Job, step: Step, checkpoints: &Path) {
     tracing::info!("the job is finished already: its checkpoint in {} is of step {step}, {goal}", checkpoints.display());
 }
 
-fn go_on(config: Config, resume: Option<Resume>, found: Found, term: u64, journal: &Path) -> Core {
+fn go_on(config: Config, resume: Option<Resume>, found: Found, run: &Run, journal: &Path) -> Core {
     let core = Core::restore(config, resume, found.state);
-    let (path, step) = (journal.display(), core.final_step());
+    let (path, step, term) = (journal.display(), core.final_step(), run.term);
     tracing::info!("going on with the run of {path}, start {term}: its workers hold step {step} or a later one");
-    core
+    let (before, now) = (found.run.world_size, run.world_size);
+    if before == now {
+        return core;
+    }
+    tracing::info!("--world-size is {now} now, {before} before: its workers regroup with what they hold");
+    core.resized()
+}
+
+/// Whether the workers of a run, if they live, go on with it. If not, says what that costs.
+fn goes_on(found: &Found, run: &Run, resume: Option<&Resume>, local: bool) -> bool {
+    let Some(why) = new_run(found, run, resume, local) else { return true };
+    let step = resume.map_or(Step(0), |resume| resume.step);
+    let lost = match found.state.final_step().0.saturating_sub(step.0) {
+        0 => String::new(),
+        steps => format!("; {steps} steps or more are trained again"),
+    };
+    tracing::warn!("{why}: its workers are sent away, and the job goes on from step {step}, where its newest checkpoint is{lost}");
+    false
 }
 
 /// Why a journal must not be gone on with: it is of another job.
@@ -191,10 +202,6 @@ fn new_run(found: &Found, run: &Run, resume: Option<&Resume>, local: bool) -> Op
         Some("the run in the journal is over, as --local starts workers of its own")
     } else if before.job != run.job {
         Some("the run in the journal has another job file")
-    } else if before.world_size != run.world_size {
-        Some("the run in the journal has another --world-size")
-    } else if before.shards != run.shards {
-        Some("the run in the journal has another list of shards")
     } else if resume.is_some_and(|resume| resume.generation > state.generation()) {
         Some("the run in the journal is older than the newest checkpoint")
     } else {
