@@ -284,7 +284,7 @@ impl Core {
             Event::GiveUp { .. } if self.is_finishing() => {}
             Event::GiveUp { reason } => {
                 let reason = self.first_failure().map_or_else(|| reason.clone(), |first| format!("{first}; {reason}"));
-                self.fail(reason, &mut out);
+                self.give_up_job(now, reason, &mut out);
             }
             Event::Exited { process, cause, log } => self.exited(now, &process, &cause, log, &mut out),
             Event::Stalled { by } => self.stalled(by),
@@ -445,6 +445,16 @@ impl Core {
     /// Whether the last checkpoint is on its way from somebody who lives.
     fn is_finishing(&self) -> bool {
         matches!(self.phase, JobPhase::Finishing { .. }) && self.truth.holders.iter().any(|holder| self.workers.contains_key(holder))
+    }
+
+    /// Nobody will come whom the job could go on with. What those hold who are left is kept, where no generation is to be left first.
+    fn give_up_job(&mut self, now: Timestamp, reason: String, out: &mut Vec<Effect>) {
+        let is_held = self.truth.holders.iter().any(|holder| self.workers.contains_key(holder));
+        if is_held && matches!(self.phase, JobPhase::Gathering { .. }) {
+            self.ask_for_last_checkpoint(now, Outcome::Failed { reason }, 1, out);
+        } else {
+            self.fail(reason, out);
+        }
     }
 
     fn fail(&mut self, reason: String, out: &mut Vec<Effect>) {

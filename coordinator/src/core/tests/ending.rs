@@ -202,6 +202,23 @@ fn whoever_gives_up_names_what_failed_first() {
 }
 
 #[test]
+fn job_that_is_given_up_keeps_what_those_hold_who_are_left() {
+    let (mut world, workers) = World::running(2);
+    world.report(workers[0], 1, Some(&[]));
+    world.report(workers[1], 1, None);
+    world.event(Event::Drain { rank: Rank(1) }).unwrap();
+    workers.iter().for_each(|&worker| world.stopped(worker, 1, StopCause::Planned, vec![]));
+    for _ in 0..2 {
+        // The second is of another worker that left, while the copy is on its way.
+        world.event(Event::GiveUp { reason: "one is left, two are needed".into() }).unwrap();
+        assert!(matches!(world.sent(workers[0]).last(), Some(ToWorker::TakeSnapshot { .. })));
+        assert_eq!(world.outcome(), None);
+    }
+    world.event(Event::CheckpointStored { step: Step(1), generation: Generation(1) }).unwrap();
+    assert_eq!(world.outcome(), Some(Outcome::Failed { reason: "one is left, two are needed".into() }));
+}
+
+#[test]
 fn stop_of_a_job_that_has_not_begun_ends_it_at_once() {
     let mut world = World::new(config(2));
     let worker = world.join(None).unwrap();
