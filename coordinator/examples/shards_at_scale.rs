@@ -99,6 +99,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let config = Config {
         world_size: num_workers,
         min_world_size: num_workers,
+        workers_are_alike: false,
         global_batch: 65536,
         scale_batch: false,
         heartbeat_timeout: Duration::from_secs(3),

@@ -1,12 +1,44 @@
 //! What a coordinator tells people when it starts.
 
 use std::io::Write;
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::path::Path;
 
 use peapod_proto::job::Job;
 
 use crate::config::RunArgs;
 use crate::secrets::{JOIN, Secrets};
+
+/// File in the state folder with the address of the coordinator that uses it, for commands on this machine.
+const ADDRESS: &str = "address";
+
+/// Leaves the address where commands look for it.
+///
+/// # Errors
+/// Names the file that cannot be written.
+pub fn leave_address(state_dir: &Path, scheme: &str, listening: SocketAddr) -> Result<(), String> {
+    let ip = match listening.ip() {
+        IpAddr::V4(ip) if ip.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
+        IpAddr::V6(ip) if ip.is_unspecified() => Ipv6Addr::LOCALHOST.into(),
+        ip => ip,
+    };
+    let path = state_dir.join(ADDRESS);
+    let url = format!("{scheme}://{}\n", SocketAddr::new(ip, listening.port()));
+    std::fs::write(&path, url).map_err(|error| format!("cannot write {}: {error}", path.display()))
+}
+
+/// Takes it away again: nobody listens there any more.
+pub fn take_address(state_dir: &Path) {
+    // Where it stays, a command finds nobody there and says so.
+    let _ = std::fs::remove_file(state_dir.join(ADDRESS));
+}
+
+/// The address that a coordinator has left in its state folder.
+#[must_use]
+pub fn address_in(state_dir: &Path) -> Option<String> {
+    let text = std::fs::read_to_string(state_dir.join(ADDRESS)).ok()?;
+    Some(text.trim().to_owned()).filter(|url| !url.is_empty())
+}
 
 /// Of the control port's address.
 pub fn scheme(is_secure: bool) -> &'static str {
@@ -67,6 +99,20 @@ pub fn host_name() -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn commands_find_the_address_in_the_state_folder() {
+        let folder = tempfile::tempdir().unwrap();
+        assert_eq!(address_in(folder.path()), None);
+        for (listening, left) in
+            [("0.0.0.0:7733", "http://127.0.0.1:7733"), ("[::]:1", "http://[::1]:1"), ("10.0.0.1:2", "http://10.0.0.1:2")]
+        {
+            leave_address(folder.path(), "http", listening.parse().unwrap()).unwrap();
+            assert_eq!(address_in(folder.path()).as_deref(), Some(left));
+        }
+        take_address(folder.path());
+        assert_eq!(address_in(folder.path()), None);
+    }
 
     #[test]
     fn workers_are_told_an_address_they_can_reach() {

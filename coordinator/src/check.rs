@@ -46,6 +46,9 @@ pub struct Visibility {
 /// Most shards behind a network that are asked for before a job: every one costs a request.
 const MAX_ASKED: usize = 1000;
 
+/// What is wrong with a list that is empty, or has comments only.
+const NO_SHARDS: &str = "no shard is named by its lists";
+
 /// Shards named in an error before the rest is counted.
 const MISSING_SHOWN: usize = 5;
 
@@ -71,12 +74,18 @@ pub fn load(path: &Path) -> Result<LoadedJob, String> {
 fn expand(job: &Job) -> Result<(Vec<String>, Vec<Source>), String> {
     if job.data.sources.is_empty() {
         let shards = peapod_data::expand_shards(&job.data.shards).map_err(|error| format!("data.shards: {error}"))?;
+        if shards.is_empty() {
+            return Err(format!("data.shards: {NO_SHARDS}"));
+        }
         let sources = vec![Source::unnamed(shards.len() as u32)];
         return Ok((shards, sources));
     }
     let (mut shards, mut sources) = (Vec::new(), Vec::new());
     for source in &job.data.sources {
         let found = peapod_data::expand_shards(&source.shards).map_err(|error| format!("data.sources: {:?}: {error}", source.name))?;
+        if found.is_empty() {
+            return Err(format!("data.sources: {:?}: {NO_SHARDS}", source.name));
+        }
         sources.push(Source { name: source.name.clone(), num_shards: found.len() as u32, weight: source.weight });
         shards.extend(found);
     }
@@ -286,6 +295,18 @@ mod tests {
         assert!(line.starts_with("1 shards; 1 cannot be looked at from this machine, such as http://127.0.0.1:1/"), "{line}");
         let missing = Visibility { missing: vec!["http://host/0.tar".into()], ..Visibility::default() };
         assert!(missing.judge(false).is_err(), "a server's answer is the same everywhere");
+    }
+
+    #[test]
+    fn list_without_a_shard_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("list.txt"), "# nothing yet\n").unwrap();
+        let path = job(folder.path(), "00.tar");
+        let text = std::fs::read_to_string(&path)
+            .unwrap()
+            .replace(&format!("{}/00.tar", folder.path().display()), &format!("@{}/list.txt", folder.path().display()));
+        std::fs::write(&path, text).unwrap();
+        assert!(load(&path).unwrap_err().ends_with("data.shards: no shard is named by its lists"));
     }
 
     #[test]

@@ -124,9 +124,20 @@ pub enum Checkpoints {
 /// Where a job keeps its checkpoints.
 #[derive(Debug, Args)]
 pub struct StoreArgs {
-    /// Where the job keeps its checkpoints
-    #[arg(long, value_name = "DIR", default_value = "peapod-state/checkpoints")]
-    pub checkpoints: PathBuf,
+    /// Where the job keeps its checkpoints, if the job file names a folder for them [default: checkpoints in --state-dir]
+    #[arg(long, value_name = "DIR")]
+    pub checkpoints: Option<PathBuf>,
+    /// The job's --state-dir
+    #[arg(long, env = "PEAPOD_STATE_DIR", value_name = "DIR", default_value = "peapod-state")]
+    pub state_dir: PathBuf,
+}
+
+impl StoreArgs {
+    /// The folder.
+    #[must_use]
+    pub fn folder(&self) -> PathBuf {
+        self.checkpoints.clone().unwrap_or_else(|| self.state_dir.join("checkpoints"))
+    }
 }
 
 /// Which adapter goes where.
@@ -149,7 +160,7 @@ pub struct Target {
     /// Address of the coordinator [default: the one in --state-dir, or http://127.0.0.1:7733]
     #[arg(long, env = "PEAPOD_COORDINATOR")]
     pub coordinator: Option<String>,
-    /// Its --state-dir, where it leaves its join string
+    /// Its --state-dir, where it leaves its address and its join string
     #[arg(long, env = "PEAPOD_STATE_DIR", value_name = "DIR", default_value = "peapod-state")]
     pub state_dir: PathBuf,
     /// How to be let in
@@ -348,7 +359,9 @@ mod tests {
     fn subcommands_need_no_world() {
         assert!(Cli::try_parse_from(["coordinator", "status"]).is_ok());
         assert!(Cli::try_parse_from(["coordinator", "drain", "3"]).is_ok());
-        assert!(Cli::try_parse_from(["coordinator", "checkpoints", "list", "--json"]).is_ok());
+        let list = Cli::try_parse_from(["coordinator", "checkpoints", "list", "--json", "--state-dir", "here"]).unwrap();
+        let Some(Command::Checkpoints { command: Checkpoints::List { store, json: true } }) = list.command else { panic!() };
+        assert_eq!(store.folder(), PathBuf::from("here/checkpoints"));
         assert!(Cli::try_parse_from(["coordinator", "status", "--watch", "--log-format", "json"]).is_ok());
     }
 }

@@ -8,6 +8,7 @@ use anyhow::Result;
 use peapod_proto::secure::{Access, AccessError, Link, refusal};
 use peapod_proto::v1;
 
+use crate::announce::address_in;
 use crate::config::Target;
 use crate::secrets::join_string_in;
 
@@ -29,8 +30,9 @@ fn access(target: &Target) -> Result<Access> {
         let left = join_string_in(state_dir).map_err(anyhow::Error::msg)?;
         access.join = left.map(Into::into);
     }
-    let coordinator = coordinator.or(access.join.is_none().then_some(DEFAULT_ADDRESS));
-    Access::new(coordinator, &access).map_err(anyhow::Error::msg)
+    // The join string says where, too.
+    let left = access.join.is_none().then(|| address_in(state_dir).unwrap_or_else(|| DEFAULT_ADDRESS.to_owned()));
+    Access::new(coordinator.or(left.as_deref()), &access).map_err(anyhow::Error::msg)
 }
 
 async fn connect(target: &Target) -> Result<Client> {
@@ -40,7 +42,7 @@ async fn connect(target: &Target) -> Result<Client> {
         Ok(link) => Ok(v1::control_client::ControlClient::new(link)),
         Err(AccessError::Refused(why)) => anyhow::bail!("{why}"),
         Err(AccessError::Failed(_)) => {
-            anyhow::bail!("no coordinator answers at {}: is it running, and is --coordinator right?", access.url())
+            anyhow::bail!("no coordinator answers at {}: is it running, and is --coordinator or --state-dir right?", access.url())
         }
     }
 }

@@ -65,6 +65,11 @@ pub enum Command {
         /// Whether it stays.
         reply: oneshot::Sender<bool>,
     },
+    /// Whether the driver is well.
+    Ping {
+        /// The answer.
+        reply: oneshot::Sender<()>,
+    },
     /// What the job is doing.
     Status {
         /// The answer.
@@ -182,6 +187,8 @@ pub struct Driver {
     streams: HashMap<WorkerId, (StreamId, mpsc::Sender<ToWorker>)>,
     frozen: BTreeMap<(Step, Generation), Arc<Ledger>>,
     waiters: Vec<(Step, Generation, RecordsReply)>,
+    /// Of which the ledger was dropped because too many waited; the core is to know.
+    evicted: Vec<(Step, Generation)>,
     journal: Box<dyn Journal>,
     observer: Observer,
 }
@@ -199,6 +206,7 @@ impl Driver {
             streams: HashMap::new(),
             frozen: BTreeMap::new(),
             waiters: Vec::new(),
+            evicted: Vec::new(),
             journal,
             observer,
         }
@@ -309,7 +317,12 @@ impl Driver {
                     None if generation != self.core.generation() => {
                         drop(reply.send(Err(format!("{generation} is over and step {step} is not on its line"))))
                     }
-                    None => self.waiters.push((step, generation, reply)),
+                    None if step <= self.core.final_step() => drop(reply.send(Err(not_awaited(step)))),
+                    None => {
+                        // Some may have given up meanwhile.
+                        self.waiters.retain(|(_, _, reply)| !reply.is_closed());
+                        self.waiters.push((step, generation, reply));
+                    }
                 }
                 None
             }
@@ -318,6 +331,10 @@ impl Driver {
                 let outcome = self.tell(Event::CheckpointStored { step, generation });
                 let _ = reply.send(stays);
                 outcome
+            }
+            Command::Ping { reply } => {
+                let _ = reply.send(());
+                None
             }
             Command::Status { reply } => {
                 let _ = reply.send(self.status());
@@ -358,6 +375,9 @@ impl Driver {
             }
             Event::CheckpointStored { step, generation } | Event::CheckpointFailed { step, generation, .. } => {
                 self.frozen.remove(&(*step, *generation));
+                if matches!(event, Event::CheckpointStored { .. }) && self.core.awaits_checkpoint(*step, *generation) {
+                    self.frozen.retain(|(frozen, _), _| frozen > step);
+                }
                 None
             }
             _ => None,
@@ -421,7 +441,11 @@ impl Driver {
                         return Ok(Some(not_written(&error)));
                     }
                 }
-                Effect::Committed { record, timings } => self.observer.committed(&record, timings),
+                Effect::Committed { record, timings } => {
+                    // A step that is final without a word of its copy, as the report of it was lost.
+                    self.refuse_waiters(|step, generation| generation == record.generation && step <= record.step, not_awaited);
+                    self.observer.committed(&record, timings);
+                }
                 Effect::Validated(losses) => self.observer.validated(&losses),
                 Effect::Freeze { step, generation, ledger } => {
                     if let Err(error) = self.journal.flush() {
@@ -433,6 +457,10 @@ impl Driver {
                 Effect::Notice(notice) => self.observer.notice(&notice),
                 Effect::Finish(reached) => outcome = Some(reached),
             }
+        }
+        while let Some((step, generation)) = self.evicted.pop() {
+            let error = format!("{MAX_FROZEN} later ones are on their way");
+            outcome = outcome.or(self.event(Event::CheckpointFailed { step, generation, error })?);
         }
         self.observer.activity(self.core.activity());
         if self.journal.is_long()
@@ -455,7 +483,7 @@ impl Driver {
     fn freeze(&mut self, step: Step, generation: Generation, ledger: &Arc<Ledger>) {
         self.frozen.insert((step, generation), ledger.clone());
         while self.frozen.len() > MAX_FROZEN {
-            self.frozen.pop_first();
+            self.evicted.extend(self.frozen.pop_first().map(|(key, _)| key));
         }
         let records = self.records_of(step, ledger);
         for (_, _, reply) in self.waiters.extract_if(.., |(s, g, _)| (*s, *g) == (step, generation)) {
@@ -469,8 +497,16 @@ impl Driver {
 
     fn void(&mut self, generation: Generation, after: Step) {
         self.frozen.retain(|&(step, frozen), _| frozen != generation || step <= after);
-        for (step, _, reply) in self.waiters.extract_if(.., |(step, waiting, _)| *waiting == generation && *step > after) {
-            let _ = reply.send(Err(format!("step {step} of {generation} is void: the job goes on from step {after}")));
+        let is_void = |step: Step, waiting: Generation| waiting == generation && step > after;
+        self.refuse_waiters(is_void, |step| format!("step {step} of {generation} is void: the job goes on from step {after}"));
+    }
+
+    /// Answers those who wait for records that will never be.
+    fn refuse_waiters(&mut self, of: impl Fn(Step, Generation) -> bool, why: impl Fn(Step) -> String) {
+        let frozen = &self.frozen;
+        let is_refused = |step: Step, generation: Generation| of(step, generation) && !frozen.contains_key(&(step, generation));
+        for (step, _, reply) in self.waiters.extract_if(.., |(step, generation, _)| is_refused(*step, *generation)) {
+            let _ = reply.send(Err(why(step)));
         }
     }
 
@@ -495,6 +531,10 @@ impl Driver {
     }
 }
 
+fn not_awaited(step: Step) -> String {
+    format!("no copy of step {step} is awaited")
+}
+
 fn not_written(error: &JournalError) -> Outcome {
     Outcome::Failed { reason: error.to_string() }
 }
@@ -504,5 +544,142 @@ async fn sleep_until(at: Option<Instant>) {
     match at {
         Some(at) => tokio::time::sleep_until(at.into()).await,
         None => std::future::pending().await,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use peapod_proto::ids::Incarnation;
+    use peapod_proto::message::{StepLosses, StepRecord, StepReport, StepTimings};
+    use peapod_proto::{PROGRAM_VERSION, PROTOCOL_VERSION};
+
+    use super::*;
+    use crate::core::order::Source;
+    use crate::core::{Config, Fact, State};
+    use crate::observe::{Bar, Logs, Validation};
+
+    /// Forgets everything.
+    struct Nowhere;
+
+    impl Journal for Nowhere {
+        fn append(&mut self, _fact: &Fact) -> Result<(), JournalError> {
+            Ok(())
+        }
+
+        fn flush(&mut self) -> Result<(), JournalError> {
+            Ok(())
+        }
+
+        fn flush_at(&self) -> Option<Instant> {
+            None
+        }
+
+        fn is_long(&self) -> bool {
+            false
+        }
+
+        fn compact(&mut self, _state: &State) -> Result<(), JournalError> {
+            Ok(())
+        }
+    }
+
+    fn config() -> Config {
+        Config {
+            world_size: 1,
+            min_world_size: 1,
+            heartbeat_timeout: Duration::from_secs(3),
+            join_timeout: Duration::from_secs(60),
+            data_patience: Duration::from_secs(30),
+            job_id: "job".into(),
+            job_toml: String::new(),
+            seed: 1,
+            shards: Arc::new(["0.tar".to_owned()]),
+            sources: Arc::new([Source::unnamed(1)]),
+            epochs: None,
+            last_step: Some(Step(100)),
+            workers_are_alike: false,
+            global_batch: 16,
+            scale_batch: false,
+            checkpoint_every: Duration::from_secs(300),
+            max_bad_fraction: 0.05,
+            max_skipped_steps: 2,
+        }
+    }
+
+    /// A driver with one worker that trains, and what is sent to it.
+    fn training() -> (Driver, WorkerId, StreamId, mpsc::Receiver<ToWorker>) {
+        let (_, inbox) = mpsc::channel(1);
+        let (outbound, messages) = mpsc::channel(OUTBOUND_CAPACITY);
+        let kind = Validation { feature_weight: 0.1, of_average: false };
+        let observer = Observer::new(Bar::default(), Logs::default(), kind, Step(0), None);
+        let mut driver = Driver::new(Core::new(config(), None), inbox, Box::new(Nowhere), observer);
+        let hello = Hello {
+            protocol_version: PROTOCOL_VERSION,
+            program_version: PROGRAM_VERSION.into(),
+            incarnation: Incarnation(1),
+            attempt: 0,
+            requested_rank: None,
+            host: String::new(),
+            pid: 1,
+            device: String::new(),
+        };
+        let (reply, mut answer) = oneshot::channel();
+        driver.handle(Command::Hello { hello, outbound, reply });
+        let (worker, stream) = answer.try_recv().unwrap().unwrap();
+        let tell = |driver: &mut Driver, message| drop(driver.tell(Event::Message { worker, stream, message }));
+        tell(&mut driver, FromWorker::Ready { model_digest: vec![1], num_parameters: 1 });
+        let generation = driver.core.generation();
+        tell(&mut driver, FromWorker::Bootstrap { generation, bytes: vec![1] });
+        assert_eq!(driver.core.state(), "training");
+        (driver, worker, stream, messages)
+    }
+
+    impl Driver {
+        fn train(&mut self, worker: WorkerId, stream: StreamId, step: u64, snapshot: Option<u64>) {
+            let (generation, step) = (self.core.generation(), Step(step));
+            let losses = StepLosses::default();
+            let record = Some(StepRecord { step, generation, names: vec![], native: 0, skipped: false, losses, validation: None });
+            let report = StepReport { generation, step, record, timings: StepTimings::default(), snapshot };
+            self.tell(Event::Message { worker, stream, message: FromWorker::StepReport(report) });
+        }
+
+        fn records(&mut self, step: u64) -> oneshot::Receiver<Result<Records, String>> {
+            let (reply, answer) = oneshot::channel();
+            self.handle(Command::RecordsOf { step: Step(step), generation: self.core.generation(), reply });
+            answer
+        }
+    }
+
+    #[test]
+    fn upload_of_a_final_step_that_nobody_awaits_is_answered() {
+        let (mut driver, worker, stream, _messages) = training();
+        let mut early = [driver.records(1), driver.records(2)];
+        assert!(early.iter_mut().all(|answer| answer.try_recv().is_err()), "neither step is final");
+        // The report of the copy was lost with the first.
+        driver.train(worker, stream, 1, None);
+        driver.train(worker, stream, 2, Some(7));
+        let [first, second] = early.map(|mut answer| answer.try_recv().unwrap());
+        assert_eq!(first.unwrap_err(), "no copy of step 1 is awaited");
+        assert_eq!(second.unwrap().ledger, Arc::new(Ledger::new(1)));
+        assert!(driver.records(1).try_recv().unwrap().is_err() && driver.records(2).try_recv().unwrap().is_ok());
+    }
+
+    #[test]
+    fn copy_that_too_many_later_ones_have_overtaken_is_awaited_no_more() {
+        let (mut driver, worker, stream, _messages) = training();
+        for step in 1..=MAX_FROZEN as u64 + 1 {
+            driver.train(worker, stream, step, Some(7));
+        }
+        let generation = driver.core.generation();
+        assert!(!driver.core.awaits_checkpoint(Step(1), generation) && driver.core.awaits_checkpoint(Step(2), generation));
+        assert!(driver.records(1).try_recv().unwrap().is_err() && driver.records(2).try_recv().unwrap().is_ok());
+    }
+
+    #[test]
+    fn who_has_given_up_is_not_kept() {
+        let (mut driver, ..) = training();
+        (0..3).for_each(|_| drop(driver.records(1)));
+        let _last = driver.records(1);
+        assert_eq!(driver.waiters.len(), 1);
     }
 }

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use peapod_proto::secure::JoinString;
-use tokio::io::{AsyncBufReadExt, AsyncRead, BufReader};
+use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, BufReader};
 use tokio::process::{Child, Command as Program};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
@@ -40,6 +40,8 @@ pub struct Local {
 
 /// A child that is told to stop gets this long before it is killed.
 const GRACE: Duration = Duration::from_secs(10);
+/// A line of a worker that is longer is forwarded in pieces.
+const MAX_LINE_BYTES: u64 = 64 << 10;
 /// Lines of a worker that are kept to explain its end.
 const KEPT_LINES: usize = 12;
 /// Exit code of a worker whose arguments or job are wrong: another start would end the same way.
@@ -82,6 +84,13 @@ impl Local {
             if status.success() || status.code().is_some_and(|code| code == BAD_ARGUMENTS || SENT_AWAY.contains(&code)) {
                 // Left on request, or refused: neither is cured by another start.
                 tracing::info!("worker of rank {rank} {cause}");
+                if children.len() < self.min_world_size as usize {
+                    let (left, min) = (children.len(), self.min_world_size);
+                    let said = log.last().map_or_else(String::new, |line| format!(" ({line})"));
+                    let reason =
+                        format!("worker of rank {rank} {cause}{said}: {left} workers are left, {min} are needed, and none is to come");
+                    let _ = commands.send(Command::Tell(Event::GiveUp { reason })).await;
+                }
                 continue;
             }
             let process = Process { host: self.host.clone(), pid };
@@ -236,12 +245,21 @@ fn die_with_parent(process: &mut Program) {
 fn forward(rank: u32, pipe: Option<impl AsyncRead + Unpin + Send + 'static>, log: Log) {
     let Some(pipe) = pipe else { return };
     tokio::spawn(async move {
-        let mut lines = BufReader::new(pipe).lines();
-        while let Ok(Some(line)) = lines.next_line().await {
+        let mut pipe = BufReader::new(pipe);
+        while let Some(line) = next_line(&mut pipe).await {
             tracing::info!(target: "worker", "[{rank}] {line}");
             log.push(&line);
         }
     });
+}
+
+/// The next line of a child, whatever bytes are in it; one that is too long comes in pieces.
+async fn next_line(pipe: &mut (impl AsyncBufReadExt + Unpin)) -> Option<String> {
+    let mut line = Vec::new();
+    match pipe.take(MAX_LINE_BYTES).read_until(b'\n', &mut line).await {
+        Ok(0) | Err(_) => None,
+        Ok(_) => Some(String::from_utf8_lossy(&line).trim_end_matches(['\n', '\r']).to_owned()),
+    }
 }
 
 fn describe(status: ExitStatus, out_of_memory: Option<String>) -> String {
@@ -287,6 +305,19 @@ mod tests {
         let word = "oom_kill 3 in memory.events".to_owned();
         assert_eq!(describe(signal(9), Some(word)), "was killed because memory ran out (oom_kill 3 in memory.events)");
         assert_eq!(describe(signal(101 << 8), None), "exited with code 101");
+    }
+
+    #[tokio::test]
+    async fn lines_of_any_bytes_and_length_are_forwarded() {
+        let long = [b'x'; MAX_LINE_BYTES as usize + 3];
+        let bytes = [&b"one\r\n\xff\xfetwo\n"[..], &long, b"\nend"].concat();
+        let mut pipe = BufReader::new(&bytes[..]);
+        let mut lines = Vec::new();
+        while let Some(line) = next_line(&mut pipe).await {
+            lines.push(line);
+        }
+        assert_eq!(lines[..2], ["one", "\u{fffd}\u{fffd}two"]);
+        assert_eq!(lines[2..].iter().map(String::len).collect::<Vec<_>>(), [MAX_LINE_BYTES as usize, 3, 3]);
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! What people see of a job: log lines, a progress bar on a terminal, the step log, and the summary at the end.
 
-use std::io::{self, BufRead, BufReader, BufWriter, IsTerminal, Seek, Write};
+use std::io::{self, BufWriter, IsTerminal, Read, Seek, Write};
 use std::path::Path;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -11,6 +11,7 @@ use peapod_proto::message::{StepLosses, StepRecord, StepTimings, ValidationLosse
 
 use crate::core::{Activity, Notice};
 use crate::history::{History, Level, restore, told};
+use crate::losses::Losses;
 use crate::tensorboard::EventFile;
 
 /// Between two progress lines where there is no terminal.
@@ -92,19 +93,40 @@ impl Logs {
     }
 }
 
-/// Cuts a file off before its first line that does not stay; half a line at the end does not.
+/// What is read at once from the end of a log.
+const CUT_BYTES: u64 = 64 << 10;
+
+/// Cuts a file off behind its last line that stays; half a line at the end does not. Read from the end: a log of weeks is long, and what does not
+/// stay is short.
 fn cut(file: &mut BufWriter<std::fs::File>, stays: impl Fn(&str) -> bool) -> io::Result<()> {
     file.flush()?;
     let file = file.get_mut();
-    file.seek(io::SeekFrom::Start(0))?;
-    let mut lines = BufReader::new(&*file);
-    let (mut keep, mut line) = (0, String::new());
-    while lines.read_line(&mut line)? > 0 && line.ends_with('\n') && stays(line.trim_end()) {
-        keep += line.len() as u64;
-        line.clear();
+    let mut start = file.seek(io::SeekFrom::End(0))?;
+    // The file from `start` on, without what is cut off already.
+    let mut kept: Vec<u8> = Vec::new();
+    loop {
+        let before = |end: usize| kept[..end].iter().rposition(|byte| *byte == b'\n').map(|at| at + 1);
+        let begin = match kept.last() {
+            Some(b'\n') => before(kept.len() - 1),
+            _ => before(kept.len()),
+        };
+        let Some(begin) = begin.or((start == 0).then_some(0)) else {
+            let from = start.saturating_sub(CUT_BYTES);
+            let mut block = vec![0; usize::try_from(start - from).unwrap_or_default()];
+            file.seek(io::SeekFrom::Start(from))?;
+            file.read_exact(&mut block)?;
+            block.append(&mut kept);
+            (start, kept) = (from, block);
+            continue;
+        };
+        let line = &kept[begin..];
+        if line.is_empty() || (line.ends_with(b"\n") && stays(String::from_utf8_lossy(line).trim_end())) {
+            break;
+        }
+        kept.truncate(begin);
     }
     // Opened for appending: whatever is written next goes to the end that is left.
-    file.set_len(keep)
+    file.set_len(start + kept.len() as u64)
 }
 
 /// What of a job is needed to show its validation.
@@ -147,7 +169,7 @@ pub struct Observer {
     logs: Logs,
     validation: Validation,
     last_step: Option<u64>,
-    losses: Vec<StepLosses>,
+    losses: Losses,
     samples: u64,
     samples_after_first: u64,
     /// Samples of steps that were not skipped, and those among them with a native caption.
@@ -184,7 +206,7 @@ impl Observer {
             logs,
             validation,
             last_step,
-            losses: Vec::new(),
+            losses: Losses::default(),
             samples: 0,
             samples_after_first: 0,
             applied: 0,
@@ -227,8 +249,8 @@ impl Observer {
         if !record.skipped {
             self.applied += record.names.len() as u64;
             self.native += u64::from(record.native);
-            self.losses.push(record.losses);
-            self.shown = smooth(self.shown, record.losses, self.losses.len());
+            self.losses.push(record.step, record.losses);
+            self.shown = smooth(self.shown, record.losses, self.losses.num_steps());
         }
         self.write_logs(record, timings);
         self.history.committed(self.started.elapsed(), record, timings);
@@ -238,7 +260,7 @@ impl Observer {
         let line = format!("task {task:.4}  logit {logit:.4}  feature {feature:.3}  {rate:.0} samples/s");
         self.bar.0.set_position(record.step.0);
         self.bar.0.set_message(line.clone());
-        if self.bar.0.is_hidden() && (self.last_line.elapsed() >= LINE_EVERY || self.losses.len() == 1) {
+        if self.bar.0.is_hidden() && (self.last_line.elapsed() >= LINE_EVERY || self.losses.num_steps() == 1) {
             self.last_line = now;
             let of = self.last_step.map_or_else(String::new, |last| format!("/{last}"));
             tracing::info!("step {}{of}  {line}", record.step);
@@ -333,6 +355,7 @@ impl Observer {
             Level::Error => tracing::error!("{text}"),
         }
         if let Notice::RolledBack { to, .. } = notice {
+            self.losses.go_back_to(*to);
             if let Err(error) = self.logs.go_back_to(*to) {
                 tracing::error!("step and sample logs stop here: {error}");
                 self.logs = Logs::default();
@@ -374,20 +397,12 @@ impl Observer {
     #[must_use]
     pub fn finish(&self) -> Option<Summary> {
         self.bar.0.finish_and_clear();
-        let tenth = self.losses.len().div_ceil(10);
-        let (first, last) = (*self.losses.first()?, &self.losses[self.losses.len() - tenth..]);
-        let mean = |part: fn(&StepLosses) -> f32| last.iter().map(|losses| f64::from(part(losses))).sum::<f64>() as f32 / tenth as f32;
+        let (first, last) = self.losses.first_and_last()?;
         Some(Summary {
-            steps: self.losses.len() as u64,
+            steps: self.losses.num_steps(),
             last_step: self.last_final,
             first,
-            last: StepLosses {
-                task: mean(|losses| losses.task),
-                logit: mean(|losses| losses.logit),
-                feature: mean(|losses| losses.feature),
-                grad_norm: mean(|losses| losses.grad_norm),
-                learning_rate: mean(|losses| losses.learning_rate),
-            },
+            last,
             samples: self.samples,
             native_share: self.native as f64 / self.applied.max(1) as f64,
             samples_per_second: self.samples_per_second(),
@@ -412,7 +427,7 @@ fn unix_now() -> f64 {
 }
 
 /// An average that follows the last twenty steps or so.
-fn smooth(shown: StepLosses, new: StepLosses, count: usize) -> StepLosses {
+fn smooth(shown: StepLosses, new: StepLosses, count: u64) -> StepLosses {
     let share = (1.0 / count as f32).max(0.05);
     let mix = |old: f32, new: f32| old + share * (new - old);
     StepLosses {
@@ -470,6 +485,23 @@ mod tests {
         writeln!(logs.steps.as_mut().unwrap(), "{{\"step\":3}}").unwrap();
         drop(logs);
         assert_eq!(std::fs::read_to_string(&steps).unwrap(), "{\"step\":1}\n{\"step\":2}\n{\"step\":3}\n");
+    }
+
+    #[test]
+    fn log_is_cut_from_its_end_however_long_it_and_its_lines_are() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("log");
+        let line = |number: usize| format!("{number} {}\n", "x".repeat(number * 7919 % 200_000));
+        for (num, keep) in [(0, 0), (1, 0), (1, 1), (40, 0), (40, 1), (40, 39), (40, 40)] {
+            let all: Vec<String> = (0..num).map(line).collect();
+            for half in ["", "17 xx"] {
+                std::fs::write(&path, all.concat() + half).unwrap();
+                let file = std::fs::OpenOptions::new().read(true).append(true).open(&path).unwrap();
+                let number = |line: &str| line.split(' ').next().unwrap().parse::<usize>().unwrap();
+                cut(&mut BufWriter::new(file), |line| number(line) < keep).unwrap();
+                assert!(std::fs::read_to_string(&path).unwrap() == all[..keep].concat(), "{keep} of {num} lines, and {half:?}");
+            }
+        }
     }
 
     #[test]

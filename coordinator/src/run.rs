@@ -4,6 +4,8 @@ mod serve;
 mod start;
 
 use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::Duration;
 
 use anyhow::Context;
@@ -11,7 +13,7 @@ use tokio::sync::{mpsc, watch};
 
 use self::serve::{listen, serve};
 use self::start::Start;
-use crate::announce::{announce, authority_for_workers, host_name, print_line, say_how_to_join, scheme};
+use crate::announce::{announce, authority_for_workers, host_name, leave_address, print_line, say_how_to_join, scheme, take_address};
 use crate::config::RunArgs;
 use crate::core::Outcome;
 use crate::driver::{Driver, Ending};
@@ -22,7 +24,7 @@ use crate::secrets::{JOIN, Secrets, write_secret};
 use crate::service::{JobFacts, Service};
 use crate::shutdown::Signals;
 use crate::store::Store;
-use crate::web;
+use crate::{open_files, web};
 
 /// Commands that may wait for the driver.
 const COMMAND_CAPACITY: usize = 4096;
@@ -55,8 +57,9 @@ pub async fn run(args: RunArgs, bar: Bar) -> anyhow::Result<Exit> {
         Err(exit) => return Ok(exit),
     };
     let (facts, shown) = (facts(&start), shown(&args, &start));
-    let Start { job, run, num_shards, store, mut journal, core, goes_back, is_finished, _lock } = start;
+    let Start { job, run, num_shards, store, mut journal, core, goes_back, is_finished, _lock, .. } = start;
     let signals = Signals::catch()?;
+    open_files::raise_limit(args.world_size);
     let validation = (!job.validation.shards.is_empty()).then(|| args.state_dir.join("validation.jsonl"));
     let mut logs = Logs::open(&args.state_dir.join("steps.jsonl"), args.sample_log.as_deref(), validation.as_deref())?;
     let gallery = Gallery::new(&args.state_dir.join("pictures"), &job)?;
@@ -67,6 +70,9 @@ pub async fn run(args: RunArgs, bar: Bar) -> anyhow::Result<Exit> {
         Ok(secrets) => secrets,
         Err(problem) => return Ok(Exit::Refused(problem)),
     };
+    if let Err(problem) = leave_address(&args.state_dir, scheme(args.is_secure()), listening) {
+        return Ok(Exit::Failed(problem));
+    }
     announce(&args, &job, listening, num_shards, secrets.as_ref());
     if is_finished {
         tracing::info!("nothing is left to train: start no workers");
@@ -90,7 +96,8 @@ pub async fn run(args: RunArgs, bar: Bar) -> anyhow::Result<Exit> {
     let service = Service::new(commands.clone(), store.clone(), gallery, facts);
     let server = serve(&args, listener, secrets.as_ref(), service, &is_over);
     let page = http.map(|listener| tokio::spawn(web::serve(listener, commands.clone(), shown, is_over.clone())));
-    let signals = tokio::spawn(signals.watch(commands.clone(), args.local));
+    let exit_code = Arc::new(AtomicU8::new(0));
+    let signals = tokio::spawn(signals.watch(commands.clone(), args.local, exit_code.clone()));
     let children = args.local.then(|| tokio::spawn(local(&args, listening, secrets.as_ref()).run(commands, is_over)));
 
     let driver = tokio::spawn(driver.run());
@@ -100,18 +107,22 @@ pub async fn run(args: RunArgs, bar: Bar) -> anyhow::Result<Exit> {
         None => driver.await.context("driver")?,
     };
     let (ending, mut driver) = ended;
-    let (code, mut signals) = after_signals(signals, Signals::catch()?).await?;
+    // From here on a signal is for whoever waits below.
+    let mut next_signals = Signals::catch()?;
+    signals.abort();
+    let code = exit_code.load(Ordering::Acquire);
     if let Ending::Over(outcome) = &ending {
-        print_summary(driver.summary(), &store).await?;
+        print_summary(driver.summary(), &store).await;
         if args.stay && code == 0 && !matches!(outcome, Outcome::Failed { .. }) {
             tracing::info!("the job is {}: page and status stay until a signal (--stay)", outcome.as_str());
             tokio::select! {
                 () = driver.answer() => {}
-                (name, _) = signals.next() => tracing::info!("{name}: the coordinator ends"),
+                (name, _) = next_signals.next() => tracing::info!("{name}: the coordinator ends"),
             }
         }
     }
     let _ = over.send(true);
+    take_address(&args.state_dir);
     // The last messages to the workers are on their way; a connection that does not end by itself is cut.
     let _ = tokio::time::timeout(CLOSE_TIMEOUT, server).await;
     if let Some(page) = page {
@@ -123,11 +134,12 @@ pub async fn run(args: RunArgs, bar: Bar) -> anyhow::Result<Exit> {
 
 /// What the services say of the job.
 fn facts(start: &Start) -> JobFacts {
-    let Start { job, run, num_shards, .. } = start;
+    let Start { job, run, num_shards, lists, .. } = start;
     JobFacts {
         job_id: run.job_id.clone(),
         name: job.name.clone(),
         toml: run.job.clone(),
+        shards: lists.clone(),
         last_step: job.last_step(),
         num_shards: *num_shards as u32,
         keep: job.checkpoint.keep,
@@ -177,15 +189,6 @@ fn exit(ending: Ending, code: u8) -> Exit {
     }
 }
 
-/// The exit code of the signal that ended the job, 0 if none did, and ears for the next one; `fresh` hears whatever comes from here on.
-async fn after_signals(watching: tokio::task::JoinHandle<u8>, fresh: Signals) -> anyhow::Result<(u8, Signals)> {
-    if watching.is_finished() {
-        return Ok((watching.await.context("signals")?, fresh));
-    }
-    watching.abort();
-    Ok((0, fresh))
-}
-
 type Driven = (Ending, Driver);
 
 async fn run_with_children(
@@ -207,14 +210,19 @@ async fn run_with_children(
     }
 }
 
-async fn print_summary(summary: Option<Summary>, store: &Store) -> anyhow::Result<()> {
+/// Says what the job came to. Its end stands, whatever keeps its store from being looked at now.
+async fn print_summary(summary: Option<Summary>, store: &Store) {
     if let Some(summary) = &summary {
         print_line(&summary.to_string());
     }
-    if let Some(manifest) = store.list().await?.pop() {
-        print_line(&format!("checkpoint  {}", store.location(manifest.step, manifest.generation)));
+    match store.list().await {
+        Ok(mut manifests) => {
+            if let Some(manifest) = manifests.pop() {
+                print_line(&format!("checkpoint  {}", store.location(manifest.step, manifest.generation)));
+            }
+        }
+        Err(error) => tracing::error!("{error}"),
     }
-    Ok(())
 }
 
 /// Certificate and token, where clients need them, with the join string left in the state folder for commands on this machine.

@@ -20,8 +20,11 @@ use crate::core::ledger::Totals;
 use crate::core::{CoreError, Event, ShardState, ShardView, SourceView, StreamId};
 use crate::driver::{Command, OUTBOUND_CAPACITY};
 use crate::gallery::{Gallery, GalleryError};
+use crate::shard_list::ShardList;
 use crate::store::{Manifest, Part, Store, StoreError, hex};
 
+/// Why a worker is lost whose connection was closed at its end.
+const CLOSED: &str = "its process closed the connection";
 /// How long a peer may take to say hello.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
 /// Files in one checkpoint.
@@ -51,6 +54,8 @@ pub struct JobFacts {
     pub name: String,
     /// The job file.
     pub toml: String,
+    /// The shards it is trained on.
+    pub shards: Vec<ShardList>,
     /// Last step, if the job is given in steps.
     pub last_step: Option<u64>,
     /// Number of shards.
@@ -149,7 +154,7 @@ async fn read_worker(
     let cause = loop {
         let message = match inbound.message().await {
             Ok(Some(message)) => message,
-            Ok(None) => break "its process closed the connection".to_owned(),
+            Ok(None) => break CLOSED.to_owned(),
             Err(status) => break transport_cause(&status),
         };
         let message = match FromWorker::try_from(message) {
@@ -179,6 +184,10 @@ fn transport_cause(status: &Status) -> String {
     while let Some(error) = source {
         cause = error.to_string();
         source = error.source();
+    }
+    // TLS has its own word for a process that is gone without a goodbye.
+    if cause.contains("close_notify") {
+        return CLOSED.into();
     }
     if cause.is_empty() || cause.contains("connection error") || cause.contains("broken pipe") || cause.contains("reset") {
         return "its connection broke (the process died or its network did)".into();
@@ -217,6 +226,9 @@ impl Service {
         let header = Header::try_from(header)?;
         let (step, generation) = (header.step, header.generation);
         Span::current().record("step", step.0);
+        if self.store.is_whole(step, generation).await.map_err(store_failed)? {
+            return self.is_there(step, generation).await;
+        }
         let location = match self.receive(&header, &mut messages).await {
             Ok(location) => location,
             Err(status) => {
@@ -227,12 +239,23 @@ impl Service {
         };
         if !self.ask(|reply| Command::Stored { step, generation, reply }).await? {
             self.store.remove(step, generation).await.map_err(store_failed)?;
-            return Err(Status::aborted(format!("step {step} of {generation} is not on the line of weights that goes on")));
+            return Err(Status::aborted(format!(
+                "step {step} of {generation} is not on the line of weights that goes on, or older than what is stored"
+            )));
         }
         if let Err(error) = self.store.retain(self.facts.keep).await {
             tracing::warn!("old checkpoints stay: {error}");
         }
         Ok(Response::new(v1::UploadReceipt { location }))
+    }
+
+    /// Answers an upload of what is whole in the store: nothing of it is written again. Where it is still awaited, its sender was cut off
+    /// after the manifest was written and before that was said.
+    async fn is_there(&self, step: Step, generation: Generation) -> Result<Response<v1::UploadReceipt>, Status> {
+        if self.ask(|reply| Command::Stored { step, generation, reply }).await? {
+            return Ok(Response::new(v1::UploadReceipt { location: self.store.location(step, generation) }));
+        }
+        Err(Status::already_exists(format!("the checkpoint of step {step} of {generation} is stored already")))
     }
 }
 
@@ -297,6 +320,10 @@ impl Service {
             if hex(&hasher.finalize()) != part.sha256 {
                 return Err(Status::data_loss(format!("{} does not have its SHA-256", part.name)));
             }
+            // Two may send the same at once.
+            if self.store.is_whole(step, generation).await.map_err(store_failed)? {
+                return Err(Status::already_exists(format!("the checkpoint of step {step} of {generation} is stored already")));
+            }
             writer.finish().await.map_err(store_failed)?;
         }
         let records = self.ask(|reply| Command::RecordsOf { step, generation, reply }).await?.map_err(Status::aborted)?;
@@ -305,6 +332,7 @@ impl Service {
             step,
             generation,
             job: self.facts.toml.clone(),
+            shards: self.facts.shards.clone(),
             validation: records.validation.map(Into::into),
             parts: header.parts.clone(),
         };

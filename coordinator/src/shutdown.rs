@@ -1,5 +1,8 @@
 //! The signals that end a coordinator.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
+
 use anyhow::Context;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
@@ -23,16 +26,18 @@ impl Signals {
         Ok(Self { interrupt: catch(SignalKind::interrupt())?, terminate: catch(SignalKind::terminate())? })
     }
 
-    /// Turns the first signal into an orderly stop and the second into an end; returns the exit code of the first.
+    /// Turns the first signal into an orderly stop and the second into an end. The first one's exit code is in `exit_code` before anybody hears of it:
+    /// what it brings about may be over before this is.
     ///
     /// SIGTERM is what a service manager sends before it starts the coordinator again, here or elsewhere: the job stays, unless the workers are this
     /// process's own and would die with it.
-    pub async fn watch(mut self, commands: mpsc::Sender<Command>, local: bool) -> u8 {
+    pub async fn watch(mut self, commands: mpsc::Sender<Command>, local: bool, exit_code: Arc<AtomicU8>) {
         let (name, code) = self.next().await;
+        exit_code.store(code, Ordering::Release);
         if name == "SIGTERM" && !local {
             tracing::info!("SIGTERM: leaving the job to its workers and the next coordinator");
             let _ = commands.send(Command::GoAway).await;
-            return code;
+            return;
         }
         tracing::info!("{name}: ending the job with a checkpoint; once more to end it at once");
         let _ = commands.send(Command::Tell(Event::Stop { reason: name.into() })).await;
@@ -41,7 +46,6 @@ impl Signals {
             tracing::error!("ended at once, without a checkpoint");
             std::process::exit(code.into());
         });
-        code
     }
 
     /// The next one by name, and the exit code it stands for.

@@ -1,9 +1,9 @@
 //! Checkpoints in an object store: parts first, the manifest last and create-only, so that half a checkpoint is none.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use futures::{StreamExt, TryStreamExt};
+use futures::{StreamExt, TryStreamExt, pin_mut};
 use object_store::path::Path as Key;
 use object_store::{ObjectStore, ObjectStoreExt, PutMode, PutPayload, WriteMultipart};
 use peapod_proto::ids::{Generation, Step};
@@ -11,6 +11,7 @@ use peapod_proto::message::ValidationLosses;
 use serde::{Deserialize, Serialize};
 
 use crate::core::ledger::Ledger;
+use crate::shard_list::ShardList;
 
 /// What keeps a checkpoint from being written or read.
 #[derive(Debug, thiserror::Error)]
@@ -65,6 +66,9 @@ pub struct Manifest {
     pub generation: Generation,
     /// The job file it was trained with.
     pub job: String,
+    /// The shards that its ledger's numbers stand for; none in a checkpoint of before they were kept.
+    #[serde(default)]
+    pub shards: Vec<ShardList>,
     /// The newest losses on the validation samples that were known when it was stored; their step says whether they are of its weights.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub validation: Option<Validation>,
@@ -112,10 +116,18 @@ fn name(step: Step, generation: Generation) -> String {
     format!("step-{:09}-{generation}", step.0)
 }
 
+/// The step and generation that a folder is named after; none if it is not a checkpoint's.
+fn key_of(folder: &Key) -> Option<(Step, Generation)> {
+    let (step, generation) = folder.as_ref().strip_prefix("step-")?.split_once("-g")?;
+    let key = (Step(step.parse().ok()?), Generation(generation.parse().ok()?));
+    (name(key.0, key.1) == folder.as_ref()).then_some(key)
+}
+
 /// A store of checkpoints.
 #[derive(Debug, Clone)]
 pub struct Store {
     objects: Arc<dyn ObjectStore>,
+    folder: PathBuf,
     root: String,
 }
 
@@ -132,7 +144,8 @@ impl Store {
         let objects = object_store::local::LocalFileSystem::new_with_prefix(&folder)
             .map_err(|source| StoreError::Store { root: root.clone(), source })?
             .with_fsync(true);
-        Ok(Self { objects: Arc::new(objects), root: folder.display().to_string() })
+        let root = folder.display().to_string();
+        Ok(Self { objects: Arc::new(objects), folder, root })
     }
 
     /// Where a checkpoint lies, for people.
@@ -174,49 +187,101 @@ impl Store {
         Ok(())
     }
 
-    /// All whole checkpoints, oldest first. Folders without a manifest are of writers that died: they do not count.
+    /// Whether there is a whole checkpoint of this step and generation.
     ///
     /// # Errors
-    /// [`StoreError`] if the store cannot be read, or a manifest is not one.
-    pub async fn list(&self) -> Result<Vec<Manifest>, StoreError> {
-        let folders = self.objects.list_with_delimiter(None).await.map_err(|error| self.failed(error))?.common_prefixes;
-        let mut manifests = Vec::new();
-        for folder in folders {
-            let key = folder.clone().join(MANIFEST);
-            let bytes = match self.objects.get(&key).await {
-                Ok(found) => found.bytes().await.map_err(|error| self.failed(error))?,
-                Err(object_store::Error::NotFound { .. }) => continue,
-                Err(error) => return Err(self.failed(error)),
-            };
-            let manifest: Manifest = serde_json::from_slice(&bytes).map_err(|error| self.damaged(folder.to_string(), error))?;
-            if manifest.format != Manifest::FORMAT {
-                return Err(
-                    self.damaged(folder.to_string(), format!("its format is {}, this program reads {}", manifest.format, Manifest::FORMAT))
-                );
-            }
-            manifests.push(manifest);
+    /// [`StoreError::Store`].
+    pub async fn is_whole(&self, step: Step, generation: Generation) -> Result<bool, StoreError> {
+        match self.objects.head(&Key::from(format!("{}/{MANIFEST}", name(step, generation)))).await {
+            Ok(_) => Ok(true),
+            Err(object_store::Error::NotFound { .. }) => Ok(false),
+            Err(error) => Err(self.failed(error)),
         }
-        manifests.sort_by_key(|manifest| (manifest.step, manifest.generation));
+    }
+
+    /// The folders of checkpoints, whole or not, oldest first.
+    async fn folders(&self) -> Result<Vec<(Step, Generation)>, StoreError> {
+        let folders = self.objects.list_with_delimiter(None).await.map_err(|error| self.failed(error))?.common_prefixes;
+        let mut keys: Vec<_> = folders.iter().filter_map(key_of).collect();
+        keys.sort_unstable();
+        Ok(keys)
+    }
+
+    /// The manifest in a checkpoint's folder. Without one it is of a writer that died, and does not count.
+    async fn manifest(&self, step: Step, generation: Generation) -> Result<Option<Manifest>, StoreError> {
+        let name = name(step, generation);
+        let bytes = match self.objects.get(&Key::from(format!("{name}/{MANIFEST}"))).await {
+            Ok(found) => found.bytes().await.map_err(|error| self.failed(error))?,
+            Err(object_store::Error::NotFound { .. }) => return Ok(None),
+            Err(error) => return Err(self.failed(error)),
+        };
+        let manifest: Manifest =
+            serde_json::from_slice(&bytes).map_err(|error| self.damaged(name.clone(), format!("{MANIFEST}: {error}")))?;
+        if manifest.format != Manifest::FORMAT {
+            return Err(self.damaged(name, format!("its format is {}, this program reads {}", manifest.format, Manifest::FORMAT)));
+        }
+        if (manifest.step, manifest.generation) != (step, generation) {
+            return Err(self.damaged(name, format!("its {MANIFEST} is of {}", manifest.name())));
+        }
+        Ok(Some(manifest))
+    }
+
+    /// All whole checkpoints, oldest first. A damaged one is passed over with a warning: it is no reason not to see the others.
+    ///
+    /// # Errors
+    /// [`StoreError::Store`] if the store cannot be read.
+    pub async fn list(&self) -> Result<Vec<Manifest>, StoreError> {
+        let mut manifests = Vec::new();
+        for (step, generation) in self.folders().await? {
+            match self.manifest(step, generation).await {
+                Ok(manifest) => manifests.extend(manifest),
+                Err(damaged @ StoreError::Damaged { .. }) => tracing::warn!("{damaged}"),
+                Err(error) => return Err(error),
+            }
+        }
         Ok(manifests)
     }
 
-    /// The newest whole checkpoint with its ledger, its parts checked for presence and size.
+    /// The newest whole checkpoint with its ledger, every byte of it checked. Others are not looked at.
     ///
     /// # Errors
     /// [`StoreError`] if the newest one is damaged: going on from an older one would lose steps without a word.
     pub async fn newest(&self) -> Result<Option<(Manifest, Ledger)>, StoreError> {
-        let Some(manifest) = self.list().await?.pop() else { return Ok(None) };
-        for part in &manifest.parts {
-            let key = Key::from(format!("{}/{}", manifest.name(), part.name));
-            let found = self.objects.head(&key).await.map_err(|error| self.damaged(manifest.name(), error))?;
-            if found.size != part.num_bytes {
-                let reason = format!("{} has {} bytes, the manifest says {}", part.name, found.size, part.num_bytes);
-                return Err(self.damaged(manifest.name(), reason));
+        for (step, generation) in self.folders().await?.into_iter().rev() {
+            let Some(manifest) = self.manifest(step, generation).await? else { continue };
+            for part in &manifest.parts {
+                self.check(&manifest, part).await?;
             }
+            let bytes = self.read(&manifest, LEDGER).await?;
+            let ledger = serde_json::from_slice(&bytes).map_err(|error| self.damaged(manifest.name(), format!("{LEDGER}: {error}")))?;
+            return Ok(Some((manifest, ledger)));
         }
-        let bytes = self.read(&manifest, LEDGER).await?;
-        let ledger = serde_json::from_slice(&bytes).map_err(|error| self.damaged(manifest.name(), format!("{LEDGER}: {error}")))?;
-        Ok(Some((manifest, ledger)))
+        Ok(None)
+    }
+
+    /// Holds one file of a checkpoint against its manifest.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn check(&self, manifest: &Manifest, part: &Part) -> Result<(), StoreError> {
+        use sha2::Digest;
+        let key = Key::from(format!("{}/{}", manifest.name(), part.name));
+        let found = self.objects.head(&key).await.map_err(|error| self.damaged(manifest.name(), error))?;
+        if found.size != part.num_bytes {
+            let reason = format!("{} has {} bytes, the manifest says {}", part.name, found.size, part.num_bytes);
+            return Err(self.damaged(manifest.name(), reason));
+        }
+        let stream = self.stream(manifest, &part.name).await?;
+        pin_mut!(stream);
+        let mut hasher = sha2::Sha256::new();
+        while let Some(bytes) = stream.next().await {
+            hasher.update(&bytes?);
+        }
+        if hex(&hasher.finalize()) == part.sha256 { Ok(()) } else { Err(self.not_its_bytes(manifest, &part.name)) }
+    }
+
+    fn not_its_bytes(&self, manifest: &Manifest, part: &str) -> StoreError {
+        self.damaged(manifest.name(), format!("{part} does not have the manifest's SHA-256"))
     }
 
     /// The checkpoint of `step` that was made last.
@@ -227,13 +292,17 @@ impl Store {
         Ok(self.list().await?.into_iter().rfind(|manifest| manifest.step == step))
     }
 
-    async fn read(&self, manifest: &Manifest, part: &str) -> Result<bytes::Bytes, StoreError> {
+    /// One file of a checkpoint, if it is what the manifest says.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn read(&self, manifest: &Manifest, part: &str) -> Result<bytes::Bytes, StoreError> {
         let key = Key::from(format!("{}/{part}", manifest.name()));
         let found = self.objects.get(&key).await.map_err(|error| self.failed(error))?;
         let bytes = found.bytes().await.map_err(|error| self.failed(error))?;
         let expected = manifest.parts.iter().find(|known| known.name == part).map(|part| part.sha256.clone());
         if expected.as_deref() != Some(hex(&sha256(&bytes)).as_str()) {
-            return Err(self.damaged(manifest.name(), format!("{part} does not have the manifest's SHA-256")));
+            return Err(self.not_its_bytes(manifest, part));
         }
         Ok(bytes)
     }
@@ -258,13 +327,17 @@ impl Store {
     /// # Errors
     /// [`StoreError::Store`].
     pub async fn retain(&self, keep: u32) -> Result<(), StoreError> {
-        let manifests = self.list().await?;
-        let Some(oldest_kept) = manifests.len().checked_sub(keep as usize).and_then(|at| manifests.get(at)) else { return Ok(()) };
-        let boundary = oldest_kept.name();
-        let folders = self.objects.list_with_delimiter(None).await.map_err(|error| self.failed(error))?.common_prefixes;
-        // Names sort by step: a folder before the boundary is either an old checkpoint or a half one.
-        for folder in folders.into_iter().filter(|folder| folder.as_ref().starts_with("step-") && folder.as_ref() < boundary.as_str()) {
-            self.delete(&folder).await?;
+        let folders = self.folders().await?;
+        let mut whole = Vec::new();
+        for &(step, generation) in &folders {
+            if self.is_whole(step, generation).await? {
+                whole.push((step, generation));
+            }
+        }
+        let Some(boundary) = whole.len().checked_sub(keep as usize).and_then(|at| whole.get(at)) else { return Ok(()) };
+        // What lies before the boundary is either an old checkpoint or a half one.
+        for (step, generation) in folders.iter().filter(|folder| *folder < boundary) {
+            self.remove(*step, *generation).await?;
         }
         Ok(())
     }
@@ -288,6 +361,8 @@ impl Store {
             let object = object.map_err(|error| self.failed(error))?;
             self.objects.delete(&object.location).await.map_err(|error| self.failed(error))?;
         }
+        // The store knows no folders: what is left of this one is empty, unless somebody has put something of his own into it.
+        let _ = tokio::fs::remove_dir(self.folder.join(folder.as_ref())).await;
         Ok(())
     }
 }
@@ -344,7 +419,8 @@ mod tests {
         if seal {
             let parts = vec![Part { name: "adapter.safetensors".into(), num_bytes: 7, sha256: hex(&sha256(b"weights")) }];
             let validation = Some(ValidationLosses { step, samples: 3, task: 0.5, logit: f32::NAN, feature: 2.0 }.into());
-            let manifest = Manifest { format: Manifest::FORMAT, step, generation, job: String::new(), validation, parts };
+            let manifest =
+                Manifest { format: Manifest::FORMAT, step, generation, job: String::new(), shards: Vec::new(), validation, parts };
             store.seal(manifest, &Ledger::new(1)).await.unwrap();
         }
     }
@@ -381,8 +457,24 @@ mod tests {
         std::fs::write(&part, b"half").unwrap();
         let error = store.newest().await.unwrap_err().to_string();
         assert!(error.contains("adapter.safetensors has 4 bytes, the manifest says 7"), "{error}");
+        std::fs::write(&part, b"weighty").unwrap();
+        let error = store.newest().await.unwrap_err().to_string();
+        assert!(error.contains("is damaged: adapter.safetensors does not have the manifest's SHA-256"), "{error}");
         std::fs::write(folder.path().join("step-000000001-g000001/manifest.json"), b"{").unwrap();
         assert!(matches!(store.newest().await, Err(StoreError::Damaged { .. })));
+    }
+
+    #[tokio::test]
+    async fn damaged_old_manifest_keeps_nobody_from_the_others() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::local(folder.path()).unwrap();
+        write(&store, 1, true).await;
+        write(&store, 2, true).await;
+        std::fs::write(folder.path().join("step-000000001-g000001/manifest.json"), b"{").unwrap();
+        assert_eq!(store.newest().await.unwrap().unwrap().0.step, Step(2));
+        assert_eq!(store.list().await.unwrap().len(), 1);
+        store.retain(1).await.unwrap();
+        assert!(!folder.path().join("step-000000001-g000001").exists(), "it is old all the same");
     }
 
     #[tokio::test]
@@ -395,7 +487,8 @@ mod tests {
         store.retain(2).await.unwrap();
         let steps: Vec<_> = store.list().await.unwrap().iter().map(|manifest| manifest.step.0).collect();
         assert_eq!(steps, [3, 4]);
-        assert!(!folder.path().join("step-000000002-g000001/adapter.safetensors").exists());
+        assert!(!folder.path().join("step-000000001-g000001").exists(), "nor its folder");
+        assert!(!folder.path().join("step-000000002-g000001").exists());
         assert!(folder.path().join("step-000000005-g000001/adapter.safetensors").exists(), "it may still be on its way");
     }
 }

@@ -28,6 +28,7 @@ fn config() -> Config {
         sources: [Source::unnamed(4)].into(),
         epochs: None,
         last_step: Some(Step(100)),
+        workers_are_alike: false,
         global_batch: 16,
         scale_batch: false,
         checkpoint_every: Duration::from_secs(300),

@@ -50,6 +50,9 @@ impl Core {
         self.checkpoint.next_due = now + self.config.checkpoint_every;
         if self.checkpoint.last.as_ref().is_none_or(|last| last.step < step) {
             self.checkpoint.last = Some(Resume { step, ledger, generation });
+            // Copies of earlier steps may never come, and nobody needs them now.
+            self.checkpoint.frozen.retain(|&(frozen, _), _| frozen > step);
+            self.checkpoint.senders.retain(|&(sent, _), _| sent > step);
         }
         out.push(Effect::Persist(Fact::Checkpoint(step)));
         out.push(Effect::Notice(Notice::Checkpoint { step }));
@@ -64,7 +67,14 @@ impl Core {
     }
 
     pub(super) fn checkpoint_failed(&mut self, now: Timestamp, step: Step, generation: Generation, error: &str, out: &mut Vec<Effect>) {
-        self.checkpoint.frozen.remove(&(step, generation));
+        if self.checkpoint.frozen.remove(&(step, generation)).is_none() {
+            if generation == self.generation && step > self.progress.final_step() {
+                // Its step may be final soon: what keeps it from being stored keeps the next one too.
+                out.push(Effect::Notice(Notice::CheckpointFailed { step, error: error.to_owned() }));
+            }
+            // Otherwise nobody waits for it.
+            return;
+        }
         self.checkpoint.senders.remove(&(step, generation));
         self.checkpoint.next_due = now + self.config.checkpoint_every;
         self.checkpoint.asked = false;

@@ -2,7 +2,6 @@
 
 use std::time::Duration;
 
-use peapod_proto::ids::WorkerId;
 use peapod_proto::message::ToWorker;
 
 use super::{Core, Effect, JobPhase, Notice, Outcome, Timestamp};
@@ -26,10 +25,10 @@ impl Core {
                 [self.starts_at(), self.checkpoint.farewell_until].into_iter().flatten().chain([at]).min()
             }
             JobPhase::Running { .. } => (!self.checkpoint.asked).then_some(self.checkpoint.next_due),
-            JobPhase::Forming { deadline, .. } | JobPhase::Stopping { deadline, .. } | JobPhase::Returning { deadline, .. } => {
+            JobPhase::Forming { deadline, .. } | JobPhase::Returning { deadline, .. } | JobPhase::Finishing { deadline, .. } => {
                 Some(*deadline)
             }
-            JobPhase::Finishing { deadline, .. } => Some(*deadline),
+            JobPhase::Stopping { .. } => self.stayers().into_iter().map(|(_, at)| at).min(),
             JobPhase::Done(_) => None,
         };
         let hangs = (!self.workers.is_empty()).then_some(self.next_look);
@@ -88,12 +87,7 @@ impl Core {
                 let id = members[0];
                 self.did_not_answer(now, id, "did not open its end of the collective in time", out);
             }
-            JobPhase::Stopping { members, stopped, deadline, .. } if *deadline <= now => {
-                let mute: Vec<WorkerId> = members.iter().copied().filter(|member| !stopped.contains_key(member)).collect();
-                for id in mute {
-                    self.did_not_answer(now, id, "did not leave its collective in time", out);
-                }
-            }
+            JobPhase::Stopping { .. } => self.look_for_stayers(now, out),
             _ => {}
         }
     }

@@ -11,6 +11,8 @@ use super::{Core, Effect, Fact, JobPhase, Notice};
 const BAD_SHOWN: u64 = 10;
 /// Broken samples are judged as a share of at least this many, so that one bad sample at the start ends nothing.
 const BAD_BASE: u64 = 100;
+/// Rules that are named where samples are missing.
+const RULES_NAMED: usize = 3;
 /// A bound against a request for everything; workers ask for a few at a time.
 const MAX_LEASES: u32 = 64;
 
@@ -152,6 +154,12 @@ impl Core {
         out.push(Effect::Send { worker: id, message });
     }
 
+    /// Where a shard lies.
+    pub(super) fn url_of(&self, shard: ShardId) -> &str {
+        // All shards of the ledger are in the list: a checkpoint of another list is refused before a core is made of it.
+        self.config.shards.get(shard.0 as usize).map_or("", String::as_str)
+    }
+
     /// A lease with all that its holder needs.
     pub(super) fn lease(&self, granted: leases::Granted) -> Lease {
         let mut done = self.ledger.done_samples(granted.epoch, granted.shard);
@@ -163,7 +171,7 @@ impl Core {
             id: granted.id,
             epoch: granted.epoch,
             shard: granted.shard,
-            url: self.config.shards[granted.shard.0 as usize].clone(),
+            url: self.url_of(granted.shard).to_owned(),
             done,
             end: granted.part.end(),
         }
@@ -232,7 +240,7 @@ impl Core {
                 false if holders.is_empty() => ShardState::Pending,
                 false => ShardState::Leased(holders.into_iter().map(holder).collect()),
             };
-            ShardView { shard, url: self.config.shards[shard.0 as usize].clone(), state, counts }
+            ShardView { shard, url: self.url_of(shard).to_owned(), state, counts }
         };
         Some(ShardPage { epoch, shards: (skip.min(end)..end).map(view).collect(), next: (end < num_shards).then_some(end) })
     }
@@ -241,11 +249,12 @@ impl Core {
         // A lease that ended meanwhile: its shard is done or has another reader, who will find the same.
         let Some((epoch, shard)) = self.leases.shard_of(report.lease, id) else { return self.answer_lease_requests(out) };
         let fact = Fact::Shard(report.clone());
-        let url = self.config.shards[shard.0 as usize].clone();
+        let url = self.url_of(shard).to_owned();
         let (lease, num_samples, truncated) = (report.lease, report.num_samples, report.truncated.clone());
         if !truncated.is_empty() && num_samples == Some(0) {
             self.unreadable.insert(shard);
         }
+        let ends = self.would_end_barren(epoch, shard);
         let result = self.record_shard(epoch, shard, &url, report, out);
         if num_samples.is_some() {
             self.leases.set_read(lease);
@@ -259,6 +268,10 @@ impl Core {
             return self.fail(error, out);
         }
         out.push(Effect::Persist(fact));
+        if let Some(reason) = ends.and_then(|source| self.without_samples(source, epoch)) {
+            self.note_failure(reason.clone());
+            return self.fail(reason, out);
+        }
         let limit = self.config.max_bad_fraction;
         let (unreadable, shards) = (self.unreadable.len(), self.config.shards.len());
         if unreadable as f64 > limit * shards as f64 {
@@ -279,6 +292,35 @@ impl Core {
             return self.fail(reason, out);
         }
         self.answer_lease_requests(out);
+    }
+
+    /// The source whose epoch has brought no sample so far, if a report on this shard can end it.
+    fn would_end_barren(&self, epoch: Epoch, shard: ShardId) -> Option<usize> {
+        let source = self.ledger.source_with(shard)?;
+        let is_last = self.ledger.open_epoch_of(source) == epoch
+            && self.ledger.num_done_of(source, epoch) + 1 == self.ledger.shards_of(source).len() as u32;
+        (is_last && self.ledger.is_barren(source, epoch)).then_some(source)
+    }
+
+    /// Why the job ends: no source has had a sample that could be trained in a whole epoch, and every later one would be the same. `source` had none
+    /// in `epoch`, if that is over now.
+    fn without_samples(&mut self, source: usize, epoch: Epoch) -> Option<String> {
+        if self.ledger.open_epoch_of(source) == epoch {
+            return None;
+        }
+        self.barren.insert(source);
+        if self.barren.len() < self.ledger.num_sources() {
+            return None;
+        }
+        let Totals { committed, filtered, bad, .. } = self.ledger.totals();
+        let rules = self.ledger.rules();
+        let most: Vec<String> = rules.most_often(RULES_NAMED).iter().map(|(rule, count)| format!("{rule} {count}")).collect();
+        let most = if most.is_empty() { String::new() } else { format!(", most often {}", most.join(", ")) };
+        Some(format!(
+            "epoch {epoch} is over and none of its samples could be trained: of the {} shards' samples {filtered} were filtered and {bad} broken so far{most}, \
+             {committed} trained; see the filters in [data]",
+            self.config.shards.len()
+        ))
     }
 
     pub(super) fn record_shard(

@@ -273,6 +273,14 @@ impl Core {
         core
     }
 
+    /// The same job in a world of another size: its members may come back with what they hold, and then leave their generation for one of that size.
+    #[must_use]
+    pub fn resized(mut self) -> Self {
+        // As if one had been replaced: what is not whole is not taken up.
+        self.num_formed = self.last_members.len() + 1;
+        self
+    }
+
     /// The same job with generations that come after `last`, which an earlier run has had: they are part of the names of checkpoints, and a copy that
     /// is still on its way must find none of its own.
     #[must_use]

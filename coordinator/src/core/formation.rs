@@ -16,22 +16,25 @@ const QUIET_HEARTBEAT_TIMEOUTS: u32 = 10;
 
 impl Core {
     /// Who would train now: those that are ready, up to the world size, by rank. Who trained last goes first, for it has a rank to keep, its
-    /// models warm and perhaps the newest weights; a spare stands in for who is missing. Who is set aside is left out if the others are enough.
+    /// models warm and perhaps the newest weights (those who do come first: the world may be smaller now); a spare stands in for who is missing. Who is set aside is left out if the others are enough.
     fn candidates(&self) -> Vec<WorkerId> {
-        let mut ready: Vec<(bool, Rank, WorkerId)> = self
+        let mut ready: Vec<(bool, bool, Rank, WorkerId)> = self
             .workers
             .iter()
             .filter(|(_, worker)| worker.is_ready())
-            .map(|(&id, worker)| (!self.last_members.iter().any(|member| member.worker == id), worker.rank, id))
+            .map(|(&id, worker)| {
+                let (is_last, holds) = (self.last_members.iter().any(|member| member.worker == id), self.truth.holders.contains(&id));
+                (!is_last, !holds, worker.rank, id)
+            })
             .collect();
         ready.sort_unstable();
         let is_aside = |id: &WorkerId| self.workers.get(id).is_some_and(|worker| self.setbacks.is_aside(*id, &worker.host));
-        if ready.iter().filter(|(_, _, id)| !is_aside(id)).count() >= self.config.min_world_size as usize {
-            ready.retain(|(_, _, id)| !is_aside(id));
+        if ready.iter().filter(|(.., id)| !is_aside(id)).count() >= self.config.min_world_size as usize {
+            ready.retain(|(.., id)| !is_aside(id));
         }
         ready.truncate(self.config.world_size as usize);
-        ready.sort_unstable_by_key(|&(_, rank, _)| rank);
-        ready.into_iter().map(|(_, _, id)| id).collect()
+        ready.sort_unstable_by_key(|&(.., rank, _)| rank);
+        ready.into_iter().map(|(.., id)| id).collect()
     }
 
     /// Since when an elastic world that nobody has trained in yet waits for more workers: since the last one came or finished loading. A

@@ -21,6 +21,8 @@ const PATIENCE: u32 = 5;
 const LEARNT: usize = 3;
 /// What a worker announces may take this long: loading, the first step of a picture size, validation, pictures.
 const ANNOUNCED: Duration = Duration::from_secs(600);
+/// A job that is to stop waits for samples for so long.
+const WITHOUT_SAMPLES: Duration = Duration::from_secs(10);
 /// Meeting the other members and receiving the state from one of them may take this long.
 const CONNECTING: Duration = Duration::from_secs(120);
 /// The first all-reduce of a generation may take this long: a backend may open its connections in it.
@@ -63,6 +65,8 @@ impl Pace {
 pub(super) struct Motion {
     /// Since when it does what it does.
     since: Timestamp,
+    /// Since when it is in its phase of its step, whatever it reads there.
+    phase_since: Timestamp,
     samples_read: u64,
     /// Steps it has reported in its life.
     num_steps: usize,
@@ -70,17 +74,18 @@ pub(super) struct Motion {
 
 impl Motion {
     pub fn new(now: Timestamp) -> Self {
-        Self { since: now, samples_read: 0, num_steps: 0 }
+        Self { since: now, phase_since: now, samples_read: 0, num_steps: 0 }
     }
 
     /// Nobody looked for so long.
     pub fn stood_still(&mut self, by: Duration) {
         self.since += by;
+        self.phase_since += by;
     }
 
     /// It begins something else.
     pub fn begins(&mut self, now: Timestamp) {
-        self.since = now;
+        (self.since, self.phase_since) = (now, now);
     }
 }
 
@@ -90,14 +95,25 @@ impl Worker {
         if (self.step, self.phase, self.motion.samples_read) != (beat.step, beat.phase, beat.samples_read) {
             self.motion.since = now;
         }
+        if (self.step, self.phase) != (beat.step, beat.phase) {
+            self.motion.phase_since = now;
+        }
         (self.step, self.phase, self.motion.samples_read) = (beat.step, beat.phase, beat.samples_read);
     }
 
     /// It has applied a step.
     pub fn stepped(&mut self, now: Timestamp, step: Step) {
         self.step = step;
-        self.motion.since = now;
+        self.motion.begins(now);
         self.motion.num_steps = self.motion.num_steps.saturating_add(1);
+    }
+}
+
+/// Whether a worker in this phase computes: it hears of a change of plans only when that is done.
+fn is_at_work(phase: Phase) -> bool {
+    match phase {
+        Phase::Compute | Phase::Update | Phase::Warming | Phase::Validating | Phase::Sampling | Phase::Snapshot => true,
+        Phase::Loading | Phase::Waiting | Phase::Connecting | Phase::Data | Phase::Collective => false,
     }
 }
 
@@ -114,6 +130,31 @@ impl Core {
             Phase::Data => self.config.data_patience.max(step),
             Phase::Waiting | Phase::Compute | Phase::Collective | Phase::Update | Phase::Snapshot => step,
         }
+    }
+
+    /// When a member is overdue that lives and was to leave its collective by `deadline`. Whoever waits in it, or for samples, leaves at once; what is
+    /// under way on a GPU ends by itself, and may take as long as it may at any time.
+    fn leaves_by(&self, worker: &Worker, deadline: Timestamp) -> Timestamp {
+        let Motion { since, phase_since, .. } = worker.motion;
+        if is_at_work(worker.phase) {
+            return deadline.max(since + self.patience(worker));
+        }
+        // Of one that was at work until now: it has not had the time yet that it has for leaving.
+        deadline.max(phase_since + self.config.heartbeat_timeout)
+    }
+
+    /// Gives those up that were to leave their collective and have not.
+    pub(super) fn look_for_stayers(&mut self, now: Timestamp, out: &mut Vec<Effect>) {
+        for (id, _) in self.stayers().into_iter().filter(|(_, at)| *at <= now) {
+            self.did_not_answer(now, id, "did not leave its collective in time", out);
+        }
+    }
+
+    /// Members that have not left the generation that ends, and when each is overdue.
+    pub(super) fn stayers(&self) -> Vec<(WorkerId, Timestamp)> {
+        let JobPhase::Stopping { members, stopped, deadline, .. } = &self.phase else { return Vec::new() };
+        let stays = members.iter().filter(|member| !stopped.contains_key(member));
+        stays.filter_map(|id| Some((*id, self.leaves_by(self.workers.get(id)?, *deadline)))).collect()
     }
 
     /// Looks for those that do not get on. Called twice a heartbeat timeout.
@@ -153,6 +194,21 @@ impl Core {
         for id in stuck {
             self.give_up(now, id, out);
         }
+        self.stop_without_samples(now, out);
+    }
+
+    /// A job that is to stop meets after the step in flight; where that has no samples and gets none, there is no such step, and nothing is
+    /// lost without it.
+    fn stop_without_samples(&mut self, now: Timestamp, out: &mut Vec<Effect>) {
+        let (JobPhase::Running { members, planned: true }, Some(reason)) = (&self.phase, &self.stop_requested) else { return };
+        let mut known = members.iter().filter_map(|member| self.workers.get(member));
+        let waits =
+            |worker: &Worker| matches!(worker.phase, Phase::Data | Phase::Collective) && worker.motion.phase_since + WITHOUT_SAMPLES <= now;
+        let has_none = members.iter().filter_map(|member| self.workers.get(member)).any(|worker| worker.phase == Phase::Data);
+        if has_none && known.all(waits) {
+            let reason = format!("{reason}, and there are no samples for a step to end with");
+            self.abort(now, &reason, out);
+        }
     }
 
     /// A worker that lives and does not get on is as good as dead.
@@ -162,8 +218,8 @@ impl Core {
         let waiting = self.members().iter().filter(|member| self.workers.get(member).is_some_and(|other| other.phase == Phase::Collective));
         let others = match waiting.count() {
             0 => String::new(),
-            1 => format!("; another waits for it in the all-reduce of step {}", worker.step.next()),
-            n => format!("; {n} others wait for it in the all-reduce of step {}", worker.step.next()),
+            1 => format!("; another waits for it in the all-reduce of step {}", Step(worker.step.0.saturating_add(1))),
+            n => format!("; {n} others wait for it in the all-reduce of step {}", Step(worker.step.0.saturating_add(1))),
         };
         let cause = format!(
             "it lives but has not got on in phase {} for {:.1} s ({:.1} s allowed){others}",

@@ -87,6 +87,15 @@ impl Rules {
         }
     }
 
+    /// The rules by which most samples were passed over, filtered or broken, and how many each.
+    #[must_use]
+    pub fn most_often(&self, num: usize) -> Vec<(&str, u64)> {
+        let mut rules: Vec<(&str, u64)> = self.filtered.iter().chain(&self.bad).map(|(rule, count)| (rule.as_str(), *count)).collect();
+        rules.sort_by_key(|(_, count)| std::cmp::Reverse(*count));
+        rules.truncate(num);
+        rules
+    }
+
     /// What most of the broken samples have, and how many that are.
     #[must_use]
     pub fn most_often_bad(&self) -> Option<(&str, u64)> {
@@ -378,7 +387,24 @@ impl Ledger {
         totals
     }
 
-    fn source_with(&self, shard: ShardId) -> Option<usize> {
+    /// Whether no sample of a source has come to a step in `epoch` so far, as all that were read of it were passed over. Of an epoch that is
+    /// complete nothing is known any more. Takes time in the number of its shards.
+    #[must_use]
+    pub fn is_barren(&self, source: usize, epoch: Epoch) -> bool {
+        let Some(source) = self.sources.get(source).filter(|source| epoch >= source.first_open) else { return false };
+        let Some(ledger) = source.epochs.get(&epoch) else { return true };
+        let is_passed_over = |local: u32| {
+            let shard = ShardId(source.first_shard + local);
+            let [filtered, bad, _] = ledger.skips.get(&shard).copied().unwrap_or_default();
+            self.sizes.get(shard).is_some_and(|size| size == filtered + bad)
+        };
+        ledger.open.values().all(|open| open.num_committed == 0 && open.skips[2] == 0)
+            && (0..source.num_shards).filter(|&local| ledger.done.contains(local)).all(is_passed_over)
+    }
+
+    /// The source that a shard is of.
+    #[must_use]
+    pub fn source_with(&self, shard: ShardId) -> Option<usize> {
         if shard.0 >= self.num_shards {
             return None;
         }

@@ -127,32 +127,49 @@ impl Core {
             if hello.attempt <= attempt {
                 return Err(CoreError::StaleStream);
             }
+            self.free_rank(now, hello.requested_rank, Some(id))?;
             self.lose(now, id, "came back on a new stream", out);
             if let JobPhase::Done(_) = self.phase {
                 // That was the end of the job: nothing may be said after it. The worker is told when it asks again.
                 return Ok(());
             }
         }
-        let awaited = self.awaited(hello.incarnation);
-        let returns = awaited.is_some();
-        let (id, rank) = match awaited {
-            Some(member) => (member.worker, member.rank),
-            None => {
-                let rank = self.free_rank(now, hello.requested_rank)?;
-                let id = WorkerId(self.next_worker);
-                if let Some(replaced) = self.absent_member(rank) {
-                    // Whoever asks for the rank of a worker that is awaited was started in its place.
-                    self.last_members.retain(|member| member.worker != replaced);
-                    out.push(Effect::Persist(Fact::Replaced(replaced)));
-                }
-                self.next_worker += 1;
-                if id.0 >= self.reserved_ids {
-                    self.reserved_ids = id.0 + IDS_AT_ONCE;
-                    out.push(Effect::Persist(Fact::Joined(WorkerId(self.reserved_ids - 1))));
-                }
-                (id, rank)
-            }
+        if let Some(member) = self.awaited(hello.incarnation) {
+            self.welcome(now, stream, hello, (member.worker, member.rank), self.generation, out);
+            self.has_returned(now);
+            return Ok(());
+        }
+        let rank = match self.free_rank(now, hello.requested_rank, None) {
+            Ok(rank) => rank,
+            // Its old stream is gone already: it is refused by having no new one, and asks again.
+            Err(_) if returning.is_some() => return Ok(()),
+            Err(error) => return Err(error),
         };
+        if let Some(replaced) = self.absent_member(rank) {
+            // Whoever asks for the rank of a worker that is awaited was started in its place.
+            self.last_members.retain(|member| member.worker != replaced);
+            out.push(Effect::Persist(Fact::Replaced(replaced)));
+        }
+        let id = WorkerId(self.next_worker);
+        self.next_worker += 1;
+        if id.0 >= self.reserved_ids {
+            self.reserved_ids = id.0 + IDS_AT_ONCE;
+            out.push(Effect::Persist(Fact::Joined(WorkerId(self.reserved_ids - 1))));
+        }
+        self.welcome(now, stream, hello, (id, rank), Generation::NONE, out);
+        Ok(())
+    }
+
+    /// Lets a worker in; `continues` is the generation that it is a member of and may go on with.
+    fn welcome(
+        &mut self,
+        now: Timestamp,
+        stream: StreamId,
+        hello: Hello,
+        (id, rank): (WorkerId, Rank),
+        continues: Generation,
+        out: &mut Vec<Effect>,
+    ) {
         let worker = Worker {
             rank,
             incarnation: hello.incarnation,
@@ -175,27 +192,25 @@ impl Core {
             message: ToWorker::Welcome {
                 worker: id,
                 rank,
-                world_size,
+                world_size: self.config.world_size,
                 job_id: self.config.job_id.clone(),
                 job_toml: self.config.job_toml.clone(),
-                heartbeat_interval_ms: (self.config.heartbeat_timeout / 6).as_millis() as u32,
-                heartbeat_timeout_ms: self.config.heartbeat_timeout.as_millis() as u32,
+                heartbeat_interval_ms: u32::try_from((self.config.heartbeat_timeout / 6).as_millis()).unwrap_or(u32::MAX),
+                heartbeat_timeout_ms: u32::try_from(self.config.heartbeat_timeout.as_millis()).unwrap_or(u32::MAX),
                 join_timeout_ms: u32::try_from(self.config.join_timeout.as_millis()).unwrap_or(u32::MAX),
-                continues: if returns { self.generation } else { Generation::NONE },
+                continues,
             },
         });
         out.push(Effect::Notice(Notice::Joined(worker.view(id, now, false))));
         self.workers.insert(id, worker);
         self.next_silence = self.next_silence.min(now + self.config.heartbeat_timeout);
         self.last_arrival = now;
-        if returns {
-            self.has_returned(now);
-        }
-        Ok(())
     }
 
-    fn free_rank(&self, now: Timestamp, requested: Option<Rank>) -> Result<Rank, CoreError> {
-        let holder = |rank: Rank| self.workers.values().find(|worker| worker.rank == rank);
+    /// The rank of a newcomer; `own` is the worker that it was until now.
+    fn free_rank(&self, now: Timestamp, requested: Option<Rank>, own: Option<WorkerId>) -> Result<Rank, CoreError> {
+        let others = || self.workers.iter().filter(|(id, _)| Some(**id) != own).map(|(_, worker)| worker);
+        let holder = |rank: Rank| others().find(|worker| worker.rank == rank);
         if let Some(rank) = requested {
             return match holder(rank) {
                 Some(worker) => {
@@ -205,7 +220,7 @@ impl Core {
                 None => Ok(rank),
             };
         }
-        let taken: BTreeSet<Rank> = self.workers.values().map(|worker| worker.rank).collect();
+        let taken: BTreeSet<Rank> = others().map(|worker| worker.rank).collect();
         let reserved = self.reserved_ranks(now);
         let free = |rank: &Rank| !taken.contains(rank);
         let mut ranks = (0..self.config.world_size).map(Rank);
@@ -237,8 +252,10 @@ impl Core {
         if let Some(worker) = self.workers.get_mut(&id).filter(|worker| worker.state == WorkerState::Loading) {
             worker.state = state;
             worker.phase = Phase::Waiting;
+            let rank = worker.rank;
             out.push(Effect::Notice(Notice::Ready(worker.view(id, now, false))));
             self.last_arrival = now;
+            self.setbacks.loaded(rank);
         }
         self.admit(out);
         self.try_form(now, out);

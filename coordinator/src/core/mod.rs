@@ -93,6 +93,8 @@ pub struct Config {
     pub epochs: Option<u32>,
     /// Last step, if the job is given in steps.
     pub last_step: Option<Step>,
+    /// Whether all workers are started alike, on one machine: what one of them cannot do, none can.
+    pub workers_are_alike: bool,
     /// Samples in a step of a whole world.
     pub global_batch: u32,
     /// Whether a smaller world has smaller steps.
@@ -195,6 +197,8 @@ pub struct Core {
     bad_shown: u64,
     /// Shards of which nothing at all could be read.
     unreadable: BTreeSet<ShardId>,
+    /// Sources of which a whole epoch went by without a sample, and nothing was trained since.
+    barren: BTreeSet<usize>,
     skipped_in_a_row: u32,
 }
 
@@ -247,6 +251,7 @@ impl Core {
             waiting_for: String::new(),
             bad_shown: 0,
             unreadable: BTreeSet::new(),
+            barren: BTreeSet::new(),
             skipped_in_a_row: 0,
             config,
         }
@@ -275,9 +280,11 @@ impl Core {
             Event::CheckpointStored { step, generation } => self.checkpoint_stored(now, step, generation, &mut out),
             Event::CheckpointFailed { step, generation, error } => self.checkpoint_failed(now, step, generation, &error, &mut out),
             Event::Stop { reason } => self.stop(now, reason, &mut out),
+            // Its end is near, and whoever brings it about lives: those that are gone are not needed.
+            Event::GiveUp { .. } if self.is_finishing() => {}
             Event::GiveUp { reason } => {
                 let reason = self.first_failure().map_or_else(|| reason.clone(), |first| format!("{first}; {reason}"));
-                self.fail(reason, &mut out);
+                self.give_up_job(now, reason, &mut out);
             }
             Event::Exited { process, cause, log } => self.exited(now, &process, &cause, log, &mut out),
             Event::Stalled { by } => self.stalled(by),
@@ -352,18 +359,25 @@ impl Core {
             FromWorker::ShardReport(report) => self.shard_report(id, report, out),
             FromWorker::Failure { phase, message, permanent } => {
                 let cause = format!("failed in phase {phase}: {message}");
-                let failure = format!("{} {cause}", worker.name());
+                let (rank, failure) = (worker.rank, format!("{} {cause}", worker.name()));
                 out.push(Effect::Detach { worker: id });
-                if permanent && !self.can_do_without(id) {
+                if !permanent {
+                    self.gone.insert(id);
+                    self.lose(now, id, &cause, out);
+                } else if self.can_do_without(id) {
+                    self.note_bad_host(now, id, &failure, out);
+                    self.gone.insert(id);
+                    self.lose(now, id, &cause, out);
+                } else if self.can_wait_for_another(id) {
+                    // Should nobody better come, this is why.
+                    self.note_failure(failure);
+                    self.setbacks.could_not_load(rank);
+                    self.gone.insert(id);
+                    self.lose(now, id, &cause, out);
+                } else {
                     self.workers.remove(&id);
                     self.note_failure(failure.clone());
                     self.fail(failure, out);
-                } else {
-                    if permanent {
-                        self.note_bad_host(now, id, &failure, out);
-                    }
-                    self.gone.insert(id);
-                    self.lose(now, id, &cause, out);
                 }
             }
             FromWorker::Leaving { reason } => self.leaving(now, id, &reason, out),
@@ -425,6 +439,21 @@ impl Core {
             // Carried out once all have stopped; or the job ends already, and only if that fails is this its end.
             JobPhase::Stopping { .. } | JobPhase::Returning { .. } | JobPhase::Finishing { .. } | JobPhase::Done(_) => {}
             _ => self.ask_for_last_checkpoint(now, Outcome::Stopped { reason }, 1, out),
+        }
+    }
+
+    /// Whether the last checkpoint is on its way from somebody who lives.
+    fn is_finishing(&self) -> bool {
+        matches!(self.phase, JobPhase::Finishing { .. }) && self.truth.holders.iter().any(|holder| self.workers.contains_key(holder))
+    }
+
+    /// Nobody will come whom the job could go on with. What those hold who are left is kept, where no generation is to be left first.
+    fn give_up_job(&mut self, now: Timestamp, reason: String, out: &mut Vec<Effect>) {
+        let is_held = self.truth.holders.iter().any(|holder| self.workers.contains_key(holder));
+        if is_held && matches!(self.phase, JobPhase::Gathering { .. }) {
+            self.ask_for_last_checkpoint(now, Outcome::Failed { reason }, 1, out);
+        } else {
+            self.fail(reason, out);
         }
     }
 

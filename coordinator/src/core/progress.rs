@@ -221,6 +221,11 @@ impl Core {
     /// Enters a step's samples into the ledger and ends the leases of shards that are done.
     fn enter(&mut self, record: &StepRecord) -> Result<(), LedgerError> {
         for &name in &record.names {
+            if !self.barren.is_empty()
+                && let Some(source) = self.ledger.source_with(name.shard)
+            {
+                self.barren.remove(&source);
+            }
             if record.skipped {
                 self.ledger.skip(name, Skip::NotFinite)?;
             } else {

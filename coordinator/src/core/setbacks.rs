@@ -6,10 +6,11 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
-use peapod_proto::ids::{Epoch, Generation, MemberIndex, ShardId, WorkerId};
+use peapod_proto::ids::{Epoch, Generation, MemberIndex, Rank, ShardId, WorkerId};
 use peapod_proto::message::Stopped;
 
-use super::{Core, Effect, Notice, Timestamp};
+use super::membership::WorkerState;
+use super::{Core, Effect, JobPhase, Notice, Timestamp};
 
 /// Failures are counted over this time.
 const WINDOW: Duration = Duration::from_secs(600);
@@ -34,6 +35,8 @@ pub(super) struct Setbacks {
     shards: BTreeMap<(Epoch, ShardId), Timestamp>,
     /// Generations that broke since a step was final.
     barren: u32,
+    /// Ranks whose last worker could not load what the job needs.
+    unloaded: BTreeSet<Rank>,
 }
 
 impl Setbacks {
@@ -111,6 +114,16 @@ impl Setbacks {
         forgiven
     }
 
+    /// The worker of a rank cannot be one, for a reason that no other start cures where it is.
+    pub fn could_not_load(&mut self, rank: Rank) {
+        self.unloaded.insert(rank);
+    }
+
+    /// The worker of a rank is well.
+    pub fn loaded(&mut self, rank: Rank) {
+        self.unloaded.remove(&rank);
+    }
+
     /// A step is final.
     pub fn progressed(&mut self) {
         self.barren = 0;
@@ -128,7 +141,7 @@ impl Core {
         let held: BTreeSet<_> = self.leases.held_by(id).into_iter().filter_map(|lease| self.leases.shard_of(lease, id)).collect();
         for (epoch, shard) in self.setbacks.died_holding(now, &held) {
             self.leases.set_aside(epoch, shard);
-            let url = &self.config.shards[shard.0 as usize];
+            let url = self.url_of(shard);
             let what = format!("shard {url} of epoch {epoch}: {HABIT} workers in a row died while they held it");
             out.push(Effect::Notice(Notice::SetAside { what, lasts: ASIDE }));
         }
@@ -145,6 +158,16 @@ impl Core {
         }
         let others = self.workers.iter().filter(|(other, worker)| **other != id && worker.leaving.is_none()).count();
         !self.last_members.is_empty() || others >= self.config.min_world_size as usize
+    }
+
+    /// Whether a job that has not begun goes on waiting without a worker that could not load: its folder or its GPU may be wrong, and another one may
+    /// come in its place. Where every rank has failed so, it is the job's own fault.
+    pub(super) fn can_wait_for_another(&self, id: WorkerId) -> bool {
+        let waits = matches!(self.phase, JobPhase::Gathering { .. }) && self.last_members.is_empty() && !self.config.workers_are_alike;
+        let Some(worker) = self.workers.get(&id).filter(|worker| waits && worker.state == WorkerState::Loading) else { return false };
+        let mut unloaded = self.setbacks.unloaded.clone();
+        unloaded.insert(worker.rank);
+        unloaded.len() < self.config.world_size as usize
     }
 
     /// A worker that the job does without has failed for good: whoever is started on its host would too, unless others there are well.

@@ -38,6 +38,7 @@ fn config(world_size: u32) -> Config {
         sources: Arc::new([Source::unnamed(4)]),
         epochs: None,
         last_step: Some(Step(100)),
+        workers_are_alike: false,
         global_batch: 16,
         scale_batch: false,
         checkpoint_every: Duration::from_secs(300),

@@ -15,6 +15,7 @@ fn state() -> State {
     let config = Config {
         world_size: 1,
         min_world_size: 1,
+        workers_are_alike: false,
         global_batch: 16,
         scale_batch: false,
         heartbeat_timeout: Duration::from_secs(3),

@@ -14,6 +14,7 @@ use crate::check::{self, LoadedJob};
 use crate::config::RunArgs;
 use crate::core::{Config, Core, Resume};
 use crate::journal::{Disk, Found, Run};
+use crate::shard_list::{self, ShardList};
 use crate::store::{Store, hex, sha256};
 
 /// A worker's own deadlines come first by this much.
@@ -26,6 +27,8 @@ pub(super) struct Start {
     pub job: Job,
     pub run: Run,
     pub num_shards: usize,
+    /// Its shards, as its checkpoints remember them.
+    pub lists: Vec<ShardList>,
     pub store: Store,
     pub journal: Disk,
     pub core: Core,
@@ -44,14 +47,15 @@ impl Start {
             Ok(loaded) => loaded,
             Err(problem) => return Ok(Err(Exit::Refused(problem))),
         };
-        let LoadedJob { ref job, ref toml, ref shards, .. } = loaded;
+        let LoadedJob { ref job, ref toml, ref shards, ref sources, .. } = loaded;
+        let lists = ShardList::of(shards, sources);
         let _lock = match lock(&args.state_dir)? {
             Ok(lock) => lock,
             Err(problem) => return Ok(Err(Exit::Refused(problem))),
         };
         let checkpoints = job.checkpoint.store.clone().unwrap_or_else(|| args.state_dir.join("checkpoints"));
         let store = Store::local(&checkpoints)?;
-        let resume = match resume(&store, job).await? {
+        let resume = match resume(&store, job, &lists).await? {
             Ok(resume) => resume,
             Err(problem) => return Ok(Err(Exit::Refused(problem))),
         };
@@ -71,13 +75,13 @@ impl Start {
         let step = resume.as_ref().map_or(Step(0), |resume| resume.step);
         let shards_digest = hex(&sha256(shards.join("\n").as_bytes()));
         let run = Run { job_id: String::new(), term: 1, world_size: args.world_size, job: toml.clone(), shards: shards_digest };
-        let found = found.filter(|found| match new_run(found, &run, resume.as_ref(), args.local) {
-            Some(why) => {
-                tracing::warn!("{why}: its workers are sent away, and the job goes on from step {step}, where its newest checkpoint is");
-                false
-            }
-            None => true,
-        });
+        // Workers of `--local` are gone: without a checkpoint nothing is left that the old list is needed for.
+        let is_kept = !args.local || resume.is_some();
+        if is_kept && found.as_ref().is_some_and(|found| found.run.shards != run.shards) {
+            let problem = format!("the run in the journal {} has another list of shards. {}", journal_path.display(), shard_list::RESTORE);
+            return Ok(Err(Exit::Refused(problem)));
+        }
+        let found = found.filter(|found| goes_on(found, &run, resume.as_ref(), args.local));
         let run = match &found {
             Some(found) => Run { job_id: found.run.job_id.clone(), term: found.run.term + 1, ..run },
             None => Run { job_id: format!("{:016x}", random()?), ..run },
@@ -93,11 +97,11 @@ impl Start {
         }
         let core = match found {
             _ if is_finished => fresh.over(),
-            Some(found) => go_on(config, resume, found, run.term, &journal_path),
+            Some(found) => go_on(config, resume, found, &run, &journal_path),
             None => fresh,
         };
         let num_shards = shards.len();
-        Ok(Ok(Self { job: loaded.job, run, num_shards, store, journal, core, goes_back, is_finished, _lock }))
+        Ok(Ok(Self { job: loaded.job, run, num_shards, lists, store, journal, core, goes_back, is_finished, _lock }))
     }
 }
 
@@ -134,6 +138,7 @@ fn config(args: &RunArgs, loaded: &LoadedJob, job_id: &str) -> Config {
         sources: sources.clone(),
         epochs: job.train.epochs,
         last_step: job.last_step().map(Step),
+        workers_are_alike: args.local,
         global_batch: job.train.global_batch,
         scale_batch: job.train.scale_batch,
         checkpoint_every: job.checkpoint.every,
@@ -149,11 +154,28 @@ fn say_finished(job: &Job, step: Step, checkpoints: &Path) {
     tracing::info!("the job is finished already: its checkpoint in {} is of step {step}, {goal}", checkpoints.display());
 }
 
-fn go_on(config: Config, resume: Option<Resume>, found: Found, term: u64, journal: &Path) -> Core {
+fn go_on(config: Config, resume: Option<Resume>, found: Found, run: &Run, journal: &Path) -> Core {
     let core = Core::restore(config, resume, found.state);
-    let (path, step) = (journal.display(), core.final_step());
+    let (path, step, term) = (journal.display(), core.final_step(), run.term);
     tracing::info!("going on with the run of {path}, start {term}: its workers hold step {step} or a later one");
-    core
+    let (before, now) = (found.run.world_size, run.world_size);
+    if before == now {
+        return core;
+    }
+    tracing::info!("--world-size is {now} now, {before} before: its workers regroup with what they hold");
+    core.resized()
+}
+
+/// Whether the workers of a run, if they live, go on with it. If not, says what that costs.
+fn goes_on(found: &Found, run: &Run, resume: Option<&Resume>, local: bool) -> bool {
+    let Some(why) = new_run(found, run, resume, local) else { return true };
+    let step = resume.map_or(Step(0), |resume| resume.step);
+    let lost = match found.state.final_step().0.saturating_sub(step.0) {
+        0 => String::new(),
+        steps => format!("; {steps} steps or more are trained again"),
+    };
+    tracing::warn!("{why}: its workers are sent away, and the job goes on from step {step}, where its newest checkpoint is{lost}");
+    false
 }
 
 /// Why a journal must not be gone on with: it is of another job.
@@ -180,10 +202,6 @@ fn new_run(found: &Found, run: &Run, resume: Option<&Resume>, local: bool) -> Op
         Some("the run in the journal is over, as --local starts workers of its own")
     } else if before.job != run.job {
         Some("the run in the journal has another job file")
-    } else if before.world_size != run.world_size {
-        Some("the run in the journal has another --world-size")
-    } else if before.shards != run.shards {
-        Some("the run in the journal has another list of shards")
     } else if resume.is_some_and(|resume| resume.generation > state.generation()) {
         Some("the run in the journal is older than the newest checkpoint")
     } else {
@@ -205,8 +223,8 @@ fn lock(state_dir: &Path) -> anyhow::Result<Result<File, String>> {
     })
 }
 
-/// The newest checkpoint, if it is of this job.
-async fn resume(store: &Store, job: &Job) -> anyhow::Result<Result<Option<Resume>, String>> {
+/// The newest checkpoint, if it is of this job and its shards.
+async fn resume(store: &Store, job: &Job, lists: &[ShardList]) -> anyhow::Result<Result<Option<Resume>, String>> {
     let Some((manifest, ledger)) = store.newest().await? else { return Ok(Ok(None)) };
     let location = store.location(manifest.step, manifest.generation);
     let before = match Job::parse(&manifest.job) {
@@ -220,8 +238,14 @@ async fn resume(store: &Store, job: &Job) -> anyhow::Result<Result<Option<Resume
             "the checkpoint in {location} belongs to another job:{list}\nTo go on with it, restore these; to start anew, give another --state-dir or checkpoint.store"
         )));
     }
-    if *job != before {
-        tracing::info!("the job file has changed since {location}; its new settings hold from here on");
+    let changes = shard_list::changes(&manifest.shards, lists);
+    if !changes.is_empty() {
+        let list = changes.iter().map(|change| format!("\n  {change}")).collect::<String>();
+        return Ok(Err(format!("the checkpoint in {location} was trained on another list of shards:{list}\n{}", shard_list::RESTORE)));
+    }
+    let changed = job.changed_keys(&before);
+    if !changed.is_empty() {
+        tracing::info!("the job file has changed since {location} ({}); its new settings hold from here on", changed.join(", "));
     }
     tracing::info!("resuming from {location}");
     Ok(Ok(Some(Resume { step: manifest.step, ledger: Arc::new(ledger), generation: manifest.generation })))

@@ -18,8 +18,12 @@ use axum::extract::{Path as At, State};
 use axum::http::{HeaderName, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
-use tokio::net::TcpListener;
-use tokio::sync::{mpsc, oneshot, watch};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::server::conn::auto::Builder;
+use hyper_util::service::TowerToHyperService;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
+use tokio::task::JoinSet;
 
 use crate::driver::{Command, Status};
 use crate::history::History;
@@ -28,6 +32,12 @@ use crate::history::History;
 pub const DEFAULT_HTTP_PORT: u16 = 7734;
 /// How long the driver may take to answer.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// Connections at once; more wait to be taken.
+const MAX_CONNECTIONS: usize = 256;
+/// How long a client may take to ask, also for the next thing.
+const ASKING: Duration = Duration::from_secs(15);
+/// After a listener's error (no file descriptor left, say): a loop that only fails would take a core.
+const AFTER_ERROR: Duration = Duration::from_millis(100);
 
 /// What `--http-addr` says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -98,18 +108,37 @@ pub async fn listen(address: Option<HttpAddr>) -> anyhow::Result<Option<TcpListe
 }
 
 /// Serves until `over` turns true.
-///
-/// # Errors
-/// From the socket.
-pub async fn serve(
-    listener: TcpListener,
-    commands: mpsc::Sender<Command>,
-    shown: Shown,
-    mut over: watch::Receiver<bool>,
-) -> std::io::Result<()> {
+pub async fn serve(listener: TcpListener, commands: mpsc::Sender<Command>, shown: Shown, mut over: watch::Receiver<bool>) {
     let router = router(Arc::new(Site { commands, shown }));
-    let ended = async move { drop(over.wait_for(|&over| over).await) };
-    axum::serve(listener, router).with_graceful_shutdown(ended).await
+    let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let mut connections = JoinSet::new();
+    loop {
+        tokio::select! {
+            (stream, place) = accept(&listener, &places) => drop(connections.spawn(converse(stream, router.clone(), place, ASKING))),
+            Some(_) = connections.join_next() => {}
+            _ = over.wait_for(|&over| over) => return,
+        }
+    }
+}
+
+/// The next client, once there is a place for it.
+async fn accept(listener: &TcpListener, places: &Arc<Semaphore>) -> (TcpStream, Option<OwnedSemaphorePermit>) {
+    // None only of a semaphore that is closed, which nobody does.
+    let place = places.clone().acquire_owned().await.ok();
+    loop {
+        match listener.accept().await {
+            Ok((stream, _)) => return (stream, place),
+            Err(_) => tokio::time::sleep(AFTER_ERROR).await,
+        }
+    }
+}
+
+/// Answers one client for as long as it asks.
+async fn converse(stream: TcpStream, router: Router, _place: Option<OwnedSemaphorePermit>, asking: Duration) {
+    let mut builder = Builder::new(TokioExecutor::new()).http1_only();
+    builder.http1().timer(TokioTimer::new()).header_read_timeout(asking);
+    // However it ends, the client has seen it too.
+    let _ = builder.serve_connection(TokioIo::new(stream), TowerToHyperService::new(router)).await;
 }
 
 fn router(site: Arc<Site>) -> Router {
@@ -141,13 +170,17 @@ async fn asset(kind: &'static str, text: &'static str) -> Response {
 
 impl Site {
     async fn look(&self) -> Result<Box<(Status, History)>, Response> {
+        self.ask(|reply| Command::Look { reply }).await
+    }
+
+    async fn ask<T>(&self, command: impl FnOnce(oneshot::Sender<T>) -> Command) -> Result<T, Response> {
         let (reply, answer) = oneshot::channel();
         let ask = async {
-            self.commands.send(Command::Look { reply }).await.ok()?;
+            self.commands.send(command(reply)).await.ok()?;
             answer.await.ok()
         };
         match tokio::time::timeout(PATIENCE, ask).await {
-            Ok(Some(look)) => Ok(look),
+            Ok(Some(answer)) => Ok(answer),
             Ok(None) => Err((StatusCode::SERVICE_UNAVAILABLE, "the coordinator is stopping\n").into_response()),
             Err(_) => Err((StatusCode::SERVICE_UNAVAILABLE, "the coordinator does not answer\n").into_response()),
         }
@@ -156,8 +189,8 @@ impl Site {
 
 /// Whether the coordinator itself is well: a job that waits for its workers is no reason to start it again.
 async fn alive(State(site): Shared) -> Response {
-    match site.look().await {
-        Ok(_) => "ok\n".into_response(),
+    match site.ask(|reply| Command::Ping { reply }).await {
+        Ok(()) => "ok\n".into_response(),
         Err(problem) => problem,
     }
 }
@@ -230,6 +263,30 @@ mod tests {
         let [one, other] = [listen(None).await.unwrap().unwrap(), listen(None).await.unwrap().unwrap()];
         assert_ne!(one.local_addr().unwrap(), other.local_addr().unwrap());
         assert!(listen(Some(HttpAddr::Off)).await.unwrap().is_none());
+    }
+
+    #[tokio::test]
+    async fn client_that_never_asks_is_cut_off_and_one_that_asks_is_answered() {
+        use tokio::io::{AsyncReadExt, AsyncWriteExt};
+        let listener = listen(Some("127.0.0.1:0".parse().unwrap())).await.unwrap().unwrap();
+        let address = listener.local_addr().unwrap();
+        let places = Arc::new(Semaphore::new(1));
+        tokio::spawn(async move {
+            let router = Router::new().route("/", get(|| async { "ok" }));
+            loop {
+                let (stream, place) = accept(&listener, &places).await;
+                tokio::spawn(converse(stream, router.clone(), place, Duration::from_millis(50)));
+            }
+        });
+        let mut silent = TcpStream::connect(address).await.unwrap();
+        silent.write_all(b"GET / HTTP/1.1\r\nHost:").await.unwrap();
+        // It waits for the place of the one before.
+        let mut asks = TcpStream::connect(address).await.unwrap();
+        asks.write_all(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").await.unwrap();
+        let mut said = String::new();
+        asks.read_to_string(&mut said).await.unwrap();
+        assert!(said.starts_with("HTTP/1.1 200") && said.ends_with("ok"), "{said}");
+        silent.read_to_end(&mut Vec::new()).await.unwrap();
     }
 
     #[test]

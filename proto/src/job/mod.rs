@@ -145,6 +145,32 @@ impl Job {
         compare("data.sources", sources(self).join(", "), sources(other).join(", "));
         differences
     }
+
+    /// The fields that have another value in `other`, as they are named in the job file.
+    #[must_use]
+    pub fn changed_keys(&self, other: &Self) -> Vec<String> {
+        let value = |job: &Self| serde_json::to_value(job).unwrap_or_default();
+        let mut changed = Vec::new();
+        compare("", &value(self), &value(other), &mut changed);
+        changed
+    }
+}
+
+/// Adds the names of the fields below `name` that differ.
+fn compare(name: &str, here: &serde_json::Value, there: &serde_json::Value, changed: &mut Vec<String>) {
+    use serde_json::Value::Object;
+    let (Object(ours), Object(theirs)) = (here, there) else {
+        if here != there {
+            changed.push(name.to_owned());
+        }
+        return;
+    };
+    let null = serde_json::Value::Null;
+    let keys: std::collections::BTreeSet<&String> = ours.keys().chain(theirs.keys()).collect();
+    for key in keys {
+        let name = if name.is_empty() { key.clone() } else { format!("{name}.{key}") };
+        compare(&name, ours.get(key).unwrap_or(&null), theirs.get(key).unwrap_or(&null), changed);
+    }
 }
 
 #[cfg(test)]
@@ -245,6 +271,25 @@ mod tests {
         );
         assert!(problems(&mixed.replace("\"b\"", "\"a\"")).contains("two are named \"a\""));
         assert!(problems(&mixed.replace("weight = 3", "weight = 0")).contains("has weight 0"));
+    }
+
+    #[test]
+    fn changed_fields_are_named_as_in_the_file() {
+        let job = Job::parse(SMALL).unwrap();
+        let mut other = job.clone();
+        assert!(job.changed_keys(&other).is_empty());
+        other.train.learning_rate = 3e-4;
+        other.train.decay_steps = Some(7);
+        other.name = "other".into();
+        assert_eq!(job.changed_keys(&other), ["name", "train.decay_steps", "train.learning_rate"]);
+    }
+
+    #[test]
+    fn checkpoints_are_kept_in_a_folder() {
+        let with = |store: &str| Job::parse(&format!("{SMALL}\n[checkpoint]\nstore = {store:?}"));
+        let error = with("s3://bucket/run").unwrap_err().to_string();
+        assert!(error.contains("checkpoint.store (s3://bucket/run) must be a folder on the coordinator"), "{error}");
+        assert!(with("/mnt/run").is_ok() && with("run").is_ok());
     }
 
     #[test]

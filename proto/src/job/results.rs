@@ -33,6 +33,12 @@ impl Default for CheckpointSection {
 
 impl CheckpointSection {
     pub(super) fn check(&self, checks: &mut Checks) {
+        // An address would become a folder of that name, and the checkpoints would not be where they are looked for.
+        if let Some(store) = self.store.as_ref().map(|store| store.display()).filter(|store| store.to_string().contains("://")) {
+            checks.problem(format!(
+                "checkpoint.store ({store}) must be a folder on the coordinator: mount the store there, or copy from the folder"
+            ));
+        }
         checks.at_least("checkpoint.every_steps", self.every_steps, 1, "");
         checks.at_least("checkpoint.every", self.every, Duration::from_secs(1), "");
         checks.at_least("checkpoint.keep", self.keep, 1, ": the newest is what a job resumes from");

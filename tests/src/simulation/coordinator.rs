@@ -135,6 +135,7 @@ impl World {
             sources: Arc::new([Source::unnamed(self.plan.shards.len() as u32)]),
             epochs: self.plan.epochs,
             last_step: self.plan.last_step,
+            workers_are_alike: false,
             global_batch: self.plan.global_batch,
             scale_batch: self.plan.scale_batch,
             checkpoint_every: self.plan.checkpoint_every,

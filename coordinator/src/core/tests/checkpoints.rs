@@ -171,3 +171,31 @@ fn death_of_another_holder_does_not_interrupt_who_sends_the_last_checkpoint() {
     world.event(Event::CheckpointStored { step: Step(1), generation: Generation(1) }).unwrap();
     assert_eq!(world.outcome(), Some(Outcome::Finished));
 }
+
+#[test]
+fn copies_that_never_come_are_forgotten_with_the_next_one_that_is_stored() {
+    let (mut world, workers) = World::running(1);
+    for step in 1..=3 {
+        world.report_with(workers[0], step, Some(&[]), Some(5)).unwrap();
+    }
+    world.event(Event::CheckpointStored { step: Step(2), generation: Generation(1) }).unwrap();
+    let awaited: Vec<bool> = (1..=3).map(|step| world.core.awaits_checkpoint(Step(step), Generation(1))).collect();
+    assert_eq!(awaited, [false, false, true]);
+}
+
+#[test]
+fn failed_upload_that_nobody_waits_for_changes_nothing() {
+    let (mut world, workers) = World::running(1);
+    world.report_with(workers[0], 1, Some(&[]), Some(5)).unwrap();
+    world.now += Duration::from_secs(1);
+    let (said, before) = (world.said.len(), format!("{:?}", world.core));
+    for (step, generation) in [(1, 9), (0, 1)] {
+        world
+            .event(Event::CheckpointFailed { step: Step(step), generation: Generation(generation), error: "a stranger's".into() })
+            .unwrap();
+    }
+    assert_eq!((world.said.len(), format!("{:?}", world.core)), (said, before));
+    // Of a step that may be final soon it is said.
+    world.event(Event::CheckpointFailed { step: Step(2), generation: Generation(1), error: "disk full".into() }).unwrap();
+    assert!(matches!(world.said.last(), Some(Effect::Notice(Notice::CheckpointFailed { step: Step(2), .. }))));
+}

@@ -238,3 +238,34 @@ fn one_that_has_left_is_given_nothing_though_it_had_asked() {
     world.say(a, FromWorker::GaveBack { lease: lease.id, from: 3 }).unwrap();
     assert_eq!(world.core.leases.holders(), BTreeSet::from([a]));
 }
+
+#[test]
+fn epoch_without_a_sample_to_train_ends_the_job_and_says_what_kept_them_out() {
+    for num_trained in [0, 1] {
+        let (mut world, workers) = World::running(1);
+        let (leases, _) = world.lease(workers[0], 4);
+        let trained = names(0, leases[0].shard, 0..num_trained);
+        world.report(workers[0], 1, Some(&trained));
+        for (index, lease) in leases.iter().enumerate() {
+            assert_eq!(world.outcome(), None);
+            let skip = |index| SkippedSample {
+                index,
+                reason: if index == 2 { SkipReason::Bad } else { SkipReason::Filtered },
+                key: String::new(),
+                detail: if index == 2 { "no_jpg: no member .jpg".into() } else { "too_small: 8 x 8".into() },
+            };
+            let first = if index == 0 { num_trained } else { 0 };
+            let skipped = (first..if index == 0 { 3 } else { 2 }).map(skip).collect();
+            let num_samples = Some(if index == 0 { 3 } else { 2 });
+            let report = ShardReport { lease: lease.id, skipped, num_samples, truncated: String::new() };
+            world.say(workers[0], FromWorker::ShardReport(report)).unwrap();
+        }
+        let reason = match world.outcome() {
+            Some(Outcome::Failed { reason }) => reason,
+            other => String::from(if other.is_none() { "" } else { panic!("{other:?}") }),
+        };
+        let expected = "epoch 0 is over and none of its samples could be trained: of the 4 shards' samples 8 were filtered and 1 broken so far, \
+                        most often too_small 8, no_jpg 1, 0 trained; see the filters in [data]";
+        assert_eq!(reason, if num_trained == 0 { expected } else { "" });
+    }
+}

@@ -461,3 +461,44 @@ fn member_that_is_not_seen_dead_is_waited_for_and_those_back_leave_when_it_does_
     world.stopped(workers[0], 1, StopCause::Aborted, vec![]);
     assert_eq!(world.core.generation(), Generation(2));
 }
+
+/// A coordinator that is started again with another world size, whose two members come back and say that they have trained on.
+fn resized(world_size: u32, applied: [u64; 2]) -> (World, Vec<WorkerId>) {
+    let (mut world, workers) = World::running(2);
+    for (index, &worker) in workers.iter().enumerate() {
+        world.report(worker, 1, (index == 0).then_some(&[][..]));
+    }
+    let records: Vec<StepRecord> = (2..=3).map(|step| world.record(step, &[])).collect();
+    world.core = Core::restore(config(world_size), None, world.core.durable()).resized();
+    for ((incarnation, &worker), applied) in [1000, 1001].into_iter().zip(&workers).zip(applied) {
+        assert_eq!(world.hello(Some(incarnation as u32 - 1000), incarnation, 1).unwrap(), worker);
+        world.ready(worker);
+        let continuing = Continuing { generation: Generation(1), applied: Step(applied), records: records.clone() };
+        world.say(worker, FromWorker::Continuing(continuing)).unwrap();
+    }
+    for (&worker, applied) in workers.iter().zip(applied) {
+        assert!(world.sent(worker).iter().any(|message| matches!(message, ToWorker::Abort { .. })), "they are to regroup");
+        world.stopped(worker, applied, StopCause::Aborted, records.clone());
+    }
+    (world, workers)
+}
+
+#[test]
+fn coordinator_that_is_started_again_for_a_smaller_world_goes_on_with_those_who_hold_the_most() {
+    for (applied, stays) in [([3, 3], 0), ([2, 3], 1)] {
+        let (mut world, workers) = resized(1, applied);
+        assert_eq!(world.core.state(), "forming");
+        world.bootstrap(workers[stays]);
+        assert_eq!((num_members(&world), world.assignment(workers[stays]).base_step), (Some(1), Step(3)));
+    }
+}
+
+#[test]
+fn coordinator_that_is_started_again_for_a_larger_world_waits_for_it_with_what_its_workers_hold() {
+    let (mut world, workers) = resized(3, [3, 3]);
+    assert_eq!(world.core.state(), "waiting for rank 2");
+    let third = world.join(None).unwrap();
+    world.ready(third);
+    world.bootstrap(workers[0]);
+    assert_eq!((num_members(&world), world.assignment(third).base_step), (Some(3), Step(3)));
+}

@@ -43,13 +43,14 @@ fn epochs_end_only_when_every_shard_is_accounted_for() {
         world.ready(worker);
         world.bootstrap(worker);
         let (leases, _) = world.lease(worker, 4);
-        for lease in &leases[..if complete { 4 } else { 3 }] {
-            let report = ShardReport { lease: lease.id, skipped: vec![], num_samples: Some(0), truncated: String::new() };
+        world.report(worker, 1, Some(&names(0, leases[0].shard, 0..1)));
+        for (lease, num) in leases[..if complete { 4 } else { 3 }].iter().zip([1, 0, 0, 0]) {
+            let report = ShardReport { lease: lease.id, skipped: vec![], num_samples: Some(num), truncated: String::new() };
             world.say(worker, FromWorker::ShardReport(report)).unwrap();
         }
-        world.stopped(worker, 0, StopCause::DataDone, vec![]);
+        world.stopped(worker, 1, StopCause::DataDone, vec![]);
         match world.outcome() {
-            Some(Outcome::Finished) => assert!(complete),
+            None => assert!(complete && world.core.state() == "storing the last checkpoint", "{}", world.core.state()),
             Some(Outcome::Failed { reason }) => assert!(!complete && reason.contains("1 shards of epoch 0"), "{reason}"),
             other => panic!("{other:?}"),
         }
@@ -145,14 +146,16 @@ fn death_in_the_exchange_after_the_last_data_does_not_lose_the_job() {
         world.ready(worker);
     }
     world.bootstrap(workers[0]);
+    let sample = names(0, ShardId(0), 0..1);
     for lease in
         workers.iter().flat_map(|&worker| world.lease(worker, 4).0.into_iter().map(move |lease| (worker, lease))).collect::<Vec<_>>()
     {
-        let report = ShardReport { lease: lease.1.id, skipped: vec![], num_samples: Some(0), truncated: String::new() };
+        let num_samples = Some(u32::from(lease.1.shard == ShardId(0)));
+        let report = ShardReport { lease: lease.1.id, skipped: vec![], num_samples, truncated: String::new() };
         world.say(lease.0, FromWorker::ShardReport(report)).unwrap();
     }
     for &worker in &workers {
-        world.report(worker, 1, (worker == workers[0]).then_some(&[]));
+        world.report(worker, 1, (worker == workers[0]).then_some(&sample[..]));
     }
     // All gave empty shares and validate the last weights; one dies in the middle of it.
     world.die(workers[2]);
@@ -196,6 +199,23 @@ fn whoever_gives_up_names_what_failed_first() {
         let Some(Outcome::Failed { reason }) = world.outcome() else { panic!("{}", world.core.state()) };
         assert!(reason.starts_with(expected) && reason.ends_with("no restart is left"), "{reason}");
     }
+}
+
+#[test]
+fn job_that_is_given_up_keeps_what_those_hold_who_are_left() {
+    let (mut world, workers) = World::running(2);
+    world.report(workers[0], 1, Some(&[]));
+    world.report(workers[1], 1, None);
+    world.event(Event::Drain { rank: Rank(1) }).unwrap();
+    workers.iter().for_each(|&worker| world.stopped(worker, 1, StopCause::Planned, vec![]));
+    for _ in 0..2 {
+        // The second is of another worker that left, while the copy is on its way.
+        world.event(Event::GiveUp { reason: "one is left, two are needed".into() }).unwrap();
+        assert!(matches!(world.sent(workers[0]).last(), Some(ToWorker::TakeSnapshot { .. })));
+        assert_eq!(world.outcome(), None);
+    }
+    world.event(Event::CheckpointStored { step: Step(1), generation: Generation(1) }).unwrap();
+    assert_eq!(world.outcome(), Some(Outcome::Failed { reason: "one is left, two are needed".into() }));
 }
 
 #[test]

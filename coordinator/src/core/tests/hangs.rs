@@ -296,3 +296,67 @@ fn exit_of_a_process_is_its_death_before_its_stream_ends() {
     let stream = world.stream_of[&workers[0]];
     world.event(Event::Closed { worker: workers[0], stream, cause: "late".into() }).unwrap();
 }
+
+#[test]
+fn survivor_in_the_middle_of_something_long_has_the_time_that_it_may_take_to_leave() {
+    for (phase, enough, too_long) in [
+        (Phase::Compute, 595, 10),
+        (Phase::Warming, 595, 10),
+        (Phase::Validating, 595, 10),
+        (Phase::Collective, 3, 2),
+        (Phase::Data, 3, 2),
+        (Phase::Waiting, 2, 2),
+    ] {
+        let (mut world, workers) = World::running(3);
+        world.die(workers[2]);
+        world.stopped(workers[0], 0, StopCause::Aborted, vec![]);
+        let mut read = 0;
+        let mut spend = |world: &mut World, seconds| {
+            for _ in 0..seconds {
+                read += 1;
+                world.spend(1, &[(workers[0], 0, Phase::Waiting, 0), (workers[1], 0, phase, if phase == Phase::Data { read } else { 0 })]);
+            }
+        };
+        spend(&mut world, enough);
+        assert!(world.core.workers.contains_key(&workers[1]), "{phase:?}");
+        spend(&mut world, too_long);
+        assert!(!world.core.workers.contains_key(&workers[1]), "{phase:?}");
+        assert!(world.core.workers.contains_key(&workers[0]), "{phase:?}: it has left");
+    }
+}
+
+#[test]
+fn survivor_that_says_nothing_is_lost_after_the_heartbeat_timeout_whatever_it_was_doing() {
+    let (mut world, workers) = World::running(3);
+    world.spend(1, &[(workers[0], 0, Phase::Collective, 0), (workers[1], 0, Phase::Compute, 0), (workers[2], 0, Phase::Compute, 0)]);
+    world.die(workers[2]);
+    world.stopped(workers[0], 0, StopCause::Aborted, vec![]);
+    world.spend(3, &[(workers[0], 0, Phase::Waiting, 0)]);
+    assert!(!world.core.workers.contains_key(&workers[1]));
+}
+
+#[test]
+fn job_that_is_to_stop_does_not_wait_for_samples_that_do_not_come() {
+    let (mut world, workers) = World::running(2);
+    world.learn(&workers);
+    world.event(Event::Stop { reason: "Ctrl-C".into() }).unwrap();
+    for read in 0..10 {
+        world.spend(1, &[(workers[0], 5, Phase::Collective, 0), (workers[1], 5, Phase::Data, read)]);
+    }
+    assert_eq!(world.core.state(), "training, to meet after this step");
+    for read in 10..13 {
+        world.spend(1, &[(workers[0], 5, Phase::Collective, 0), (workers[1], 5, Phase::Data, read)]);
+    }
+    assert!(workers.iter().all(|&worker| world.sent(worker).iter().any(|message| matches!(message, ToWorker::Abort { .. }))));
+    workers.iter().for_each(|&worker| world.stopped(worker, 5, StopCause::Aborted, vec![]));
+    world.event(Event::CheckpointStored { step: Step(5), generation: Generation(1) }).unwrap();
+    assert_eq!(world.outcome(), Some(Outcome::Stopped { reason: "Ctrl-C".into() }));
+}
+
+#[test]
+fn step_that_no_job_comes_to_is_said_without_harm() {
+    let (mut world, workers) = World::running(2);
+    world.learn(&workers);
+    world.spend(8, &[(workers[0], 5, Phase::Collective, 9), (workers[1], u64::MAX, Phase::Compute, 9)]);
+    assert!(world.lost().unwrap().starts_with("rank 1"));
+}

@@ -242,3 +242,19 @@ fn missing_ranks_that_follow_each_other_are_named_as_a_span() {
         assert_eq!(world.core.waiting_for(), text);
     }
 }
+
+#[test]
+fn worker_that_comes_back_for_the_rank_of_another_is_refused_and_stays_what_it_was() {
+    let (mut world, workers) = World::running(2);
+    assert!(matches!(world.hello(Some(1), 1000, 1), Err(CoreError::RankTaken { .. })));
+    assert!(world.core.workers.contains_key(&workers[0]) && world.core.state() == "training");
+}
+
+#[test]
+fn times_beyond_what_the_wire_takes_are_the_longest_it_takes() {
+    let forever = Duration::from_secs(u64::from(u32::MAX));
+    let mut world = World::new(Config { heartbeat_timeout: forever, join_timeout: forever, ..config(1) });
+    let worker = world.join(None).unwrap();
+    let Some(ToWorker::Welcome { heartbeat_timeout_ms, heartbeat_interval_ms, .. }) = world.sent(worker).pop() else { panic!() };
+    assert_eq!((heartbeat_timeout_ms, heartbeat_interval_ms), (u32::MAX, u32::MAX));
+}

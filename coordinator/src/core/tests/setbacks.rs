@@ -366,14 +366,46 @@ fn one_that_takes_a_dead_members_place_and_fails_for_good_does_not_end_the_job_o
 }
 
 #[test]
-fn failure_that_leaves_too_few_to_begin_ends_the_job() {
-    let mut world = World::new(Config { min_world_size: 2, ..config(3) });
+fn failure_that_leaves_too_few_to_begin_ends_the_job_where_workers_are_alike() {
+    let mut world = World::new(Config { min_world_size: 2, workers_are_alike: true, ..config(3) });
     let workers = ["a", "b", "c"].map(|host| world.load_on(host));
     world.fail_for_good(workers[0]);
     assert_eq!(world.outcome(), None, "two are enough");
     world.fail_for_good(workers[1]);
     let Some(Outcome::Failed { reason }) = world.outcome() else { panic!("{}", world.core.state()) };
     assert_eq!(reason, "rank 1 (pid 1 on b) failed in phase loading: no such file");
+}
+
+#[test]
+fn job_that_has_not_begun_waits_for_another_in_place_of_one_that_could_not_load() {
+    let mut world = World::new(Config { min_world_size: 1, ..config(2) });
+    // Twice the same mistake, on the same rank.
+    for _ in 0..2 {
+        let wrong = world.load_on("a");
+        world.fail_for_good(wrong);
+        assert_eq!((world.outcome(), world.core.workers.len()), (None, 0));
+    }
+    assert!(world.core.first_failure().unwrap().contains("failed in phase loading: no such file"));
+    let right = world.join_on("a");
+    world.pass(31, &[right]);
+    assert_eq!(world.train_a_step(1), [right]);
+}
+
+#[test]
+fn what_every_rank_fails_of_ends_the_job_and_so_does_a_wait_for_nobody() {
+    let mut world = World::new(config(2));
+    let workers = ["a", "b"].map(|host| world.load_on(host));
+    world.fail_for_good(workers[0]);
+    assert_eq!(world.outcome(), None);
+    world.fail_for_good(workers[1]);
+    assert_eq!(world.outcome(), Some(Outcome::Failed { reason: "rank 1 (pid 1 on b) failed in phase loading: no such file".into() }));
+
+    let mut world = World::new(config(2));
+    let worker = world.load_on("a");
+    world.fail_for_good(worker);
+    world.pass(61, &[]);
+    let Some(Outcome::Failed { reason }) = world.outcome() else { panic!("{}", world.core.state()) };
+    assert!(reason.starts_with("rank 0 (pid 1 on a) failed in phase loading: no such file; then waiting for "), "{reason}");
 }
 
 #[test]
