@@ -264,7 +264,7 @@ pub fn decode_pictures(shared: &Shared) {
             }
             Err(error) => {
                 if state.decoded(ticket, None) {
-                    let skip = Skip { index: name.index, rule: Rule::of_picture(&error), key, words: error.to_string() };
+                    let skip = Skip::new(name.index, Rule::of_picture(&error), &key, &error.to_string());
                     shared.report(lease, vec![skip], None);
                 }
             }
