@@ -39,6 +39,8 @@ pub enum Rule {
     OneSided,
     /// A native caption of which cleaning leaves nothing.
     Emptied,
+    /// Neither of the captions of a pair is in the json, nor a native one: mostly the job names other keys than the data have.
+    NoCaption,
     /// No member `.jpg`, `.jpeg` or `.png`.
     NoJpg,
     /// No member `.json`.
@@ -67,7 +69,7 @@ pub enum Rule {
 
 impl Rule {
     /// Every rule.
-    pub const ALL: [Self; 19] = [
+    pub const ALL: [Self; 20] = [
         Self::TooSmall,
         Self::NoAesthetic,
         Self::LowAesthetic,
@@ -75,6 +77,7 @@ impl Rule {
         Self::Aspect,
         Self::OneSided,
         Self::Emptied,
+        Self::NoCaption,
         Self::NoJpg,
         Self::NoJson,
         Self::BadJson,
@@ -100,6 +103,7 @@ impl Rule {
             Self::Aspect => "aspect",
             Self::OneSided => "one_sided",
             Self::Emptied => "emptied",
+            Self::NoCaption => "no_caption",
             Self::NoJpg => "no_jpg",
             Self::NoJson => "no_json",
             Self::BadJson => "bad_json",

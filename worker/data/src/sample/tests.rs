@@ -115,6 +115,7 @@ fn pictures_too_wide_and_captions_of_one_side_are_filtered_and_told_apart() {
     assert_eq!(skipped((400, 100), "{}"), (Rule::Aspect, "400 x 100 is too wide for every bucket".into()));
     assert_eq!(skipped(LARGE, r#"{"caption_zh": "", "caption_en": "red"}"#).0, Rule::OneSided);
     assert_eq!(skipped(LARGE, r#"{"caption_ori": "鿋"}"#).0, Rule::Emptied);
+    assert_eq!(skipped(LARGE, r#"{"caption": "a red circle", "caption_zh": null}"#).0, Rule::NoCaption);
 }
 
 #[test]
@@ -142,7 +143,7 @@ fn json_may_hold_anything_under_other_keys_and_a_key_twice() {
     let nested =
         format!(r#"{{"other": {}1{}, "caption_zh": "绿", "caption_en": "red", "caption_zh": "红"}}"#, "[".repeat(60), "]".repeat(60));
     assert_eq!(examine_json(SMALL, &nested).unwrap().caption.prompt, "红");
-    let null = r#"{"caption_ori": "红", "caption_ori": null, "caption_zh": null}"#;
+    let null = r#"{"caption_ori": "红", "caption_ori": null, "caption_zh": "红", "caption_zh": null, "caption_en": ""}"#;
     assert_eq!(examine_json(SMALL, null).unwrap().caption, Caption { prompt: String::new(), english: String::new(), native: false });
     let with_mark = examine_json(SMALL, "\u{feff}{\"caption_ori\": \"红\"}").unwrap();
     assert!(with_mark.caption.native);
