@@ -13,7 +13,6 @@ use crate::cached::Stamp;
 use crate::caption::Cleaner;
 use crate::loader::{Batch, LoaderConfig, Prepared, prepare};
 use crate::sample::{Encoded, Reason, Rules, examine};
-use crate::shard::{Found, read_shard};
 use crate::source::{SourceOptions, Sources, expand_shards};
 use crate::{Error, Result};
 
@@ -57,33 +56,30 @@ impl ValidationSet {
             if samples.len() == limit || num_bytes > MAX_BYTES {
                 break;
             }
-            let mut tar = sources.open(url, || false)?;
-            let halt = tar.halt();
-            let mut misfit = None;
-            let end = read_shard(&mut tar, &Bitmap::default(), |found| {
-                let raw = match found {
-                    Found::Sample(raw) => raw,
-                    Found::Stamp(stamp) => {
-                        misfit = Stamp::check(url, &stamp, &config.recipe).err();
-                        return if misfit.is_none() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) };
+            let check = |stamp: &[u8]| Ok(Stamp::check(url, stamp, &config.recipe)?);
+            let end = sources.read(
+                url,
+                &Bitmap::default(),
+                || false,
+                check,
+                |raw| {
+                    if samples.len() == limit || num_bytes > MAX_BYTES {
+                        return ControlFlow::Break(());
                     }
-                };
-                if halt.is_set() || samples.len() == limit || num_bytes > MAX_BYTES {
-                    return ControlFlow::Break(());
-                }
-                let (index, key) = (raw.index, raw.key.clone());
-                match examine(raw, &rules, &cleaner) {
-                    Ok(encoded) => {
-                        num_bytes += encoded.stored.num_bytes() as u64;
-                        samples.push(Kept { name: SampleName { epoch: EPOCH, shard, index }, key, encoded });
+                    let (index, key) = (raw.index, raw.key.clone());
+                    match examine(raw, &rules, &cleaner) {
+                        Ok(encoded) => {
+                            num_bytes += encoded.stored.num_bytes() as u64;
+                            samples.push(Kept { name: SampleName { epoch: EPOCH, shard, index }, key, encoded });
+                        }
+                        Err(skip) if skip.rule.reason() == Reason::Bad => {
+                            warn(&format!("validation sample {} in {url}: {}", skip.key, skip.detail()));
+                        }
+                        Err(_) => {}
                     }
-                    Err(skip) if skip.rule.reason() == Reason::Bad => warn(&format!("validation sample {key} in {url}: {}", skip.detail())),
-                    Err(_) => {}
-                }
-                ControlFlow::Continue(())
-            });
-            halt.check()?;
-            misfit.map_or(Ok(()), Err)?;
+                    ControlFlow::Continue(())
+                },
+            )?;
             if let Some(broken_off) = end.and_then(|end| end.truncated) {
                 warn(&format!("validation shard {url}: {broken_off}; the rest of it is lost"));
             }

@@ -243,6 +243,11 @@ impl State {
         self.reading.is_some_and(|reading| reading.is_cut)
     }
 
+    /// Whether the reader may go on with the lease that it reads.
+    pub fn may_read(&self, lease: LeaseId) -> bool {
+        !self.is_stopping && !self.is_cut() && self.is_held(lease)
+    }
+
     /// Nothing more comes of the lease that is read.
     pub fn end_lease(&mut self) {
         self.reading = None;

@@ -493,6 +493,18 @@ fn missing_and_truncated_shards_end_with_their_reason() {
     assert_eq!(names(&rig.drain(20)).len() + skips.len(), end.num_samples as usize);
 }
 
+#[test]
+fn file_that_cannot_be_read_is_neither_lost_nor_broken() {
+    let folder = tempfile::tempdir().unwrap();
+    let url = folder.path().to_str().unwrap();
+    let mut rig = Rig::start(config(4, 1));
+    rig.handle.grant(vec![lease(0, 0, url)], true);
+    let error = rig.loader.next_share(20).unwrap_err().to_string();
+    assert_eq!(error, format!("read {url}: Is a directory (os error 21); this is a folder: name the tars in it"));
+    drop(rig.loader);
+    assert!(rig.events.try_iter().all(|event| !matches!(event, LoaderEvent::Shard { .. })), "nothing is said of what it holds");
+}
+
 /// A shard behind a server that answers its beginning, and nothing more after that.
 fn served(tar: &[u8], fault: Fault) -> (FileServer, String) {
     let server = FileServer::start();
