@@ -77,6 +77,14 @@ pub struct StudentStates {
 }
 
 impl CachedSample {
+    /// Bytes of all its numbers.
+    #[must_use]
+    pub fn num_bytes(&self) -> usize {
+        let english = self.english.iter().flat_map(|states| [Some(&states.sequence), states.pooled.as_ref()]).flatten();
+        let student = self.student.iter().flat_map(|states| [&states.sequence, &states.mask]);
+        [&self.mean, &self.log_variance].into_iter().chain(english).chain(student).map(|array| array.bytes.len()).sum()
+    }
+
     /// The bytes of its member.
     ///
     /// # Errors

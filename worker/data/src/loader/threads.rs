@@ -250,7 +250,8 @@ pub fn decode_pictures(shared: &Shared) {
             }
         }
         drop(state);
-        shared.progress.notify_all();
+        // There may be something to decode for others now, or room to read.
+        shared.wake_all();
     }
 }
 
