@@ -9,7 +9,7 @@ use std::ops::ControlFlow;
 use fast_image_resize::Resizer;
 use peapod_proto::ids::{Bitmap, Epoch, LeaseId, SampleName, ShardId};
 
-use crate::cached::Stamp;
+use crate::cached::{Stamp, TextShapes};
 use crate::caption::Cleaner;
 use crate::loader::{Batch, LoaderConfig, Prepared, prepare};
 use crate::sample::{Encoded, Reason, Rules, examine};
@@ -26,6 +26,7 @@ const MAX_BYTES: u64 = 1 << 30;
 pub struct ValidationSet {
     config: LoaderConfig,
     samples: Vec<Kept>,
+    text_shapes: TextShapes,
 }
 
 /// A sample that is usable as far as its header tells.
@@ -93,7 +94,7 @@ impl ValidationSet {
         if samples.is_empty() {
             return Err(Error::Validation(format!("no sample of {} can be used", patterns.join(", "))));
         }
-        Ok(Self { config, samples })
+        Ok(Self { config, samples, text_shapes: TextShapes::default() })
     }
 
     /// Number of samples.
@@ -157,7 +158,7 @@ impl ValidationSet {
 
     fn prepare(&self, resizer: &mut Resizer, at: usize) -> Result<Prepared> {
         let Kept { name, encoded, .. } = &self.samples[at];
-        let mut prepared = prepare(resizer, *name, LeaseId(0), encoded.clone(), &self.config)?;
+        let mut prepared = prepare(resizer, *name, LeaseId(0), encoded.clone(), &self.config, &self.text_shapes)?;
         prepared.draws.timestep = timestep(at, self.len(), self.config.num_timesteps);
         Ok(prepared)
     }

@@ -11,7 +11,7 @@ use peapod_proto::ids::{LeaseId, SampleName};
 use super::state::{Buffered, Job, State};
 use super::{Content, LeasedShard, LoaderConfig, LoaderEvent, Prepared};
 use crate::bucket::Bucket;
-use crate::cached::{CachedSample, Stamp};
+use crate::cached::{CachedSample, Stamp, TextShapes};
 use crate::caption::Cleaner;
 use crate::draws::SampleRng;
 use crate::error::Failure;
@@ -37,6 +37,7 @@ pub struct Shared {
     config: LoaderConfig,
     rules: Rules,
     sources: Sources,
+    text_shapes: TextShapes,
     events: Box<dyn Fn(LoaderEvent) + Send + Sync>,
 }
 
@@ -49,6 +50,7 @@ impl Shared {
             has_panicked: AtomicBool::new(false),
             samples_read: AtomicU64::new(0),
             sources: Sources::new(SourceOptions::new(&config.data)),
+            text_shapes: TextShapes::default(),
             config,
             rules,
             events,
@@ -234,7 +236,7 @@ pub fn decode_pictures(shared: &Shared) {
         drop(state);
 
         let Buffered { name, lease, key, encoded } = sample;
-        let decoded = prepare(&mut resizer, name, lease, encoded, &shared.config);
+        let decoded = prepare(&mut resizer, name, lease, encoded, &shared.config, &shared.text_shapes);
         shared.samples_read.fetch_add(1, Ordering::Relaxed);
 
         let mut state = shared.lock();
@@ -256,7 +258,14 @@ pub fn decode_pictures(shared: &Shared) {
 }
 
 /// Decodes, scales and crops a sample's picture, or takes what was made of it before, and draws its random numbers.
-pub fn prepare(resizer: &mut Resizer, name: SampleName, lease: LeaseId, encoded: Encoded, config: &LoaderConfig) -> Result<Prepared> {
+pub fn prepare(
+    resizer: &mut Resizer,
+    name: SampleName,
+    lease: LeaseId,
+    encoded: Encoded,
+    config: &LoaderConfig,
+    text_shapes: &TextShapes,
+) -> Result<Prepared> {
     let Encoded { stored, size, bucket, caption } = encoded;
     let [width, height] = config.data.buckets.get(bucket).copied().unwrap_or_default();
     let rng = SampleRng::new(config.seed, name);
@@ -268,6 +277,7 @@ pub fn prepare(resizer: &mut Resizer, name: SampleName, lease: LeaseId, encoded:
         }
         Stored::Latents(bytes) => {
             let cached = CachedSample::parse(&bytes, config.latent_shape(bucket))?;
+            text_shapes.check(&cached)?;
             let crop = cached.crop;
             (Content::Cached(Box::new(cached)), crop)
         }
