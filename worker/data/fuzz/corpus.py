@@ -58,6 +58,8 @@ sparse = bytearray(tar([("a.jpg", b"1234"), ("b.json", b"{}")]))
 sparse[156:157] = b"S"
 sparse[386:410] = b"00000000000\0" + b"00000000004\0"
 sparse[483:495] = b"00000000004\0"
+name_bomb = bytearray(tar([(f"{LONG}.jpg", b"1")]))
+name_bomb[124:136] = b"77777777777\0"
 damaged = bytearray(PLAIN)
 damaged[1024 + 3] ^= 0xFF
 
@@ -79,6 +81,9 @@ write(
         "forged-binary-size": checked(bytes(binary)),
         "sparse": checked(bytes(sparse)),
         "endless-name": tar([("x/" * 3000 + "a.jpg", b"1")]),
+        "forged-name-size": checked(bytes(name_bomb)),
+        "html": b"<!DOCTYPE html>\n" * 64,
+        "nothing": b"",
     },
 )
 
@@ -124,8 +129,9 @@ write(
     {
         "ok-parallel": json.dumps(captions),
         "ok-native": json.dumps({"caption_ori": "一隻貓", "caption_ori_it": "un gatto", "watermark": 1}, ensure_ascii=False).replace("1}", "null}"),
-        "ok-nothing": "{}",
-        "ok-mark": "\ufeff{}",
+        "ok-empty": json.dumps({"caption_en": ""}),
+        "ok-mark": "\ufeff" + json.dumps({"caption_en": ""}),
+        "nothing": "{}",
         "ok-nested": json.dumps(captions | {"other": [[[{"a": [1, None]}]]]}),
         "small": json.dumps(captions | {"watermark": 0.1}),
         "one-sided": json.dumps({"caption_en": "red"}),

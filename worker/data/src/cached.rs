@@ -15,6 +15,8 @@
 mod recipe;
 
 pub use safetensors::tensor::Dtype;
+use std::sync::OnceLock;
+
 use safetensors::tensor::{SafeTensors, TensorView};
 
 pub use self::recipe::{Recipe, RecipeError, Stamp};
@@ -76,7 +78,46 @@ pub struct StudentStates {
     pub mask: Array,
 }
 
+/// The shapes of the text states in a job's cached samples, which are put together in batches: as long as the first one's.
+#[derive(Debug, Default)]
+pub(crate) struct TextShapes {
+    english: OnceLock<[Option<Vec<usize>>; 2]>,
+    student: OnceLock<Vec<usize>>,
+}
+
+impl TextShapes {
+    /// Errors: [`Error::Cached`] if a sample's text states are of other shapes than those before.
+    pub(crate) fn check(&self, sample: &CachedSample) -> Result<()> {
+        let refuse = |what: &str, is: &dyn std::fmt::Debug, others: &dyn std::fmt::Debug| {
+            Err(Error::Cached(format!("{what} is {is:?}, but {others:?} in the first sample that was read")))
+        };
+        if let Some(EnglishStates { sequence, pooled }) = &sample.english {
+            let shapes = [Some(sequence.shape.clone()), pooled.as_ref().map(|pooled| pooled.shape.clone())];
+            let first = self.english.get_or_init(|| shapes.clone());
+            if *first != shapes {
+                let at = usize::from(first[0] == shapes[0]);
+                return refuse(["english.sequence", "english.pooled"][at], &shapes[at], &first[at]);
+            }
+        }
+        if let Some(StudentStates { sequence, .. }) = &sample.student {
+            let first = self.student.get_or_init(|| sequence.shape.clone());
+            if *first != sequence.shape {
+                return refuse("student.sequence", &sequence.shape, first);
+            }
+        }
+        Ok(())
+    }
+}
+
 impl CachedSample {
+    /// Bytes of all its numbers.
+    #[must_use]
+    pub fn num_bytes(&self) -> usize {
+        let english = self.english.iter().flat_map(|states| [Some(&states.sequence), states.pooled.as_ref()]).flatten();
+        let student = self.student.iter().flat_map(|states| [&states.sequence, &states.mask]);
+        [&self.mean, &self.log_variance].into_iter().chain(english).chain(student).map(|array| array.bytes.len()).sum()
+    }
+
     /// The bytes of its member.
     ///
     /// # Errors
@@ -221,6 +262,25 @@ mod tests {
         let mut misfit = sample;
         misfit.mean.bytes.pop();
         assert!(misfit.to_bytes().is_err());
+    }
+
+    #[test]
+    fn text_states_of_other_shapes_than_the_first_are_refused() {
+        let shapes = TextShapes::default();
+        let sample = cached_sample((70, 50), [4, 2, 3], true);
+        assert!(shapes.check(&cached_sample((70, 50), [4, 2, 3], false)).is_ok(), "without any");
+        assert!(shapes.check(&sample).is_ok() && shapes.check(&sample).is_ok());
+        let refused = |change: fn(&mut CachedSample)| {
+            let mut other = sample.clone();
+            change(&mut other);
+            shapes.check(&other).unwrap_err().to_string()
+        };
+        let words = refused(|sample| sample.student.as_mut().unwrap().sequence.shape = vec![7, 3]);
+        assert_eq!(words, "latents: student.sequence is [7, 3], but [3, 7] in the first sample that was read");
+        assert!(
+            refused(|sample| sample.english.as_mut().unwrap().sequence.shape = vec![30, 1]).contains("english.sequence is Some([30, 1])")
+        );
+        assert!(refused(|sample| sample.english.as_mut().unwrap().pooled = None).contains("english.pooled is None"));
     }
 
     #[test]

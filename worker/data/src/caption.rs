@@ -23,13 +23,14 @@ pub struct Cleaner {
     rules: CaptionRules,
     /// Where the rules ask for them.
     tables: Option<OpenCC>,
-    /// Whether a prompt that cleaning empties is dropped.
+    /// Whether a prompt that cleaning empties is dropped, and a sample without captions is broken.
     strict: bool,
 }
 
 impl Cleaner {
     /// Loads the tables that are compiled in, OpenCC's `t2s`, if the rules need them. If `strict`, prompts of which cleaning leaves no
-    /// character of the language are dropped; the published trainer trains them as they are then, mostly empty.
+    /// character of the language are dropped, and samples in which no caption is found; the published trainer trains them as they are then,
+    /// mostly empty.
     ///
     /// Errors: [`Error::Tables`] if they are damaged.
     pub fn new(rules: CaptionRules, strict: bool) -> Result<Self> {
@@ -67,10 +68,13 @@ impl Cleaner {
     /// sample native. Without one it is parallel data.
     ///
     /// Errors: the rule by which the sample is dropped, in words. That is a prompt of which cleaning left nothing of the language (if strict),
-    /// or parallel data of which exactly one side is empty: its two prompts do not mean the same.
+    /// parallel data of which neither side is there (if strict), or of which exactly one is empty: its two prompts do not mean the same. Two
+    /// that are there and empty are honest data.
     pub fn choose<'a>(&self, find: impl Fn(&str) -> Option<&'a str>) -> Result<Caption, (Rule, String)> {
         let CaptionRules { native_keys, parallel_key, english_key, .. } = &self.rules;
-        let english = find(english_key).unwrap_or_default();
+        let (parallel, english) = (find(parallel_key), find(english_key));
+        let is_bare = parallel.is_none() && english.is_none();
+        let (prompt, english) = (parallel.unwrap_or_default(), english.unwrap_or_default());
         let candidates = native_keys.iter().filter_map(|keys| keys.iter().find_map(|key| Some((key, find(key)?))));
         if let Some((key, text)) = candidates.into_iter().find(|(_, text)| self.is_native(text)) {
             let prompt = self.clean(text);
@@ -80,7 +84,9 @@ impl Cleaner {
                 Err((Rule::Emptied, format!("cleaning leaves no character of the language in {key}")))
             };
         }
-        let prompt = find(parallel_key).unwrap_or_default();
+        if self.strict && is_bare {
+            return Err((Rule::NoCaption, format!("neither {parallel_key} nor {english_key} is in the json, nor a native caption")));
+        }
         match (prompt.trim().is_empty(), english.trim().is_empty()) {
             (true, false) => Err((Rule::OneSided, format!("{parallel_key} is empty, {english_key} is not"))),
             (false, true) => Err((Rule::OneSided, format!("{english_key} is empty, {parallel_key} is not"))),
@@ -156,7 +162,19 @@ mod tests {
         let found = [("caption_ori_en", "x"), ("caption_zh", "紅 car、"), ("caption_en", " Red")];
         assert_eq!(choose(&found), Ok(("紅 car、".into(), " Red".into(), false)));
         // Both empty: a sample without a prompt, which is honest data.
-        assert_eq!(choose(&[]), Ok((String::new(), String::new(), false)));
+        let empty = Ok((String::new(), String::new(), false));
+        assert_eq!(choose(&[("caption_zh", ""), ("caption_en", " ")]).map(|(prompt, _, native)| (prompt, String::new(), native)), empty);
+        assert_eq!(choose(&[("caption_en", "")]), empty);
+    }
+
+    #[test]
+    fn samples_without_captions_are_broken_but_for_the_published_trainer() {
+        for found in [&[][..], &[("caption_ori", "car")], &[("caption", "a red circle")]] {
+            let (rule, words) = choose(found).unwrap_err();
+            assert_eq!((rule, rule.reason()), (Rule::NoCaption, crate::sample::Reason::Bad));
+            assert_eq!(words, "neither caption_zh nor caption_en is in the json, nor a native caption");
+            assert_eq!(choose_with(&cleaner("", false), found), Ok((String::new(), String::new(), false)));
+        }
     }
 
     #[test]

@@ -80,8 +80,15 @@ pub fn json_sample(bytes: &[u8]) -> Verdict {
     });
     let mut refused = Ok(());
     for (rules, cleaner) in LANGUAGES.iter() {
-        let raw =
-            RawSample { index: 0, key: "k".into(), jpg: Some(PICTURE.to_vec()), json: Some(bytes.to_vec()), latents: None, fault: None };
+        let raw = RawSample {
+            index: 0,
+            key: "k".into(),
+            jpg: Some(PICTURE.to_vec()),
+            json: Some(bytes.to_vec()),
+            latents: None,
+            others: Vec::new(),
+            fault: None,
+        };
         match examine(raw, rules, cleaner) {
             Ok(sample) => assert_eq!(sample.size, (16, 8), "the picture is always the same"),
             Err(skip) => refused = Err(skip.detail()),

@@ -23,6 +23,7 @@ pub mod sample;
 pub mod shard;
 pub mod source;
 pub mod validation;
+mod words;
 
 pub use draws::Draws;
 pub use error::{Error, Result, StoreError};

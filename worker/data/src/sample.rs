@@ -10,6 +10,7 @@ use crate::bucket::{self, Bucket};
 use crate::caption::{Caption, Cleaner};
 use crate::format::{self, Turn};
 use crate::shard::RawSample;
+use crate::words::shown;
 use crate::{Error, Result, cached, image};
 
 /// Whether a sample that is not trained counts towards the broken ones.
@@ -38,7 +39,9 @@ pub enum Rule {
     OneSided,
     /// A native caption of which cleaning leaves nothing.
     Emptied,
-    /// No member `.jpg`.
+    /// Neither of the captions of a pair is in the json, nor a native one: mostly the job names other keys than the data have.
+    NoCaption,
+    /// No member `.jpg`, `.jpeg` or `.png`.
     NoJpg,
     /// No member `.json`.
     NoJson,
@@ -66,7 +69,7 @@ pub enum Rule {
 
 impl Rule {
     /// Every rule.
-    pub const ALL: [Self; 19] = [
+    pub const ALL: [Self; 20] = [
         Self::TooSmall,
         Self::NoAesthetic,
         Self::LowAesthetic,
@@ -74,6 +77,7 @@ impl Rule {
         Self::Aspect,
         Self::OneSided,
         Self::Emptied,
+        Self::NoCaption,
         Self::NoJpg,
         Self::NoJson,
         Self::BadJson,
@@ -99,6 +103,7 @@ impl Rule {
             Self::Aspect => "aspect",
             Self::OneSided => "one_sided",
             Self::Emptied => "emptied",
+            Self::NoCaption => "no_caption",
             Self::NoJpg => "no_jpg",
             Self::NoJson => "no_json",
             Self::BadJson => "bad_json",
@@ -163,6 +168,12 @@ pub struct Skip {
 }
 
 impl Skip {
+    /// A skip whose key and words fit a report and a terminal, whatever stands in the data.
+    #[must_use]
+    pub fn new(index: u32, rule: Rule, key: &str, words: &str) -> Self {
+        Self { index, rule, key: shown(key), words: shown(words) }
+    }
+
     /// Rule and words, as reports have them: `rule: words`.
     #[must_use]
     pub fn detail(&self) -> String {
@@ -343,7 +354,7 @@ impl<'de> Visitor<'de> for MetadataOf<'_> {
 ///
 /// Errors: the report of a sample that is left out or broken.
 pub fn examine(raw: RawSample, rules: &Rules, cleaner: &Cleaner) -> Result<Encoded, Skip> {
-    let RawSample { index, key, jpg, json, latents, fault } = raw;
+    let RawSample { index, key, jpg, json, latents, others, fault } = raw;
     let examine = move || -> Result<Encoded, (Rule, String)> {
         if let Some(fault) = fault {
             return Err(fault);
@@ -354,9 +365,10 @@ pub fn examine(raw: RawSample, rules: &Rules, cleaner: &Cleaner) -> Result<Encod
                 let turn = if rules.exif_rotate { format::turn(&jpeg) } else { Turn::NONE };
                 Stored::Picture { jpeg, turn }
             }
-            (None, None) => return Err((Rule::NoJpg, "no member .jpg".into())),
+            (None, None) => return Err((Rule::NoJpg, format!("no member .jpg, .jpeg or .png{}", beside(json.is_some(), &others)))),
         };
-        let json = json.ok_or_else(|| (Rule::NoJson, "no member .json".into()))?;
+        let captions = "; captions are read from the .json";
+        let json = json.ok_or_else(|| (Rule::NoJson, format!("no member .json{}{captions}", beside(false, &others))))?;
         let metadata = Metadata::parse(&json, rules).map_err(|error| (Rule::BadJson, error.to_string()))?;
         let size = match &stored {
             Stored::Latents(latents) => cached::original_size(latents),
@@ -372,7 +384,14 @@ pub fn examine(raw: RawSample, rules: &Rules, cleaner: &Cleaner) -> Result<Encod
         let caption = cleaner.choose(|key| metadata.caption(key))?;
         Ok(Encoded { stored, size, bucket, caption })
     };
-    examine().map_err(|(rule, words)| Skip { index, rule, key, words })
+    examine().map_err(|(rule, words)| Skip::new(index, rule, &key, &words))
+}
+
+/// What there is of a sample that lacks something.
+fn beside(has_json: bool, others: &[String]) -> String {
+    let there: Vec<String> =
+        has_json.then_some("json").into_iter().chain(others.iter().map(String::as_str)).map(|name| format!(".{name}")).collect();
+    if there.is_empty() { String::new() } else { format!(", but {}", there.join(", ")) }
 }
 
 #[cfg(test)]

@@ -1,6 +1,9 @@
 //! One shard: a tar whose consecutive members with the same key make a sample.
 
+mod members;
+
 use std::collections::HashSet;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io::{self, Read};
 use std::ops::ControlFlow;
 
@@ -9,6 +12,8 @@ use webdataset::core::utils::{base_plus_ext, is_shard_metadata};
 
 use crate::cached;
 use crate::sample::Rule;
+use crate::words::shown;
+use members::{Member, Members};
 
 /// A member larger than this is not read: a picture or caption of this size is a mistake in the data.
 const MAX_MEMBER_BYTES: u64 = 64 << 20;
@@ -19,6 +24,12 @@ const MAX_STAMP_BYTES: u64 = 1 << 20;
 /// A longer name is not used: no file system has one.
 const MAX_NAME_BYTES: usize = 4096;
 
+/// Extensions of pictures. Of several that a sample has the first one here is read: a `.png` beside a `.jpg` is a mask or the like.
+const PICTURES: [&str; 3] = ["jpg", "jpeg", "png"];
+
+/// Members of a sample that are remembered though they are not read.
+const MAX_OTHERS: usize = 8;
+
 /// One sample as it lies in the tar. What of it is usable is for [`sample`](crate::sample) to say.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RawSample {
@@ -26,12 +37,14 @@ pub struct RawSample {
     pub index: u32,
     /// The members' common path, up to the first dot of the file name.
     pub key: String,
-    /// The member `.jpg`.
+    /// The picture: the member `.jpg`, or without one `.jpeg`, or without that `.png`. What it is its bytes say.
     pub jpg: Option<Vec<u8>>,
     /// The member `.json`.
     pub json: Option<Vec<u8>>,
     /// The member with what was computed of it before; of a cached shard alone.
     pub latents: Option<Vec<u8>>,
+    /// Extensions of the first few members that are not read.
+    pub others: Vec<String>,
     /// Why the members cannot be used, if they cannot, and the same in words.
     pub fault: Option<(Rule, String)>,
 }
@@ -62,11 +75,11 @@ pub struct ShardEnd {
 ///
 /// Returns `None` if `visit` broke off.
 pub fn read_shard(tar: impl Read, done: &Bitmap, mut visit: impl FnMut(Found) -> ControlFlow<()>) -> Option<ShardEnd> {
-    let mut grouper = Grouper { done, is_cached: false, num_samples: 0, keys: HashSet::new(), current: None };
-    let truncated = match read_members(tar, &mut grouper, &mut visit) {
+    let mut grouper = Grouper { done, is_cached: false, num_samples: 0, keys: HashSet::new(), current: None, picture: PICTURES.len() };
+    let truncated = match read_members(&mut Members::new(tar), &mut grouper, &mut visit) {
         Ok(ControlFlow::Continue(())) => None,
         Ok(ControlFlow::Break(())) => return None,
-        Err(error) => Some(error.to_string()),
+        Err(error) => Some(shown(&error.to_string())),
     };
     // The sample before a break is whole unless a member was to follow: without its jpg or json it is reported as bad.
     if grouper.finish().map(Found::Sample).map(visit).is_some_and(|flow| flow.is_break()) {
@@ -76,27 +89,23 @@ pub fn read_shard(tar: impl Read, done: &Bitmap, mut visit: impl FnMut(Found) ->
 }
 
 fn read_members(
-    tar: impl Read,
+    members: &mut Members<impl Read>,
     grouper: &mut Grouper<'_>,
     visit: &mut impl FnMut(Found) -> ControlFlow<()>,
 ) -> io::Result<ControlFlow<()>> {
-    for entry in tar::Archive::new(tar).entries()? {
-        let mut entry = entry?;
-        let kind = entry.header().entry_type();
-        if !(kind.is_file() || kind.is_contiguous() || kind.is_gnu_sparse()) {
+    while let Some(member) = members.advance()? {
+        if !(member.kind.is_file() || member.kind.is_contiguous() || member.kind.is_gnu_sparse()) {
             continue;
         }
-        let (name, problem) = readable_name(&entry.path_bytes());
-        if name == cached::STAMP && entry.size() <= MAX_STAMP_BYTES {
+        let (name, problem) = readable_name(&member.name);
+        if name == cached::STAMP && member.size <= MAX_STAMP_BYTES {
             grouper.is_cached = true;
-            let size = entry.size();
-            if visit(Found::Stamp(read_whole(&mut entry, size)?)).is_break() {
+            if visit(Found::Stamp(members.read()?)).is_break() {
                 return Ok(ControlFlow::Break(()));
             }
         }
-        if name == cached::TRUNCATED && grouper.is_cached && entry.size() <= MAX_STAMP_BYTES {
-            let size = entry.size();
-            return Err(io::Error::other(String::from_utf8_lossy(&read_whole(&mut entry, size)?)));
+        if name == cached::TRUNCATED && grouper.is_cached && member.size <= MAX_STAMP_BYTES {
+            return Err(io::Error::other(String::from_utf8_lossy(&members.read()?)));
         }
         if is_shard_metadata(&name) {
             continue;
@@ -109,7 +118,7 @@ fn read_members(
         if let Some(problem) = problem {
             grouper.fault(Rule::BadName, problem);
         }
-        grouper.read(extension, &mut entry)?;
+        grouper.read(extension, &member, members)?;
     }
     Ok(ControlFlow::Continue(()))
 }
@@ -134,9 +143,11 @@ struct Grouper<'a> {
     /// Whether a stamp was read.
     is_cached: bool,
     num_samples: u32,
-    /// Every key so far.
-    keys: HashSet<String>,
+    /// Every key so far, as a number: the names themselves would be most of what is held of a shard of small samples.
+    keys: HashSet<u64>,
     current: Option<RawSample>,
+    /// Which of [`PICTURES`] the current sample has; their number if none.
+    picture: usize,
 }
 
 impl Grouper<'_> {
@@ -149,9 +160,14 @@ impl Grouper<'_> {
             return Err(io::Error::other(format!("more than {} samples", SampleName::LIMIT)));
         }
         let finished = self.finish();
-        let fault = (!self.keys.insert(key.to_owned()))
+        // The same in every process. One of two keys with one number would be left out: of a million samples that is once in 10^7 shards.
+        let mut hasher = DefaultHasher::new();
+        key.hash(&mut hasher);
+        let fault = (!self.keys.insert(hasher.finish()))
             .then(|| (Rule::DuplicateKey, "this tar had the key before; a sample's members must follow each other".into()));
-        self.current = Some(RawSample { index: self.num_samples, key: key.to_owned(), jpg: None, json: None, latents: None, fault });
+        let (index, key) = (self.num_samples, key.to_owned());
+        self.current = Some(RawSample { index, key, jpg: None, json: None, latents: None, others: Vec::new(), fault });
+        self.picture = PICTURES.len();
         self.num_samples += 1;
         Ok(finished)
     }
@@ -169,12 +185,19 @@ impl Grouper<'_> {
     }
 
     /// Reads a member of the current sample, if it is one that is used.
-    fn read<R: Read>(&mut self, extension: &str, entry: &mut tar::Entry<'_, R>) -> io::Result<()> {
+    fn read(&mut self, extension: &str, member: &Member, members: &mut Members<impl Read>) -> io::Result<()> {
         let is_wanted = |sample: &&mut RawSample| sample.fault.is_none() && !self.done.contains(sample.index);
         let Some(sample) = self.current.as_mut().filter(is_wanted) else { return Ok(()) };
-        let slot = match extension.to_ascii_lowercase().as_str() {
-            "jpg" => &mut sample.jpg,
+        let lower = extension.to_ascii_lowercase();
+        let picture = PICTURES.iter().position(|known| *known == lower);
+        let slot = match lower.as_str() {
             "json" => &mut sample.json,
+            _ if picture.is_some_and(|picture| picture < self.picture) => {
+                self.picture = picture.unwrap_or_default();
+                sample.jpg = None;
+                &mut sample.jpg
+            }
+            _ if picture == Some(self.picture) => &mut sample.jpg,
             cached::LATENTS if self.is_cached => &mut sample.latents,
             // Beside a picture it is somebody else's.
             cached::LATENTS if sample.jpg.is_none() => {
@@ -182,38 +205,28 @@ impl Grouper<'_> {
                 sample.fault = Some((Rule::BadCache, words));
                 return Ok(());
             }
-            cached::SKIPPED if self.is_cached && entry.size() <= MAX_STAMP_BYTES => {
-                let size = entry.size();
-                sample.fault = Some(cached::read_skipped(&read_whole(entry, size)?));
+            cached::SKIPPED if self.is_cached && member.size <= MAX_STAMP_BYTES => {
+                sample.fault = Some(cached::read_skipped(&members.read()?));
                 return Ok(());
             }
-            _ => return Ok(()),
+            _ => {
+                if sample.others.len() < MAX_OTHERS {
+                    sample.others.push(extension.to_owned());
+                }
+                return Ok(());
+            }
         };
-        let size = entry.size();
+        let size = member.size;
         if slot.is_some() {
             sample.fault = Some((Rule::DuplicateMember, format!("two members .{extension}")));
-        } else if entry.header().entry_type().is_gnu_sparse() {
+        } else if member.kind.is_gnu_sparse() {
             sample.fault = Some((Rule::Sparse, format!(".{extension} is a sparse file; write the tar without --sparse")));
         } else if size > MAX_MEMBER_BYTES {
             sample.fault = Some((Rule::HugeMember, format!(".{extension} has {size} bytes, more than {MAX_MEMBER_BYTES}")));
         } else {
-            *slot = Some(read_whole(entry, size)?);
+            *slot = Some(members.read()?);
         }
         Ok(())
-    }
-}
-
-/// Reads a member whose header says `size` bytes.
-///
-/// The buffer grows with what arrives: a forged size must not reserve memory. The tar reader takes a stream that ends early for a short member,
-/// hence the check.
-fn read_whole(member: &mut impl Read, size: u64) -> io::Result<Vec<u8>> {
-    let mut bytes = Vec::new();
-    member.read_to_end(&mut bytes)?;
-    if bytes.len() as u64 == size {
-        Ok(bytes)
-    } else {
-        Err(io::Error::new(io::ErrorKind::UnexpectedEof, format!("a member of {size} bytes breaks off after {}", bytes.len())))
     }
 }
 
@@ -404,6 +417,28 @@ mod tests {
         let (samples, end) = read_all(&tar, &Bitmap::default());
         assert_eq!(keys(&samples), [(0, "a")]);
         assert!(end.truncated.unwrap().contains("checksum") || end.num_samples == 1);
+    }
+
+    #[test]
+    fn pictures_of_other_extensions_are_read_where_there_is_no_jpg() {
+        let tar = tar_of(&[
+            ("a.png", b"1"),
+            ("b.JPEG", b"2"),
+            ("b.txt", b"-"),
+            ("c.png", b"mask"),
+            ("c.jpg", b"3"),
+            ("d.jpg", b"4"),
+            ("d.jpeg", b"-"),
+            ("d.png", b"mask"),
+            ("e.png", b"5"),
+            ("e.png", b"again"),
+        ]);
+        let (samples, _) = read_all(&tar, &Bitmap::default());
+        let pictures: Vec<_> = samples.iter().map(|sample| sample.jpg.as_deref().unwrap()).collect();
+        assert_eq!(pictures, [b"1", b"2", b"3", b"4", b"5"]);
+        assert!(samples[..4].iter().all(|sample| sample.fault.is_none()));
+        assert_eq!((&samples[1].others[..], &samples[3].others[..]), (&["txt".to_owned()][..], &["jpeg".to_owned(), "png".to_owned()][..]));
+        assert_eq!(samples[4].fault, Some((Rule::DuplicateMember, "two members .png".into())));
     }
 
     #[test]

@@ -1,34 +1,38 @@
 //! Where shards lie, and opening one of them: a file, or an object that is read over a network.
 //!
 //! ```text
-//! url -> file ------------------------------------------------------> decompress -> Stream
+//! url -> file: retries ---------------------------------------------> decompress -> Stream
 //!     -> http, s3, gs, az: ranges, deadlines, retries -> cache file --^
 //! ```
 //!
 //! A stream ends early in one of two ways, and they are kept apart. What is *damaged* is read as far as it goes: its rest is lost, and counted.
-//! What *cannot be had* is nobody's loss: the stream waits for its store, and in the end [`Halt`] says that it was given up.
+//! What *cannot be had* is nobody's loss: the stream waits for its store, disk or mount, and in the end [`Halt`] says that it was given up.
 
 mod cache;
 mod compress;
 pub(crate) mod expand;
 mod http;
+mod local;
 #[cfg(any(feature = "aws", feature = "azure", feature = "gcp"))]
 mod object;
 mod patience;
 mod pieces;
 mod remote;
 
-use std::fs::File;
 use std::io::{self, Read};
+use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use peapod_proto::ids::Bitmap;
 use peapod_proto::job::DataSection;
 
 use crate::error::StoreError;
+use crate::shard::{Found, RawSample, ShardEnd, read_shard};
 use crate::{Error, Result};
 use cache::{Cache, Tee};
+use local::LocalReader;
 use remote::Remote;
 
 /// Bytes asked for at once.
@@ -120,12 +124,13 @@ impl Sources {
     ///
     /// `is_cancelled` is asked now and then while a store is waited for.
     ///
-    /// Errors: [`Error::Open`] if there is no such shard; [`Error::Store`] if its store refuses or does not answer; [`Error::Cancelled`];
+    /// Errors: [`Error::Open`] if there is no such shard; [`Error::Store`] if it cannot be read, or its store refuses or does not answer;
+    /// [`Error::Cancelled`];
     /// [`Error::UnsupportedScheme`], [`Error::NoSupport`], [`Error::Pipe`].
     pub fn open<'a>(&self, url: &str, is_cancelled: impl Fn() -> bool + Send + 'a) -> Result<Stream<'a>> {
         let halt = Halt::default();
         let raw: Box<dyn Read + Send + 'a> = match Location::of(url)? {
-            Location::Local(path) => Box::new(File::open(path).map_err(|source| Error::Open { url: url.into(), source })?),
+            Location::Local(path) => Box::new(local::open(url, path, &self.options, Box::new(is_cancelled), &halt)?),
             Location::Http | Location::Store(_) => self.open_remote(url, Box::new(is_cancelled), &halt)?,
         };
         let reader = compress::decompress(raw).map_err(|source| match halt.check() {
@@ -135,19 +140,53 @@ impl Sources {
         Ok(Stream { reader, halt })
     }
 
+    /// Reads a shard's samples, but for those marked in `done`, as [`read_shard`] does; `check` judges the stamp of one that was precomputed.
+    ///
+    /// Returns `None` if `visit` broke off.
+    ///
+    /// Errors: those of [`open`](Self::open), of which [`Error::Store`] and [`Error::Cancelled`] may also come behind some samples; `check`'s.
+    pub fn read<'a>(
+        &self,
+        url: &str,
+        done: &Bitmap,
+        is_cancelled: impl Fn() -> bool + Send + 'a,
+        check: impl Fn(&[u8]) -> Result<()>,
+        mut visit: impl FnMut(RawSample) -> ControlFlow<()>,
+    ) -> Result<Option<ShardEnd>> {
+        let mut tar = self.open(url, is_cancelled)?;
+        let halt = tar.halt();
+        let mut refusal = None;
+        let end = read_shard(&mut tar, done, |found| match found {
+            Found::Stamp(stamp) => match check(&stamp) {
+                Ok(()) => ControlFlow::Continue(()),
+                Err(error) => {
+                    refusal = Some(error);
+                    ControlFlow::Break(())
+                }
+            },
+            // A sample that a failed read cut short is not a broken one.
+            Found::Sample(_) if halt.is_set() => ControlFlow::Break(()),
+            Found::Sample(sample) => visit(sample),
+        });
+        refusal.map_or(Ok(()), Err)?;
+        halt.check()?;
+        Ok(end)
+    }
+
     fn open_remote<'a>(&self, url: &str, is_cancelled: remote::IsCancelled<'a>, halt: &Halt) -> Result<Box<dyn Read + Send + 'a>> {
         let remote = self.remote()?;
         let object = remote.object(url)?;
         if let Some(cache) = &self.cache {
-            let cached = match remote.identify(&object, &self.options) {
-                Ok(identity) => cache.get(url, &identity),
-                // A store that is down for a while costs nothing where the shard is at hand.
-                Err(remote::Failure::Passing(_)) => cache.any(url),
+            let cached = match remote.identify(&object, &self.options, &is_cancelled) {
+                Ok(identity) => cache.get(url, &identity, &is_cancelled)?,
+                // A store that is down for a while costs nothing where the shard is at hand, as it was when this job last asked for it.
+                Err(remote::Failure::Passing(_)) => cache.known(url, &is_cancelled)?,
+                Err(remote::Failure::Cancelled) => return Err(Error::Cancelled),
                 // Some stores answer nothing but reads.
                 Err(_) => None,
             };
-            if let Some(file) = cached {
-                return Ok(Box::new(file));
+            if let Some((file, path)) = cached {
+                return Ok(Box::new(LocalReader::of(file, path, url, &self.options, is_cancelled, halt)?));
             }
         }
         let (identity, reader) = remote.open(url, object, &self.options, is_cancelled, halt)?;
@@ -164,6 +203,7 @@ impl Sources {
         let local = |url: &String| match Location::of(url) {
             Ok(Location::Local(path)) => match std::fs::metadata(path) {
                 Ok(metadata) if metadata.is_file() => Some(Seen::Bytes(metadata.len())),
+                Err(error) if !local::is_missing(&error) => Some(Seen::Unknown(error.to_string())),
                 _ => Some(Seen::Missing),
             },
             Ok(_) => None,
@@ -237,9 +277,13 @@ impl Halt {
         }
     }
 
-    /// The first cause stands.
-    fn set(&self, stopped: Stopped) {
-        let _ = self.0.set(stopped);
+    /// Notes why the stream of `url` ends. The first cause stands.
+    fn stop(&self, url: &str, error: Error) {
+        let _ = self.0.set(match error {
+            Error::Cancelled => Stopped::Cancelled,
+            Error::Store(error) => Stopped::Failed(error),
+            other => Stopped::Failed(StoreError { url: url.into(), reason: other.to_string() }),
+        });
     }
 }
 

@@ -9,11 +9,10 @@ use std::ops::ControlFlow;
 use fast_image_resize::Resizer;
 use peapod_proto::ids::{Bitmap, Epoch, LeaseId, SampleName, ShardId};
 
-use crate::cached::Stamp;
+use crate::cached::{Stamp, TextShapes};
 use crate::caption::Cleaner;
 use crate::loader::{Batch, LoaderConfig, Prepared, prepare};
 use crate::sample::{Encoded, Reason, Rules, examine};
-use crate::shard::{Found, read_shard};
 use crate::source::{SourceOptions, Sources, expand_shards};
 use crate::{Error, Result};
 
@@ -27,6 +26,7 @@ const MAX_BYTES: u64 = 1 << 30;
 pub struct ValidationSet {
     config: LoaderConfig,
     samples: Vec<Kept>,
+    text_shapes: TextShapes,
 }
 
 /// A sample that is usable as far as its header tells.
@@ -57,33 +57,30 @@ impl ValidationSet {
             if samples.len() == limit || num_bytes > MAX_BYTES {
                 break;
             }
-            let mut tar = sources.open(url, || false)?;
-            let halt = tar.halt();
-            let mut misfit = None;
-            let end = read_shard(&mut tar, &Bitmap::default(), |found| {
-                let raw = match found {
-                    Found::Sample(raw) => raw,
-                    Found::Stamp(stamp) => {
-                        misfit = Stamp::check(url, &stamp, &config.recipe).err();
-                        return if misfit.is_none() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) };
+            let check = |stamp: &[u8]| Ok(Stamp::check(url, stamp, &config.recipe)?);
+            let end = sources.read(
+                url,
+                &Bitmap::default(),
+                || false,
+                check,
+                |raw| {
+                    if samples.len() == limit || num_bytes > MAX_BYTES {
+                        return ControlFlow::Break(());
                     }
-                };
-                if halt.is_set() || samples.len() == limit || num_bytes > MAX_BYTES {
-                    return ControlFlow::Break(());
-                }
-                let (index, key) = (raw.index, raw.key.clone());
-                match examine(raw, &rules, &cleaner) {
-                    Ok(encoded) => {
-                        num_bytes += encoded.stored.num_bytes() as u64;
-                        samples.push(Kept { name: SampleName { epoch: EPOCH, shard, index }, key, encoded });
+                    let (index, key) = (raw.index, raw.key.clone());
+                    match examine(raw, &rules, &cleaner) {
+                        Ok(encoded) => {
+                            num_bytes += encoded.stored.num_bytes() as u64;
+                            samples.push(Kept { name: SampleName { epoch: EPOCH, shard, index }, key, encoded });
+                        }
+                        Err(skip) if skip.rule.reason() == Reason::Bad => {
+                            warn(&format!("validation sample {} in {url}: {}", skip.key, skip.detail()));
+                        }
+                        Err(_) => {}
                     }
-                    Err(skip) if skip.rule.reason() == Reason::Bad => warn(&format!("validation sample {key} in {url}: {}", skip.detail())),
-                    Err(_) => {}
-                }
-                ControlFlow::Continue(())
-            });
-            halt.check()?;
-            misfit.map_or(Ok(()), Err)?;
+                    ControlFlow::Continue(())
+                },
+            )?;
             if let Some(broken_off) = end.and_then(|end| end.truncated) {
                 warn(&format!("validation shard {url}: {broken_off}; the rest of it is lost"));
             }
@@ -97,7 +94,7 @@ impl ValidationSet {
         if samples.is_empty() {
             return Err(Error::Validation(format!("no sample of {} can be used", patterns.join(", "))));
         }
-        Ok(Self { config, samples })
+        Ok(Self { config, samples, text_shapes: TextShapes::default() })
     }
 
     /// Number of samples.
@@ -161,7 +158,7 @@ impl ValidationSet {
 
     fn prepare(&self, resizer: &mut Resizer, at: usize) -> Result<Prepared> {
         let Kept { name, encoded, .. } = &self.samples[at];
-        let mut prepared = prepare(resizer, *name, LeaseId(0), encoded.clone(), &self.config)?;
+        let mut prepared = prepare(resizer, *name, LeaseId(0), encoded.clone(), &self.config, &self.text_shapes)?;
         prepared.draws.timestep = timestep(at, self.len(), self.config.num_timesteps);
         Ok(prepared)
     }

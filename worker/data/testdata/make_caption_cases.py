@@ -46,6 +46,8 @@ def choose(language, found):
         if not regex.search(native or r"\p{Script=Latin}", prompt):
             return {"dropped": "emptied"}
         return {"prompt": prompt, "english": english, "native": True}
+    if f"caption_{language}" not in found and "caption_en" not in found:
+        return {"dropped": "no_caption"}
     prompt = found.get(f"caption_{language}", "")
     if bool(prompt.strip()) != bool(english.strip()):
         return {"dropped": "one_sided"}

@@ -1,9 +1,13 @@
 //! Turns leases into shares: one thread reads tars, some decode, and what is trained together is decided by rules that do not know of them.
 //!
 //! ```text
-//! granted leases -> reader -> stream -> pool (shuffle buffer) -> planned batches -> decoders -> next_share
-//!                   examines   ------ encoded bytes, bounded by buffer_bytes ------  two shares ahead
+//! granted leases -> reader -> stream -> pool (shuffle buffer) -> planned batches, decoded in place -> next_share
+//!                   examines  1/8       5/8                      1/4 of buffer_bytes, at most three shares
 //! ```
+//!
+//! - What all of them hold, decoded pictures included, stays below `buffer_bytes`, but for this: a sample always fits into the stream, and a share
+//!   into the plan, however large. What a trainer has taken is no longer counted; it holds two shares, one that it trains and one that it has
+//!   taken ahead. A reader and each decoder work at one sample more.
 //!
 //! - Nothing is lost and nothing comes twice: each index of a tar is handed out once, or reported once as skipped, or passed over because the
 //!   lease says that it is done.
@@ -238,6 +242,19 @@ pub struct Prepared {
     pub draws: Draws,
 }
 
+impl Prepared {
+    /// Memory that it takes, roughly.
+    #[must_use]
+    pub fn num_bytes(&self) -> u64 {
+        let content = match &self.content {
+            Content::Pixels(pixels) => pixels.len(),
+            Content::Cached(cached) => cached.num_bytes(),
+        };
+        let draws = size_of_val(&self.draws.noise[..]) + size_of_val(&self.draws.posterior[..]);
+        (content + draws + self.prompt.len() + self.english.len()) as u64
+    }
+}
+
 /// How full the buffers are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Stats {
@@ -247,6 +264,8 @@ pub struct Stats {
     pub buffered_bytes: u64,
     /// Samples of planned batches.
     pub planned_samples: usize,
+    /// Bytes they hold, decoded or not.
+    pub planned_bytes: u64,
     /// Those among them that are decoded.
     pub ready_samples: usize,
     /// Whether every granted lease is read and the supervisor said that there are no more.

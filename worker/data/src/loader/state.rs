@@ -7,7 +7,7 @@ use peapod_proto::ids::{LeaseId, SampleName};
 use super::{Batch, LeasedShard, LoaderConfig, Outlook, Prepared, Share, Stats};
 use crate::error::Failure;
 use crate::plan::{Cuts, Pool, Pooled};
-use crate::sample::Encoded;
+use crate::sample::{Encoded, Stored};
 
 /// Granted leases to keep: the one that is read and the next.
 const LEASES_AHEAD: usize = 2;
@@ -15,6 +15,11 @@ const LEASES_AHEAD: usize = 2;
 /// memory read ahead, small shards to the last of the job, the others would have nothing to train once one of them had to start again.
 const SHARES_AHEAD: usize = 8;
 const MIN_AHEAD: usize = 64;
+
+/// Parts of `data.buffer_bytes`: an eighth lets the reader run ahead of the pool, a quarter is for what is planned, with its decoded pictures.
+/// The pool has the rest, so that its mark depends on nothing but the job.
+const STREAM_PART: u64 = 8;
+const PLANNED_PART: u64 = 4;
 
 /// Memory a buffered sample takes beside its picture and captions, roughly.
 const SAMPLE_OVERHEAD: u64 = 256;
@@ -72,6 +77,8 @@ struct Planned {
 struct Slot {
     ticket: Ticket,
     lease: LeaseId,
+    /// What it holds, or will while it is decoded.
+    num_bytes: u64,
     picture: Picture,
 }
 
@@ -118,6 +125,8 @@ pub struct State {
     pool: Pool<Buffered>,
     cuts: Cuts,
     planned: VecDeque<Planned>,
+    max_planned_bytes: u64,
+    max_bytes: u64,
     next_ticket: u64,
 
     /// Why the reader has ended, if it gave up.
@@ -132,9 +141,8 @@ impl State {
     /// Nothing granted, nothing read.
     pub fn new(config: &LoaderConfig) -> Self {
         let data = &config.data;
-        // A quarter of the bytes lets the reader run ahead of the pool.
-        let max_stream_bytes = data.buffer_bytes / 4;
-        let pool_bytes = data.buffer_bytes - max_stream_bytes;
+        let (max_stream_bytes, max_planned_bytes) = (data.buffer_bytes / STREAM_PART, data.buffer_bytes / PLANNED_PART);
+        let pool_bytes = data.buffer_bytes - max_stream_bytes - max_planned_bytes;
         Self {
             buckets: data.buckets.iter().map(|&[width, height]| (width, height)).collect(),
             micro_batch: config.micro_batch,
@@ -151,6 +159,8 @@ impl State {
             pool: Pool::new(config.seed, data.buckets.len(), data.shuffle_buffer as usize, pool_bytes),
             cuts: Cuts::default(),
             planned: VecDeque::new(),
+            max_planned_bytes,
+            max_bytes: data.buffer_bytes,
             next_ticket: 0,
             failure: None,
             is_cancelled: false,
@@ -243,6 +253,11 @@ impl State {
         self.reading.is_some_and(|reading| reading.is_cut)
     }
 
+    /// Whether the reader may go on with the lease that it reads.
+    pub fn may_read(&self, lease: LeaseId) -> bool {
+        !self.is_stopping && !self.is_cut() && self.is_held(lease)
+    }
+
     /// Nothing more comes of the lease that is read.
     pub fn end_lease(&mut self) {
         self.reading = None;
@@ -273,7 +288,8 @@ impl State {
     /// Whether the reader may go on. A single sample always fits, however large.
     pub fn has_room(&self) -> bool {
         let most = MIN_AHEAD.max(SHARES_AHEAD * self.cuts.share());
-        (self.stream_bytes < self.max_stream_bytes && self.stream.len() < most) || self.stream.is_empty()
+        let all_bytes = self.stream_bytes + self.pool.num_bytes() + self.planned_bytes();
+        (self.stream_bytes < self.max_stream_bytes && all_bytes < self.max_bytes && self.stream.len() < most) || self.stream.is_empty()
     }
 
     /// Takes in a sample from the reader.
@@ -300,8 +316,8 @@ impl State {
 
     // ---- planning ----
 
-    /// Plans batches as far ahead as the cuts allow. Stops where more samples must be read first: a batch is never drawn from a pool that is
-    /// not as full as it will be.
+    /// Plans batches as far ahead as the cuts and the memory for them allow. Stops where more samples must be read first: a batch is never drawn
+    /// from a pool that is not as full as it will be. So a batch that is drawn later is drawn alike.
     pub fn plan(&mut self) {
         loop {
             while self.pool.is_filling() && self.feed_pool() {}
@@ -314,7 +330,7 @@ impl State {
                     break;
                 }
             }
-            if self.pool.is_empty() || (self.pool.wants_more_for(want) && !self.is_at_end()) {
+            if self.pool.is_empty() || (self.pool.wants_more_for(want) && !self.is_at_end()) || self.is_enough_planned() {
                 return;
             }
             let samples = self.pool.draw(want);
@@ -325,13 +341,24 @@ impl State {
 
     fn plan_batch(&mut self, samples: Vec<Buffered>) {
         let Some(bucket) = samples.first().and_then(|sample| self.buckets.get(sample.bucket())).copied() else { return };
-        let slots = samples.into_iter().map(|sample| self.slot(sample.lease, Picture::Encoded(sample))).collect();
+        let slots = samples.into_iter().map(|sample| self.slot(sample.lease, bytes_to_decode(&sample, bucket), Picture::Encoded(sample)));
+        let slots = slots.collect();
         self.planned.push_back(Planned { bucket, slots });
     }
 
-    fn slot(&mut self, lease: LeaseId, picture: Picture) -> Slot {
+    /// Whether what is planned holds all the bytes that it may. A whole share is always planned: no less is handed out.
+    fn is_enough_planned(&self) -> bool {
+        let num_usable = self.slots().filter(|slot| !matches!(slot.picture, Picture::Failed)).count();
+        num_usable >= self.cuts.share() && self.planned_bytes() >= self.max_planned_bytes
+    }
+
+    fn planned_bytes(&self) -> u64 {
+        self.slots().map(|slot| slot.num_bytes).sum()
+    }
+
+    fn slot(&mut self, lease: LeaseId, num_bytes: u64, picture: Picture) -> Slot {
         self.next_ticket += 1;
-        Slot { ticket: Ticket(self.next_ticket), lease, picture }
+        Slot { ticket: Ticket(self.next_ticket), lease, num_bytes, picture }
     }
 
     fn slots(&self) -> impl Iterator<Item = &Slot> {
@@ -363,7 +390,10 @@ impl State {
     /// Takes in a decoded picture, or `None` if it failed. Returns whether anybody still waits for it: its lease may be gone.
     pub fn decoded(&mut self, ticket: Ticket, picture: Option<Prepared>) -> bool {
         let Some(slot) = self.slots_mut().find(|slot| slot.ticket == ticket) else { return false };
+        slot.num_bytes = picture.as_ref().map_or(0, Prepared::num_bytes);
         slot.picture = picture.map_or(Picture::Failed, Picture::Ready);
+        // It takes less now than while it was decoded; and what failed has to be made up for.
+        self.plan();
         true
     }
 
@@ -463,7 +493,8 @@ impl State {
     pub fn put_back(&mut self, share: Share) {
         for batch in share.batches.into_iter().rev() {
             let samples: Vec<Prepared> = batch.samples.into_iter().filter(|sample| self.held.contains(&sample.lease)).collect();
-            let slots: VecDeque<Slot> = samples.into_iter().map(|sample| self.slot(sample.lease, Picture::Ready(sample))).collect();
+            let slots = samples.into_iter().map(|sample| self.slot(sample.lease, sample.num_bytes(), Picture::Ready(sample)));
+            let slots: VecDeque<Slot> = slots.collect();
             if !slots.is_empty() {
                 self.planned.push_front(Planned { bucket: batch.bucket, slots });
             }
@@ -477,8 +508,18 @@ impl State {
             buffered_samples: self.stream.len() + self.pool.len(),
             buffered_bytes: self.stream_bytes + self.pool.num_bytes(),
             planned_samples: self.num_planned(),
+            planned_bytes: self.planned_bytes(),
             ready_samples: self.slots().filter(|slot| matches!(slot.picture, Picture::Ready(_))).count(),
             is_at_end: self.is_at_end(),
         }
     }
+}
+
+/// What a planned sample takes while it is decoded: what it is decoded from, and its pixels, or as many numbers as it has stored.
+fn bytes_to_decode(sample: &Buffered, (width, height): (u32, u32)) -> u64 {
+    let decoded = match &sample.encoded.stored {
+        Stored::Picture { .. } => 3 * u64::from(width) * u64::from(height),
+        Stored::Latents(bytes) => bytes.len() as u64,
+    };
+    sample.num_bytes() + decoded
 }

@@ -11,13 +11,14 @@ use peapod_proto::ids::{LeaseId, SampleName};
 use super::state::{Buffered, Job, State};
 use super::{Content, LeasedShard, LoaderConfig, LoaderEvent, Prepared};
 use crate::bucket::Bucket;
-use crate::cached::{CachedSample, Stamp};
+use crate::cached::{CachedSample, Stamp, TextShapes};
 use crate::caption::Cleaner;
 use crate::draws::SampleRng;
 use crate::error::Failure;
 use crate::sample::{Encoded, Rule, Rules, Skip, Stored, examine};
-use crate::shard::{Found, ShardEnd, read_shard};
+use crate::shard::ShardEnd;
 use crate::source::{SourceOptions, Sources};
+use crate::words::shown;
 use crate::{Error, Result, image};
 
 /// Skipped samples that are reported together.
@@ -36,6 +37,7 @@ pub struct Shared {
     config: LoaderConfig,
     rules: Rules,
     sources: Sources,
+    text_shapes: TextShapes,
     events: Box<dyn Fn(LoaderEvent) + Send + Sync>,
 }
 
@@ -48,6 +50,7 @@ impl Shared {
             has_panicked: AtomicBool::new(false),
             samples_read: AtomicU64::new(0),
             sources: Sources::new(SourceOptions::new(&config.data)),
+            text_shapes: TextShapes::default(),
             config,
             rules,
             events,
@@ -158,30 +161,10 @@ enum Stop {
 ///
 /// Errors: the shard could not be had, and nothing is known to be wrong with it; or it was made for another job.
 fn read_lease(shared: &Shared, cleaner: &Cleaner, lease: &LeasedShard, skipped: &mut Vec<Skip>) -> Result<Option<Stop>, Failure> {
-    let is_cancelled = || {
-        let state = shared.lock();
-        state.is_stopping || state.is_cut() || !state.is_held(lease.lease)
-    };
-    let mut tar = match shared.sources.open(&lease.url, is_cancelled) {
-        Ok(tar) => tar,
-        Err(Error::Cancelled) => return Ok(None),
-        Err(Error::Store(error)) => return Err(error.into()),
-        Err(error) => return Ok(Some(Stop::End(ShardEnd { num_samples: 0, truncated: Some(error.to_string()) }))),
-    };
-    let halt = tar.halt();
-    let (mut part_end, mut misfit) = (None, None);
-    let end = read_shard(&mut tar, &lease.done, |found| {
-        let raw = match found {
-            Found::Sample(raw) => raw,
-            Found::Stamp(stamp) => {
-                misfit = Stamp::check(&lease.url, &stamp, &shared.config.recipe).err();
-                return if misfit.is_none() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) };
-            }
-        };
-        // A sample that a failed read cut short is not a broken one.
-        if halt.is_set() {
-            return ControlFlow::Break(());
-        }
+    let is_cancelled = || !shared.lock().may_read(lease.lease);
+    let check = |stamp: &[u8]| Ok(Stamp::check(&lease.url, stamp, &shared.config.recipe)?);
+    let mut part_end = None;
+    let end = shared.sources.read(&lease.url, &lease.done, is_cancelled, check, |raw| {
         shared.samples_read.fetch_add(1, Ordering::Relaxed);
         let (index, key) = (raw.index, raw.key.clone());
         if let Some(end) = lease.end.filter(|&end| index >= end) {
@@ -199,7 +182,7 @@ fn read_lease(shared: &Shared, cleaner: &Cleaner, lease: &LeasedShard, skipped: 
                     return ControlFlow::Continue(());
                 }
                 let state = shared.lock();
-                if state.is_stopping || state.is_cut() || !state.is_held(lease.lease) {
+                if !state.may_read(lease.lease) {
                     return ControlFlow::Break(());
                 }
                 shared.report(lease.lease, std::mem::take(skipped), None);
@@ -207,14 +190,13 @@ fn read_lease(shared: &Shared, cleaner: &Cleaner, lease: &LeasedShard, skipped: 
             }
         }
     });
-    if let Some(misfit) = misfit {
-        return Err(misfit.into());
-    }
-    match halt.check() {
-        _ if part_end.is_some() => Ok(part_end.map(Stop::Part)),
-        Ok(()) => Ok(end.map(Stop::End)),
+    match end {
+        Ok(end) => Ok(part_end.map(Stop::Part).or(end.map(Stop::End))),
+        Err(Error::Cancelled) => Ok(None),
         Err(Error::Store(error)) => Err(error.into()),
-        Err(_) => Ok(None),
+        Err(Error::Recipe(error)) => Err(error.into()),
+        // There is no such shard, or it begins as none does.
+        Err(error) => Ok(Some(Stop::End(ShardEnd { num_samples: 0, truncated: Some(shown(&error.to_string())) }))),
     }
 }
 
@@ -222,7 +204,7 @@ fn read_lease(shared: &Shared, cleaner: &Cleaner, lease: &LeasedShard, skipped: 
 fn buffer(shared: &Shared, sample: Buffered) -> ControlFlow<()> {
     let mut state = shared.lock();
     loop {
-        if state.is_stopping || state.is_cut() || !state.is_held(sample.lease) {
+        if !state.may_read(sample.lease) {
             return ControlFlow::Break(());
         }
         if state.has_room() {
@@ -254,7 +236,7 @@ pub fn decode_pictures(shared: &Shared) {
         drop(state);
 
         let Buffered { name, lease, key, encoded } = sample;
-        let decoded = prepare(&mut resizer, name, lease, encoded, &shared.config);
+        let decoded = prepare(&mut resizer, name, lease, encoded, &shared.config, &shared.text_shapes);
         shared.samples_read.fetch_add(1, Ordering::Relaxed);
 
         let mut state = shared.lock();
@@ -264,18 +246,26 @@ pub fn decode_pictures(shared: &Shared) {
             }
             Err(error) => {
                 if state.decoded(ticket, None) {
-                    let skip = Skip { index: name.index, rule: Rule::of_picture(&error), key, words: error.to_string() };
+                    let skip = Skip::new(name.index, Rule::of_picture(&error), &key, &error.to_string());
                     shared.report(lease, vec![skip], None);
                 }
             }
         }
         drop(state);
-        shared.progress.notify_all();
+        // There may be something to decode for others now, or room to read.
+        shared.wake_all();
     }
 }
 
 /// Decodes, scales and crops a sample's picture, or takes what was made of it before, and draws its random numbers.
-pub fn prepare(resizer: &mut Resizer, name: SampleName, lease: LeaseId, encoded: Encoded, config: &LoaderConfig) -> Result<Prepared> {
+pub fn prepare(
+    resizer: &mut Resizer,
+    name: SampleName,
+    lease: LeaseId,
+    encoded: Encoded,
+    config: &LoaderConfig,
+    text_shapes: &TextShapes,
+) -> Result<Prepared> {
     let Encoded { stored, size, bucket, caption } = encoded;
     let [width, height] = config.data.buckets.get(bucket).copied().unwrap_or_default();
     let rng = SampleRng::new(config.seed, name);
@@ -287,6 +277,7 @@ pub fn prepare(resizer: &mut Resizer, name: SampleName, lease: LeaseId, encoded:
         }
         Stored::Latents(bytes) => {
             let cached = CachedSample::parse(&bytes, config.latent_shape(bucket))?;
+            text_shapes.check(&cached)?;
             let crop = cached.crop;
             (Content::Cached(Box::new(cached)), crop)
         }

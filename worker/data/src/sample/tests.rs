@@ -1,7 +1,11 @@
+use std::ops::ControlFlow;
+
+use peapod_proto::ids::Bitmap;
 use proptest::prelude::*;
 
 use super::*;
-use crate::testing::{data_section, jpeg_of};
+use crate::shard::{Found, read_shard};
+use crate::testing::{data_section, jpeg_of, tar_of};
 
 /// A job's data section with these fields.
 fn section(fields: &str) -> DataSection {
@@ -15,7 +19,10 @@ fn examine_raw(raw: RawSample, data: &DataSection) -> Result<Encoded, Skip> {
 /// Examines a picture of this size with this json.
 fn examine_by(data: &DataSection, size: (u32, u32), json: &[u8]) -> Result<Encoded, Skip> {
     let jpg = Some(jpeg_of(size.0, size.1, [10, 20, 30]));
-    examine_raw(RawSample { index: 4, key: "k".into(), jpg, json: Some(json.to_vec()), latents: None, fault: None }, data)
+    examine_raw(
+        RawSample { index: 4, key: "k".into(), jpg, json: Some(json.to_vec()), latents: None, others: Vec::new(), fault: None },
+        data,
+    )
 }
 
 fn examine_json(size: (u32, u32), json: &str) -> Result<Encoded, Skip> {
@@ -108,6 +115,7 @@ fn pictures_too_wide_and_captions_of_one_side_are_filtered_and_told_apart() {
     assert_eq!(skipped((400, 100), "{}"), (Rule::Aspect, "400 x 100 is too wide for every bucket".into()));
     assert_eq!(skipped(LARGE, r#"{"caption_zh": "", "caption_en": "red"}"#).0, Rule::OneSided);
     assert_eq!(skipped(LARGE, r#"{"caption_ori": "鿋"}"#).0, Rule::Emptied);
+    assert_eq!(skipped(LARGE, r#"{"caption": "a red circle", "caption_zh": null}"#).0, Rule::NoCaption);
 }
 
 #[test]
@@ -135,7 +143,7 @@ fn json_may_hold_anything_under_other_keys_and_a_key_twice() {
     let nested =
         format!(r#"{{"other": {}1{}, "caption_zh": "绿", "caption_en": "red", "caption_zh": "红"}}"#, "[".repeat(60), "]".repeat(60));
     assert_eq!(examine_json(SMALL, &nested).unwrap().caption.prompt, "红");
-    let null = r#"{"caption_ori": "红", "caption_ori": null, "caption_zh": null}"#;
+    let null = r#"{"caption_ori": "红", "caption_ori": null, "caption_zh": "红", "caption_zh": null, "caption_en": ""}"#;
     assert_eq!(examine_json(SMALL, null).unwrap().caption, Caption { prompt: String::new(), english: String::new(), native: false });
     let with_mark = examine_json(SMALL, "\u{feff}{\"caption_ori\": \"红\"}").unwrap();
     assert!(with_mark.caption.native);
@@ -145,10 +153,18 @@ fn json_may_hold_anything_under_other_keys_and_a_key_twice() {
 
 #[test]
 fn broken_samples_say_what_is_broken() {
-    let whole = RawSample { index: 0, key: String::new(), jpg: Some(vec![1, 2]), json: Some(b"{}".to_vec()), latents: None, fault: None };
+    let whole = RawSample {
+        index: 0,
+        key: String::new(),
+        jpg: Some(vec![1, 2]),
+        json: Some(b"{}".to_vec()),
+        latents: None,
+        others: Vec::new(),
+        fault: None,
+    };
     for (raw, wanted) in [
         (RawSample { jpg: None, ..whole.clone() }, "no_jpg: no member .jpg"),
-        (RawSample { json: None, ..whole.clone() }, "no_json: no member .json"),
+        (RawSample { json: None, ..whole.clone() }, "no_json: no member .json; captions are read from the .json"),
         (RawSample { fault: Some((Rule::Sparse, "odd".into())), ..whole.clone() }, "sparse: odd"),
         (RawSample { jpg: Some(b"GIF89a".to_vec()), ..whole.clone() }, "other_format: jpg: this is GIF"),
         (whole, "bad_picture: jpg: "),
@@ -156,6 +172,42 @@ fn broken_samples_say_what_is_broken() {
         let skip = examine_raw(raw, &data_section()).unwrap_err();
         assert!(skip.rule.reason() == Reason::Bad && skip.detail().starts_with(wanted), "{skip:?}");
     }
+}
+
+#[test]
+fn samples_that_lack_a_member_say_what_they_have() {
+    let words = |members: &[(&str, &[u8])]| {
+        let mut words = Vec::new();
+        read_shard(&tar_of(members)[..], &Bitmap::default(), |found| {
+            if let Found::Sample(raw) = found {
+                words.push(examine_raw(raw, &data_section()).unwrap_err().detail());
+            }
+            ControlFlow::Continue(())
+        });
+        words.concat()
+    };
+    assert_eq!(words(&[("a.webp", b"x"), ("a.json", b"{}")]), "no_jpg: no member .jpg, .jpeg or .png, but .json, .webp");
+    let text_alone: [(&str, &[u8]); 2] = [("a.jpg", b"x"), ("a.txt", b"a cat")];
+    assert_eq!(words(&text_alone), "no_json: no member .json, but .txt; captions are read from the .json");
+    assert_eq!(words(&[("a.cls", b"1")]), "no_jpg: no member .jpg, .jpeg or .png, but .cls");
+}
+
+#[test]
+fn reports_hold_no_more_of_the_data_than_a_line() {
+    let json = format!(r#"{{"watermark": "{}"}}"#, "x".repeat(1 << 20));
+    let skip = examine_json(LARGE, &json).unwrap_err();
+    assert!(skip.words.len() < 600 && skip.words.starts_with("watermark: invalid type: string \"xxx"), "{}", skip.words);
+    let raw = RawSample {
+        index: 0,
+        key: "k\u{1b}[2J".repeat(1000),
+        jpg: None,
+        json: None,
+        latents: None,
+        others: vec!["\u{1b}".into(); 8],
+        fault: None,
+    };
+    let skip = examine_raw(raw, &data_section()).unwrap_err();
+    assert!(skip.key.len() < 5000 && !skip.key.contains('\u{1b}') && !skip.words.contains('\u{1b}'), "{skip:?}");
 }
 
 #[test]

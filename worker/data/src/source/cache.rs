@@ -10,15 +10,18 @@
 //! shard is checked against its name before it is used, so no file has to be trusted. A cache that fails is no reason to stop: shards are then
 //! read from their stores.
 
+use std::collections::HashMap;
 use std::fs::{DirEntry, File, OpenOptions};
 use std::io::{self, Read, Seek, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::SystemTime;
 
 use sha2::{Digest, Sha256};
 
 use super::remote::Identity;
+use crate::{Error, Result};
 
 /// So much of a shard is read on behind the end of its tar, which readers leave alone, to have it whole.
 const MAX_REST: u64 = 1 << 20;
@@ -30,32 +33,51 @@ const READ_BYTES: usize = 1 << 20;
 pub struct Cache {
     folder: PathBuf,
     max_bytes: u64,
+    /// Which version of a shard its store last had when this process asked, by address.
+    known: Mutex<HashMap<String, String>>,
 }
+
+/// A shard that is in the cache, and under which name.
+pub type Found = Option<(File, PathBuf)>;
 
 impl Cache {
     pub fn new(folder: PathBuf, max_bytes: u64) -> Self {
-        Self { folder, max_bytes }
+        Self { folder, max_bytes, known: Mutex::default() }
     }
 
-    /// This version of a shard.
-    pub fn get(&self, url: &str, identity: &Identity) -> Option<File> {
-        self.newest(&key_of(url, identity)?)
+    /// This version of a shard; it is the one that is [`known`](Self::known) from now on.
+    ///
+    /// Errors: [`Error::Cancelled`].
+    pub fn get(&self, url: &str, identity: &Identity, is_cancelled: &dyn Fn() -> bool) -> Result<Found> {
+        let Some(key) = key_of(url, identity) else { return Ok(None) };
+        self.known.lock().unwrap_or_else(PoisonError::into_inner).insert(address_of(url), key.clone());
+        self.newest(&key, is_cancelled)
     }
 
-    /// The version of a shard that was used last.
-    pub fn any(&self, url: &str) -> Option<File> {
-        self.newest(&format!("{}-", address_of(url)))
+    /// The version of a shard that its store had when it was last asked. One that an earlier job has left may be of yesterday.
+    ///
+    /// Errors: [`Error::Cancelled`].
+    pub fn known(&self, url: &str, is_cancelled: &dyn Fn() -> bool) -> Result<Found> {
+        let key = self.known.lock().unwrap_or_else(PoisonError::into_inner).get(&address_of(url)).cloned();
+        key.map_or(Ok(None), |key| self.newest(&key, is_cancelled))
     }
 
-    /// The file used last among those whose names begin so.
-    fn newest(&self, start: &str) -> Option<File> {
-        let entries = std::fs::read_dir(&self.folder).ok()?.flatten();
+    /// The file used last among those of a version.
+    fn newest(&self, key: &str, is_cancelled: &dyn Fn() -> bool) -> Result<Found> {
+        let start = format!("{key}-");
+        let Ok(entries) = std::fs::read_dir(&self.folder) else { return Ok(None) };
         let mut found: Vec<(SystemTime, PathBuf)> = entries
-            .filter(|entry| entry.file_name().to_str().is_some_and(|name| name.starts_with(start) && name.ends_with(".shard")))
+            .flatten()
+            .filter(|entry| entry.file_name().to_str().is_some_and(|name| name.starts_with(&start) && name.ends_with(".shard")))
             .filter_map(|entry| Some((entry.metadata().ok()?.modified().ok()?, entry.path())))
             .collect();
         found.sort_unstable();
-        found.iter().rev().find_map(|(_, path)| open_checked(path))
+        for (_, path) in found.into_iter().rev() {
+            if let Some(file) = open_checked(&path, is_cancelled)? {
+                return Ok(Some((file, path)));
+            }
+        }
+        Ok(None)
     }
 
     /// Makes room for a shard that is about to be read. `None` if it is not to be kept.
@@ -164,10 +186,15 @@ fn hex(bytes: &[u8]) -> String {
 }
 
 /// Opens a shard if it is what its name says; removes it if not.
-fn open_checked(path: &Path) -> Option<File> {
+///
+/// It is read to its end for that, before its first byte is used: samples that were trained cannot be taken back. What is read here is in the
+/// system's memory afterwards.
+///
+/// Errors: [`Error::Cancelled`].
+fn open_checked(path: &Path, is_cancelled: &dyn Fn() -> bool) -> Result<Option<File>> {
+    let mut parts = path.file_stem().and_then(|stem| stem.to_str()).unwrap_or_default().split('-').skip(2);
+    let (size, checksum) = (parts.next().and_then(|size| size.parse::<u64>().ok()), parts.next().map(str::to_owned));
     let open = || -> io::Result<Option<File>> {
-        let mut parts = path.file_stem().and_then(|stem| stem.to_str()).unwrap_or_default().split('-').skip(2);
-        let (size, checksum) = (parts.next().and_then(|size| size.parse::<u64>().ok()), parts.next().map(str::to_owned));
         let mut file = File::open(path)?;
         if Some(file.metadata()?.len()) != size {
             return Ok(None);
@@ -176,6 +203,7 @@ fn open_checked(path: &Path) -> Option<File> {
         loop {
             match file.read(&mut buf)? {
                 0 => break,
+                _ if is_cancelled() => return Err(io::Error::other("cancelled")),
                 len => hasher.update(&buf[..len]),
             }
         }
@@ -188,13 +216,14 @@ fn open_checked(path: &Path) -> Option<File> {
         Ok(Some(file))
     };
     match open() {
-        Ok(Some(file)) => Some(file),
+        Ok(Some(file)) => Ok(Some(file)),
         Ok(None) => {
             tracing::warn!("cache file {} is damaged; its shard is fetched again", path.display());
             let _ = std::fs::remove_file(path);
-            None
+            Ok(None)
         }
-        Err(_) => None,
+        Err(_) if is_cancelled() => Err(Error::Cancelled),
+        Err(_) => Ok(None),
     }
 }
 

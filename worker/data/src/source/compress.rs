@@ -60,6 +60,16 @@ impl<R: BufRead> Zstd<R> {
         }
         Ok(false)
     }
+
+    /// Compares a frame that has been read to its end with its checksum, if it has one.
+    fn check_frame(&self) -> io::Result<()> {
+        match self.decoder.get_checksum_from_data() {
+            Some(told) if self.decoder.get_calculated_checksum() != Some(told) => {
+                Err(io::Error::new(io::ErrorKind::InvalidData, "zstd: what was read does not fit its checksum"))
+            }
+            _ => Ok(()),
+        }
+    }
 }
 
 impl<R: BufRead> Read for Zstd<R> {
@@ -73,6 +83,7 @@ impl<R: BufRead> Read for Zstd<R> {
                 return Ok(len);
             }
             self.is_within_frame = false;
+            self.check_frame()?;
         }
         Ok(0)
     }
@@ -140,6 +151,16 @@ mod tests {
             0x11, 0x12, 0x52, 0x0c, 0x62,
         ];
         assert_eq!(undo(&by_zstd).unwrap(), b"peapod peapod peapod peapod");
+        assert_eq!(
+            undo(&[&by_zstd[..], &zstd(b" x"), &by_zstd].concat()).unwrap(),
+            b"peapod peapod peapod peapod xpeapod peapod peapod peapod"
+        );
+        // A byte of the text, and one of its checksum.
+        for place in [11, by_zstd.len() - 1] {
+            let mut damaged = by_zstd;
+            damaged[place] ^= 1;
+            assert!(undo(&damaged).unwrap_err().to_string().contains("does not fit its checksum"), "{place}");
+        }
     }
 
     #[test]

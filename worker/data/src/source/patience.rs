@@ -33,8 +33,16 @@ pub struct Patience {
 impl Patience {
     /// Waits before the next attempt.
     ///
-    /// Errors: [`Failure::Lasting`] when it has been long enough.
+    /// Errors: as [`next_pause`](Self::next_pause).
     pub async fn hold_out(&self, failing: &mut Option<Failing>, reason: &str) -> Result<(), Failure> {
+        tokio::time::sleep(self.next_pause(failing, reason)?).await;
+        Ok(())
+    }
+
+    /// How long to wait before the next attempt.
+    ///
+    /// Errors: [`Failure::Lasting`] when it has been long enough.
+    pub fn next_pause(&self, failing: &mut Option<Failing>, reason: &str) -> Result<Duration, Failure> {
         let SourceOptions { retries, give_up_after, first_pause, .. } = self.options;
         let failing = failing.get_or_insert_with(|| Failing { since: Instant::now(), count: 0 });
         failing.count += 1;
@@ -55,8 +63,7 @@ impl Patience {
                 );
             }
         }
-        tokio::time::sleep(pause(first_pause, failing.count - 1)).await;
-        Ok(())
+        Ok(pause(first_pause, failing.count - 1))
     }
 }
 

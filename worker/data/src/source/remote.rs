@@ -17,7 +17,7 @@ use tokio::task::JoinHandle;
 
 use super::patience::{Patience, pause};
 use super::pieces::{Pieces, within};
-use super::{Halt, Location, Seen, SourceOptions, Stopped, http};
+use super::{Halt, Location, Seen, SourceOptions, http};
 use crate::error::StoreError;
 use crate::{Error, Result};
 
@@ -25,7 +25,7 @@ use crate::{Error, Result};
 const CHUNKS: usize = 3;
 
 /// How often a thread that waits for bytes asks whether it still should.
-const CANCEL_POLL: Duration = Duration::from_millis(50);
+pub const CANCEL_POLL: Duration = Duration::from_millis(50);
 
 /// Shards that are looked at side by side.
 const LOOKS: usize = 32;
@@ -63,15 +63,18 @@ pub enum Failure {
     Lasting(String),
     /// The object is no longer the one that was begun.
     Changed,
+    /// Nobody waits for it any more.
+    Cancelled,
 }
 
 impl Failure {
-    fn into_error(self, url: &str) -> Error {
+    pub fn into_error(self, url: &str) -> Error {
         let store = |reason: String| Error::Store(StoreError { url: url.into(), reason });
         match self {
             Self::Missing(text) => Error::Open { url: url.into(), source: io::Error::new(io::ErrorKind::NotFound, text) },
             Self::Passing(text) | Self::Lasting(text) => store(text),
             Self::Changed => store("it was changed while it was read; shards must stay as they are for the length of a job".into()),
+            Self::Cancelled => Error::Cancelled,
         }
     }
 }
@@ -163,9 +166,9 @@ impl Remote {
     }
 
     /// Which version of an object is there.
-    pub fn identify(&self, object: &Object, options: &SourceOptions) -> Result<Identity, Failure> {
+    pub fn identify(&self, object: &Object, options: &SourceOptions, is_cancelled: &dyn Fn() -> bool) -> Result<Identity, Failure> {
         let (object, options) = (object.clone(), options.clone());
-        self.wait_for(async move { ask(&object, &options).await })
+        self.wait_for(async move { ask(&object, &options).await }, is_cancelled)
     }
 
     /// Looks whether objects exist and how large they are.
@@ -183,13 +186,14 @@ impl Remote {
                         Err(Failure::Missing(_)) => Seen::Missing,
                         Err(Failure::Passing(text) | Failure::Lasting(text)) => Seen::Unknown(text),
                         Err(Failure::Changed) => Seen::Unknown("it is being changed".into()),
+                        Err(Failure::Cancelled) => Seen::Unknown("interrupted".into()),
                     },
                     Err(error) => Seen::Unknown(error.to_string()),
                 }
             }
         });
         let all = looks.buffered(LOOKS).collect();
-        self.wait_for(async move { Ok(all.await) }).unwrap_or_else(|_| vec![Seen::Unknown("interrupted".into()); num])
+        self.wait_for(async move { Ok(all.await) }, &|| false).unwrap_or_else(|_| vec![Seen::Unknown("interrupted".into()); num])
     }
 
     /// Opens an object; waits for its first answer.
@@ -231,18 +235,31 @@ impl Remote {
 
     #[cfg(any(feature = "aws", feature = "azure", feature = "gcp"))]
     fn list(&self, stored: super::object::Stored) -> Result<Vec<String>, Failure> {
-        self.wait_for(async move { stored.list().await })
+        self.wait_for(async move { stored.list().await }, &|| false)
     }
 
     /// Runs something on the runtime's thread. Unlike the runtime's own ways it may be called from a thread of another runtime.
-    fn wait_for<T: Send + 'static>(&self, work: impl Future<Output = Result<T, Failure>> + Send + 'static) -> Result<T, Failure> {
+    fn wait_for<T: Send + 'static>(
+        &self,
+        work: impl Future<Output = Result<T, Failure>> + Send + 'static,
+        is_cancelled: &dyn Fn() -> bool,
+    ) -> Result<T, Failure> {
         let (send, receive) = channel();
-        if let Some(runtime) = &self.runtime {
-            runtime.spawn(async move {
-                let _ = send.send(work.await);
-            });
+        let Some(runtime) = &self.runtime else { return Err(Failure::Lasting("interrupted".into())) };
+        let task = runtime.spawn(async move {
+            let _ = send.send(work.await);
+        });
+        loop {
+            match receive.recv_timeout(CANCEL_POLL) {
+                Ok(answer) => return answer,
+                Err(RecvTimeoutError::Timeout) if is_cancelled() => {
+                    task.abort();
+                    return Err(Failure::Cancelled);
+                }
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return Err(Failure::Lasting("interrupted".into())),
+            }
         }
-        receive.recv().unwrap_or_else(|_| Err(Failure::Lasting("interrupted".into())))
     }
 }
 
@@ -320,11 +337,7 @@ impl RemoteReader<'_> {
     fn stop(&mut self, error: Error) -> io::Error {
         self.has_ended = true;
         let text = error.to_string();
-        self.halt.set(match error {
-            Error::Cancelled => Stopped::Cancelled,
-            Error::Store(error) => Stopped::Failed(error),
-            other => Stopped::Failed(StoreError { url: self.url.clone(), reason: other.to_string() }),
-        });
+        self.halt.stop(&self.url, error);
         io::Error::other(text)
     }
 }

@@ -307,12 +307,35 @@ fn shard_is_fetched_once_and_read_from_the_cache_by_others() {
         assert!(read_with(&cached(folder.path(), 1 << 20), &url).unwrap() == content(0));
         assert_eq!(num_reads(&server), reads);
     }
-    // A store that is down is not needed, one with another version is.
+    // A store that is down is not needed by who has asked it before, one with another version is.
+    let sources = cached(folder.path(), 1 << 20);
     server.put("0.tar", &content(1));
-    assert!(read_with(&cached(folder.path(), 1 << 20), &url).unwrap() == content(1));
+    assert!(read_with(&sources, &url).unwrap() == content(1));
     assert_eq!(num_reads(&server), 11);
     drop(server);
-    assert!(read_with(&cached(folder.path(), 1 << 20), &url).unwrap() == content(1));
+    assert!(read_with(&sources, &url).unwrap() == content(1));
+    // Another job cannot know that this is still the shard's version.
+    assert!(store_error(read_with(&cached(folder.path(), 1 << 20), &url)).reason.starts_with("cannot connect"));
+}
+
+#[test]
+fn asking_for_the_version_of_a_cached_shard_can_be_cancelled() {
+    let folder = tempfile::tempdir().unwrap();
+    let (server, url) = serving(&content(0));
+    let sources = Sources::new(SourceOptions {
+        cache: Some((folder.path().to_owned(), 1 << 20)),
+        read_timeout: Duration::from_secs(60),
+        ..options()
+    });
+    read_with(&sources, &url).unwrap();
+    assert!(matches!(sources.open(&url, || true).err(), Some(Error::Cancelled)), "while the file is checked");
+    drop(server);
+    // It is connected to, and never answers.
+    let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("http://{}/0.tar", silent.local_addr().unwrap());
+    let begun = Instant::now();
+    assert!(matches!(sources.open(&url, || begun.elapsed() > Duration::from_millis(100)).err(), Some(Error::Cancelled)));
+    assert!(begun.elapsed() < Duration::from_secs(10));
 }
 
 #[test]
