@@ -14,7 +14,9 @@ use tch::{Device, Tensor};
 
 use crate::device::{self, ComputeArgs};
 use crate::loss_scale::LossScale;
+use crate::numbers::VaeNumbers;
 use crate::setup;
+use crate::trainer::guarded;
 use crate::trainer::tensors::to_tensors;
 
 /// What fewer bits cost a job.
@@ -110,10 +112,6 @@ pub fn run(options: &Options, device: Device) -> Result<String, String> {
     if let Some(samples) = options.micro_batch {
         job.train.micro_batch = samples;
     }
-    // TF32 is a switch for the whole process: networks in f32 would have it too.
-    if setup::vae_numbers(&job, device).name() == "tf32" {
-        job.model.vae_dtype = VaeDtype::F32;
-    }
 
     // 1. Samples, as the job's own models ask for them: cached ones are bound to its numbers.
     let models = setup::load_models(&job, device).map_err(|error| error.to_string())?;
@@ -131,9 +129,12 @@ pub fn run(options: &Options, device: Device) -> Result<String, String> {
     let batches = read(&job, &models, options.batches as usize)?;
     drop(models);
 
-    // 2. The measure, and what is compared with it.
-    let compute = |numbers| compute(&job, numbers, device, &adapter, &batches);
-    let exact = compute(EXACT).map_err(|error| error.to_string())?;
+    // 2. The measure, and what is compared with it. TF32 is a switch for the whole process: networks in f32 would have it too.
+    if setup::vae_numbers(&job, device) == VaeNumbers::Tf32 {
+        job.model.vae_dtype = VaeDtype::F32;
+    }
+    let compute = |numbers| attempt(|| compute(&job, numbers, device, &adapter, &batches));
+    let exact = compute(EXACT)?;
     let kinds = [(Dtype::F32, "f32"), (Dtype::Bf16, "bf16"), (Dtype::F16, "f16")];
     let all = kinds.into_iter().flat_map(|(dtype, name)| [false, true].map(|fp8_linears| Numbers { dtype, name, fp8_linears }));
     // Processors have no f16 worth the wait.
@@ -191,18 +192,39 @@ fn read(job: &Job, models: &Distiller, num_batches: usize) -> Result<Vec<MicroBa
     Ok(batches)
 }
 
+/// What comes of a computation, or one line that says why nothing did: memory that is short is a panic of libtorch's.
+fn attempt<T>(body: impl FnOnce() -> peapod_model::Result<T>) -> Result<T, String> {
+    match guarded(body) {
+        Ok(made) => made.map_err(|error| error.to_string()),
+        Err(panic) => Err(panic.lines().next().unwrap_or_default().to_owned()),
+    }
+}
+
 fn compute(job: &Job, numbers: Numbers, device: Device, adapter: &Adapter, batches: &[MicroBatch]) -> peapod_model::Result<Outcome> {
     let mut job = job.clone();
     (job.train.dtype, job.train.fp8_linears) = (numbers.dtype, numbers.fp8_linears);
     let models = setup::load_models(&job, device)?;
-    let scale = if numbers.dtype == Dtype::F16 { LossScale::default().factor() } else { 1.0 };
+    let mut scale = if numbers.dtype == Dtype::F16 { LossScale::default().factor() } else { 1.0 };
     let mut outcome = Outcome { losses: LossSums::default(), gradients: Vec::new() };
     for batch in batches {
-        let mut gradient = adapter.flat().zeros_like();
-        outcome.losses += models.accumulate_scaled(adapter, batch, &mut gradient, scale)?;
+        let (losses, gradient) = differentiate(&models, adapter, batch, &mut scale)?;
+        outcome.losses += losses;
         outcome.gradients.push((gradient / batch.len() as f64).to_device(Device::Cpu));
     }
     Ok(outcome)
+}
+
+/// The losses of a batch and their gradient. Where that overflows, training would skip steps until the scale is small enough: the batch is
+/// computed again with half of it, as long as there is a half.
+fn differentiate(models: &Distiller, adapter: &Adapter, batch: &MicroBatch, scale: &mut f64) -> peapod_model::Result<(LossSums, Tensor)> {
+    loop {
+        let mut gradient = adapter.flat().zeros_like();
+        let losses = models.accumulate_scaled(adapter, batch, &mut gradient, *scale)?;
+        if *scale <= 1.0 || gradient.isfinite().all().int64_value(&[]) == 1 {
+            return Ok((losses, gradient));
+        }
+        *scale /= 2.0;
+    }
 }
 
 /// Distances of neighbours' gradients over the root of two, which is as far as each is from their common mean.
@@ -216,7 +238,7 @@ fn median(mut values: Vec<f64>) -> Option<f64> {
     values.iter().all(|value| value.is_finite()).then(|| values.get(values.len() / 2).copied())?
 }
 
-fn compare(numbers: Numbers, outcome: peapod_model::Result<Outcome>, exact: &Outcome) -> Comparison {
+fn compare(numbers: Numbers, outcome: Result<Outcome, String>, exact: &Outcome) -> Comparison {
     let Numbers { name: dtype, fp8_linears, .. } = numbers;
     let nothing = Comparison {
         dtype,
@@ -231,7 +253,7 @@ fn compare(numbers: Numbers, outcome: peapod_model::Result<Outcome>, exact: &Out
     };
     let outcome = match outcome {
         Ok(outcome) => outcome,
-        Err(error) => return Comparison { problem: Some(error.to_string()), ..nothing },
+        Err(problem) => return Comparison { problem: Some(problem), ..nothing },
     };
     let relative = |loss: f64, exact: f64| (exact != 0.0).then(|| loss / exact - 1.0);
     let pairs = || outcome.gradients.iter().zip(&exact.gradients);

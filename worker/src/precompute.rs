@@ -20,7 +20,7 @@ use std::io::Read;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
-use std::sync::mpsc::{Receiver, sync_channel};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
 use peapod_data::cached::{CachedSample, LATENTS, Recipe, SKIPPED, STAMP, Stamp, TRUNCATED, skipped};
 use peapod_data::shard::{Found, read_shard};
@@ -251,15 +251,18 @@ impl Maker {
         let mut tar = WholeTar::begin(target.to_owned())?;
         tar.append(STAMP, &stamp.to_bytes().map_err(|error| error.to_string())?)?;
         let mut made = Made { num_shards: 1, ..Made::default() };
-        // The next window is read and decoded while one is encoded. A writer that stops takes its end of the channel with it.
+        // The next window is read and decoded while one is encoded and the one before is written. Who stops takes its ends of the channels with it.
         let (sender, windows) = sync_channel(1);
         let end = std::thread::scope(|scope| {
             let send = move |items| if sender.send(items).is_ok() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) };
             let (reader, window) = (&self.reader, BATCHES_A_WINDOW * self.batch);
             let reading = scope.spawn(move || reader.read(url, shard, window, send));
-            let written = self.write(windows, &mut tar, &mut made);
+            let (sender, to_write) = sync_channel(1);
+            let writing = scope.spawn(|| write(to_write, &mut tar, &mut made));
+            let encoded = self.encode_all(windows, sender);
+            let written = writing.join().unwrap_or_else(|_| Err(format!("the thread that writes {} panicked", target.display())));
             let read = reading.join().unwrap_or_else(|_| Err(format!("the thread that reads {url} panicked")));
-            written.and(read)
+            written.and(encoded).and(read)
         })?;
         if let Some(truncated) = end.and_then(|end| end.truncated) {
             tar.append(TRUNCATED, truncated.as_bytes())?;
@@ -270,7 +273,8 @@ impl Maker {
         Ok(made)
     }
 
-    fn write(&self, windows: Receiver<Vec<Item>>, tar: &mut WholeTar, made: &mut Made) -> Result<(), String> {
+    /// Encodes windows as they come, until there are no more or nobody takes them.
+    fn encode_all(&self, windows: Receiver<Vec<Item>>, sender: SyncSender<Encoded>) -> Result<(), String> {
         for window in windows {
             let encoded = match guarded(|| self.encode(&window)) {
                 Ok(encoded) => encoded.map_err(|error| error.to_string())?,
@@ -278,25 +282,8 @@ impl Maker {
                     return Err(format!("{}; if memory is short, give a smaller --batch", panic.lines().next().unwrap_or_default()));
                 }
             };
-            for (item, encoded) in window.iter().zip(encoded) {
-                let member = |extension: &str| format!("{}.{extension}", item.key);
-                if let Some(json) = &item.json {
-                    tar.append(&member("json"), json)?;
-                }
-                match (&item.picture, encoded) {
-                    (Ok(_), Some(sample)) => {
-                        tar.append(&member(LATENTS), &sample.to_bytes().map_err(|error| error.to_string())?)?;
-                        made.num_samples += 1;
-                    }
-                    (Ok(_), None) => return Err(format!("{} was not encoded", item.key)),
-                    (Err(skip), _) => {
-                        tar.append(&member(SKIPPED), &skipped(skip))?;
-                        *made.skipped.entry(skip.rule.as_str()).or_default() += 1;
-                        if skip.rule.reason() == peapod_data::Reason::Bad && made.warnings.len() < NUM_NAMED {
-                            made.warnings.push(format!("{}: {}", skip.key, skip.detail()));
-                        }
-                    }
-                }
+            if sender.send((window, encoded)).is_err() {
+                break;
             }
         }
         Ok(())
@@ -319,6 +306,36 @@ impl Maker {
         }
         Ok(encoded)
     }
+}
+
+/// A window, and what was made of its pictures.
+type Encoded = (Vec<Item>, Vec<Option<CachedSample>>);
+
+/// Writes windows as they come.
+fn write(windows: Receiver<Encoded>, tar: &mut WholeTar, made: &mut Made) -> Result<(), String> {
+    for (window, encoded) in windows {
+        for (item, encoded) in window.iter().zip(encoded) {
+            let member = |extension: &str| format!("{}.{extension}", item.key);
+            if let Some(json) = &item.json {
+                tar.append(&member("json"), json)?;
+            }
+            match (&item.picture, encoded) {
+                (Ok(_), Some(sample)) => {
+                    tar.append(&member(LATENTS), &sample.to_bytes().map_err(|error| error.to_string())?)?;
+                    made.num_samples += 1;
+                }
+                (Ok(_), None) => return Err(format!("{} was not encoded", item.key)),
+                (Err(skip), _) => {
+                    tar.append(&member(SKIPPED), &skipped(skip))?;
+                    *made.skipped.entry(skip.rule.as_str()).or_default() += 1;
+                    if skip.rule.reason() == peapod_data::Reason::Bad && made.warnings.len() < NUM_NAMED {
+                        made.warnings.push(format!("{}: {}", skip.key, skip.detail()));
+                    }
+                }
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Checks that a shard which is there is the one that would be made.

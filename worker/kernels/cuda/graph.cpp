@@ -141,17 +141,24 @@ bool peapod_release_unused_memory(char* problem) {
 }
 
 // Whether f32 convolutions and products may round what they multiply to ten bits.
-void peapod_allow_tf32(bool convolutions, bool products) {
-  at::globalContext().setAllowTF32CuDNN(convolutions);
-  at::globalContext().setAllowTF32CuBLAS(products);
+bool peapod_allow_tf32(bool convolutions, bool products, char* problem) {
+  return guarded(problem, [&] {
+    at::globalContext().setAllowTF32CuDNN(convolutions);
+    at::globalContext().setAllowTF32CuBLAS(products);
+  });
 }
 
 // Which implementation of attention is tried first, as at::SDPBackend numbers them; the others follow in libtorch's order.
-void peapod_prefer_attention(int64_t backend) {
-  std::vector<int64_t> order = {backend};
-  for (at::SDPBackend other : at::globalContext().sDPPriorityOrder()) {
-    if (static_cast<int64_t>(other) != backend) order.push_back(static_cast<int64_t>(other));
-  }
-  at::globalContext().setSDPPriorityOrder(order);
+bool peapod_prefer_attention(int64_t backend, char* problem) {
+  return guarded(problem, [&] {
+    std::vector<int64_t> order = {backend};
+    for (at::SDPBackend other : at::globalContext().sDPPriorityOrder()) {
+      if (static_cast<int64_t>(other) != backend) order.push_back(static_cast<int64_t>(other));
+    }
+    at::globalContext().setSDPPriorityOrder(order);
+  });
 }
+
+// Which implementation of attention is tried first at the moment.
+int64_t peapod_preferred_attention() { return static_cast<int64_t>(at::globalContext().sDPPriorityOrder()[0]); }
 }

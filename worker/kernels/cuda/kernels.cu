@@ -4,12 +4,15 @@
 // with the channels last, so that a "row" is a pixel (or a token) with all its channels. Numbers are read and written in packs of 16 bytes,
 // which is why widths must be multiples of WIDTH and every address one of 16.
 
+// Threads of a group norm's block, of which each has WIDTH channels: the widest map of a published UNet has 2560. As in src/group_norm.rs.
 #if KIND == 0
 typedef float element;
 #define WIDTH 4
+#define NORM_BOUNDS __launch_bounds__(640, 1)
 #else
 typedef unsigned short element;
 #define WIDTH 8
+#define NORM_BOUNDS __launch_bounds__(384, 2)
 #endif
 
 #define WARP 32
@@ -106,8 +109,8 @@ __device__ static inline float pivot(const element* sample, const element* added
 }
 
 // Sums of x - pivot and of its square in each group. x [N, rows, channels]; added, if any, [N, channels] is part of x.
-extern "C" __global__ void __launch_bounds__(384, 2) group_norm_sums(const element* x, const element* added, float* partials, int rows,
-                                                                  int channels, int groups, int rows_per_block) {
+extern "C" __global__ void NORM_BOUNDS group_norm_sums(const element* x, const element* added, float* partials, int rows, int channels,
+                                                       int groups, int rows_per_block) {
   SHARED_FLOATS(scratch);
   Walk walk(rows, channels, rows_per_block);
   const element* sample = x + (size_t)blockIdx.y * rows * channels;
@@ -138,7 +141,7 @@ __device__ static inline void normalisation(const float* stats, const element* a
 }
 
 // y = (x + added - mean) / std * weight + bias, and SiLU of it if asked. Writes mean and 1 / std of each group to `stats` [N, groups, 2].
-extern "C" __global__ void __launch_bounds__(384, 2)
+extern "C" __global__ void NORM_BOUNDS
     group_norm_apply(const element* x, const element* added, const element* weight, const element* bias, const float* partials, element* y,
                      float* stats, int rows, int channels, int groups, int rows_per_block, float eps, int silu) {
   SHARED_FLOATS(scratch);
@@ -199,7 +202,7 @@ struct Point {
 };
 
 // Sums of the gradient of normalised x, and of its product with normalised x, in each group.
-extern "C" __global__ void __launch_bounds__(384, 2)
+extern "C" __global__ void NORM_BOUNDS
     group_norm_gradient_sums(const element* x, const element* added, const element* dy, const element* weight, const element* bias,
                              const float* stats, float* partials, int rows, int channels, int groups, int rows_per_block, int silu) {
   SHARED_FLOATS(scratch);
@@ -230,7 +233,7 @@ extern "C" __global__ void __launch_bounds__(384, 2)
 
 // The gradient of x; with `added_partials` [N, chunks, channels] also its sum over this block's rows, whose sum over the blocks is the
 // gradient of what was added.
-extern "C" __global__ void __launch_bounds__(384, 2)
+extern "C" __global__ void NORM_BOUNDS
     group_norm_gradient_apply(const element* x, const element* added, const element* dy, const element* weight, const element* bias,
                               const float* stats, const float* partials, element* dx, float* added_partials, int rows, int channels,
                               int groups, int rows_per_block, int silu) {

@@ -1,5 +1,7 @@
 //! What can go wrong with a kernel.
 
+use std::any::Any;
+
 /// A kernel that cannot be made or run.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -30,3 +32,8 @@ pub enum Error {
 
 /// A result of this crate.
 pub type Result<T> = std::result::Result<T, Error>;
+
+/// What a panic says, where it says something.
+pub(crate) fn message(panic: &(dyn Any + Send)) -> Option<String> {
+    panic.downcast_ref::<String>().cloned().or_else(|| panic.downcast_ref::<&str>().map(|message| (*message).to_owned()))
+}

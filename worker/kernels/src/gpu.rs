@@ -1,20 +1,17 @@
 //! Kernels on a GPU: compiled by NVRTC, launched through the driver on libtorch's stream.
 
-use std::ffi::{CStr, CString, c_void};
+use std::ffi::{CString, c_void};
 use std::panic::catch_unwind;
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use cudarc::driver::sys::{self as cuda, CUdevice_attribute, CUfunction};
 use cudarc::driver::{CudaContext, DriverError, result};
-use cudarc::nvrtc::{result as compiler, sys as nvrtc};
-use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
 use tch::Kind;
 
 use crate::error::Result;
 use crate::graph::current_stream;
 use crate::launch::{Kernel, Kernels, Launch, Shape};
-use crate::{Error, registry};
+use crate::{Error, compiler, registry};
 
 /// What is compiled: what a GPU has beyond the language, and the kernels.
 const SOURCE: &str = concat!(include_str!("../cuda/device.h"), include_str!("../cuda/kernels.cu"));
@@ -95,47 +92,6 @@ impl Launch for Gpu {
 /// # Errors
 /// [`Error::Gpu`] if there is no NVRTC, or with its messages.
 fn compile(kind: Kind, architecture: &str) -> Result<Vec<u8>> {
-    let doing = "compile kernels";
-    open_compiler();
-    // SAFETY: opens the compiler's library and closes it again; its initialisers are the vendor's and have no preconditions.
-    if !unsafe { nvrtc::is_culib_present() } {
-        return Err(Error::Gpu { doing, answer: "libnvrtc.so.13 is not on this machine: it comes with libtorch where a driver is".into() });
-    }
-    // What a compiler lacks is a panic in cudarc.
-    catch_unwind(|| compile_with_nvrtc(kind, architecture))
-        .unwrap_or_else(|_| Err(Error::Gpu { doing, answer: "NVRTC lacks functions of CUDA 13".into() }))
-}
-
-/// Opens NVRTC, and before it the library that it looks for by a bare name, from where the wheels and the images put them: beside libtorch,
-/// wherever that is. Found by name afterwards; what is not there may still be where the system looks.
-fn open_compiler() {
-    let Some(folder) = folder_of_libtorch() else { return };
-    let Ok(entries) = std::fs::read_dir(folder.join("../../nvidia/cu13/lib")) else { return };
-    let mut files: Vec<PathBuf> = entries.filter_map(|entry| Some(entry.ok()?.path())).collect();
-    files.sort();
-    for start in ["libnvrtc-builtins.so.", "libnvrtc.so."] {
-        let is_wanted = |file: &&PathBuf| file.file_name().and_then(|name| name.to_str()).is_some_and(|name| name.starts_with(start));
-        for file in files.iter().filter(is_wanted) {
-            // SAFETY: the vendor's library, whose initialisers have no preconditions.
-            if let Ok(library) = unsafe { Library::open(Some(file), RTLD_NOW | RTLD_GLOBAL) } {
-                std::mem::forget(library);
-            }
-        }
-    }
-}
-
-/// The folder that libtorch was loaded from.
-fn folder_of_libtorch() -> Option<PathBuf> {
-    let maps = std::fs::read_to_string("/proc/self/maps").ok()?;
-    // Address, rights, offset, device and inode stand before the path.
-    let paths = maps.lines().filter_map(|line| line.split_once('/').map(|(_, path)| format!("/{path}")));
-    paths.map(PathBuf::from).find(|path| path.ends_with("libtorch_cpu.so"))?.parent().map(Path::to_path_buf)
-}
-
-fn compile_with_nvrtc(kind: Kind, architecture: &str) -> Result<Vec<u8>> {
-    let failed = |error: compiler::NvrtcError| Error::Gpu { doing: "compile kernels", answer: error.to_string() };
-    let source = CString::new(SOURCE).unwrap_or_default();
-    let program = compiler::create_program(&source, Some(c"peapod.cu")).map_err(failed)?;
     let options = [
         format!("--gpu-architecture={architecture}"),
         format!("-DKIND={}", registry::number(kind)),
@@ -143,31 +99,8 @@ fn compile_with_nvrtc(kind: Kind, architecture: &str) -> Result<Vec<u8>> {
         "--device-as-default-execution-space".into(),
         "--disable-warnings".into(),
     ];
-    // SAFETY: `program` is a program, and is destroyed once, at the end.
-    unsafe {
-        let compiled = compiler::compile_program(program, &options).map_err(|error| {
-            let log = compiler::get_program_log(program).unwrap_or_default();
-            let bytes: Vec<u8> = log.iter().map(|&byte| byte.cast_unsigned()).collect();
-            let log = CStr::from_bytes_until_nul(&bytes).map(|log| log.to_string_lossy().trim().to_owned()).unwrap_or_default();
-            Error::Gpu { doing: "compile kernels", answer: if log.is_empty() { error.to_string() } else { log } }
-        });
-        let image = compiled.and_then(|()| image(program).map_err(failed));
-        let _ = compiler::destroy_program(program);
-        image
-    }
-}
-
-/// # Safety
-/// `program` has been compiled for an architecture that exists.
-unsafe fn image(program: nvrtc::nvrtcProgram) -> std::result::Result<Vec<u8>, compiler::NvrtcError> {
-    let mut size = 0;
-    // SAFETY: the caller's promise; then room for as many bytes as it says.
-    unsafe {
-        nvrtc::nvrtcGetCUBINSize(program, &mut size).result()?;
-        let mut image = vec![0_u8; size];
-        nvrtc::nvrtcGetCUBIN(program, image.as_mut_ptr().cast()).result()?;
-        Ok(image)
-    }
+    let options = options.map(|option| CString::new(option).unwrap_or_default());
+    compiler::compile(&CString::new(SOURCE).unwrap_or_default(), &options)
 }
 
 #[cfg(test)]
@@ -193,12 +126,6 @@ mod tests {
     }
 
     #[test]
-    fn libtorch_is_found_where_it_was_loaded_from() {
-        let folder = folder_of_libtorch().unwrap();
-        assert!(folder.join("libc10.so").is_file(), "{}", folder.display());
-    }
-
-    #[test]
     fn what_is_missing_is_said() {
         if let Err(error) = open(usize::MAX, Kind::BFloat16) {
             let text = error.to_string();
@@ -207,7 +134,7 @@ mod tests {
                 "{text}"
             );
         }
-        if unsafe { nvrtc::is_culib_present() } {
+        if compiler::open_compiler().is_ok() {
             let refused = compile(Kind::Float, "sm_1").unwrap_err().to_string();
             assert!(refused.contains("sm_1") || refused.contains("gpu-architecture"), "{refused}");
         }

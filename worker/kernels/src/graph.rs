@@ -7,10 +7,11 @@ use std::ptr;
 use tch::{Device, Tensor};
 use torch_sys::C_tensor;
 
-use crate::{Error, error::Result};
+use crate::Error;
+use crate::error::{Result, message};
 
 /// Bytes of a message from one language to the other, with its end; as in cuda/graph.cpp.
-const MAX_PROBLEM: usize = 512;
+pub(crate) const MAX_PROBLEM: usize = 512;
 
 /// Computes the gradients of the inputs from what was saved and from the gradients of the outputs; undefined gradients are `None`. The last
 /// argument says which inputs' gradients are asked for.
@@ -124,7 +125,8 @@ fn pointers(tensors: &[&Tensor]) -> Vec<*const C_tensor> {
     tensors.iter().map(|tensor| tensor.as_ptr()).collect()
 }
 
-fn check(is_done: bool, doing: &'static str, problem: &[c_char; MAX_PROBLEM]) -> Result<()> {
+/// What a call of the shim said: nothing, or libtorch's message.
+pub(crate) fn check(is_done: bool, doing: &'static str, problem: &[c_char; MAX_PROBLEM]) -> Result<()> {
     if is_done {
         return Ok(());
     }
@@ -161,7 +163,7 @@ unsafe extern "C" fn go_back(
     };
     // A panic must not reach C++.
     let found = catch_unwind(AssertUnwindSafe(|| (way.backward)(&saved, &gradients, wanted)));
-    let message = match found {
+    let said = match found {
         Ok(Ok(found)) => {
             for (index, gradient) in found.into_iter().take(way.num_inputs).enumerate() {
                 if let Some(mut gradient) = gradient {
@@ -173,13 +175,9 @@ unsafe extern "C" fn go_back(
             return true;
         }
         Ok(Err(error)) => error.to_string(),
-        Err(panic) => match (panic.downcast_ref::<String>(), panic.downcast_ref::<&str>()) {
-            (Some(message), _) => message.clone(),
-            (_, Some(message)) => (*message).to_owned(),
-            _ => "the way back through a fused operator panicked".into(),
-        },
+        Err(panic) => message(&*panic).unwrap_or_else(|| "the way back through a fused operator panicked".into()),
     };
-    let text: Vec<c_char> = message.bytes().filter(|&byte| byte != 0).take(MAX_PROBLEM - 1).map(|byte| byte as c_char).chain([0]).collect();
+    let text: Vec<c_char> = said.bytes().filter(|&byte| byte != 0).take(MAX_PROBLEM - 1).map(|byte| byte as c_char).chain([0]).collect();
     // SAFETY: no more than there is room for.
     unsafe { ptr::copy_nonoverlapping(text.as_ptr(), problem, text.len()) };
     false

@@ -6,10 +6,13 @@ use crate::error::Result;
 use crate::graph::{is_recorded, record};
 use crate::launch::{Argument, Kernel, Kernels, Shape, or_panic, parts, rows};
 
-/// Threads of a block at most; as in cuda/kernels.cu.
-const MAX_THREADS: i64 = 384;
-/// Blocks for each processor of the GPU: two are at work at a time, and the last ones should not end alone.
-const BLOCKS_PER_PROCESSOR: i64 = 4;
+/// Threads of a block, if so many have a row.
+const THREADS: i64 = 384;
+/// Threads of a block that has a wider row; as in cuda/kernels.cu, where only f32 needs more, with its smaller packs.
+const MAX_THREADS: i64 = 640;
+/// Blocks for each processor of the GPU, at most. It has two of the way back at work at a time, by their registers, and three of the way forth:
+/// both then end with their last wave about full, where a few blocks more would begin another one.
+const BLOCKS_PER_PROCESSOR: i64 = 6;
 
 /// What a group norm is made of.
 #[derive(Debug, Clone, Copy)]
@@ -43,15 +46,16 @@ impl Cut {
     fn new(kernels: &Kernels, [batch, rows, channels]: [i64; 3], groups: i64) -> Option<Self> {
         let columns = channels / kernels.width();
         let is_empty = batch * rows * channels == 0;
-        if is_empty || channels % kernels.width() != 0 || columns > MAX_THREADS || channels % groups != 0 {
+        let max_threads = if kernels.kind() == Kind::Float { MAX_THREADS } else { THREADS };
+        if is_empty || channels % kernels.width() != 0 || columns > max_threads || channels % groups != 0 {
             return None;
         }
-        let lanes = MAX_THREADS / columns;
+        let lanes = (THREADS / columns).max(1);
         let threads = lanes * columns;
         if 2 * groups > threads {
             return None;
         }
-        let wanted = parts(BLOCKS_PER_PROCESSOR * i64::from(kernels.num_processors()), batch);
+        let wanted = (BLOCKS_PER_PROCESSOR * i64::from(kernels.num_processors()) / batch).max(1);
         let rows_per_block = parts(rows, wanted.min(parts(rows, lanes)));
         Some(Self { batch, rows, channels, groups, threads, rows_per_block, chunks: parts(rows, rows_per_block) })
     }
@@ -142,4 +146,35 @@ fn go_back(kernels: &Kernels, cut: Cut, silu: bool, saved: &[Tensor], gradient: 
 
     let of_added = of_added.map(|partials| partials.sum_dim_intlist(1, false, Kind::Float).to_kind(kernels.kind()));
     Ok(vec![Some(dx), of_added])
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+
+    struct Nothing;
+
+    impl crate::launch::Launch for Nothing {
+        fn launch(&self, _: Kernel, _: Shape, _: &[u64]) -> Result<()> {
+            Ok(())
+        }
+    }
+
+    /// On a GPU of 132 processors: 264 blocks of the way back at a time and 396 of the way forth, each in whole waves.
+    #[test]
+    fn the_last_wave_is_about_full() {
+        let kernels = Kernels::new(Kind::BFloat16, 132, Arc::new(Nothing));
+        for batch in [4, 10, 16, 32, 48] {
+            for (rows, channels) in [(6400, 320), (6400, 960), (16384, 640), (1600, 640), (409_600, 128)] {
+                let cut = Cut::new(&kernels, [batch, rows, channels], 32).unwrap();
+                let blocks = cut.chunks * batch;
+                assert!(blocks <= 792 && blocks * 100 >= 792 * 85, "{batch} of {rows} rows: {blocks} blocks");
+                assert!(cut.rows_per_block * (cut.chunks - 1) < rows && cut.rows_per_block * cut.chunks >= rows);
+            }
+        }
+        // More samples than blocks.
+        assert_eq!(Cut::new(&kernels, [1000, 64, 320], 32).unwrap().chunks, 1);
+    }
 }

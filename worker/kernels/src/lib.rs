@@ -8,6 +8,7 @@
 //! that cannot be compiled, or that computes something else, is warned of and not used. [`Fp8Linear`] is a linear layer in eight bits, which
 //! costs digits and is for those who ask for it: where it cannot be had, that is an error.
 
+mod compiler;
 mod error;
 mod fp8;
 mod geglu;
@@ -27,6 +28,7 @@ pub mod emulator;
 #[cfg(test)]
 mod tests;
 
+pub use compiler::open_compiler;
 pub use error::Error;
 pub use fp8::{Fp8Linear, Fp8Matrix, prove_fp8};
 pub use graph::{current_stream, pinned, release_unused_memory};

@@ -1,15 +1,17 @@
 //! Kernels beside libtorch's own operators, on the device at hand.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
 use tch::{Device, Kind, Tensor, with_grad};
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, message};
 use crate::launch::Kernels;
 use crate::registry::name;
 use crate::{GroupNorm, LayerNorm};
 
 /// Channels, groups, height and width of maps: groups that end within a pack and ones that do not, several blocks and one, a row a block at a
-/// time and many.
-const MAPS: [[i64; 4]; 4] = [[320, 32, 12, 9], [128, 32, 40, 40], [1280, 32, 5, 4], [64, 4, 3, 1]];
+/// time and many, and the widest.
+const MAPS: [[i64; 4]; 5] = [[320, 32, 12, 9], [128, 32, 40, 40], [1280, 32, 5, 4], [2560, 32, 3, 4], [64, 4, 3, 1]];
 /// Rows and width of token states: widths that fill a warp's packs and ones that do not.
 const STATES: [[i64; 2]; 3] = [[7, 640], [5, 1280], [9, 72]];
 const BATCH: i64 = 2;
@@ -22,18 +24,10 @@ const ROUNDINGS: f64 = 4.0;
 /// [`Error::Wrong`] for the first that differs by more than rounding; those of the kernels and of libtorch.
 pub(crate) fn prove(kernels: &Kernels, device: Device) -> Result<()> {
     let proof = Proof { kernels, device };
-    with_grad(|| {
-        for map in MAPS {
-            for (silu, added) in [(true, true), (true, false), (false, false)] {
-                proof.group_norm(map, silu, added)?;
-            }
-            proof.mean_squares(map)?;
-        }
-        for size in STATES {
-            proof.layer_norm(size)?;
-            proof.geglu(size)?;
-        }
-        Ok(())
+    // Operators panic where a GPU refuses; what is around the panic also sets the caller's gradient mode back.
+    with_grad(|| catch_unwind(AssertUnwindSafe(|| proof.run()))).unwrap_or_else(|panic| {
+        let answer = message(&*panic).unwrap_or_else(|| "an operator panicked".into());
+        Err(Error::Gpu { doing: "prove the kernels", answer })
     })
 }
 
@@ -43,6 +37,20 @@ struct Proof<'a> {
 }
 
 impl Proof<'_> {
+    fn run(&self) -> Result<()> {
+        for map in MAPS {
+            for (silu, added) in [(true, true), (true, false), (false, false)] {
+                self.group_norm(map, silu, added)?;
+            }
+            self.mean_squares(map)?;
+        }
+        for size in STATES {
+            self.layer_norm(size)?;
+            self.geglu(size)?;
+        }
+        Ok(())
+    }
+
     /// Numbers that are the same whenever they are asked for, without libtorch's generator, whose state is the caller's.
     fn numbers(&self, shape: &[i64], seed: u64) -> Tensor {
         let count: i64 = shape.iter().product();
@@ -162,13 +170,35 @@ impl Proof<'_> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
     use crate::emulator;
+    use crate::launch::{Kernel, Launch, Shape};
 
     #[test]
     fn emulated_kernels_compute_what_libtorch_does_in_every_kind() {
         for kind in [Kind::Float, Kind::Half, Kind::BFloat16] {
             prove(&emulator::kernels(kind), Device::Cpu).unwrap_or_else(|error| panic!("{error}"));
         }
+    }
+
+    /// What refuses every launch.
+    struct Broken;
+
+    impl Launch for Broken {
+        fn launch(&self, kernel: Kernel, _: Shape, _: &[u64]) -> Result<()> {
+            Err(Error::Gpu { doing: "launch a kernel", answer: format!("{}: no", kernel.name()) })
+        }
+    }
+
+    #[test]
+    fn a_gpu_that_refuses_is_an_error_and_leaves_gradients_as_they_were() {
+        let kernels = Kernels::new(Kind::Float, 1, Arc::new(Broken));
+        let _guard = tch::no_grad_guard();
+        let refused = prove(&kernels, Device::Cpu).unwrap_err().to_string();
+        assert_eq!(refused, "cannot prove the kernels: cannot launch a kernel: group_norm_sums: no");
+        let x = Tensor::ones([1], (Kind::Float, Device::Cpu)).set_requires_grad(true);
+        assert!(!(x * 2.0).requires_grad(), "the caller wants no gradients");
     }
 }

@@ -155,8 +155,10 @@ fn synthetic(options: &Options, models: &Distiller, [width, height]: [i64; 2], d
         posterior: noise(&latents),
         noise: noise(&latents),
         offset: noise(&[count, channels]),
-        timesteps: Tensor::randint(models.num_timesteps(), [count], (Kind::Int64, device)),
-        drop: Tensor::zeros([count], (Kind::Bool, Device::Cpu)),
+        // As training has them, on the host, where they are looked at before they are used.
+        timesteps: Tensor::randint(models.num_timesteps(), [count], (Kind::Int64, Device::Cpu)),
+        // One in ten, as the method drops them: the empty prompt is part of the step.
+        drop: Tensor::from_slice(&numbers.clone().map(|index| index % 10 == 0).collect::<Vec<bool>>()),
         native: Tensor::from_slice(&numbers.clone().map(|index| index < options.native).collect::<Vec<bool>>()),
         prompts: Prompts::Captions(numbers.clone().map(|index| format!("{index}个红色的圆形在白色背景上")).collect()),
         english: English::Captions(numbers.clone().map(|index| format!("{index} red circles on a white background")).collect()),
@@ -181,22 +183,49 @@ fn encode(models: &Distiller, mut batch: MicroBatch) -> peapod_model::Result<Mic
     Ok(batch)
 }
 
-/// One row of seconds for each timed step, and whether the last gradient was finite.
+/// What the clock said.
 struct Measured {
+    /// Seconds of a step.
+    step: f64,
+    /// One row of seconds for each step whose stages were timed.
     rows: Vec<[f64; NUM_PARTS]>,
+    /// Whether the last gradient was finite.
     is_finite: bool,
 }
 
-fn measure(options: &Options, models: &Distiller, device: Device, kind: Kind, size: [i64; 2]) -> peapod_model::Result<Measured> {
-    let batch = synthetic(options, models, size, device);
-    let batch = if options.precomputed { encode(models, batch)? } else { batch };
-    let adapter = Adapter::fresh(models.adapter_config(options.hidden.into(), 3), 0, device)?;
-    let mut optimizer = AdamW::new(AdamWConfig::default(), adapter.num_parameters() as i64, device);
-    let mut gradient = adapter.flat().zeros_like();
-    let loss_scale = if kind == Kind::Half { 65_536.0 } else { 1.0 };
-    let mut rows = Vec::new();
-    for step in 0..options.warmup + options.steps {
-        let _ = gradient.zero_();
+/// What a step needs and changes.
+struct Run<'a> {
+    models: &'a Distiller,
+    batch: MicroBatch,
+    adapter: Adapter,
+    optimizer: AdamW,
+    gradient: Tensor,
+    loss_scale: f64,
+    device: Device,
+}
+
+impl Run<'_> {
+    /// A step, whose stages are told as they end. Nothing waits for a GPU.
+    fn step(&mut self, observe: &mut dyn FnMut(Stage)) -> peapod_model::Result<()> {
+        let _ = self.gradient.zero_();
+        self.models.accumulate_observed(&self.adapter, &self.batch, &mut self.gradient, self.loss_scale, observe)?;
+        self.optimizer.step(self.adapter.flat(), &self.gradient, 1e-5)
+    }
+
+    /// Seconds of so many steps, one behind the other as in training: a GPU has the next one before it is done with one.
+    fn steps(&mut self, num: u32) -> peapod_model::Result<f64> {
+        synchronise(self.device);
+        let clock = Instant::now();
+        for _ in 0..num {
+            self.step(&mut |_| {})?;
+        }
+        synchronise(self.device);
+        Ok(clock.elapsed().as_secs_f64())
+    }
+
+    /// Seconds of the stages of a step. A GPU is waited for after each, and has nothing to do meanwhile.
+    fn stages(&mut self) -> peapod_model::Result<[f64; NUM_PARTS]> {
+        let device = self.device;
         synchronise(device);
         let (mut row, mut last) = ([0.0; NUM_PARTS], Instant::now());
         let mut lap = |part: usize| {
@@ -205,15 +234,26 @@ fn measure(options: &Options, models: &Distiller, device: Device, kind: Kind, si
             row[part] += now.duration_since(last).as_secs_f64();
             last = now;
         };
-        models.accumulate_observed(&adapter, &batch, &mut gradient, loss_scale, &mut |stage| lap(stage as usize))?;
-        optimizer.step(adapter.flat(), &gradient, 1e-5)?;
+        self.step(&mut |stage| lap(stage as usize))?;
         lap(NUM_PARTS - 1);
-        if step >= options.warmup {
-            rows.push(row);
-        }
+        Ok(row)
     }
-    let is_finite = gradient.isfinite().all().int64_value(&[]) == 1;
-    Ok(Measured { rows, is_finite })
+}
+
+fn measure(options: &Options, models: &Distiller, device: Device, kind: Kind, size: [i64; 2]) -> peapod_model::Result<Measured> {
+    let batch = synthetic(options, models, size, device);
+    let batch = if options.precomputed { encode(models, batch)? } else { batch };
+    let adapter = Adapter::fresh(models.adapter_config(options.hidden.into(), 3), 0, device)?;
+    let optimizer = AdamW::new(AdamWConfig::default(), adapter.num_parameters() as i64, device);
+    let (gradient, loss_scale) = (adapter.flat().zeros_like(), if kind == Kind::Half { 65_536.0 } else { 1.0 });
+    let mut run = Run { models, batch, adapter, optimizer, gradient, loss_scale, device };
+    run.steps(options.warmup)?;
+    // The clock that tells stages apart holds a GPU up: a step is timed without it. On the CPU one pass says both.
+    let undisturbed = if device.is_cuda() { Some(run.steps(options.steps)?) } else { None };
+    let rows = (0..options.steps).map(|_| run.stages()).collect::<peapod_model::Result<Vec<_>>>()?;
+    let seconds = undisturbed.unwrap_or_else(|| rows.iter().flatten().sum());
+    let is_finite = run.gradient.isfinite().all().int64_value(&[]) == 1;
+    Ok(Measured { step: seconds / f64::from(options.steps), rows, is_finite })
 }
 
 /// Waits for everything a GPU was given.
@@ -230,11 +270,10 @@ fn summarise(
     vae_numbers: VaeNumbers,
     size: [i64; 2],
     tflop_per_sample: Option<f64>,
-    Measured { rows, is_finite }: &Measured,
+    Measured { step, rows, is_finite }: &Measured,
 ) -> Report {
     let mean = |part: usize| rows.iter().map(|row| row[part]).sum::<f64>() / rows.len() as f64 * 1e3;
-    let steps: Vec<f64> = rows.iter().map(|row| row.iter().sum::<f64>() * 1e3).collect();
-    let step_ms = steps.iter().sum::<f64>() / steps.len() as f64;
+    let (steps, step_ms) = (rows.iter().map(|row| row.iter().sum::<f64>() * 1e3), step * 1e3);
     let samples_per_second = f64::from(options.batch) / step_ms * 1e3;
     let peak_tflops = (!options.peak_time.is_zero()).then(|| peak(device, kind, options.peak_time));
     let tflops = tflop_per_sample.map(|tflop| tflop * samples_per_second);
@@ -261,7 +300,7 @@ fn summarise(
         backward_ms: mean(Stage::Backward as usize),
         update_ms: mean(NUM_PARTS - 1),
         step_ms,
-        slowest_step_ms: steps.iter().copied().fold(0.0, f64::max),
+        slowest_step_ms: steps.fold(0.0, f64::max),
         samples_per_second,
         tflop_per_sample,
         tflops,

@@ -4,7 +4,8 @@ use std::fmt::Write as _;
 
 use serde::Serialize;
 
-/// What was measured. Times are means over the timed steps, in milliseconds.
+/// What was measured. Times are means over the timed steps, in milliseconds. On a GPU the stages are those of steps that wait for it after each
+/// of them, and are more together than a step.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub(super) struct Report {
     pub model: String,
@@ -27,7 +28,7 @@ pub(super) struct Report {
     pub backward_ms: f64,
     pub update_ms: f64,
     pub step_ms: f64,
-    /// The longest of the timed steps.
+    /// The longest of the steps whose stages were timed.
     pub slowest_step_ms: f64,
     pub samples_per_second: f64,
     /// 10^12 operations a sample by the method's counts; of the published sizes at 640x640 (SDXL) and 512x512 (SD1.5) alone.
@@ -65,20 +66,22 @@ impl Report {
                 None => "",
             }
         );
-        for (part, time) in [
+        let parts = [
             ("pictures to latents", self.encode_ms),
             ("teacher", self.teacher_ms),
             ("text and adapter", self.text_ms),
             ("student forward", self.student_ms),
             ("backward", self.backward_ms),
             ("update", self.update_ms),
-        ] {
-            let _ = writeln!(text, "  {part:<22}{time:>10.2} ms {:>5.1} %", 100.0 * time / self.step_ms);
+        ];
+        let sum: f64 = parts.iter().map(|(_, time)| time).sum();
+        for (part, time) in parts {
+            let _ = writeln!(text, "  {part:<22}{time:>10.2} ms {:>5.1} %", 100.0 * time / sum);
         }
         let _ = writeln!(
             text,
-            "  {:<22}{:>10.2} ms, the slowest {:.2} ms; {:.2} samples/s",
-            "step", self.step_ms, self.slowest_step_ms, self.samples_per_second
+            "  {:<22}{:>10.2} ms, {:.2} samples/s; the slowest with a clock at each stage {:.2} ms",
+            "step", self.step_ms, self.samples_per_second, self.slowest_step_ms
         );
         if let Some(tflops) = self.tflops {
             let _ = writeln!(text, "  {tflops:.1} TFLOP/s by the method's counts");

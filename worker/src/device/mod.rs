@@ -122,11 +122,14 @@ impl KernelArgs {
             Kernels::Plain => Mode::Plain,
         });
         if let Some(attention) = self.attention {
-            peapod_kernels::prefer_attention(match attention {
+            let attention = match attention {
                 Attention::Flash => peapod_kernels::Attention::Flash,
                 Attention::Cudnn => peapod_kernels::Attention::Cudnn,
                 Attention::Efficient => peapod_kernels::Attention::Efficient,
-            });
+            };
+            if let Err(error) = peapod_kernels::prefer_attention(attention, device) {
+                tracing::warn!("--attention has no effect: {error}");
+            }
         }
         if device.is_cuda() {
             tch::Cuda::cudnn_set_benchmark(self.cudnn_benchmark);
@@ -270,6 +273,10 @@ fn open_cuda(ordinal: usize) -> Result<usize, String> {
     std::mem::forget(library);
     if !tch::Cuda::is_available() {
         return Err("libtorch finds no GPU that it can use, though the driver shows one: see nvidia-smi".into());
+    }
+    // cuDNN compiles some of its attentions, and dies where it does not find the compiler by its name; whoever needs none goes on.
+    if let Err(error) = peapod_kernels::open_compiler() {
+        tracing::warn!("{error}; cuDNN needs it for attention");
     }
     Ok(ordinal)
 }

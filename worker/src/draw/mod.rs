@@ -18,7 +18,6 @@ use peapod_model::{
     controlnet::ControlNet,
     sample::{Control, Inpaint, Pipeline, PipelineOptions, Progress, Prompter, SampleOptions, StartImage, Task},
     text::{EnglishEncoders, StudentEncoder, StudentOptions},
-    vae::Decoding,
 };
 use tch::{Device, Tensor};
 
@@ -123,7 +122,7 @@ impl Painter {
     }
 
     /// Draws one picture a prompt. The same seed and picture number begin with the same noise on every road. Where decoding runs out of
-    /// memory it is tried once more tile by tile.
+    /// memory it is done once more tile by tile.
     ///
     /// Errors: [`DrawError::Road`] if the setup did not include `road`; [`DrawError::Model`] and [`DrawError::Panic`] from the model.
     pub fn draw(
@@ -144,13 +143,7 @@ impl Painter {
         };
         let prompter = prompter.ok_or(DrawError::Road(road))?;
         let sampler = self.pipeline.sampler();
-        let drawn = match catching(|| Ok(sampler.draw_task(prompter, prompts, options, task, &mut *on_step)?)) {
-            Err(DrawError::Panic(reason)) if reason.contains("out of memory") && options.decoding == Decoding::Whole => {
-                let frugal = SampleOptions { decoding: Decoding::Tiled(64), ..options.clone() };
-                catching(|| Ok(sampler.draw_task(prompter, prompts, &frugal, task, &mut *on_step)?))?
-            }
-            drawn => drawn?,
-        };
+        let drawn = catching(|| Ok(sampler.draw_task(prompter, prompts, options, task, on_step)?))?;
         let mut bytes = vec![0u8; drawn.pictures.numel()];
         drawn.pictures.f_copy_data_u8(&mut bytes, drawn.pictures.numel()).map_err(peapod_model::Error::from)?;
         let (width, height) = (u32::try_from(options.width).unwrap_or(0), u32::try_from(options.height).unwrap_or(0));

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use peapod_collective::nccl;
 use peapod_model::{controlnet::ControlNet, lora::Lora, sample::SampleOptions, source::ModelSource, vae::Decoding};
 use tch::{Device, Kind};
 
@@ -235,13 +236,22 @@ impl Setup {
         Ok(())
     }
 
-    /// How to decode pictures of this size so that the memory which is free now suffices.
+    /// How to decode pictures of this size so that the processor's memory which is free now suffices.
     pub fn decoding(&self, options: &SampleOptions) -> Decoding {
+        self.decoding_on(options, Device::Cpu)
+    }
+
+    /// How to decode pictures of this size so that the memory of a device which is free now suffices.
+    pub fn decoding_on(&self, options: &SampleOptions, device: Device) -> Decoding {
         let channels = &self.model.vae_config().block_out_channels;
         let (outer, inner) = (channels.first().copied().unwrap_or(1), channels.get(1).or(channels.first()).copied().unwrap_or(1));
         // The last level holds its input and its output, before and after their norms, all at the full size.
         let bytes_each = (2 * (outer + inner)) as f64 * 4.0 * options.width as f64 * options.height as f64;
-        let free = memory::available_bytes().map_or(f64::INFINITY, |bytes| bytes as f64 * MEMORY_SHARE);
+        let free = match device {
+            Device::Cuda(ordinal) => nccl::memory(ordinal).ok().map(|(free, _)| free),
+            _ => memory::available_bytes(),
+        };
+        let free = free.map_or(f64::INFINITY, |bytes| bytes as f64 * MEMORY_SHARE);
         match options.batch_size {
             batch if bytes_each * batch as f64 <= free => Decoding::Whole,
             _ if bytes_each <= free => Decoding::OneByOne,

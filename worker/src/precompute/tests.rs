@@ -67,6 +67,8 @@ fn gradient(models: &Distiller, share: &Share) -> (Tensor, [f64; 3]) {
     let mut gradient = adapter.flat().zeros_like();
     let mut losses = [0.0; 3];
     for batch in share.batches.iter().flat_map(|batch| to_tensors(batch, models.vae().downscale()).unwrap()) {
+        let native: Vec<bool> = Vec::try_from(&batch.native).unwrap();
+        assert!(native.is_sorted(), "parallel samples first");
         let sums = models.accumulate(&adapter, &batch, &mut gradient).unwrap();
         losses.iter_mut().zip([sums.task, sums.logit, sums.feature]).for_each(|(total, sum)| *total += sum);
     }

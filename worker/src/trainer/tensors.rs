@@ -15,8 +15,9 @@ struct Ready {
     prompt: bool,
 }
 
-/// A batch as the model takes it: in one piece, unless of some samples more was computed before than of others. Gradients are sums over
-/// samples, so that the pieces say the same as the whole.
+/// A batch as the model takes it: in one piece, unless of some samples more was computed before than of others, with parallel samples before
+/// native ones, so that either are one part of a tensor. Gradients and losses are sums over samples, so that the pieces say the same as the
+/// whole in its own order.
 ///
 /// # Errors
 /// [`peapod_model::Error::Torch`] if cached samples of one batch differ in shape.
@@ -37,7 +38,11 @@ pub fn to_tensors(batch: &Batch, scale: i64) -> peapod_model::Result<Vec<MicroBa
             None => pieces.push((ready, vec![sample])),
         }
     }
-    pieces.into_iter().map(|(ready, samples)| piece(ready, &samples, batch.bucket, scale)).collect()
+    let in_order = |(ready, mut samples): (Ready, Vec<&Prepared>)| {
+        samples.sort_by_key(|sample| sample.native);
+        piece(ready, &samples, batch.bucket, scale)
+    };
+    pieces.into_iter().map(in_order).collect()
 }
 
 fn cached(sample: &Prepared) -> Option<&CachedSample> {

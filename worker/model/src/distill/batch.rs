@@ -88,11 +88,11 @@ impl MicroBatch {
         self.original_size.is_empty()
     }
 
-    /// The samples `from..to` as a batch of their own.
+    /// Every `step`-th sample from `first` on as a batch of their own.
     ///
-    /// Panics: if there are no such samples.
-    fn range(&self, from: usize, to: usize) -> Self {
-        let rows = |tensor: &Tensor| tensor.narrow(0, from as i64, (to - from) as i64);
+    /// Panics: if there is none.
+    fn every(&self, first: usize, step: usize) -> Self {
+        let rows = |tensor: &Tensor| tensor.slice(0, first as i64, None, step as i64);
         Self {
             images: match &self.images {
                 Images::Pixels(pixels) => Images::Pixels(rows(pixels)),
@@ -107,20 +107,20 @@ impl MicroBatch {
             drop: rows(&self.drop),
             native: rows(&self.native),
             prompts: match &self.prompts {
-                Prompts::Captions(captions) => Prompts::Captions(captions[from..to].to_vec()),
+                Prompts::Captions(captions) => Prompts::Captions(every(captions, first, step)),
                 Prompts::States { sequence, mask } => Prompts::States { sequence: rows(sequence), mask: rows(mask) },
             },
             english: match &self.english {
-                English::Captions(captions) => English::Captions(captions[from..to].to_vec()),
+                English::Captions(captions) => English::Captions(every(captions, first, step)),
                 English::States(Conditioning { sequence, pooled, mask }) => English::States(Conditioning {
                     sequence: rows(sequence),
                     pooled: pooled.as_ref().map(rows),
                     mask: mask.as_ref().map(rows),
                 }),
             },
-            original_size: self.original_size[from..to].to_vec(),
-            crop: self.crop[from..to].to_vec(),
-            text_dropout: self.text_dropout[from..to].to_vec(),
+            original_size: every(&self.original_size, first, step),
+            crop: every(&self.crop, first, step),
+            text_dropout: every(&self.text_dropout, first, step),
         }
     }
 
@@ -140,15 +140,15 @@ impl MicroBatch {
     ///
     /// Panics: if there is no such sample.
     pub fn single(&self, index: usize) -> Self {
-        self.range(index, index + 1)
+        self.every(index, self.len())
     }
 
-    /// The samples in `num` batches, or fewer if there are fewer samples, as equal in size as can be, in order.
+    /// The samples dealt out to `num` batches, or fewer if there are fewer samples: as equal in size as can be, and in what they cost, where
+    /// native samples, which need no teacher, lie together.
     #[must_use]
     pub fn split(&self, num: usize) -> Vec<Self> {
         let num = num.clamp(1, self.len().max(1));
-        let bound = |part: usize| part * self.len() / num;
-        (0..num).map(|part| self.range(bound(part), bound(part + 1))).collect()
+        (0..num).map(|part| self.every(part, num)).collect()
     }
 
     /// Checks kinds and shapes against each other and the models, and reads the flags.
@@ -255,4 +255,8 @@ impl MicroBatch {
             .collect();
         send(&Tensor::from_slice(&ids).reshape([-1, 6]).to_kind(Kind::Float), device)
     }
+}
+
+fn every<T: Clone>(values: &[T], first: usize, step: usize) -> Vec<T> {
+    values[first..].iter().step_by(step).cloned().collect()
 }

@@ -50,6 +50,8 @@ pub struct Distiller {
     device: Device,
     lanes: Option<Lanes>,
     kernels: Option<Kernels>,
+    /// Whether a teacher's batch is filled up to a quarter of the micro-batch.
+    fills_quarters: bool,
 }
 
 /// The English side.
@@ -129,7 +131,21 @@ impl Distiller {
         let noising = Noising::new(&schedule, scheduler.solver.prediction, &config, device);
         let native_side = model.sample_size() * vae.downscale();
         let (lanes, kernels) = (Lanes::new(device)?, peapod_kernels::of(device, kind));
-        Ok(Self { unet, vae, student, teacher, scheduler, config, empty_student, noising, native_side, device, lanes, kernels })
+        Ok(Self {
+            unet,
+            vae,
+            student,
+            teacher,
+            scheduler,
+            config,
+            empty_student,
+            noising,
+            native_side,
+            device,
+            lanes,
+            kernels,
+            fills_quarters: device.is_cuda(),
+        })
     }
 
     /// The frozen UNet.
@@ -325,7 +341,7 @@ impl Distiller {
 
         // Which samples each loss is summed over. Samples never mix in a network, so the teacher sees only those it is needed for.
         let (taught, untaught) = match (&self.teacher, self.config.hybrid) {
-            (Some(_), true) => (Subset::of(&flags.native, false), Subset::of(&flags.native, true)),
+            (Some(_), true) => (Subset::of(&flags.native, false, self.device)?, Subset::of(&flags.native, true, self.device)?),
             (Some(_), false) => (Subset::all(batch.len()), Subset::all(batch.len())),
             (None, _) => (Subset::none(), Subset::all(batch.len())),
         };
@@ -360,26 +376,34 @@ impl Distiller {
 
     /// The teacher's pass on a subset.
     fn teach(&self, teacher: &Teacher, batch: &MicroBatch, noised: &Noised, subset: &Subset) -> Result<UNetOutput> {
+        let num_rows = if self.fills_quarters { fill(subset.len(), batch.len()) } else { subset.len() };
+        let rows = |tensor: &Tensor| repeat_last(&subset.select(tensor), num_rows);
         let states = match &batch.english {
             English::Captions(captions) => {
-                let captions: Vec<&str> = subset.indices.iter().map(|&index| captions[index].as_str()).collect();
+                // As the rows of tensors, the last one again.
+                let last = subset.indices.last().into_iter().cycle();
+                let captions: Vec<&str> = subset.indices.iter().chain(last).take(num_rows).map(|&index| captions[index].as_str()).collect();
                 teacher.encoders.encode(&captions)?
             }
             English::States(Conditioning { sequence, pooled, .. }) => {
-                let rows = |tensor: &Tensor| Ok::<_, Error>(subset.select(&send(tensor, self.device)?).to_kind(Kind::Float));
-                Conditioning { sequence: rows(sequence)?, pooled: pooled.as_ref().map(rows).transpose()?, mask: None }
+                let states = |tensor: &Tensor| Ok::<_, Error>(rows(&send(tensor, self.device)?)?.to_kind(Kind::Float));
+                Conditioning { sequence: states(sequence)?, pooled: pooled.as_ref().map(states).transpose()?, mask: None }
             }
         };
-        let drop = subset.select(&noised.drop);
+        let drop = rows(&noised.drop)?;
         let text = replace_dropped(&drop, &teacher.empty, &states.sequence);
+        let time_ids = rows(&noised.time_ids)?;
         let added = states.pooled.map(|pooled| Added {
             pooled: match &teacher.empty_pooled {
                 Some(empty) if self.config.drop_pooled => replace_dropped(&drop, empty, &pooled),
                 _ => pooled,
             },
-            time_ids: subset.select(&noised.time_ids),
+            time_ids,
         });
-        self.unet.forward(&subset.select(&noised.sample), &subset.select(&noised.timesteps), &text, added.as_ref())
+        let UNetOutput { sample, features } =
+            self.unet.forward(&rows(&noised.sample)?, &rows(&noised.timesteps)?, &text, added.as_ref())?;
+        let wanted = |map: &Tensor| map.narrow(0, 0, subset.len() as i64);
+        Ok(UNetOutput { sample: wanted(&sample), features: features.iter().map(wanted).collect() })
     }
 
     /// What the student's UNet is told; the gradient flows from it to the adapter, also through the empty prompt. Only training drops
@@ -446,6 +470,23 @@ impl Distiller {
 fn added(conditioning: &Conditioning, noised: &Noised) -> Option<Added> {
     let pooled = conditioning.pooled.as_ref()?.shallow_clone();
     Some(Added { pooled, time_ids: noised.time_ids.shallow_clone() })
+}
+
+/// Rows of a teacher's batch that `count` of a micro-batch's samples are filled up to: a quarter, a half, three quarters or all of it. Each
+/// batch size is planned for by cuDNN and kept room for, once; a few rows more are cheaper than many sizes.
+fn fill(count: usize, micro_batch: usize) -> usize {
+    count.next_multiple_of(micro_batch.div_ceil(4).max(1)).min(micro_batch)
+}
+
+/// A tensor with its last row again and again, up to so many rows.
+fn repeat_last(tensor: &Tensor, num_rows: usize) -> Result<Tensor> {
+    let (count, num_rows) = (tensor.size().first().copied().unwrap_or_default(), num_rows as i64);
+    if count == 0 || count >= num_rows {
+        return Ok(tensor.shallow_clone());
+    }
+    let mut shape = tensor.size();
+    shape[0] = num_rows - count;
+    Ok(Tensor::f_cat(&[tensor, &tensor.narrow(0, count - 1, 1).expand(&shape, false)], 0)?)
 }
 
 /// `empty` (batch 1) where `drop` says so, else `states`.

@@ -31,9 +31,12 @@ impl Linear {
 
     /// Layers of the same sizes without bias below `scope` as one, whose output is theirs side by side.
     pub fn stacked(scope: &Scope, names: &[&str], inputs: i64, outputs: i64) -> Self {
-        let keys: Vec<String> = names.iter().map(|name| format!("{name}.weight")).collect();
-        let keys: Vec<&str> = keys.iter().map(String::as_str).collect();
-        Self { weight: scope.stacked(&keys, &[outputs, inputs]), bias: None }
+        Self { weight: stacked(scope, names, "weight", &[outputs, inputs]), bias: None }
+    }
+
+    /// As [`Linear::stacked`], of layers with a bias.
+    pub fn stacked_with_bias(scope: &Scope, names: &[&str], inputs: i64, outputs: i64) -> Self {
+        Self { bias: Some(stacked(scope, names, "bias", &[outputs])), ..Self::stacked(scope, names, inputs, outputs) }
     }
 
     /// Without bias, of `outputs` rows of a larger weight from the row `first` on, which it shares.
@@ -50,6 +53,12 @@ impl Linear {
     pub fn forward(&self, input: &Tensor) -> Tensor {
         input.linear(&self.weight, self.bias.as_deref())
     }
+}
+
+/// A tensor of each of several layers, one below the other.
+fn stacked(scope: &Scope, names: &[&str], part: &str, shape: &[i64]) -> Frozen {
+    let keys: Vec<String> = names.iter().map(|name| format!("{name}.{part}")).collect();
+    scope.stacked(&keys.iter().map(String::as_str).collect::<Vec<_>>(), shape)
 }
 
 /// Two-dimensional convolution with a square kernel, zero padding and a bias.

@@ -45,14 +45,21 @@ impl ResnetBlock {
     /// `[B, outputs, H, W]`.
     pub fn forward(&self, input: &Tensor, time: Option<&Tensor>) -> Tensor {
         let normed = self.norm1.forward_silu(input);
-        let normed = match self.time_emb_proj.as_ref().zip(time).map(|(projection, time)| projection.forward(time)) {
+        let time = self.time_emb_proj.as_ref().zip(time).map(|(projection, time)| projection.forward(time));
+        let normed = if self.norm2.is_fused() {
             // One walk over the map adds the convolution's bias, too.
-            Some(time) if self.norm2.is_fused() => {
-                let (hidden, bias) = self.conv1.forward_unbiased(&normed);
-                self.norm2.forward_sum_silu(hidden, &(time + bias))
+            let (hidden, bias) = self.conv1.forward_unbiased(&normed);
+            let added = match time {
+                Some(time) => time + bias,
+                None => bias.expand([input.size()[0], -1], false).contiguous(),
+            };
+            self.norm2.forward_sum_silu(hidden, &added)
+        } else {
+            let hidden = self.conv1.forward(&normed);
+            match time {
+                Some(time) => self.norm2.forward_sum_silu(hidden, &time),
+                None => self.norm2.forward_silu(&hidden),
             }
-            Some(time) => self.norm2.forward_sum_silu(self.conv1.forward(&normed), &time),
-            None => self.norm2.forward_silu(&self.conv1.forward(&normed)),
         };
         let hidden = self.conv2.forward(&normed);
         match &self.conv_shortcut {

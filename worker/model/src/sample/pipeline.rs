@@ -2,6 +2,7 @@
 
 use std::convert::Infallible;
 use std::ops::ControlFlow;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 
 use tch::{Device, Kind, Tensor, no_grad_guard};
 
@@ -153,7 +154,7 @@ impl Sampler<'_> {
             })?;
             match latents {
                 ControlFlow::Continue(latents) => {
-                    pictures.push(self.decode_by(&latents, options.decoding)?);
+                    pictures.push(or_by_tiles(options.decoding, |decoding| self.decode_by(&latents, decoding))?);
                     initials.push(initial);
                     finals.push(latents);
                 }
@@ -200,6 +201,24 @@ pub struct Drawn {
     pub initial: Tensor,
     /// The clean latents they were decoded from, scaled, `f32` `[B, C, h, w]`.
     pub latents: Tensor,
+}
+
+/// Side of a tile in latents, where memory did not suffice for more.
+const TILE: i64 = 64;
+
+/// Decodes as is asked for; where that runs out of memory, which is a panic of libtorch's, tile by tile.
+fn or_by_tiles(decoding: Decoding, decode: impl Fn(Decoding) -> Result<Tensor>) -> Result<Tensor> {
+    let is_short = |reason: &str| reason.contains("out of memory");
+    let can_save = !matches!(decoding, Decoding::Tiled(_));
+    // What is half done is dropped on the way out.
+    match catch_unwind(AssertUnwindSafe(|| decode(decoding))) {
+        Ok(Err(error)) if can_save && is_short(&error.to_string()) => decode(Decoding::Tiled(TILE)),
+        Ok(decoded) => decoded,
+        Err(panic) => {
+            let reason = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
+            if can_save && reason.is_some_and(is_short) { decode(Decoding::Tiled(TILE)) } else { resume_unwind(panic) }
+        }
+    }
 }
 
 /// The given noise of the pictures numbered `first` and following.
@@ -268,6 +287,20 @@ mod tests {
         assert!(matches!(broken_off, ControlFlow::Break("enough")));
         let last = SampleOptions { first_image: 2, ..small() };
         assert_eq!(differ(&singly.narrow(0, 2, 1), &pipeline.sampler().draw(prompter, &prompts[2..], &last, |_| ()).unwrap()), 0);
+    }
+
+    #[test]
+    fn decoding_that_runs_out_of_memory_is_done_once_more_by_tiles() {
+        let tried = std::cell::RefCell::new(Vec::new());
+        let decode = |decoding| {
+            tried.borrow_mut().push(decoding);
+            assert!(decoding == Decoding::Tiled(64), "CUDA out of memory. Tried to allocate 2.00 GiB");
+            Ok(Tensor::from(1.0_f32))
+        };
+        assert!(or_by_tiles(Decoding::OneByOne, decode).is_ok());
+        assert_eq!(*tried.borrow(), [Decoding::OneByOne, Decoding::Tiled(64)]);
+        let fails = |decoding, reason: &'static str| catch_unwind(|| or_by_tiles(decoding, |_| panic!("{reason}"))).is_err();
+        assert!(fails(Decoding::Tiled(32), "out of memory") && fails(Decoding::Whole, "an illegal instruction"));
     }
 
     #[test]

@@ -51,9 +51,8 @@ pub struct BertEncoder {
 }
 
 struct Layer {
-    query: Linear,
-    key: Linear,
-    value: Linear,
+    /// Queries, keys and values side by side.
+    projections: Linear,
     attention_output: Linear,
     attention_norm: LayerNorm,
     intermediate: Linear,
@@ -230,11 +229,8 @@ impl Layer {
     fn new(scope: Scope<'_>, config: &BertConfig) -> Self {
         let (width, inner, eps) = (config.hidden_size, config.intermediate_size, config.layer_norm_eps);
         let attention = &scope / "attention";
-        let projection = |name: &str| Linear::new(&attention / "self" / name, width, width, true);
         Self {
-            query: projection("query"),
-            key: projection("key"),
-            value: projection("value"),
+            projections: Linear::stacked_with_bias(&(&attention / "self"), &["query", "key", "value"], width, width),
             attention_output: Linear::new(&attention / "output" / "dense", width, width, true),
             attention_norm: LayerNorm::new(&attention / "output" / "LayerNorm", width, eps),
             intermediate: Linear::new(&scope / "intermediate" / "dense", width, inner, true),
@@ -244,14 +240,15 @@ impl Layer {
     }
 
     fn forward(&self, states: &Tensor, mask: &Tensor, config: &BertConfig, dropout: &Dropout) -> Tensor {
-        let split = |linear: &Linear| linear.forward(states).unflatten(-1, [config.num_attention_heads, -1]).transpose(1, 2);
-        let (query, key, value) = (split(&self.query), split(&self.key), split(&self.value));
+        let projected = self.projections.forward(states).unflatten(-1, [3, config.num_attention_heads, -1]).transpose(1, 3);
+        let [query, key, value] = [0, 1, 2].map(|part| projected.select(2, part));
         let attended = dropout.attention([&query, &key, &value], mask, None, config.attention_probs_dropout_prob);
         let attended = self.attention_output.forward(&attended.transpose(1, 2).flatten(2, 3));
-        let states = self.attention_norm.forward(&(states + dropout.apply(attended, config.hidden_dropout_prob)));
+        let attended = dropout.apply(attended, config.hidden_dropout_prob);
+        let states = self.attention_norm.forward_sum(&attended, states).1;
         let inner = self.intermediate.forward(&states).gelu("none");
         let output = dropout.apply(self.output.forward(&inner), config.hidden_dropout_prob);
-        self.output_norm.forward(&(&states + output))
+        self.output_norm.forward_sum(&output, &states).1
     }
 }
 

@@ -93,9 +93,8 @@ pub struct ClipTextStates {
 /// A transformer layer, normalised before each of its two parts: of the text half and of the image half.
 pub(super) struct Layer {
     layer_norm1: LayerNorm,
-    query: Linear,
-    key: Linear,
-    value: Linear,
+    /// Queries, keys and values side by side.
+    projections: Linear,
     out: Linear,
     layer_norm2: LayerNorm,
     fc1: Linear,
@@ -229,13 +228,10 @@ impl Layer {
     /// Takes the tensors below `scope`: states of `width`, a feed-forward layer of `inner`.
     pub(super) fn new(scope: Scope<'_>, width: i64, inner: i64, eps: f64) -> Self {
         let attention = &scope / "self_attn";
-        let projection = |name: &str| Linear::new(&attention / name, width, width, true);
         Self {
             layer_norm1: LayerNorm::new(&scope / "layer_norm1", width, eps),
-            query: projection("q_proj"),
-            key: projection("k_proj"),
-            value: projection("v_proj"),
-            out: projection("out_proj"),
+            projections: Linear::stacked_with_bias(&attention, &["q_proj", "k_proj", "v_proj"], width, width),
+            out: Linear::new(&attention / "out_proj", width, width, true),
             layer_norm2: LayerNorm::new(&scope / "layer_norm2", width, eps),
             fc1: Linear::new(&scope / "mlp" / "fc1", width, inner, true),
             fc2: Linear::new(&scope / "mlp" / "fc2", inner, width, true),
@@ -244,10 +240,10 @@ impl Layer {
 
     /// Shapes: `[B, L, width]`, kept; `causal` hides later positions.
     pub(super) fn forward(&self, states: &Tensor, heads: i64, activation: Activation, causal: bool) -> Tensor {
-        let normed = self.layer_norm1.forward(states);
-        let (query, key, value) = (self.query.forward(&normed), self.key.forward(&normed), self.value.forward(&normed));
-        let states = states + self.out.forward(&attention(&query, &key, &value, heads, None, causal));
-        let inner = self.fc1.forward(&self.layer_norm2.forward(&states));
+        let projected = self.projections.forward(&self.layer_norm1.forward(states)).chunk(3, -1);
+        let attended = self.out.forward(&attention(&projected[0], &projected[1], &projected[2], heads, None, causal));
+        let (states, normed) = self.layer_norm2.forward_sum(&attended, states);
+        let inner = self.fc1.forward(&normed);
         let inner = match activation {
             Activation::QuickGelu => &inner * (&inner * 1.702).sigmoid(),
             Activation::Gelu => inner.gelu("none"),

@@ -1,6 +1,6 @@
 //! Dropout inside the frozen student encoders, as the published trainer left it on.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 
 use tch::{Device, Kind, Tensor};
 
@@ -16,6 +16,8 @@ pub(super) struct Dropout {
     /// The halves of each row's mixed seed, int64 `[B, 1]` with values below 2^32; `None` if nothing is dropped.
     keys: Option<[Tensor; 2]>,
     next_site: Cell<u32>,
+    /// The places of a row, scrambled, of each length that was asked for: a network has few of them and many sites.
+    places: RefCell<Vec<Tensor>>,
 }
 
 /// The hash is computed on numbers of 32 bits, held in int64, of which libtorch has all operations.
@@ -24,7 +26,7 @@ const MASK_32: i64 = 0xffff_ffff;
 impl Dropout {
     /// Drops nothing.
     pub(super) fn off() -> Self {
-        Self { keys: None, next_site: Cell::new(0) }
+        Self { keys: None, next_site: Cell::new(0), places: RefCell::default() }
     }
 
     /// Drops elements of a batch on `device` that has one row for each of `seeds`.
@@ -45,8 +47,18 @@ impl Dropout {
             return input;
         }
         let size = input.size();
-        let kept = kept(keys, site, size[1..].iter().product(), rate).view(size.as_slice());
+        let kept = kept(keys, site, &self.places(size[1..].iter().product(), keys[0].device()), rate).view(size.as_slice());
         &input * kept.to_kind(input.kind()) / (1.0 - rate)
+    }
+
+    fn places(&self, length: i64, device: Device) -> Tensor {
+        let mut known = self.places.borrow_mut();
+        if let Some(places) = known.iter().find(|places| places.size() == [length]) {
+            return places.shallow_clone();
+        }
+        let places = scramble(Tensor::arange(length, (Kind::Int64, device)));
+        known.push(places.shallow_clone());
+        places
     }
 
     /// Scaled dot-product attention whose weights are dropped with probability `rate`.
@@ -66,9 +78,8 @@ impl Dropout {
     }
 }
 
-/// Which of the `length` elements of each row are kept: bool `[B, length]`.
-fn kept([low, high]: &[Tensor; 2], site: u32, length: i64, rate: f64) -> Tensor {
-    let places = scramble(Tensor::arange(length, (Kind::Int64, low.device())));
+/// Which elements of each row are kept, by their scrambled places `[length]`: bool `[B, length]`.
+fn kept([low, high]: &[Tensor; 2], site: u32, places: &Tensor, rate: f64) -> Tensor {
     // Neighbouring sites must not differ in low bits only, which would merely exchange elements between them.
     let site = scramble(Tensor::from(i64::from(site))).int64_value(&[]);
     let hash = scramble(places.bitwise_xor_tensor(low));

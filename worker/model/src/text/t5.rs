@@ -1,6 +1,7 @@
 //! The encoder of mT5.
 
 use std::path::Path;
+use std::sync::{Mutex, PoisonError};
 
 use serde::Deserialize;
 use tch::{Device, Kind, Tensor};
@@ -11,6 +12,7 @@ use super::tower::Tower;
 use crate::Result;
 use crate::config::Supported;
 use crate::nn::{Embedding, Linear};
+use crate::transfer::send;
 use crate::weights::{Frozen, Scope, Weights};
 
 /// A `config.json` of a T5 model.
@@ -65,15 +67,16 @@ pub struct T5Encoder {
     device: Device,
     embedding: Embedding,
     relative_attention_bias: Embedding,
+    /// The bias for rows of the length that was asked for last, which is every row's where a student has one length.
+    last_bias: Mutex<Option<(i64, Frozen)>>,
     layers: Vec<Layer>,
     final_norm: RmsNorm,
 }
 
 struct Layer {
     attention_norm: RmsNorm,
-    query: Linear,
-    key: Linear,
-    value: Linear,
+    /// Queries, keys and values side by side.
+    projections: Linear,
     output: Linear,
     feed_forward_norm: RmsNorm,
     gate: Linear,
@@ -139,6 +142,7 @@ impl T5Encoder {
             device: model.device(),
             embedding: Embedding::new(embedding, config.vocab_size, config.d_model),
             relative_attention_bias: Embedding::new(bias, config.relative_attention_num_buckets, config.num_heads),
+            last_bias: Mutex::new(None),
             layers: (0..config.num_layers).map(|index| Layer::new(model / "block" / index / "layer", &config)).collect(),
             final_norm: RmsNorm::new(model / "final_layer_norm", config.d_model, config.layer_norm_epsilon),
             config,
@@ -157,7 +161,7 @@ impl T5Encoder {
     pub(super) fn forward_dropping(&self, ids: &[Vec<i64>], pad_id: i64, dropout: &Dropout) -> Result<Tensor> {
         let tokens = self.tokens(ids)?;
         let mask = Tensor::zeros([], (self.kind, self.device)).where_scalarother(&tokens.ne(pad_id), f64::NEG_INFINITY);
-        let bias = self.position_bias(tokens.size()[1]) + mask.to_kind(self.kind).unsqueeze(1).unsqueeze(1);
+        let bias = self.position_bias(tokens.size()[1])? + mask.to_kind(self.kind).unsqueeze(1).unsqueeze(1);
         let rate = self.config.dropout_rate;
         let embedded = dropout.apply(self.embedding.forward(&tokens), rate);
         let last = self.layers.iter().fold(embedded, |states, layer| layer.forward(&states, &bias, &self.config, dropout));
@@ -184,10 +188,16 @@ impl T5Encoder {
     }
 
     /// What is added to the attention scores of each pair of positions, `[1, heads, length, length]`.
-    fn position_bias(&self, length: i64) -> Tensor {
+    fn position_bias(&self, length: i64) -> Result<Tensor> {
+        let mut last = self.last_bias.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, bias)) = last.as_ref().filter(|(known, _)| *known == length) {
+            return Ok(bias.shallow_clone());
+        }
         let positions = Tensor::arange(length, (Kind::Int64, Device::Cpu));
-        let buckets = self.bucket(&(positions.unsqueeze(0) - positions.unsqueeze(1))).to_device(self.device);
-        self.relative_attention_bias.forward(&buckets).permute([2, 0, 1]).unsqueeze(0)
+        let buckets = send(&self.bucket(&(positions.unsqueeze(0) - positions.unsqueeze(1))), self.device)?;
+        let bias = self.relative_attention_bias.forward(&buckets).permute([2, 0, 1]).unsqueeze(0);
+        *last = Some((length, Frozen::new(bias.shallow_clone())));
+        Ok(bias)
     }
 
     /// The buckets of keys that stand `offset` positions behind their queries (int64, any shape): half of the buckets for either
@@ -212,9 +222,7 @@ impl Layer {
         let (attention, feed_forward) = (&scope / 0 / "SelfAttention", &scope / 1 / "DenseReluDense");
         Self {
             attention_norm: RmsNorm::new(&scope / 0 / "layer_norm", width, eps),
-            query: Linear::new(&attention / "q", width, all_heads, false),
-            key: Linear::new(&attention / "k", width, all_heads, false),
-            value: Linear::new(&attention / "v", width, all_heads, false),
+            projections: Linear::stacked(&attention, &["q", "k", "v"], width, all_heads),
             output: Linear::new(&attention / "o", all_heads, width, false),
             feed_forward_norm: RmsNorm::new(&scope / 1 / "layer_norm", width, eps),
             gate: Linear::new(&feed_forward / "wi_0", width, inner, false),
@@ -226,8 +234,8 @@ impl Layer {
     fn forward(&self, states: &Tensor, bias: &Tensor, config: &T5Config, dropout: &Dropout) -> Tensor {
         let rate = config.dropout_rate;
         let normed = self.attention_norm.forward(states);
-        let split = |linear: &Linear| linear.forward(&normed).unflatten(-1, [config.num_heads, -1]).transpose(1, 2);
-        let (query, key, value) = (split(&self.query), split(&self.key), split(&self.value));
+        let projected = self.projections.forward(&normed).unflatten(-1, [3, config.num_heads, -1]).transpose(1, 3);
+        let [query, key, value] = [0, 1, 2].map(|part| projected.select(2, part));
         // Scores are not divided by anything: the initialisation of this model took care of their size.
         let attended = dropout.attention([&query, &key, &value], bias, Some(1.0), rate);
         let attended = self.output.forward(&attended.transpose(1, 2).flatten(2, 3));

@@ -1,6 +1,6 @@
 //! Encoder and decoder.
 
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 use super::VaeConfig;
 use crate::nn::{Conv2d, GroupNorm, Linear, ResnetBlock, ResnetSpec, attention, upsample_nearest};
@@ -8,6 +8,10 @@ use crate::weights::Scope;
 
 /// Epsilon of all group norms, fixed in diffusers.
 const NORM_EPS: f64 = 1e-6;
+/// The widest head that cuDNN's attention and `FlashAttention` take; libtorch has none for wider ones but its slowest.
+const WIDEST_HEAD: i64 = 256;
+/// Scores that are held at a time, in f32: half a gigabyte.
+const MAX_SCORES: i64 = 1 << 27;
 
 fn resnet_spec(config: &VaeConfig) -> ResnetSpec {
     ResnetSpec { groups: config.norm_num_groups, eps: NORM_EPS, time_width: None }
@@ -23,6 +27,18 @@ fn resnets(scope: &Scope, inputs: i64, outputs: i64, count: usize, config: &VaeC
 
 fn forward_all(resnets: &[ResnetBlock], input: Tensor) -> Tensor {
     resnets.iter().fold(input, |hidden, resnet| resnet.forward(&hidden, None))
+}
+
+/// One row below and one column to the right, of zeros, none on the other sides: the original's padding. libtorch's own operator fills all of
+/// the map with them first.
+fn pad(map: &Tensor) -> Tensor {
+    let size = map.size();
+    let (height, width) = (size[2], size[3]);
+    let padded = Tensor::empty([size[0], height + 1, width + 1, size[1]], (map.kind(), map.device())).permute([0, 3, 1, 2]);
+    padded.narrow(2, 0, height).narrow(3, 0, width).copy_(map);
+    let _ = padded.narrow(2, height, 1).zero_();
+    let _ = padded.narrow(3, width, 1).zero_();
+    padded
 }
 
 /// From images to the moments of latents.
@@ -57,8 +73,7 @@ impl Encoder {
         for (resnets, downsampler) in &self.levels {
             hidden = forward_all(resnets, hidden);
             if let Some(downsampler) = downsampler {
-                // One row below and one column to the right, none on the other sides: the original's padding.
-                hidden = downsampler.forward(&hidden.constant_pad_nd([0, 1, 0, 1]));
+                hidden = downsampler.forward(&pad(&hidden));
             }
         }
         self.out.forward(&self.mid.forward(hidden))
@@ -174,7 +189,82 @@ impl PixelAttention {
     fn forward(&self, input: &Tensor) -> Tensor {
         let tokens = self.group_norm.forward(input).flatten(2, 3).transpose(1, 2);
         let (query, key, value) = (self.query.forward(&tokens), self.key.forward(&tokens), self.value.forward(&tokens));
-        let attended = self.out.forward(&attention(&query, &key, &value, 1, None, false));
+        let is_too_wide = input.size()[1] > WIDEST_HEAD && input.device().is_cuda();
+        let attended = match is_too_wide && !query.requires_grad() {
+            true => attention_in_parts(&query, &key, &value, MAX_SCORES),
+            false => attention(&query, &key, &value, 1, None, false),
+        };
+        let attended = self.out.forward(&attended);
         attended.transpose(1, 2).reshape(input.size()) + input
+    }
+}
+
+/// Attention of one head as two products with the softmax between them, so many scores at a time. Scores and their softmax are in f32, whatever
+/// the kind. Knows no way back.
+///
+/// Shapes: `query` `[B, Q, width]`, `key` and `value` `[B, K, width]`; returns `[B, Q, width]`.
+fn attention_in_parts(query: &Tensor, key: &Tensor, value: &Tensor, max_scores: i64) -> Tensor {
+    let (size, num_keys) = (query.size(), key.size()[1]);
+    let (batch, num_queries) = (size[0], size[1]);
+    let query = query * (size[2] as f64).powf(-0.5);
+    let samples = (max_scores / (num_queries * num_keys).max(1)).clamp(1, batch.max(1));
+    // Of a single sample, where that has more scores already.
+    let rows = (max_scores / num_keys.max(1)).clamp(1, num_queries.max(1));
+    let output = query.empty_like();
+    let starts = |end: i64, step: i64| (0..end).step_by(step as usize).map(move |start| (start, step.min(end - start)));
+    for (first, count) in starts(batch, samples) {
+        let part = |tensor: &Tensor| tensor.narrow(0, first, count);
+        let (query, output, key, value) = (part(&query), part(&output), part(key).transpose(1, 2), part(value));
+        for (first, count) in starts(num_queries, rows) {
+            let weights = product_in_f32(&query.narrow(1, first, count), &key).softmax(-1, Kind::Float);
+            output.narrow(1, first, count).copy_(&weights.to_kind(value.kind()).bmm(&value));
+        }
+    }
+    output
+}
+
+/// The products of two batches of matrices, in f32.
+fn product_in_f32(left: &Tensor, right: &Tensor) -> Tensor {
+    if left.kind() == Kind::Float {
+        return left.bmm(right);
+    }
+    // A GPU's own sums are in f32: they are not rounded on their way out. Processors have no such product.
+    left.f_bmm_dtype(right, Kind::Float).unwrap_or_else(|_| left.to_kind(Kind::Float).bmm(&right.to_kind(Kind::Float)))
+}
+
+#[cfg(test)]
+mod tests {
+    use tch::Device;
+
+    use super::*;
+
+    fn numbers(shape: &[i64], speed: f64, kind: Kind) -> Tensor {
+        let count: i64 = shape.iter().product();
+        (Tensor::arange(count, (Kind::Double, Device::Cpu)) * speed).sin().reshape(shape).to_kind(kind) * 1.5
+    }
+
+    /// Several samples at a time, one, and parts of one; in bf16 up to the rounding of queries, weights and results.
+    #[test]
+    fn attention_in_parts_is_attention() {
+        for (kind, tolerance) in [(Kind::Float, 1e-6), (Kind::BFloat16, 2e-2), (Kind::Half, 2e-3)] {
+            let states = |speed| numbers(&[3, 20, 512], speed, kind);
+            let (query, key, value) = (states(0.7), states(1.3), states(0.11));
+            let [query32, key32, value32] = [&query, &key, &value].map(|tensor| tensor.to_kind(Kind::Float));
+            let wanted = attention(&query32, &key32, &value32, 1, None, false);
+            for max_scores in [MAX_SCORES, 2 * 400, 400, 7 * 20, 1] {
+                let got = attention_in_parts(&query, &key, &value, max_scores);
+                assert_eq!((got.kind(), got.size()), (kind, vec![3, 20, 512]));
+                let difference = (got.to_kind(Kind::Float) - &wanted).abs().max().double_value(&[]) / wanted.abs().max().double_value(&[]);
+                assert!(difference < tolerance, "{kind:?}, {max_scores} scores: {difference}");
+            }
+        }
+    }
+
+    #[test]
+    fn padding_is_a_row_and_a_column_of_zeros_with_the_channels_last() {
+        let map = numbers(&[2, 5, 6, 3], 0.9, Kind::Float).permute([0, 3, 1, 2]);
+        let padded = pad(&map);
+        assert_eq!(padded, map.constant_pad_nd([0, 1, 0, 1]));
+        assert!(padded.permute([0, 2, 3, 1]).is_contiguous());
     }
 }
