@@ -21,6 +21,8 @@ const PATIENCE: u32 = 5;
 const LEARNT: usize = 3;
 /// What a worker announces may take this long: loading, the first step of a picture size, validation, pictures.
 const ANNOUNCED: Duration = Duration::from_secs(600);
+/// Whoever is meeting the others may take this long to break that off: NCCL hears of nothing while it explores a host. As the workers have it.
+const BREAKING_OFF: Duration = Duration::from_secs(30);
 /// A job that is to stop waits for samples for so long.
 const WITHOUT_SAMPLES: Duration = Duration::from_secs(10);
 /// Meeting the other members and receiving the state from one of them may take this long.
@@ -138,6 +140,9 @@ impl Core {
         let Motion { since, phase_since, .. } = worker.motion;
         if is_at_work(worker.phase) {
             return deadline.max(since + self.patience(worker));
+        }
+        if worker.phase == Phase::Connecting {
+            return deadline.max(since + BREAKING_OFF);
         }
         // Of one that was at work until now: it has not had the time yet that it has for leaving.
         deadline.max(phase_since + self.config.heartbeat_timeout)
