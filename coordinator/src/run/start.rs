@@ -75,10 +75,7 @@ impl Start {
         let step = resume.as_ref().map_or(Step(0), |resume| resume.step);
         let shards_digest = hex(&sha256(shards.join("\n").as_bytes()));
         let run = Run { job_id: String::new(), term: 1, world_size: args.world_size, job: toml.clone(), shards: shards_digest };
-        // Workers of `--local` are gone: without a checkpoint nothing is left that the old list is needed for.
-        let is_kept = !args.local || resume.is_some();
-        if is_kept && found.as_ref().is_some_and(|found| found.run.shards != run.shards) {
-            let problem = format!("the run in the journal {} has another list of shards. {}", journal_path.display(), shard_list::RESTORE);
+        if let Some(problem) = found.as_ref().and_then(|found| of_other_shards(found, &run, resume.as_ref(), args.local, &journal_path)) {
             return Ok(Err(Exit::Refused(problem)));
         }
         let found = found.filter(|found| goes_on(found, &run, resume.as_ref(), args.local));
@@ -195,6 +192,14 @@ fn of_another_job(found: &Found, job: &Job, path: &Path) -> Option<String> {
     })
 }
 
+/// Why a journal must not be gone on with: what was trained in it is of other shards.
+fn of_other_shards(found: &Found, run: &Run, resume: Option<&Resume>, local: bool, path: &Path) -> Option<String> {
+    // Without a checkpoint only workers can hold anything, and those of `--local` are gone.
+    let is_kept = resume.is_some() || (!local && found.state.final_step() > Step(0));
+    (is_kept && found.run.shards != run.shards)
+        .then(|| format!("the run in the journal {} has another list of shards. {}", path.display(), shard_list::RESTORE))
+}
+
 /// Why the workers of a run, if they live, cannot go on with it.
 fn new_run(found: &Found, run: &Run, resume: Option<&Resume>, local: bool) -> Option<&'static str> {
     let Found { run: before, state } = found;
@@ -202,6 +207,8 @@ fn new_run(found: &Found, run: &Run, resume: Option<&Resume>, local: bool) -> Op
         Some("the run in the journal is over, as --local starts workers of its own")
     } else if before.job != run.job {
         Some("the run in the journal has another job file")
+    } else if before.shards != run.shards {
+        Some("the run in the journal has another list of shards")
     } else if resume.is_some_and(|resume| resume.generation > state.generation()) {
         Some("the run in the journal is older than the newest checkpoint")
     } else {
