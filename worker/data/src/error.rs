@@ -42,7 +42,7 @@ pub enum Error {
         /// The shard.
         url: String,
     },
-    /// A shard cannot be opened.
+    /// There is no such shard, or it begins as none does.
     #[error("open {url}: {source}")]
     Open {
         /// The shard.
@@ -50,7 +50,8 @@ pub enum Error {
         /// The system's answer.
         source: io::Error,
     },
-    /// A shard's store refuses it, has failed for too long, or has changed it meanwhile. What is in the shard is not lost.
+    /// A shard's store, or the disk or mount that it is on, refuses it, has failed for too long, or has changed it meanwhile. What is in the
+    /// shard is not lost.
     #[error(transparent)]
     Store(#[from] StoreError),
     /// What reads shards over a network cannot be started.
@@ -124,6 +125,6 @@ impl From<Failure> for Error {
 pub struct StoreError {
     /// The shard.
     pub url: String,
-    /// What its store said last.
+    /// What its store or the system said last, and what to do.
     pub reason: String,
 }

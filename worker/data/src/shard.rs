@@ -16,7 +16,7 @@ use crate::words::shown;
 use members::{Member, Members};
 
 /// A member larger than this is not read: a picture or caption of this size is a mistake in the data.
-const MAX_MEMBER_BYTES: u64 = 64 << 20;
+pub const MAX_MEMBER_BYTES: u64 = 64 << 20;
 
 /// A stamp of more bytes is none.
 const MAX_STAMP_BYTES: u64 = 1 << 20;

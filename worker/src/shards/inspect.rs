@@ -11,8 +11,8 @@ use peapod_data::bucket::Bucket;
 use peapod_data::cached;
 use peapod_data::caption::Cleaner;
 use peapod_data::sample::{Rules, Stored, examine};
-use peapod_data::shard::{Found, RawSample, read_shard};
-use peapod_data::{Reason, Rule, expand_shards, image, source};
+use peapod_data::shard::RawSample;
+use peapod_data::{Reason, Rule, Skip, Sources, expand_shards, image};
 use peapod_proto::ids::Bitmap;
 use peapod_proto::job::DataSection;
 use serde::Serialize;
@@ -29,8 +29,8 @@ const MAX_KEYS: usize = 100;
 /// What to look at, and how closely.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Options {
-    /// Shards as in `data.shards` of a job: paths, {00000..00123} ranges, wildcards, joined by ::
-    #[arg(required = true)]
+    /// Shards as in `data.shards` of a job: paths, {00000..00123} ranges, wildcards, joined by :: [default: those of --job]
+    #[arg(required_unless_present = "job")]
     pub list: Vec<String>,
     /// Job file whose buckets and rules to apply [default: those of a job that sets none]
     #[arg(long)]
@@ -48,7 +48,7 @@ pub struct Options {
 pub struct Summary {
     /// Shards in the list.
     pub num_shards: usize,
-    /// Those that cannot be read to their end, and why; samples before the break are counted.
+    /// Those that cannot be read to their end or hold nothing, and why; samples before a break are counted.
     pub unreadable: Vec<Unreadable>,
     /// Samples in all shards.
     pub num_samples: u64,
@@ -76,7 +76,7 @@ pub struct Summary {
     pub first_bad: Vec<BadSample>,
 }
 
-/// A shard that cannot be read to its end.
+/// A shard that cannot be read to its end, or holds nothing.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Unreadable {
     /// Where it lies.
@@ -107,35 +107,53 @@ pub struct BadSample {
     pub reason: String,
 }
 
-/// Inspects a shard list; the report as text or JSON.
+/// What an inspection has to say.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Report {
+    /// As text or JSON.
+    pub text: String,
+    /// Why nothing should be trained on these shards as they are, in one line.
+    pub problem: Option<String>,
+}
+
+/// Inspects a shard list; the report's text.
+///
+/// # Errors
+/// As [`report`].
+pub fn run(options: &Options) -> Result<String, String> {
+    report(options).map(|report| report.text)
+}
+
+/// Inspects a shard list.
 ///
 /// # Errors
 /// One line: the list, the job file or the tables that captions are cleaned with cannot be read. What is wrong with a shard is in the report.
-pub fn run(options: &Options) -> Result<String, String> {
-    let data = data_section(options)?;
-    let summary = summarise(&options.list, &data, options.decode)?;
-    if options.json {
-        let json = serde_json::to_string_pretty(&summary).map_err(|error| error.to_string())?;
-        return Ok(json + "\n");
-    }
-    Ok(describe(&summary))
-}
-
-fn data_section(options: &Options) -> Result<DataSection, String> {
-    let Some(path) = &options.job else {
-        return serde_json::from_str(r#"{"shards": []}"#).map_err(|error| error.to_string());
+pub fn report(options: &Options) -> Result<Report, String> {
+    let (shards, data) = match &options.job {
+        Some(path) => {
+            let job = setup::read_job(path)?;
+            (if options.list.is_empty() { setup::shards(&job)?.0 } else { expand(&options.list)? }, job.data)
+        }
+        None => (expand(&options.list)?, serde_json::from_str(r#"{"shards": []}"#).map_err(|error| error.to_string())?),
     };
-    Ok(setup::read_job(path)?.data)
+    let summary = summarise(&shards, &data, options.decode)?;
+    let text =
+        if options.json { serde_json::to_string_pretty(&summary).map_err(|error| error.to_string())? + "\n" } else { describe(&summary) };
+    Ok(Report { text, problem: summary.problem() })
 }
 
-/// Reads every shard of the list, several at once.
+fn expand(list: &[String]) -> Result<Vec<String>, String> {
+    expand_shards(list).map_err(|error| error.to_string())
+}
+
+/// Reads all these shards, several at once.
 ///
 /// # Errors
-/// As [`run`].
-pub fn summarise(list: &[String], data: &DataSection, decode: bool) -> Result<Summary, String> {
-    let shards = expand_shards(list).map_err(|error| error.to_string())?;
+/// If the tables that captions are cleaned with cannot be read.
+pub fn summarise(shards: &[String], data: &DataSection, decode: bool) -> Result<Summary, String> {
     let cleaner = Cleaner::new(data.captions.rules(), data.strict_clean).map_err(|error| error.to_string())?;
     let rules = Rules::new(data);
+    let look = Look { sources: Sources::default(), rules, cleaner, decode };
     let bar = progress_bar(Some(shards.len() as u64), "shards");
     let (next, parts) = (AtomicUsize::new(0), Mutex::new(BTreeMap::new()));
     std::thread::scope(|scope| {
@@ -144,7 +162,7 @@ pub fn summarise(list: &[String], data: &DataSection, decode: bool) -> Result<Su
                 loop {
                     let place = next.fetch_add(1, Ordering::Relaxed);
                     let Some(shard) = shards.get(place) else { return };
-                    let part = Summary::of_shard(shard, &rules, &cleaner, decode);
+                    let part = Summary::of_shard(shard, &look);
                     parts.lock().unwrap_or_else(PoisonError::into_inner).insert(place, part);
                     bar.inc(1);
                 }
@@ -152,11 +170,20 @@ pub fn summarise(list: &[String], data: &DataSection, decode: bool) -> Result<Su
         }
     });
     bar.finish_and_clear();
-    let mut total = Summary::new(&rules.buckets);
+    let mut total = Summary::new(&look.rules.buckets);
     for part in parts.into_inner().unwrap_or_else(PoisonError::into_inner).into_values() {
         total.add(part);
     }
     Ok(total)
+}
+
+/// How shards are looked at.
+struct Look {
+    sources: Sources,
+    rules: Rules,
+    cleaner: Cleaner,
+    /// Whether pictures are decoded.
+    decode: bool,
 }
 
 impl Summary {
@@ -165,24 +192,41 @@ impl Summary {
         Self { buckets: buckets.iter().map(count).collect(), ..Self::default() }
     }
 
-    fn of_shard(shard: &str, rules: &Rules, cleaner: &Cleaner, decode: bool) -> Self {
-        let mut summary = Self { num_shards: 1, ..Self::new(&rules.buckets) };
-        let truncated = match source::open(shard) {
-            Ok(tar) => read_shard(tar, &Bitmap::default(), |found| {
-                // Whether a job may train what was precomputed is for its models to say.
-                if let Found::Sample(sample) = found {
-                    summary.count(shard, sample, rules, cleaner, decode);
-                }
+    /// Why nothing should be trained on what was looked at.
+    fn problem(&self) -> Option<String> {
+        match self.unreadable.first() {
+            Some(Unreadable { shard, reason }) => Some(format!(
+                "{} of {} shards cannot be used as they are; the first is {shard}: {reason}",
+                self.unreadable.len(),
+                self.num_shards
+            )),
+            None if self.num_native + self.num_parallel == 0 => Some("no sample of these shards would be trained".into()),
+            None => None,
+        }
+    }
+
+    fn of_shard(shard: &str, look: &Look) -> Self {
+        let mut summary = Self { num_shards: 1, ..Self::new(&look.rules.buckets) };
+        // Whether a job may train what was precomputed is for its models to say.
+        let end = look.sources.read(
+            shard,
+            &Bitmap::default(),
+            || false,
+            |_| Ok(()),
+            |sample| {
+                summary.count(shard, sample, look);
                 ControlFlow::Continue(())
-            })
-            .and_then(|end| end.truncated),
+            },
+        );
+        let reason = match end {
+            Ok(end) => end.and_then(|end| end.truncated).or_else(|| (summary.num_samples == 0).then(|| "it holds no sample".into())),
             Err(error) => Some(error.to_string()),
         };
-        summary.unreadable.extend(truncated.map(|reason| Unreadable { shard: shard.to_owned(), reason }));
+        summary.unreadable.extend(reason.map(|reason| Unreadable { shard: shard.to_owned(), reason }));
         summary
     }
 
-    fn count(&mut self, shard: &str, sample: RawSample, rules: &Rules, cleaner: &Cleaner, decode: bool) {
+    fn count(&mut self, shard: &str, sample: RawSample, look: &Look) {
         self.num_samples += 1;
         self.num_bytes += [&sample.jpg, &sample.json, &sample.latents].into_iter().flatten().map(|bytes| bytes.len() as u64).sum::<u64>();
         // What is wrong with either is for `examine` to say.
@@ -195,10 +239,12 @@ impl Summary {
                 *self.keys.entry(key).or_default() += 1;
             }
         }
-        let key = sample.key.clone();
-        let examined = examine(sample, rules, cleaner).map_err(|skip| (skip.rule, skip.words)).and_then(|encoded| {
-            if decode && let Stored::Picture { jpeg, .. } = &encoded.stored {
-                image::decode(jpeg).map_err(|error| (Rule::BadPicture, error.to_string()))?;
+        let (index, key) = (sample.index, sample.key.clone());
+        let examined = examine(sample, &look.rules, &look.cleaner).and_then(|encoded| {
+            if look.decode
+                && let Stored::Picture { jpeg, .. } = &encoded.stored
+            {
+                image::decode(jpeg).map_err(|error| Skip::new(index, Rule::of_picture(&error), &key, &error.to_string()))?;
             }
             Ok(encoded)
         });
@@ -209,11 +255,12 @@ impl Summary {
                 }
                 *(if encoded.caption.native { &mut self.num_native } else { &mut self.num_parallel }) += 1;
             }
-            Err((rule, _)) if rule.reason() == Reason::Filtered => *self.filtered.entry(rule.to_string()).or_default() += 1,
-            Err((rule, words)) => {
-                *self.bad.entry(rule.to_string()).or_default() += 1;
+            Err(skip) if skip.rule.reason() == Reason::Filtered => *self.filtered.entry(skip.rule.to_string()).or_default() += 1,
+            Err(skip) => {
+                *self.bad.entry(skip.rule.to_string()).or_default() += 1;
                 if self.first_bad.len() < NUM_NAMED {
-                    self.first_bad.push(BadSample { shard: shard.to_owned(), key, reason: format!("{rule}: {words}") });
+                    let reason = skip.detail();
+                    self.first_bad.push(BadSample { shard: shard.to_owned(), key: skip.key, reason });
                 }
             }
         }
@@ -293,6 +340,51 @@ fn describe(summary: &Summary) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn options(list: &[String], job: Option<PathBuf>) -> Options {
+        Options { list: list.to_vec(), job, decode: false, json: false }
+    }
+
+    /// A tar of the demo's, whose pictures and captions fit a job's defaults.
+    fn demo() -> String {
+        concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/demo/shards/00000.tar").to_owned()
+    }
+
+    #[test]
+    fn shards_that_cannot_be_used_are_a_problem() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str, bytes: &[u8]| {
+            let path = folder.path().join(name);
+            std::fs::write(&path, bytes).unwrap();
+            path.to_str().unwrap().to_owned()
+        };
+        let problem = |shards: &[String]| report(&options(shards, None)).unwrap().problem;
+        assert_eq!(problem(&[demo()]), None);
+        for (name, bytes, words) in [
+            ("nothing.tar", &b""[..], "it is no tar: it has no bytes"),
+            ("page.tar", b"<!DOCTYPE html>", "it begins with `<!DOCTYPE html>`"),
+            ("empty.tar", &[0; 1024], "it holds no sample"),
+        ] {
+            let problem = problem(&[demo(), path(name, bytes)]).unwrap();
+            assert!(problem.starts_with("1 of 2 shards cannot be used") && problem.ends_with(words), "{problem}");
+        }
+        let mut tar = tar::Builder::new(Vec::new());
+        let mut header = tar::Header::new_gnu();
+        header.set_size(2);
+        tar.append_data(&mut header, "a.json", &b"{}"[..]).unwrap();
+        let broken = path("broken.tar", &tar.into_inner().unwrap());
+        assert_eq!(problem(&[broken]).unwrap(), "no sample of these shards would be trained");
+    }
+
+    #[test]
+    fn list_is_the_jobs_where_none_is_given() {
+        let folder = tempfile::tempdir().unwrap();
+        let job = folder.path().join("job.toml");
+        let text = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/demo/job.toml")).unwrap();
+        std::fs::write(&job, text.replace("tests/demo/shards", concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/demo/shards"))).unwrap();
+        let of_job = report(&options(&[], Some(job.clone()))).unwrap();
+        assert!(of_job.problem.is_none() && of_job != report(&options(&[demo()], Some(job))).unwrap(), "{of_job:?}");
+    }
 
     #[test]
     fn parts_add_up_in_the_order_of_the_list() {

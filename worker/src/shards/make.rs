@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use image::codecs::jpeg::JpegEncoder;
 use image::{ImageReader, RgbImage};
 use peapod_data::image::{MAX_PIXELS, decode};
+use peapod_data::shard::MAX_MEMBER_BYTES;
 use peapod_proto::program::say;
 use serde_json::{Map, Value};
 
@@ -61,13 +62,14 @@ pub fn run(options: &Options) -> Result<String, String> {
     let mut writer = Writer::new(options, pattern);
     let num_threads = std::thread::available_parallelism().map_or(1, usize::from);
     let bar = progress_bar(None, "rows");
-    let mut num_skipped = 0_u64;
+    let (mut num_skipped, mut has_captions) = (0_u64, false);
     loop {
         let batch: Vec<Row> = rows.by_ref().take(num_threads * ROWS_A_THREAD).collect();
         if batch.is_empty() {
             break;
         }
         bar.inc(batch.len() as u64);
+        has_captions |= batch.iter().any(Row::has_captions);
         for (row, prepared) in batch.iter().zip(prepare_all(&batch, num_threads, options.quality)) {
             match prepared {
                 Ok(sample) => writer.add(row.number, &sample)?,
@@ -79,6 +81,11 @@ pub fn run(options: &Options) -> Result<String, String> {
         }
     }
     bar.finish_and_clear();
+    if !has_captions {
+        say(
+            "worker: no row has a column caption_…: a job reads caption_zh and caption_en, or what its [data.captions] names (parallel_key, english_key)",
+        );
+    }
     writer.finish(num_skipped)
 }
 
@@ -113,6 +120,10 @@ fn prepare(row: &Row, quality: u8) -> Result<Sample, String> {
         encode(&bytes, quality).map_err(|error| named(&error))?
     };
     let json = serde_json::to_vec(json).map_err(|error| named(&error))?;
+    let longest = jpg.len().max(json.len()) as u64;
+    if longest > MAX_MEMBER_BYTES {
+        return Err(named(&format!("{longest} bytes; training reads no member of more than {MAX_MEMBER_BYTES}")));
+    }
     Ok(Sample { jpg, json })
 }
 
@@ -141,6 +152,13 @@ fn encode(bytes: &[u8], quality: u8) -> Result<Vec<u8>, String> {
 struct Row {
     number: u64,
     content: Result<(PathBuf, Map<String, Value>), String>,
+}
+
+impl Row {
+    /// Whether it has a caption under one of the keys that jobs read by default, in whichever language.
+    fn has_captions(&self) -> bool {
+        self.content.as_ref().is_ok_and(|(_, json)| json.keys().any(|key| key.starts_with("caption_")))
+    }
 }
 
 /// The rows of a table, one after the other.
@@ -355,6 +373,32 @@ mod tests {
         let pixel = |x: usize| [0, 1, 2].map(|channel| picture.bytes[3 * x + channel]);
         assert!(pixel(0).iter().all(|&channel| channel > 245), "{:?}", pixel(0));
         assert!(pixel(15)[0].abs_diff(200) < 10 && pixel(15)[1] < 10, "{:?}", pixel(15));
+    }
+
+    #[test]
+    fn captions_under_other_keys_are_noticed() {
+        let row = |json: &str| Row { number: 0, content: Ok((PathBuf::new(), serde_json::from_str(json).unwrap())) };
+        assert!(row(r#"{"caption_ori_it": "un gatto"}"#).has_captions());
+        assert!(!row(r#"{"caption": "a cat", "url": "x"}"#).has_captions());
+        assert!(!Row { number: 0, content: Err("no path".into()) }.has_captions());
+    }
+
+    #[test]
+    fn member_that_training_would_refuse_is_left_out() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.jpg");
+        let mut jpeg = encode(&png(), 95).unwrap();
+        // Behind the picture's end, where decoders do not look.
+        jpeg.resize(MAX_MEMBER_BYTES as usize + 1, 0);
+        std::fs::write(&path, jpeg).unwrap();
+        let problem = prepare(&Row { number: 0, content: Ok((path, Map::new())) }, 95).err().unwrap();
+        assert!(problem.ends_with("67108865 bytes; training reads no member of more than 67108864"), "{problem}");
+    }
+
+    fn png() -> Vec<u8> {
+        let mut png = Cursor::new(Vec::new());
+        RgbImage::new(16, 8).write_to(&mut png, image::ImageFormat::Png).unwrap();
+        png.into_inner()
     }
 
     #[test]

@@ -209,8 +209,11 @@ mod tests {
     use super::*;
     use crate::testing::tar_of;
 
-    /// Every member's name, kind and bytes, and how the tar ended.
-    fn read_all(tar: &[u8]) -> (Vec<(Vec<u8>, EntryType, Vec<u8>)>, io::Result<()>) {
+    /// A member's name, kind and bytes.
+    type Whole = (Vec<u8>, EntryType, Vec<u8>);
+
+    /// Every member, and how the tar ended.
+    fn read_all(tar: &[u8]) -> (Vec<Whole>, io::Result<()>) {
         let (mut members, mut all) = (Members::new(tar), Vec::new());
         let mut read = || -> io::Result<()> {
             while let Some(Member { name, kind, size }) = members.advance()? {
@@ -225,7 +228,7 @@ mod tests {
     }
 
     /// The same by the library.
-    fn read_by_library(tar: &[u8]) -> Vec<(Vec<u8>, EntryType, Vec<u8>)> {
+    fn read_by_library(tar: &[u8]) -> Vec<Whole> {
         let mut archive = tar::Archive::new(tar);
         let entries = archive.entries().unwrap().map(|entry| {
             let mut entry = entry.unwrap();
@@ -295,15 +298,11 @@ mod tests {
         builder.append(&ustar, &b"u"[..]).unwrap();
         let mut link = header(EntryType::Symlink, "x", 0);
         builder.append_link(&mut link, "link", "to/".repeat(60)).unwrap();
-        add_last(&mut builder);
+        builder.append(&header(EntryType::Regular, "last", 1), &b"z"[..]).unwrap();
         let tar = builder.into_inner().unwrap();
         let (members, end) = read_all(&tar);
         assert!(end.is_ok() && members.len() == 9);
         assert_eq!(members, read_by_library(&tar));
-    }
-
-    fn add_last(builder: &mut tar::Builder<Vec<u8>>) {
-        builder.append(&header(EntryType::Regular, "last", 1), &b"z"[..]).unwrap();
     }
 
     #[test]
