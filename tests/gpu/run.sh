@@ -118,7 +118,7 @@ if wanted 6; then
   step --kernels plain
   step --vae-dtype tf32
   step --vae-dtype f32
-  step --attention cudnn
+  step --attention flash
   step --attention efficient
   step --cudnn-benchmark
   step --precomputed

@@ -346,6 +346,13 @@ mod tests {
     }
 
     #[test]
+    fn memory_that_is_short_is_one_line() {
+        let refused = attempt(|| -> peapod_model::Result<()> { panic!("CUDA out of memory\nwhere it happened") });
+        assert_eq!(refused, Err("CUDA out of memory".to_owned()));
+        assert_eq!(attempt(|| Ok(3)), Ok(3));
+    }
+
+    #[test]
     fn fewer_bits_cost_more_and_samples_differ_more_than_numbers() {
         let folder = tempfile::tempdir().unwrap();
         let job = job(folder.path(), &[]);

@@ -279,6 +279,17 @@ extern "C" __global__ void NORM_BOUNDS
   }
 }
 
+// y = x + residual + bias, where bias [channels] is added to each row of both [rows, channels].
+extern "C" __global__ void __launch_bounds__(256)
+    add_residual(const element* x, const element* residual, const element* bias, element* y, int rows, int channels) {
+  int columns = channels / WIDTH;
+  for (size_t index = (size_t)blockIdx.x * blockDim.x + threadIdx.x; index < (size_t)rows * columns; index += (size_t)gridDim.x * blockDim.x) {
+    Pack left = load(x + index * WIDTH), right = load(residual + index * WIDTH), more = load(bias + index % columns * WIDTH);
+    for (int k = 0; k < WIDTH; ++k) left.at[k] = to_element(from_element(left.at[k]) + from_element(right.at[k]) + from_element(more.at[k]));
+    store(y + index * WIDTH, left);
+  }
+}
+
 #define SQRT_HALF 0.70710678118654752f
 #define SQRT_HALF_OVER_PI 0.39894228040143268f
 

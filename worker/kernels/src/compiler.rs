@@ -59,7 +59,7 @@ fn open() -> Option<Library> {
         let beside = files.iter().rev().filter(is_wanted).map(PathBuf::as_path);
         // SAFETY: the vendor's library, whose initialisers have no preconditions.
         let library = beside.chain([Path::new(name)]).find_map(|file| unsafe { Library::open(Some(file), RTLD_NOW | RTLD_GLOBAL) }.ok());
-        // The last is NVRTC itself; it keeps the one before by having it open.
+        // What was opened first stays open; the last is NVRTC itself.
         std::mem::forget(std::mem::replace(&mut opened, library));
     }
     opened

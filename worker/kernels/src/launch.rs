@@ -16,6 +16,7 @@ pub(crate) enum Kernel {
     GroupNormApply,
     GroupNormGradientSums,
     GroupNormGradientApply,
+    AddResidual,
     GegluForward,
     GegluBackward,
     AddLayerNormForward,
@@ -26,11 +27,12 @@ pub(crate) enum Kernel {
 }
 
 impl Kernel {
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 12] = [
         Self::GroupNormSums,
         Self::GroupNormApply,
         Self::GroupNormGradientSums,
         Self::GroupNormGradientApply,
+        Self::AddResidual,
         Self::GegluForward,
         Self::GegluBackward,
         Self::AddLayerNormForward,
@@ -46,6 +48,7 @@ impl Kernel {
             Self::GroupNormApply => "group_norm_apply",
             Self::GroupNormGradientSums => "group_norm_gradient_sums",
             Self::GroupNormGradientApply => "group_norm_gradient_apply",
+            Self::AddResidual => "add_residual",
             Self::GegluForward => "geglu_forward",
             Self::GegluBackward => "geglu_backward",
             Self::AddLayerNormForward => "add_layer_norm_forward",

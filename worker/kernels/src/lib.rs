@@ -19,6 +19,7 @@ mod launch;
 mod layer_norm;
 mod proof;
 mod registry;
+mod residual;
 mod squared_difference;
 mod switches;
 

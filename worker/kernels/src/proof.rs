@@ -42,6 +42,7 @@ impl Proof<'_> {
             for (silu, added) in [(true, true), (true, false), (false, false)] {
                 self.group_norm(map, silu, added)?;
             }
+            self.residual(map)?;
             self.mean_squares(map)?;
         }
         for size in STATES {
@@ -105,6 +106,15 @@ impl Proof<'_> {
         let [wide_weight, wide_bias] = [&weight, &bias].map(|tensor| tensor.to_kind(Kind::Float));
         let expected = wide_sum.f_layer_norm(&[width][..], Some(&wide_weight), Some(&wide_bias), 1e-5, false)?;
         self.compare("layer norm", &[(&sum, &wide_sum), (&made, &expected)], &[&input, &residual])
+    }
+
+    fn residual(&self, [channels, _, height, width]: [i64; 4]) -> Result<()> {
+        let map = |seed| self.numbers(&[BATCH, height, width, channels], seed).permute([0, 3, 1, 2]).set_requires_grad(true);
+        let (input, residual, bias) = (map(22), map(23), self.numbers(&[channels], 24));
+        let made = self.kernels.add_residual(&input, &residual, &bias).ok_or_else(|| self.refused("sum of two maps"))?;
+        let [input32, residual32, bias32] = [&input, &residual, &bias].map(|tensor| tensor.to_kind(Kind::Float));
+        let expected = input32 + residual32 + bias32.reshape([-1, 1, 1]);
+        self.compare("sum of two maps", &[(&made, &expected)], &[&input, &residual])
     }
 
     fn mean_squares(&self, [channels, _, height, width]: [i64; 4]) -> Result<()> {

@@ -14,11 +14,11 @@ unsafe extern "C" {
     fn peapod_preferred_attention() -> i64;
 }
 
-/// Implementations of attention on GPUs. By itself libtorch tries cuDNN's first on data centre GPUs from Hopper on, and `FlashAttention` first on
+/// Implementations of attention on GPUs. By itself libtorch tries cuDNN's first on data centre GPUs from Hopper on, and FlashAttention first on
 /// others.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Attention {
-    /// `FlashAttention`.
+    /// FlashAttention.
     Flash,
     /// That of cuDNN.
     Cudnn,

@@ -158,6 +158,24 @@ fn differences_are_taken_of_tensors_that_lie_alike() {
 }
 
 #[test]
+fn sums_are_taken_of_maps_that_lie_alike() {
+    let kernels = kernels(Kind::Float);
+    let (input, residual, bias) = (map([2, 16, 3, 5]), map([2, 16, 3, 5]) * 0.5, Tensor::arange(16, CPU));
+    let made = kernels.add_residual(&input, &residual, &bias).unwrap();
+    assert!(largest_difference(&made, &(&input + &residual + bias.reshape([16, 1, 1]))) < 1e-5);
+    assert_eq!(made.stride(), input.stride());
+    assert!(kernels.add_residual(&input, &residual.contiguous(), &bias).is_none(), "in another order");
+    assert!(kernels.add_residual(&input, &residual.narrow(0, 0, 1), &bias).is_none(), "of two sizes");
+    assert!(kernels.add_residual(&input, &residual, &bias.narrow(0, 0, 12)).is_none(), "no bias for some");
+    assert!(kernels.add_residual(&input, &residual.to_kind(Kind::Half), &bias).is_none());
+    assert!(kernels.add_residual(&map([2, 14, 3, 5]), &map([2, 14, 3, 5]), &Tensor::arange(14, CPU)).is_none(), "no whole packs");
+    let input = input.set_requires_grad(true);
+    let made = kernels.add_residual(&input, &residual, &bias).unwrap();
+    (made * 2.0).sum(Kind::Float).backward();
+    assert!(largest_difference(&input.grad(), &(input.ones_like() * 2.0)) == 0.0 && !residual.grad().defined());
+}
+
+#[test]
 fn gradients_that_are_not_asked_for_are_not_there_and_odd_ones_are_taken() {
     let kernels = kernels(Kind::Float);
     let (input, added) = (map([2, 16, 3, 4]), Tensor::ones([2, 16], CPU).set_requires_grad(true));

@@ -446,7 +446,7 @@ fn fused_operators_give_the_same_step_and_are_used_everywhere() {
     assert!((fused_sums.logit / sums.logit - 1.0).abs() < 1e-4 && (fused_sums.feature / sums.feature - 1.0).abs() < 1e-4);
     assert!(relative_distance(&fused_gradient, &gradient) < 1e-3, "{}", relative_distance(&fused_gradient, &gradient));
     // Both passes of the network, the autoencoder, the text encoders, the losses, and a way back: a layer that falls back to libtorch is missing here.
-    assert_eq!(peapod_kernels::emulator::num_launches() - before, 500, "a layer computes otherwise than before");
+    assert_eq!(peapod_kernels::emulator::num_launches() - before, 542, "a layer computes otherwise than before");
 
     // The same with eight bits in the transformers, whose inputs and gradients are rounded by a kernel of their own.
     let config = DistillConfig { fp8_linears: true, ..DistillConfig::default() };
@@ -456,7 +456,7 @@ fn fused_operators_give_the_same_step_and_are_used_everywhere() {
     let (_, fused_gradient) = accumulate(&fused, &batch);
     assert!(relative_distance(&fused_gradient, &gradient) < 0.05, "{}", relative_distance(&fused_gradient, &gradient));
     // Three passes through six products in each of 17 layers.
-    assert_eq!(peapod_kernels::emulator::num_launches() - before, 500 + 3 * 6 * 17, "a layer computes otherwise than before");
+    assert_eq!(peapod_kernels::emulator::num_launches() - before, 542 + 3 * 6 * 17, "a layer computes otherwise than before");
 }
 
 #[test]

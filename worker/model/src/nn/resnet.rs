@@ -1,9 +1,10 @@
 //! The residual block of the UNet and of the VAE.
 
+use peapod_kernels::Kernels;
 use tch::Tensor;
 
 use super::{Conv2d, GroupNorm, Linear};
-use crate::weights::Scope;
+use crate::weights::{Frozen, Scope};
 
 /// What is alike in all residual blocks of a model.
 #[derive(Debug, Clone, Copy)]
@@ -27,17 +28,49 @@ pub(crate) struct ResnetBlock {
     conv2: Conv2d,
     /// 1x1, where the number of channels changes.
     conv_shortcut: Option<Conv2d>,
+    sum: BiasedSum,
+}
+
+/// The sum of both ways through a block, which were left without their biases if it adds these in the same walk over the map.
+struct BiasedSum {
+    /// The operator, and what it adds to each channel.
+    fused: Option<(Kernels, Frozen)>,
+}
+
+impl BiasedSum {
+    fn new(scope: &Scope, conv: &Conv2d, shortcut: Option<&Conv2d>) -> Self {
+        let bias = || match shortcut {
+            Some(shortcut) => &*conv.bias + &*shortcut.bias,
+            None => conv.bias.shallow_clone(),
+        };
+        Self { fused: scope.kernels().map(|kernels| (kernels, Frozen::new(bias()))) }
+    }
+
+    /// `conv` of `hidden` beside `shortcut` of `input`.
+    fn forward(&self, conv: &Conv2d, hidden: &Tensor, shortcut: Option<&Conv2d>, input: &Tensor) -> Tensor {
+        let Some((kernels, bias)) = &self.fused else {
+            let hidden = conv.forward(hidden);
+            return shortcut.map_or_else(|| input + &hidden, |shortcut| shortcut.forward(input) + &hidden);
+        };
+        let hidden = conv.forward_unbiased(hidden).0;
+        let beside = shortcut.map_or_else(|| input.shallow_clone(), |shortcut| shortcut.forward_unbiased(input).0);
+        let sum = kernels.add_residual(&hidden, &beside, bias);
+        sum.unwrap_or_else(|| hidden + beside + bias.reshape([-1, 1, 1]))
+    }
 }
 
 impl ResnetBlock {
     pub fn new(scope: &Scope, inputs: i64, outputs: i64, spec: &ResnetSpec) -> Self {
+        let conv2 = Conv2d::new(scope / "conv2", outputs, outputs, 3, 1, 1);
+        let conv_shortcut = (inputs != outputs).then(|| Conv2d::new(scope / "conv_shortcut", inputs, outputs, 1, 1, 0));
         Self {
             norm1: GroupNorm::new(scope / "norm1", spec.groups, inputs, spec.eps),
             conv1: Conv2d::new(scope / "conv1", inputs, outputs, 3, 1, 1),
             time_emb_proj: spec.time_width.map(|width| Linear::new(scope / "time_emb_proj", width, outputs, true)),
             norm2: GroupNorm::new(scope / "norm2", spec.groups, outputs, spec.eps),
-            conv2: Conv2d::new(scope / "conv2", outputs, outputs, 3, 1, 1),
-            conv_shortcut: (inputs != outputs).then(|| Conv2d::new(scope / "conv_shortcut", inputs, outputs, 1, 1, 0)),
+            sum: BiasedSum::new(scope, &conv2, conv_shortcut.as_ref()),
+            conv2,
+            conv_shortcut,
         }
     }
 
@@ -61,10 +94,6 @@ impl ResnetBlock {
                 None => self.norm2.forward_silu(&hidden),
             }
         };
-        let hidden = self.conv2.forward(&normed);
-        match &self.conv_shortcut {
-            Some(shortcut) => shortcut.forward(input) + hidden,
-            None => input + hidden,
-        }
+        self.sum.forward(&self.conv2, &normed, self.conv_shortcut.as_ref(), input)
     }
 }

@@ -154,7 +154,7 @@ impl ClipTextEncoder {
     /// Errors: [`crate::Error::Shape`] if the rows do not fit the encoder.
     pub fn forward(&self, ids: &[Vec<i64>]) -> Result<ClipTextStates> {
         let penultimate = self.penultimate(ids)?;
-        let last = self.layers.last().map_or_else(|| penultimate.shallow_clone(), |layer| self.run(layer, &penultimate));
+        let last = self.run(&self.layers[self.layers.len().saturating_sub(1)..], &penultimate);
         let last = self.final_layer_norm.forward(&last);
 
         let ends: Vec<i64> = ids.iter().map(|row| self.end_of_text(row)).collect();
@@ -173,7 +173,7 @@ impl ClipTextEncoder {
         let positions = self.position_embedding.narrow(0, 0, tokens.size()[1]);
         let embedded = self.token_embedding.forward(&tokens) + positions;
         let but_last = self.layers.len().saturating_sub(1);
-        Ok(self.layers[..but_last].iter().fold(embedded, |states, layer| self.run(layer, &states)))
+        Ok(self.run(&self.layers[..but_last], &embedded))
     }
 
     /// Returns where there is a token and no padding: bool `[B, L]`, true up to the first `end_id`, everywhere in a row without one.
@@ -219,8 +219,8 @@ impl ClipTextEncoder {
         position.unwrap_or(0) as i64
     }
 
-    fn run(&self, layer: &Layer, states: &Tensor) -> Tensor {
-        layer.forward(states, self.config.num_attention_heads, self.config.hidden_act, true)
+    fn run(&self, layers: &[Layer], states: &Tensor) -> Tensor {
+        Layer::run(layers, states, self.config.num_attention_heads, self.config.hidden_act, true)
     }
 }
 
@@ -238,17 +238,31 @@ impl Layer {
         }
     }
 
-    /// Shapes: `[B, L, width]`, kept; `causal` hides later positions.
-    pub(super) fn forward(&self, states: &Tensor, heads: i64, activation: Activation, causal: bool) -> Tensor {
-        let projected = self.projections.forward(&self.layer_norm1.forward(states)).chunk(3, -1);
+    /// Runs layers one behind the other. Shapes: `[B, L, width]`, kept; `causal` hides later positions.
+    pub(super) fn run(layers: &[Self], states: &Tensor, heads: i64, activation: Activation, causal: bool) -> Tensor {
+        let (mut stem, mut branch) = (states.shallow_clone(), None);
+        for layer in layers {
+            let (next_stem, next_branch) = layer.forward(&stem, branch.as_ref(), heads, activation, causal);
+            (stem, branch) = (next_stem, Some(next_branch));
+        }
+        branch.map_or_else(|| stem.shallow_clone(), |branch| &stem + branch)
+    }
+
+    /// Takes the layer before's states in two parts and gives its own likewise: the sum of both is the next norm's.
+    fn forward(&self, stem: &Tensor, branch: Option<&Tensor>, heads: i64, activation: Activation, causal: bool) -> (Tensor, Tensor) {
+        let (states, normed) = match branch {
+            Some(branch) => self.layer_norm1.forward_sum(branch, stem),
+            None => (stem.shallow_clone(), self.layer_norm1.forward(stem)),
+        };
+        let projected = self.projections.forward(&normed).chunk(3, -1);
         let attended = self.out.forward(&attention(&projected[0], &projected[1], &projected[2], heads, None, causal));
-        let (states, normed) = self.layer_norm2.forward_sum(&attended, states);
+        let (states, normed) = self.layer_norm2.forward_sum(&attended, &states);
         let inner = self.fc1.forward(&normed);
         let inner = match activation {
             Activation::QuickGelu => &inner * (&inner * 1.702).sigmoid(),
             Activation::Gelu => inner.gelu("none"),
         };
-        &states + self.fc2.forward(&inner)
+        (states, self.fc2.forward(&inner))
     }
 }
 

@@ -170,8 +170,7 @@ impl VisionTower {
         let whole = self.class_embedding.f_view([1, 1, -1])?.f_expand([patches.size()[0], 1, -1], false)?;
         let states = Tensor::f_cat(&[whole, patches], 1)?.f_add(&self.position_embedding)?;
         let (heads, activation) = (self.config.num_attention_heads, self.config.hidden_act);
-        let states =
-            self.layers.iter().fold(self.pre_norm.forward(&states), |states, layer| layer.forward(&states, heads, activation, false));
+        let states = Layer::run(&self.layers, &self.pre_norm.forward(&states), heads, activation, false);
         Ok(self.projection.forward(&self.post_norm.forward(&states.f_select(1, 0)?)))
     }
 }

@@ -8,7 +8,7 @@ use crate::weights::Scope;
 
 /// Epsilon of all group norms, fixed in diffusers.
 const NORM_EPS: f64 = 1e-6;
-/// The widest head that cuDNN's attention and `FlashAttention` take; libtorch has none for wider ones but its slowest.
+/// The widest head that cuDNN's attention and FlashAttention take; libtorch has none for wider ones but its slowest.
 const WIDEST_HEAD: i64 = 256;
 /// Scores that are held at a time, in f32: half a gigabyte.
 const MAX_SCORES: i64 = 1 << 27;
