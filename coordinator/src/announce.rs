@@ -1,6 +1,6 @@
 //! What a coordinator tells people when it starts.
 
-use std::io::Write;
+use std::io::{IsTerminal, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::Path;
 
@@ -64,12 +64,10 @@ pub fn say_how_to_join(args: &RunArgs, listening: SocketAddr, secrets: Option<&S
     match secrets {
         _ if args.local => {}
         None => tracing::info!("start on each host, once a GPU:  worker --coordinator http://{reached}"),
-        Some(secrets) if secrets.is_new => {
+        // To a person alone, and not as a line of the log: what is written elsewhere is collected, and this is a secret.
+        Some(secrets) if secrets.is_new && std::io::stdout().is_terminal() => {
             tracing::info!("start on each host, once a GPU (whoever knows the string can join and stop the job; it is not shown again):");
-            // Not a line of the log: logs are collected, and this is a secret.
-            if !print_line(&format!("worker --join {}", secrets.join_string(reached).reveal())) {
-                tracing::warn!("nobody reads standard output; the string is in {} too", args.state_dir.join(JOIN).display());
-            }
+            print_line(&format!("worker --join {}", secrets.join_string(reached).reveal()));
         }
         Some(secrets) if secrets.is_own_token => {
             tracing::info!("start on each host, once a GPU:  worker --coordinator https://{reached} --tls-ca FILE --token-file FILE");
@@ -81,9 +79,9 @@ pub fn say_how_to_join(args: &RunArgs, listening: SocketAddr, secrets: Option<&S
     }
 }
 
-/// Prints for whoever reads; a job goes on where nobody does. Says whether it was printed.
-pub fn print_line(line: &str) -> bool {
-    writeln!(std::io::stdout(), "{line}").is_ok()
+/// Prints for whoever reads; a job goes on where nobody does.
+pub fn print_line(line: &str) {
+    let _ = writeln!(std::io::stdout(), "{line}");
 }
 
 /// What workers are to be told: "any address" is one to listen on, not to connect to.

@@ -226,10 +226,12 @@ impl Service {
         let header = Header::try_from(header)?;
         let (step, generation) = (header.step, header.generation);
         Span::current().record("step", step.0);
-        if self.store.is_whole(step, generation).await.map_err(store_failed)? {
-            return self.is_there(step, generation).await;
-        }
-        let location = match self.receive(&header, &mut messages).await {
+        let received = match self.store.is_whole(step, generation).await {
+            Ok(true) => return self.is_there(step, generation).await,
+            Ok(false) => self.receive(&header, &mut messages).await,
+            Err(error) => Err(store_failed(error)),
+        };
+        let location = match received {
             Ok(location) => location,
             Err(status) => {
                 let event = Event::CheckpointFailed { step, generation, error: status.message().to_owned() };

@@ -131,8 +131,10 @@ fn what_cannot_be_precomputed_is_named_and_the_rest_is_made() {
     process.assert_said("1 of 3 shards are not made (1)");
     let list = format!("{}/*.tar", made.display());
     let mut inspect = Process::start("inspect", "worker", &["shards", "inspect", &list, "--json"]);
-    inspect.expect_exit(0);
-    let summary: serde_json::Value = serde_json::from_str(&inspect.lines().join("\n")).unwrap();
+    inspect.expect_exit(1);
+    inspect.assert_said("worker: 1 of 2 shards cannot be used as they are");
+    let lines: Vec<String> = inspect.lines().into_iter().filter(|line| !line.starts_with("worker: ")).collect();
+    let summary: serde_json::Value = serde_json::from_str(&lines.join("\n")).unwrap();
     assert_eq!((summary["num_shards"].as_u64(), summary["unreadable"].as_array().unwrap().len()), (Some(2), 1), "{summary}");
 
     let mut bad = precompute(&cluster, &made, &["--shards", "9"]);

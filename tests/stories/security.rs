@@ -51,8 +51,9 @@ fn file(cluster: &Cluster, name: &str, text: &str) -> String {
 }
 
 fn join_string(coordinator: &Coordinator) -> String {
-    let line = coordinator.wait_for("worker --join ");
-    line.split_once("--join ").unwrap().1.to_owned()
+    let line = coordinator.wait_for("worker --join STRING  (the string is in ");
+    let path = line.split_once("is in ").unwrap().1.trim_end_matches(')');
+    std::fs::read_to_string(path).unwrap().trim().to_owned()
 }
 
 fn token_of(join: &str) -> &str {
@@ -80,10 +81,10 @@ fn join_string_is_all_that_a_worker_and_the_commands_need() {
     worker.expect_exit(0);
     assert_eq!(cluster.newest_checkpoint().step, 4);
 
-    // It is said once, where a person sees it, and in no other line.
+    // No terminal shows it to a person here, so that nobody collects it.
     let lines = [coordinator.lines(), worker.lines(), status.lines()].concat();
     let with_token: Vec<&String> = lines.iter().filter(|line| line.contains(token_of(&join))).collect();
-    assert_eq!(with_token, [&format!("worker --join {join}")]);
+    assert!(with_token.is_empty(), "{with_token:?}");
     for secret in ["identity.pem", "token", "join"] {
         use std::os::unix::fs::PermissionsExt;
         let mode = std::fs::metadata(state_dir.join(secret)).unwrap().permissions().mode();

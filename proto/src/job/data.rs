@@ -58,13 +58,14 @@ pub struct DataSection {
     /// Turns pictures as their EXIF data says. The published trainer does not.
     #[serde(default)]
     pub exif_rotate: bool,
-    /// Drops prompts of which cleaning leaves no character of the language, instead of training them empty.
+    /// Drops prompts of which cleaning leaves no character of the language, and takes samples in which no caption is found for broken, instead
+    /// of training them empty.
     #[serde(default = "yes")]
     pub strict_clean: bool,
     /// Share of broken samples above which the job stops. Filtered samples do not count.
     #[serde(default = "DataSection::default_max_bad_fraction")]
     pub max_bad_fraction: f64,
-    /// Encoded bytes a worker may hold in its buffers.
+    /// Bytes a worker's loader may hold, decoded pictures included; one share always fits.
     #[serde(default = "DataSection::default_buffer_bytes")]
     pub buffer_bytes: u64,
     /// Samples a worker gathers before it draws among them, so that a batch is not one region of one tar.

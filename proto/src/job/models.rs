@@ -21,7 +21,8 @@ pub struct ModelSection {
     /// Rounds pictures and the autoencoder's weights to f16 before they are used, as the published trainer does.
     #[serde(default)]
     pub vae_round_fp16: bool,
-    /// Numbers the autoencoder computes in while training. By default f32 on the CPU and bf16 on GPUs, where the preset `reference` has TF32.
+    /// Numbers the autoencoder computes in while training. By default f32 on the CPU and bf16 on GPUs, where the preset `reference` has TF32 (of
+    /// SD1.5 the published trainer's has f16, which is not offered).
     /// What fewer bits cost a model's latents is what `worker vae-error` prints.
     #[serde(default)]
     pub vae_dtype: VaeDtype,

@@ -29,7 +29,8 @@ pub enum Dtype {
     F32,
     /// The range of single precision in half the bits.
     Bf16,
-    /// Half precision; the loss is scaled to keep gradients in its range.
+    /// Half precision; the loss, summed over a micro-batch, is scaled to keep gradients in its range: from 2^16 on, twice as much after 1000 finite
+    /// steps, half as much at an overflow, of which the first since it was last doubled is forgiven.
     F16,
 }
 
@@ -182,7 +183,8 @@ pub struct LossSection {
     pub dtype: Precision,
     /// Numbers of the noise schedule.
     pub schedule_dtype: Precision,
-    /// Leaves a feature out of a micro-batch's loss where it is not finite; by default only for SD1.5 in the preset `reference`.
+    /// Leaves a feature out of a micro-batch's loss where it is not finite; by default only for SD1.5 in the preset `reference`. It looks at the
+    /// samples that the teacher teaches; the published trainer's looks at native ones, too.
     pub feature_guard: Option<bool>,
 }
 

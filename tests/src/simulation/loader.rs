@@ -66,8 +66,8 @@ impl Loader {
     #[allow(clippy::expect_used)]
     pub fn new(max_buffered: usize) -> Self {
         let mut data: peapod_proto::job::DataSection = toml::from_str(DATA).expect("a section");
-        // The state keeps a quarter for what is read ahead and the rest for what is shuffled.
-        data.buffer_bytes = 4 * max_buffered as u64 * SAMPLE_BYTES;
+        // The state keeps an eighth for what is read ahead.
+        data.buffer_bytes = 8 * max_buffered as u64 * SAMPLE_BYTES;
         data.shuffle_buffer = max_buffered as u32;
         Self { state: State::new(&LoaderConfig::new(data, 0, MICRO_BATCH, 0.0)), reading: None }
     }

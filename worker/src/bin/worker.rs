@@ -61,7 +61,14 @@ fn main() -> ExitCode {
                 Ok(report) => report,
                 Err(problem) => Err(problem),
             },
-            Command::Shards(Shards::Inspect(options)) => inspect::run(&options),
+            Command::Shards(Shards::Inspect(options)) => match inspect::report(&options) {
+                Ok(inspect::Report { text, problem: Some(problem) }) => {
+                    // What was seen comes first.
+                    let _ = io::stdout().write_all(text.as_bytes());
+                    return fail(problem, 1);
+                }
+                report => report.map(|report| report.text),
+            },
             Command::Shards(Shards::Make(options)) => make::run(&options),
             // Answered above.
             Command::Pages(_) => Ok(String::new()),

@@ -236,13 +236,8 @@ impl Setup {
         Ok(())
     }
 
-    /// How to decode pictures of this size so that the processor's memory which is free now suffices.
-    pub fn decoding(&self, options: &SampleOptions) -> Decoding {
-        self.decoding_on(options, Device::Cpu)
-    }
-
     /// How to decode pictures of this size so that the memory of a device which is free now suffices.
-    pub fn decoding_on(&self, options: &SampleOptions, device: Device) -> Decoding {
+    pub fn decoding(&self, options: &SampleOptions, device: Device) -> Decoding {
         let channels = &self.model.vae_config().block_out_channels;
         let (outer, inner) = (channels.first().copied().unwrap_or(1), channels.get(1).or(channels.first()).copied().unwrap_or(1));
         // The last level holds its input and its output, before and after their norms, all at the full size.

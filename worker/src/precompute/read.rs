@@ -135,8 +135,7 @@ impl Reader {
                 Stored::Picture { jpeg, turn } => image::cut(resizer, jpeg, *turn, size, bucket, self.fast_shrink, &rng),
                 Stored::Latents(_) => Err(peapod_data::Error::Cached("in a shard of pictures".into())),
             };
-            let skip =
-                |error: peapod_data::Error| Skip { index, rule: Rule::of_picture(&error), key: key.clone(), words: error.to_string() };
+            let skip = |error: peapod_data::Error| Skip::new(index, Rule::of_picture(&error), &key, &error.to_string());
             let image::Cropped { pixels, corner } = cropped.map_err(skip)?;
             Ok(Picture { pixels, bucket: (bucket.width, bucket.height), original_size: size, crop: corner, caption })
         };

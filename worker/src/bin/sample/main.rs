@@ -47,7 +47,7 @@ fn main() -> ExitCode {
     let threads = args.threads.map_or_else(|| std::thread::available_parallelism().map_or(1, |n| n.get() as i32), i32::from);
     tch::set_num_threads(threads);
     tch::set_num_interop_threads(1);
-    let plan = match plan(args) {
+    let plan = match plan(args, device) {
         Ok(plan) => plan,
         Err(error) => return fail(&error, 2),
     };

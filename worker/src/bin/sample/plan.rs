@@ -10,7 +10,7 @@ use peapod_model::vae::Decoding;
 use peapod_worker::draw::{Files, InputFiles, Inputs, Precision, Road, Setup, read_latents};
 use peapod_worker::grid::Typeface;
 use peapod_worker::numbers::Numbers;
-use tch::Tensor;
+use tch::{Device, Tensor};
 
 use crate::args::{Args, Decode, Thresholds};
 
@@ -72,7 +72,7 @@ impl Plan {
 }
 
 /// Checks a command line.
-pub fn plan(args: Args) -> anyhow::Result<Plan> {
+pub fn plan(args: Args, device: Device) -> anyhow::Result<Plan> {
     let asked = asked(&args)?;
     ensure!(!asked.is_empty(), "nothing to draw: give --prompt TEXT or --prompts FILE");
     if args.compare {
@@ -123,7 +123,7 @@ pub fn plan(args: Args) -> anyhow::Result<Plan> {
     };
     setup.check_options(&options, &inputs)?;
     options.decoding = match args.decode {
-        Decode::Auto => setup.decoding(&options),
+        Decode::Auto => setup.decoding(&options, device),
         Decode::Whole => Decoding::Whole,
         Decode::Each => Decoding::OneByOne,
         Decode::Tiles => Decoding::Tiled(TILE),
@@ -267,7 +267,7 @@ mod tests {
 
     fn plan_of(arguments: &[&str]) -> anyhow::Result<Plan> {
         let model = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/demo/model");
-        plan(Args::try_parse_from(["sample", "--model", model].iter().chain(arguments))?)
+        plan(Args::try_parse_from(["sample", "--model", model].iter().chain(arguments))?, Device::Cpu)
     }
 
     fn refusal(arguments: &[&str]) -> String {
