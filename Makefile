@@ -14,6 +14,8 @@ build: setup ## build every program
 man: build ## write manual pages of all programs to target/man: MANPATH=target/man man coordinator
 	@for program in coordinator worker sample; do target/debug/$$program man --out target/man/man1; done && ls target/man/man1
 
+# Two workers need no GPU for it, and would need two.
+demo: export PEAPOD_DEVICE ?= cpu
 demo: build ## train the demo adapter with two workers on this machine, then draw with it (about two minutes after the build)
 	rm -rf demo-out
 	target/debug/coordinator --world-size 2 --local --job tests/demo/job.toml --state-dir demo-out/state
@@ -21,8 +23,9 @@ demo: build ## train the demo adapter with two workers on this machine, then dra
 	  --compare --prompts tests/demo/prompts.tsv --scheduler dpm++ --steps 20 --guidance 5 --seed 7 --title "Peapod demo" --out demo-out/demo.png
 	@echo "picture     demo-out/demo.png"
 
-# Pools of several threads would spin against each other: the tests run side by side.
+# Pools of several threads would spin against each other: the tests run side by side. So would their workers for a GPU.
 test: export OMP_NUM_THREADS = 1
+test: export PEAPOD_DEVICE = cpu
 test: build .bench/manifests/.installed ## all tests that need no GPU, no root and no other host
 	cargo test --workspace
 	cargo test --workspace --test stories -- --ignored --exact demo::trained_adapter_draws_what_chinese_prompts_name --nocapture
