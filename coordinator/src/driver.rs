@@ -555,6 +555,7 @@ mod tests {
 
     use super::*;
     use crate::core::order::Source;
+    use crate::core::tests::config;
     use crate::core::{Config, Fact, State};
     use crate::observe::{Bar, Logs, Validation};
 
@@ -583,27 +584,9 @@ mod tests {
         }
     }
 
-    fn config() -> Config {
-        Config {
-            world_size: 1,
-            min_world_size: 1,
-            heartbeat_timeout: Duration::from_secs(3),
-            join_timeout: Duration::from_secs(60),
-            data_patience: Duration::from_secs(30),
-            job_id: "job".into(),
-            job_toml: String::new(),
-            seed: 1,
-            shards: Arc::new(["0.tar".to_owned()]),
-            sources: Arc::new([Source::unnamed(1)]),
-            epochs: None,
-            last_step: Some(Step(100)),
-            workers_are_alike: false,
-            global_batch: 16,
-            scale_batch: false,
-            checkpoint_every: Duration::from_secs(300),
-            max_bad_fraction: 0.05,
-            max_skipped_steps: 2,
-        }
+    /// Of one worker and one shard.
+    fn one() -> Config {
+        Config { shards: Arc::new(["0.tar".to_owned()]), sources: Arc::new([Source::unnamed(1)]), ..config(1) }
     }
 
     /// A driver with one worker that trains, and what is sent to it.
@@ -612,7 +595,7 @@ mod tests {
         let (outbound, messages) = mpsc::channel(OUTBOUND_CAPACITY);
         let kind = Validation { feature_weight: 0.1, of_average: false };
         let observer = Observer::new(Bar::default(), Logs::default(), kind, Step(0), None);
-        let mut driver = Driver::new(Core::new(config(), None), inbox, Box::new(Nowhere), observer);
+        let mut driver = Driver::new(Core::new(one(), None), inbox, Box::new(Nowhere), observer);
         let hello = Hello {
             protocol_version: PROTOCOL_VERSION,
             program_version: PROGRAM_VERSION.into(),

@@ -27,7 +27,7 @@ mod returning;
 mod setbacks;
 mod settlement;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 mod view;
 
 use std::collections::{BTreeMap, BTreeSet};

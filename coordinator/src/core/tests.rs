@@ -24,7 +24,8 @@ mod steps;
 mod validation;
 mod views;
 
-fn config(world_size: u32) -> Config {
+/// Four shards, and a hundred steps.
+pub(crate) fn config(world_size: u32) -> Config {
     Config {
         world_size,
         min_world_size: world_size,
