@@ -303,6 +303,7 @@ fn survivor_in_the_middle_of_something_long_has_the_time_that_it_may_take_to_lea
         (Phase::Compute, 595, 10),
         (Phase::Warming, 595, 10),
         (Phase::Validating, 595, 10),
+        (Phase::Connecting, 29, 3),
         (Phase::Collective, 3, 2),
         (Phase::Data, 3, 2),
         (Phase::Waiting, 2, 2),
