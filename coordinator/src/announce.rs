@@ -7,6 +7,7 @@ use std::path::Path;
 use peapod_proto::job::Job;
 
 use crate::config::RunArgs;
+use crate::observe::Bar;
 use crate::secrets::{JOIN, Secrets};
 
 /// File in the state folder with the address of the coordinator that uses it, for commands on this machine.
@@ -59,7 +60,7 @@ pub fn announce(args: &RunArgs, job: &Job, listening: SocketAddr, num_shards: us
 }
 
 /// Says what to start on each host.
-pub fn say_how_to_join(args: &RunArgs, listening: SocketAddr, secrets: Option<&Secrets>) {
+pub fn say_how_to_join(args: &RunArgs, listening: SocketAddr, secrets: Option<&Secrets>, bar: &Bar) {
     let reached = authority_for_workers(listening, &host_name());
     match secrets {
         _ if args.local => {}
@@ -67,7 +68,7 @@ pub fn say_how_to_join(args: &RunArgs, listening: SocketAddr, secrets: Option<&S
         // To a person alone, and not as a line of the log: what is written elsewhere is collected, and this is a secret.
         Some(secrets) if secrets.is_new && std::io::stdout().is_terminal() => {
             tracing::info!("start on each host, once a GPU (whoever knows the string can join and stop the job; it is not shown again):");
-            print_line(&format!("worker --join {}", secrets.join_string(reached).reveal()));
+            bar.aside(|| print_line(&format!("worker --join {}", secrets.join_string(reached).reveal())));
         }
         Some(secrets) if secrets.is_own_token => {
             tracing::info!("start on each host, once a GPU:  worker --coordinator https://{reached} --tls-ca FILE --token-file FILE");

@@ -27,6 +27,11 @@ impl Bar {
     pub fn new() -> Self {
         if io::stderr().is_terminal() { Self(ProgressBar::no_length()) } else { Self(ProgressBar::hidden()) }
     }
+
+    /// Takes the bar off the terminal while something else is printed there.
+    pub fn aside(&self, print: impl FnOnce()) {
+        self.0.suspend(print);
+    }
 }
 
 impl Default for Bar {

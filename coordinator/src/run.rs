@@ -77,7 +77,7 @@ pub async fn run(args: RunArgs, bar: Bar) -> anyhow::Result<Exit> {
     if is_finished {
         tracing::info!("nothing is left to train: start no workers");
     } else {
-        say_how_to_join(&args, listening, secrets.as_ref());
+        say_how_to_join(&args, listening, secrets.as_ref(), &bar);
     }
 
     let step = core.final_step();
