@@ -210,7 +210,7 @@ impl Worker {
             let message = tokio::select! {
                 message = inbound.message() => message?.ok_or("the stream ended before the world was formed")?,
                 _ = beats.tick() => {
-                    let beat = Heartbeat { step: Step(0), phase: Phase::Waiting, generation: Generation::NONE, samples_read: 0 };
+                    let beat = Heartbeat { step: Step(0), phase: Phase::Waiting, generation: Generation::NONE, reads: 0 };
                     outbound.send(FromWorker::Heartbeat(beat)).await?;
                     continue;
                 }
@@ -267,7 +267,7 @@ impl Worker {
         loop {
             tokio::select! {
                 _ = beats.tick() => {
-                    let beat = Heartbeat { step, phase: Phase::Compute, generation, samples_read: step.0 };
+                    let beat = Heartbeat { step, phase: Phase::Compute, generation, reads: step.0 };
                     self.outbound.send(FromWorker::Heartbeat(beat)).await?;
                 }
                 _ = steps.tick() => {

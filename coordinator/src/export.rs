@@ -94,7 +94,7 @@ mod tests {
 
     use super::*;
     use crate::core::ledger::Ledger;
-    use crate::store::{Part, hex, sha256};
+    use crate::store::{Part, sha256};
 
     async fn checkpoint(folder: &Path, step: u64, content: &'static [u8]) {
         let store = Store::local(folder).unwrap();
@@ -102,7 +102,7 @@ mod tests {
         let mut writer = store.begin_part(step, generation, PYTORCH).await.unwrap();
         writer.write(bytes::Bytes::from_static(content)).await.unwrap();
         writer.finish().await.unwrap();
-        let parts = vec![Part { name: PYTORCH.into(), num_bytes: content.len() as u64, sha256: hex(&sha256(content)) }];
+        let parts = vec![Part { name: PYTORCH.into(), num_bytes: content.len() as u64, sha256: hex::encode(sha256(content)) }];
         store
             .seal(
                 Manifest { format: Manifest::FORMAT, step, generation, job: String::new(), shards: Vec::new(), parts, validation: None },

@@ -21,7 +21,7 @@ use crate::core::{CoreError, Event, ShardState, ShardView, SourceView, StreamId}
 use crate::driver::{Command, OUTBOUND_CAPACITY};
 use crate::gallery::{Gallery, GalleryError};
 use crate::shard_list::ShardList;
-use crate::store::{Manifest, Part, Store, StoreError, hex};
+use crate::store::{Manifest, Part, Store, StoreError};
 
 /// Why a worker is lost whose connection was closed at its end.
 const CLOSED: &str = "its process closed the connection";
@@ -286,7 +286,7 @@ impl TryFrom<v1::CheckpointHeader> for Header {
                     part.name, part.num_bytes
                 )));
             }
-            Ok(Part { name: part.name, num_bytes: part.num_bytes, sha256: hex(&part.sha256) })
+            Ok(Part { name: part.name, num_bytes: part.num_bytes, sha256: hex::encode(&part.sha256) })
         };
         let parts = wire.parts.into_iter().map(part).collect::<Result<_, _>>()?;
         Ok(Self { step: Step(wire.step), generation: Generation(wire.generation), parts })
@@ -319,7 +319,7 @@ impl Service {
                 hasher.update(&now);
                 writer.write(now).await.map_err(store_failed)?;
             }
-            if hex(&hasher.finalize()) != part.sha256 {
+            if hex::encode(hasher.finalize()) != part.sha256 {
                 return Err(Status::data_loss(format!("{} does not have its SHA-256", part.name)));
             }
             // Two may send the same at once.

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::core::order::Source;
-use crate::store::{hex, sha256};
+use crate::store::sha256;
 
 /// The shards of one source, as far as two lists have to be told apart.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -24,7 +24,7 @@ impl ShardList {
         let list = |source: &Source| {
             let (own, others) = rest.split_at((source.num_shards as usize).min(rest.len()));
             rest = others;
-            Self { source: source.name.clone(), num_shards: source.num_shards, sha256: hex(&sha256(own.join("\n").as_bytes())) }
+            Self { source: source.name.clone(), num_shards: source.num_shards, sha256: hex::encode(sha256(own.join("\n").as_bytes())) }
         };
         sources.iter().map(list).collect()
     }

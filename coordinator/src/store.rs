@@ -179,7 +179,7 @@ impl Store {
     pub async fn seal(&self, mut manifest: Manifest, ledger: &Ledger) -> Result<(), StoreError> {
         let name = manifest.name();
         let bytes = serde_json::to_vec(ledger).map_err(|error| self.damaged(name.clone(), error))?;
-        manifest.parts.push(Part { name: LEDGER.into(), num_bytes: bytes.len() as u64, sha256: hex(&sha256(&bytes)) });
+        manifest.parts.push(Part { name: LEDGER.into(), num_bytes: bytes.len() as u64, sha256: hex::encode(sha256(&bytes)) });
         self.objects.put(&Key::from(format!("{name}/{LEDGER}")), PutPayload::from(bytes)).await.map_err(|error| self.failed(error))?;
         let bytes = serde_json::to_vec_pretty(&manifest).map_err(|error| self.damaged(name.clone(), error))?;
         let key = Key::from(format!("{name}/{MANIFEST}"));
@@ -277,7 +277,7 @@ impl Store {
         while let Some(bytes) = stream.next().await {
             hasher.update(&bytes?);
         }
-        if hex(&hasher.finalize()) == part.sha256 { Ok(()) } else { Err(self.not_its_bytes(manifest, &part.name)) }
+        if hex::encode(hasher.finalize()) == part.sha256 { Ok(()) } else { Err(self.not_its_bytes(manifest, &part.name)) }
     }
 
     fn not_its_bytes(&self, manifest: &Manifest, part: &str) -> StoreError {
@@ -301,7 +301,7 @@ impl Store {
         let found = self.objects.get(&key).await.map_err(|error| self.failed(error))?;
         let bytes = found.bytes().await.map_err(|error| self.failed(error))?;
         let expected = manifest.parts.iter().find(|known| known.name == part).map(|part| part.sha256.clone());
-        if expected.as_deref() != Some(hex(&sha256(&bytes)).as_str()) {
+        if expected.as_deref() != Some(hex::encode(sha256(&bytes)).as_str()) {
             return Err(self.not_its_bytes(manifest, part));
         }
         Ok(bytes)
@@ -401,12 +401,6 @@ pub fn sha256(bytes: &[u8]) -> [u8; 32] {
     sha2::Sha256::digest(bytes).into()
 }
 
-/// Lower-case hexadecimal digits.
-#[must_use]
-pub fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -417,7 +411,7 @@ mod tests {
         writer.write(bytes::Bytes::from_static(b"weights")).await.unwrap();
         writer.finish().await.unwrap();
         if seal {
-            let parts = vec![Part { name: "adapter.safetensors".into(), num_bytes: 7, sha256: hex(&sha256(b"weights")) }];
+            let parts = vec![Part { name: "adapter.safetensors".into(), num_bytes: 7, sha256: hex::encode(sha256(b"weights")) }];
             let validation = Some(ValidationLosses { step, samples: 3, task: 0.5, logit: f32::NAN, feature: 2.0 }.into());
             let manifest =
                 Manifest { format: Manifest::FORMAT, step, generation, job: String::new(), shards: Vec::new(), validation, parts };

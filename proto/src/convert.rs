@@ -73,6 +73,7 @@ impl From<Phase> for v1::Phase {
             Phase::Validating => Self::Validating,
             Phase::Sampling => Self::Sampling,
             Phase::Warming => Self::Warming,
+            Phase::Fetching => Self::Fetching,
         }
     }
 }
@@ -90,6 +91,7 @@ fn phase(value: i32) -> Result<Phase, WireError> {
         Ok(v1::Phase::Validating) => Phase::Validating,
         Ok(v1::Phase::Sampling) => Phase::Sampling,
         Ok(v1::Phase::Warming) => Phase::Warming,
+        Ok(v1::Phase::Fetching) => Phase::Fetching,
         Ok(v1::Phase::Unspecified) | Err(_) => return Err(unknown("heartbeat.phase", value)),
     })
 }
@@ -170,7 +172,7 @@ impl From<FromWorker> for v1::FromWorker {
                 step: beat.step.0,
                 phase: v1::Phase::from(beat.phase).into(),
                 generation: beat.generation.0,
-                samples_read: beat.samples_read,
+                reads: beat.reads,
             }),
             FromWorker::Bootstrap { generation, bytes } => Message::Bootstrap(v1::Bootstrap { generation: generation.0, bytes }),
             FromWorker::StepReport(report) => Message::StepReport(v1::StepReport {
@@ -279,7 +281,7 @@ impl TryFrom<v1::FromWorker> for FromWorker {
                 step: Step(beat.step),
                 phase: phase(beat.phase)?,
                 generation: Generation(beat.generation),
-                samples_read: beat.samples_read,
+                reads: beat.reads,
             }),
             Message::Bootstrap(bootstrap) => {
                 if bootstrap.bytes.is_empty() {

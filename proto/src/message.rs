@@ -51,6 +51,8 @@ pub enum Phase {
     Sampling,
     /// Forward and backward with a picture size that is new to the process: kernels are chosen or compiled.
     Warming,
+    /// Fetching a model that is not on this host.
+    Fetching,
 }
 
 impl Phase {
@@ -69,6 +71,7 @@ impl Phase {
             Self::Validating => "validating",
             Self::Sampling => "sampling",
             Self::Warming => "warming",
+            Self::Fetching => "fetching",
         }
     }
 }
@@ -82,8 +85,8 @@ pub struct Heartbeat {
     pub phase: Phase,
     /// Generation it is in; [`Generation::NONE`] outside of any.
     pub generation: Generation,
-    /// Samples read and decoded since the process started: what moves while it waits for a slow source.
-    pub samples_read: u64,
+    /// Samples read and decoded, and pieces of a model fetched, since the process started: what moves while it waits for a slow source.
+    pub reads: u64,
 }
 
 /// Means over one step's global batch.

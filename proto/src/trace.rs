@@ -57,7 +57,7 @@ impl Place {
 
     /// As version 00 of the header, sampled.
     fn header(&self) -> String {
-        format!("00-{}-{}-01", hex(&self.trace_id), hex(&self.span_id))
+        format!("00-{}-{}-01", hex::encode(self.trace_id), hex::encode(self.span_id))
     }
 
     /// Reads any version's first four fields; nothing that is not well formed.
@@ -94,7 +94,7 @@ impl Trace {
 
     fn at(span: Span, parent: Option<Place>) -> Self {
         let place = exported::place(&span, parent).unwrap_or_else(|| Place::new(parent.map(|parent| parent.trace_id)));
-        span.record("trace_id", hex(&place.trace_id));
+        span.record("trace_id", hex::encode(place.trace_id));
         Self { span, place }
     }
 
@@ -149,18 +149,11 @@ mod exported {
     }
 }
 
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
 /// Bytes from lower-case hexadecimal digits, exactly so many.
 fn bytes<const N: usize>(text: &str) -> Option<[u8; N]> {
-    let is_hex = text.len() == 2 * N && text.bytes().all(|digit| matches!(digit, b'0'..=b'9' | b'a'..=b'f'));
     let mut bytes = [0; N];
-    for (at, byte) in bytes.iter_mut().enumerate().filter(|_| is_hex) {
-        *byte = u8::from_str_radix(text.get(2 * at..2 * at + 2)?, 16).ok()?;
-    }
-    is_hex.then_some(bytes)
+    let is_lower = !text.bytes().any(|digit| digit.is_ascii_uppercase());
+    (is_lower && hex::decode_to_slice(text, &mut bytes).is_ok()).then_some(bytes)
 }
 
 #[cfg(test)]

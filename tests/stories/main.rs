@@ -12,6 +12,7 @@ mod drawing;
 mod faults;
 mod golden;
 mod hangs;
+mod hub;
 mod leases;
 mod logs;
 mod manifests;

@@ -5,21 +5,25 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process;
 
 use clap::{CommandFactory, Parser};
 use peapod_coordinator::config::{Cli as Coordinator, RunArgs};
 use peapod_proto::DEFAULT_PORT;
 use peapod_proto::job::Job;
 use peapod_tests::harness::workspace;
-use peapod_worker::args::Cli as Worker;
+use peapod_worker::args::{Cli as Worker, Command};
 use peapod_worker::device::Choice;
 use peapod_worker::lifecycle::TRY_AGAIN;
+use peapod_worker::setup;
 use peapod_worker::supervisor::BAD_ARGUMENTS;
 use serde_json::Value;
 
 /// Exit code of a worker that SIGTERM sent away.
 const SENT_AWAY: i64 = 143;
+
+/// Where models of the hub are kept; no argument of ours.
+const HUB_HOME: &str = "HF_HOME";
 
 fn deploy(path: &str) -> PathBuf {
     workspace().join("deploy").join(path)
@@ -33,13 +37,13 @@ fn read(path: &str) -> String {
 fn check(paths: &[PathBuf]) -> Option<Result<BTreeMap<String, Vec<Value>>, String>> {
     let python = workspace().join(".bench/manifests/bin/python");
     for (program, missing) in [(python.as_path(), "kubernetes-validate (make test installs it)"), (Path::new("kubectl"), "kubectl")] {
-        let found = Command::new(program).arg(if program == python { "--version" } else { "help" }).output();
+        let found = process::Command::new(program).arg(if program == python { "--version" } else { "help" }).output();
         if !found.is_ok_and(|output| output.status.success()) {
             println!("skipped: {missing} is not there");
             return None;
         }
     }
-    let output = Command::new(python).arg(workspace().join("tests/manifests/check.py")).args(paths).output().unwrap();
+    let output = process::Command::new(python).arg(workspace().join("tests/manifests/check.py")).args(paths).output().unwrap();
     let problems = String::from_utf8(output.stderr).unwrap();
     Some(if output.status.success() { Ok(serde_json::from_slice(&output.stdout).unwrap()) } else { Err(problems) })
 }
@@ -234,6 +238,9 @@ fn workers_take_the_arguments_and_variables_they_are_given() {
             if line[1..].iter().any(|argument| *argument == format!("--device={}", variable["value"].as_str().unwrap_or_default())) {
                 continue;
             }
+            if name == HUB_HOME {
+                continue;
+            }
             let argument = command.get_arguments().find(|argument| argument.get_env().is_some_and(|env| env == name));
             let argument = argument.unwrap_or_else(|| panic!("{}: no argument reads {name}", overlay.name));
             let value = variable["value"].as_str().unwrap_or("7");
@@ -248,6 +255,31 @@ fn workers_take_the_arguments_and_variables_they_are_given() {
         assert!(service.is_some(), "{}: {coordinator} is no Service", overlay.name);
         let has_gpu = container["resources"]["limits"]["nvidia.com/gpu"] == "1";
         assert_eq!(has_gpu, matches!(cli.run.device, Choice::Cuda(_)), "{}", overlay.name);
+    }
+}
+
+#[test]
+fn models_are_fetched_to_where_the_workers_look_for_them() {
+    let folder = deploy("kubernetes/fetch-models");
+    let Some(rendered) = check(std::slice::from_ref(&folder)) else { return };
+    let fetching = &rendered.unwrap()[folder.to_str().unwrap()][0]["spec"]["template"]["spec"];
+    let container = &fetching["containers"][0];
+    let Some(Command::Fetch(options)) = Worker::try_parse_from(command_line(container)).unwrap().command else { panic!("no fetch") };
+    let job = Job::parse(&read("kubernetes/base/job.toml")).unwrap();
+    let named = setup::model_paths(&job).map(|path| path.to_str().unwrap().to_owned());
+    assert_eq!(options.models.iter().map(ToString::to_string).collect::<Vec<_>>(), named.collect::<Vec<_>>());
+    for overlay in all().unwrap_or_default().iter().filter(|overlay| !overlay.name.ends_with("cpu-demo")) {
+        let worker = overlay.worker_pod();
+        let home = |container| variables(container)[HUB_HOME].to_owned();
+        assert_eq!(home(&worker["containers"][0]), home(container), "{}", overlay.name);
+        let claim = |pod: &Value| {
+            let mounts = pod["containers"][0]["volumeMounts"].as_array().unwrap();
+            let mount = mounts.iter().find(|mount| mount["mountPath"] == home(container)).unwrap();
+            let volumes = pod["volumes"].as_array().unwrap();
+            volumes.iter().find(|volume| volume["name"] == mount["name"]).unwrap()["persistentVolumeClaim"]["claimName"].clone()
+        };
+        assert_eq!(claim(worker), claim(fetching), "{}", overlay.name);
+        assert_eq!(worker["securityContext"], fetching["securityContext"], "{}", overlay.name);
     }
 }
 

@@ -6,7 +6,7 @@ use std::net::TcpStream;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use peapod_tests::harness::{Cluster, Coordinator, Signal, poll};
+use peapod_tests::harness::{Cluster, Coordinator, Signal, poll, workspace};
 use serde_json::Value;
 
 /// A job that goes on until it is stopped.
@@ -201,7 +201,7 @@ fn metrics_keep_the_conventions_and_every_query_of_the_dashboard_names_one() {
     assert!(value("peapod_worker_step_time_seconds{rank=\"1\"") > 0.0);
 
     let served: BTreeSet<&String> = families.values().flatten().collect();
-    let dashboard = std::fs::read_to_string("../deploy/grafana/peapod.json").unwrap();
+    let dashboard = std::fs::read_to_string(workspace().join("deploy/grafana/peapod.json")).unwrap();
     let dashboard: Value = serde_json::from_str(&dashboard).unwrap();
     let mut queries: Vec<&str> = Vec::new();
     for panel in dashboard["panels"].as_array().unwrap() {

@@ -10,7 +10,7 @@ use peapod_proto::secure::{Access, AccessArgs};
 use crate::device::{Choice, KernelArgs};
 use crate::precompute;
 use crate::shards::{inspect, make};
-use crate::{bench, check, loss_error, vae_error};
+use crate::{bench, check, fetch, loss_error, vae_error};
 
 /// Trains with others on one device: start one for each GPU of a job.
 #[derive(Debug, Clone, Parser)]
@@ -32,6 +32,8 @@ pub struct Cli {
 pub enum Command {
     /// Compare a job's models by configurations and shapes, load nothing
     Check(check::Options),
+    /// Fetch models from the model hub into this machine's cache
+    Fetch(fetch::Options),
     /// Look into shards, or make them
     #[command(subcommand)]
     Shards(Shards),

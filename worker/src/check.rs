@@ -7,9 +7,10 @@ use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
 use peapod_model::adapter::AdapterConfig;
+use peapod_model::hub::{HubName, locate};
 use peapod_model::source::{ModelSource, Part};
 use peapod_model::text::StudentEncoder;
-use peapod_model::weights::{Survey, locate};
+use peapod_model::weights::Survey;
 use peapod_proto::job::Job;
 use tch::{Device, Kind};
 
@@ -54,7 +55,8 @@ pub fn report(options: &Options, device: Device) -> Result<String, String> {
     let mut is_here = |field: &str, name: &Path| match locate(name) {
         Ok(_) => Ok(true),
         Err(_) if *partial => {
-            let _ = writeln!(report, "{field} {} is not visible from this machine: the workers must see it", name.display());
+            let or = if HubName::of(name).is_some() { ", or fetch it from the model hub by that name" } else { "" };
+            let _ = writeln!(report, "{field} {} is not visible from this machine: the workers must see it{or}", name.display());
             Ok(false)
         }
         Err(error) => Err(format!("{field}.path: {error}")),
@@ -287,7 +289,7 @@ mod tests {
         let error = refuse("path = \"tests/demo/model\"", "path = \"tests/demo/model\"\nconfig = \"tests/demo\"");
         assert!(error.contains("it is for a checkpoint that is one file"), "{error}");
         let error = refuse("path = \"tests/demo/model\"", "path = \"nowhere/model\"");
-        assert!(error.contains("hf download nowhere/model"), "{error}");
+        assert!(error.contains("worker fetch nowhere/model"), "{error}");
     }
 
     #[test]

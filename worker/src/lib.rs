@@ -2,7 +2,7 @@
 //!
 //! [`lifecycle`] holds the rules of a worker's life, [`trainer`] the thread that owns the tensors, [`client`] the calls to the
 //! coordinator; [`supervisor`] joins them. [`device`] opens the device, [`bench`] times a step on it, [`vae_error`] and [`loss_error`] look at what
-//! fewer bits lose there, [`check`] at a job's models without loading them, [`bandwidth`] at a host's links, [`shards`] into its data; [`precompute`] makes
+//! fewer bits lose there, [`check`] at a job's models without loading them, [`hub`] and [`fetch`] fetch those that are not here, [`bandwidth`] at a host's links, [`shards`] into its data; [`precompute`] makes
 //! shards that hold what the frozen encoders say of them. [`draw`], [`grid`], [`picture`] and [`score`] serve the program `sample`. [`faults`] makes a worker
 //! fail on purpose.
 
@@ -14,7 +14,9 @@ pub mod client;
 pub mod device;
 pub mod draw;
 pub mod faults;
+pub mod fetch;
 pub mod grid;
+pub mod hub;
 pub mod lifecycle;
 pub mod loss_error;
 pub mod loss_scale;
@@ -26,5 +28,7 @@ pub mod setup;
 pub mod shards;
 pub mod supervisor;
 pub mod tail;
+#[cfg(test)]
+mod testing;
 pub mod trainer;
 pub mod vae_error;

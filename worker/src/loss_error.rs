@@ -13,6 +13,7 @@ use serde::Serialize;
 use tch::{Device, Tensor};
 
 use crate::device::{self, ComputeArgs};
+use crate::hub;
 use crate::loss_scale::LossScale;
 use crate::numbers::VaeNumbers;
 use crate::setup;
@@ -112,6 +113,8 @@ pub fn run(options: &Options, device: Device) -> Result<String, String> {
     if let Some(samples) = options.micro_batch {
         job.train.micro_batch = samples;
     }
+
+    hub::bring(setup::model_paths(&job), &hub::Log).map_err(|error| error.to_string())?;
 
     // 1. Samples, as the job's own models ask for them: cached ones are bound to its numbers.
     let models = setup::load_models(&job, device).map_err(|error| error.to_string())?;

@@ -32,6 +32,7 @@ use tch::Device;
 use self::encoders::{Encoders, Picture};
 use self::read::{Item, Reader};
 use crate::device::ComputeArgs;
+use crate::hub;
 use crate::numbers::{self, Numbers};
 use crate::setup::{self, Source};
 use crate::shards::whole::WholeTar;
@@ -128,6 +129,7 @@ impl Plan {
     pub fn run(&self, device: Device) -> Result<String, String> {
         let Options { text, numbers, compute, batch, .. } = &self.options;
         let threads = compute.settle_threads();
+        hub::bring(setup::model_paths(&self.job), &hub::Log).map_err(|error| error.to_string())?;
         let encoders = Encoders::load(&self.job, device, *text, numbers.map(Numbers::kind)).map_err(|error| error.to_string())?;
         let misaligned = self.job.data.buckets.iter().find(|sides| sides.iter().any(|side| side % encoders.downscale() != 0));
         if let Some([width, height]) = misaligned {

@@ -1,16 +1,16 @@
 //! From a job file to loaded models and the configurations of everything that trains them.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use peapod_data::{LoaderConfig, expand_shards};
 use peapod_model::adapter::AdapterConfig;
 use peapod_model::distill::{DistillConfig, Distiller, LoadOptions, Precision, TimeIdsOrder};
+use peapod_model::hub;
 use peapod_model::optim::AdamWConfig;
 use peapod_model::schedule::{Decay, LrSchedule};
 use peapod_model::source::{Architecture, ModelSource};
 use peapod_model::text::StudentOptions;
-use peapod_model::weights;
 use peapod_proto::PROGRAM_VERSION;
 use peapod_proto::ids::Step;
 use peapod_proto::job::{self, Dtype, Job, Preset, StudentSection, VaeDtype};
@@ -62,6 +62,11 @@ pub fn shards(job: &Job) -> Result<(Vec<String>, Vec<Source>), String> {
         shards.extend(found);
     }
     Ok((shards, sources))
+}
+
+/// What a job's frozen models are loaded from: paths, or names on the hub.
+pub fn model_paths(job: &Job) -> impl Iterator<Item = &Path> {
+    [&job.model.path, &job.student.path].into_iter().chain(&job.model.config).map(PathBuf::as_path)
 }
 
 /// Loads the frozen models of a job.
@@ -213,7 +218,7 @@ pub fn model_digest(job: &Job, adapter: &AdapterConfig) -> peapod_model::Result<
     if model.path().is_file() {
         hasher.update(std::fs::metadata(model.path()).map_err(|error| failed(model.path(), error))?.len().to_le_bytes());
     }
-    let student = weights::locate(&job.student.path)?;
+    let student = hub::locate(&job.student.path)?;
     for path in STUDENT_CONFIGURATIONS.map(|file| student.join(file)).iter().filter(|path| path.is_file()) {
         let bytes = std::fs::read(path).map_err(|error| failed(path, error))?;
         hasher.update((bytes.len() as u64).to_le_bytes());

@@ -14,6 +14,7 @@ use serde::Serialize;
 use tch::{Device, Kind, Tensor, no_grad_guard};
 
 use crate::device::{self, ComputeArgs};
+use crate::hub;
 use crate::numbers::VaeNumbers;
 
 /// What an autoencoder loses in fewer bits.
@@ -80,6 +81,7 @@ struct Encoded {
 pub fn run(options: &Options, device: Device) -> Result<String, String> {
     options.compute.settle_threads();
     let failed = |error: peapod_model::Error| format!("--model: {error}");
+    hub::bring([options.model.as_path()], &hub::Log).map_err(|error| format!("--model: {error}"))?;
     let model = ModelSource::open(&options.model, None).map_err(failed)?;
     let downscale = 1_u32 << (model.vae_config().block_out_channels.len() - 1);
     let size = match options.size[..] {

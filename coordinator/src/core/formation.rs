@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use peapod_proto::ids::{Generation, MemberIndex, Rank, WorkerId};
-use peapod_proto::message::{Assignment, ToWorker};
+use peapod_proto::message::{Assignment, Phase, ToWorker};
 
 use super::clock::ANNOUNCE_EVERY;
 use super::durable::Member;
@@ -188,15 +188,13 @@ impl Core {
     /// Finds the words of [`Core::waiting_for`]: once an event, as every heartbeat asks for them.
     pub(super) fn describe_missing(&self) -> String {
         let Config { world_size, min_world_size, .. } = self.config;
-        let present: BTreeMap<Rank, bool> = self
-            .workers
-            .values()
-            .filter(|worker| worker.leaving.is_none())
-            .map(|worker| (worker.rank, worker.state == WorkerState::Loading))
-            .collect();
-        let loading: Vec<Rank> = present.iter().filter(|(_, loading)| **loading).map(|(&rank, _)| rank).collect();
+        let phase = |worker: &Worker| (worker.state == WorkerState::Loading).then_some(worker.phase);
+        let staying = self.workers.values().filter(|worker| worker.leaving.is_none());
+        let present: BTreeMap<Rank, Option<Phase>> = staying.map(|worker| (worker.rank, phase(worker))).collect();
+        let (fetching, loading): (Vec<_>, Vec<_>) =
+            present.iter().filter_map(|(&rank, phase)| Some((rank, (*phase)?))).partition(|(_, phase)| *phase == Phase::Fetching);
         let mut parts = Vec::new();
-        let num_ready = present.len() - loading.len();
+        let num_ready = present.values().filter(|phase| phase.is_none()).count();
         if min_world_size < world_size {
             if num_ready >= min_world_size as usize {
                 parts
@@ -209,8 +207,9 @@ impl Core {
             let missing: Vec<Rank> = (0..world_size).map(Rank).filter(|rank| !present.contains_key(rank)).collect();
             parts.push(format!("waiting for {}", ranks(&missing)));
         }
-        if !loading.is_empty() {
-            parts.push(format!("{} loading models", ranks(&loading)));
+        for (who, what) in [(fetching, "fetching"), (loading, "loading")].into_iter().filter(|(who, _)| !who.is_empty()) {
+            let who: Vec<Rank> = who.into_iter().map(|(rank, _)| rank).collect();
+            parts.push(format!("{} {what} models", ranks(&who)));
         }
         if let Some(last) = self.last_to_leave().and_then(|id| self.workers.get(&id)) {
             parts.push(format!("rank {} stores step {} before it leaves", last.rank, self.truth.step));

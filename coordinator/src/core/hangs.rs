@@ -69,14 +69,14 @@ pub(super) struct Motion {
     since: Timestamp,
     /// Since when it is in its phase of its step, whatever it reads there.
     phase_since: Timestamp,
-    samples_read: u64,
+    reads: u64,
     /// Steps it has reported in its life.
     num_steps: usize,
 }
 
 impl Motion {
     pub fn new(now: Timestamp) -> Self {
-        Self { since: now, phase_since: now, samples_read: 0, num_steps: 0 }
+        Self { since: now, phase_since: now, reads: 0, num_steps: 0 }
     }
 
     /// Nobody looked for so long.
@@ -92,15 +92,17 @@ impl Motion {
 }
 
 impl Worker {
-    /// Takes in a sign of life.
-    pub fn beat(&mut self, now: Timestamp, beat: &Heartbeat) {
-        if (self.step, self.phase, self.motion.samples_read) != (beat.step, beat.phase, beat.samples_read) {
+    /// Takes in a sign of life; returns whether it says that something has come which the worker fetches.
+    pub fn beat(&mut self, now: Timestamp, beat: &Heartbeat) -> bool {
+        let fetched = beat.phase == Phase::Fetching && self.motion.reads != beat.reads;
+        if (self.step, self.phase, self.motion.reads) != (beat.step, beat.phase, beat.reads) {
             self.motion.since = now;
         }
         if (self.step, self.phase) != (beat.step, beat.phase) {
             self.motion.phase_since = now;
         }
-        (self.step, self.phase, self.motion.samples_read) = (beat.step, beat.phase, beat.samples_read);
+        (self.step, self.phase, self.motion.reads) = (beat.step, beat.phase, beat.reads);
+        fetched
     }
 
     /// It has applied a step.
@@ -115,7 +117,7 @@ impl Worker {
 fn is_at_work(phase: Phase) -> bool {
     match phase {
         Phase::Compute | Phase::Update | Phase::Warming | Phase::Validating | Phase::Sampling | Phase::Snapshot => true,
-        Phase::Loading | Phase::Waiting | Phase::Connecting | Phase::Data | Phase::Collective => false,
+        Phase::Fetching | Phase::Loading | Phase::Waiting | Phase::Connecting | Phase::Data | Phase::Collective => false,
     }
 }
 
@@ -125,7 +127,7 @@ impl Core {
         let learnt = (worker.motion.num_steps >= LEARNT).then(|| self.pace.limit(self.config.heartbeat_timeout)).flatten();
         let step = learnt.unwrap_or(ANNOUNCED);
         match worker.phase {
-            Phase::Loading => ANNOUNCED.max(self.config.join_timeout),
+            Phase::Fetching | Phase::Loading => ANNOUNCED.max(self.config.join_timeout),
             Phase::Validating | Phase::Sampling | Phase::Warming => ANNOUNCED.max(step),
             Phase::Connecting => CONNECTING.max(step),
             Phase::Collective if self.progress.final_step() == self.truth.step => FIRST_COLLECTIVE.max(step),

@@ -318,8 +318,14 @@ impl Core {
             }
             FromWorker::Ready { model_digest, num_parameters } => self.ready(now, id, model_digest, num_parameters, out)?,
             FromWorker::Heartbeat(beat) => {
-                worker.beat(now, &beat);
+                let has_fetched = worker.beat(now, &beat);
                 let durable = std::mem::take(&mut worker.tell_durable);
+                if let JobPhase::Gathering { since } = &mut self.phase
+                    && has_fetched
+                {
+                    // How long a model takes to come is no reason to end the job, as long as it comes.
+                    *since = now;
+                }
                 out.push(Effect::Send {
                     worker: id,
                     message: ToWorker::HeartbeatReply {

@@ -255,7 +255,7 @@ impl World {
         for _ in 0..seconds {
             self.now += Duration::from_secs(1);
             for &worker in alive {
-                let beat = Heartbeat { step: Step(0), phase: Phase::Waiting, generation: Generation::NONE, samples_read: 0 };
+                let beat = Heartbeat { step: Step(0), phase: Phase::Waiting, generation: Generation::NONE, reads: 0 };
                 let _ = self.say(worker, FromWorker::Heartbeat(beat));
             }
             self.event(Event::Tick).unwrap();

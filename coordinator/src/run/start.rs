@@ -15,7 +15,7 @@ use crate::config::RunArgs;
 use crate::core::{Config, Core, Resume};
 use crate::journal::{Disk, Found, Run};
 use crate::shard_list::{self, ShardList};
-use crate::store::{Store, hex, sha256};
+use crate::store::{Store, sha256};
 
 /// A worker's own deadlines come first by this much.
 const MARGIN: Duration = Duration::from_secs(10);
@@ -73,7 +73,7 @@ impl Start {
         let goes_back = found.is_some() || resume.is_some();
 
         let step = resume.as_ref().map_or(Step(0), |resume| resume.step);
-        let shards_digest = hex(&sha256(shards.join("\n").as_bytes()));
+        let shards_digest = hex::encode(sha256(shards.join("\n").as_bytes()));
         let run = Run { job_id: String::new(), term: 1, world_size: args.world_size, job: toml.clone(), shards: shards_digest };
         if let Some(problem) = found.as_ref().and_then(|found| of_other_shards(found, &run, resume.as_ref(), args.local, &journal_path)) {
             return Ok(Err(Exit::Refused(problem)));

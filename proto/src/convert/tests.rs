@@ -38,8 +38,9 @@ fn typed_messages_survive_the_wire() {
             stalled: Some(Stall { waiting_for: MemberIndex(2), received_bytes: 77 }),
         }),
         FromWorker::Continuing(Continuing { generation: Generation(2), applied: Step(9), records: vec![record(9)] }),
-        FromWorker::Heartbeat(Heartbeat { step: Step(9), phase: Phase::Validating, generation: Generation(2), samples_read: 7 }),
-        FromWorker::Heartbeat(Heartbeat { step: Step(9), phase: Phase::Warming, generation: Generation(2), samples_read: 0 }),
+        FromWorker::Heartbeat(Heartbeat { step: Step(9), phase: Phase::Validating, generation: Generation(2), reads: 7 }),
+        FromWorker::Heartbeat(Heartbeat { step: Step(9), phase: Phase::Warming, generation: Generation(2), reads: 0 }),
+        FromWorker::Heartbeat(Heartbeat { step: Step(0), phase: Phase::Fetching, generation: Generation::NONE, reads: 3 }),
         FromWorker::LeaseRequest { generation: Generation(2), num_leases: 1, is_idle: true },
         FromWorker::GaveBack { lease: LeaseId(4), from: 17 },
         FromWorker::ShardReport(ShardReport {

@@ -13,7 +13,7 @@ use super::yes;
 #[serde(deny_unknown_fields)]
 pub struct ModelSection {
     /// What the workers load: a folder in the layout diffusers uses (unet/, vae/, text_encoder/, tokenizer/, ...), a checkpoint that is
-    /// one file (.safetensors, .ckpt), or a name on the model hub (`ORG/NAME`, `ORG/NAME@REVISION`) that is in the local cache.
+    /// one file (.safetensors, .ckpt), or a name on the model hub (`ORG/NAME`, `ORG/NAME@REVISION`), which workers fetch into their host's cache.
     pub path: PathBuf,
     /// For a checkpoint that is one file: a folder whose configurations and tokenizers are taken instead of the published ones.
     #[serde(default)]
@@ -47,7 +47,7 @@ pub enum VaeDtype {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct StudentSection {
-    /// A folder (config.json, weights, vocabulary), or a name on the model hub that is in the local cache; as the workers see it.
+    /// A folder (config.json, weights, vocabulary), or a name on the model hub, which workers fetch into their host's cache; as the workers see it.
     pub path: PathBuf,
     /// Tokens a prompt is padded or cut to. The adapter is bound to it: sampling uses the same.
     #[serde(default = "StudentSection::default_context_length")]

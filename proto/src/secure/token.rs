@@ -31,7 +31,7 @@ impl Token {
     pub fn random() -> Result<Self, String> {
         let mut bytes = [0; RANDOM_BYTES];
         getrandom::fill(&mut bytes).map_err(|error| format!("no randomness from the system: {error}"))?;
-        Ok(Self(super::join::hex(&bytes).into()))
+        Ok(Self(hex::encode(bytes).into()))
     }
 
     /// Takes a token as it was written down; white space around it does not count.

@@ -33,6 +33,8 @@ pub struct Habits {
     pub says_little: bool,
     /// Every so-manieth read fails in this way.
     pub fails_every: Option<(usize, Fault)>,
+    /// Answers 401 to whoever shows another token than this, or any where it is none.
+    pub token: Option<Option<&'static str>>,
 }
 
 /// A server on a port of its own; it ends when it is dropped.
@@ -52,6 +54,8 @@ struct Shared {
 struct State {
     /// Contents and version.
     files: BTreeMap<String, (Arc<[u8]>, u64)>,
+    /// Where files are that lie elsewhere.
+    redirects: BTreeMap<String, String>,
     version: u64,
     habits: Habits,
     faults: VecDeque<Fault>,
@@ -104,6 +108,11 @@ impl FileServer {
         state.files.insert(format!("/{name}"), (bytes.into(), version));
     }
 
+    /// Answers who asks for `name` that it is at another address.
+    pub fn redirect(&self, name: &str, url: &str) {
+        self.shared.lock().redirects.insert(format!("/{name}"), url.to_owned());
+    }
+
     /// Makes the next reads fail, one after the other.
     pub fn fail_next(&self, faults: impl IntoIterator<Item = Fault>) {
         self.shared.lock().faults.extend(faults);
@@ -136,7 +145,7 @@ fn answer(shared: &Shared, mut connection: TcpStream) -> std::io::Result<()> {
     let mut words = first.split_whitespace();
     let (method, target) = (words.next().unwrap_or_default().to_owned(), words.next().unwrap_or_default().to_owned());
     let path = target.split('?').next().unwrap_or_default();
-    let (mut range, mut wanted_tag) = (None, None);
+    let (mut range, mut wanted_tag, mut token) = (None, None, None);
     for line in lines {
         let line = line?;
         if line.is_empty() {
@@ -145,6 +154,7 @@ fn answer(shared: &Shared, mut connection: TcpStream) -> std::io::Result<()> {
         let Some((name, value)) = line.split_once(':') else { continue };
         match name.to_ascii_lowercase().as_str() {
             "range" => range = value.trim().strip_prefix("bytes=").map(str::to_owned),
+            "authorization" => token = value.trim().strip_prefix("Bearer ").map(str::to_owned),
             "if-match" => wanted_tag = Some(value.trim().to_owned()),
             _ => {}
         }
@@ -162,6 +172,7 @@ fn answer(shared: &Shared, mut connection: TcpStream) -> std::io::Result<()> {
         None
     };
     let file = state.files.get(path).cloned();
+    let redirect = state.redirects.get(path).cloned();
     drop(state);
 
     let status = |connection: &mut TcpStream, status: &str| {
@@ -172,6 +183,12 @@ fn answer(shared: &Shared, mut connection: TcpStream) -> std::io::Result<()> {
     }
     if !is_read && habits.refuses_head {
         return status(&mut connection, "405 Method Not Allowed");
+    }
+    if habits.token.is_some_and(|wanted| wanted != token.as_deref()) {
+        return status(&mut connection, "401 Unauthorized");
+    }
+    if let Some(url) = redirect {
+        return write!(connection, "HTTP/1.1 302 Found\r\nLocation: {url}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n");
     }
     let Some((bytes, version)) = file else { return status(&mut connection, "404 Not Found") };
     let tag = if habits.weak_tags { format!("W/\"{version}\"") } else { format!("\"{version}\"") };

@@ -97,6 +97,8 @@ impl Process {
         command.args(arguments).current_dir(programs::workspace()).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         // Stories run beside each other: thread pools that spin while they wait would take the cores from those that work.
         command.env("OMP_NUM_THREADS", "1").env("OMP_WAIT_POLICY", "PASSIVE").env("RUST_BACKTRACE", "1");
+        // A path that a story means to be missing may be a model's name.
+        command.env("HF_HUB_OFFLINE", "1");
         for variable in ["PEAPOD_COORDINATOR", "PEAPOD_RANK", "PEAPOD_FAULTS", "RUST_LOG"] {
             command.env_remove(variable);
         }

@@ -127,4 +127,12 @@ pub struct StoreError {
     pub url: String,
     /// What its store or the system said last, and what to do.
     pub reason: String,
+    /// Whether it is that nobody may read it, or nobody without other credentials.
+    pub denied: bool,
+}
+
+impl StoreError {
+    pub(crate) fn new(url: impl Into<String>, reason: impl Into<String>) -> Self {
+        Self { url: url.into(), reason: reason.into(), denied: false }
+    }
 }

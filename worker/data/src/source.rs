@@ -56,6 +56,8 @@ pub struct SourceOptions {
     pub chunk_bytes: u64,
     /// Pause before the first retry.
     pub first_pause: Duration,
+    /// Whether what lies behind an address never changes, so that answers need not be of one version by what servers call it.
+    pub immutable: bool,
 }
 
 impl SourceOptions {
@@ -88,6 +90,7 @@ impl Default for SourceOptions {
             cache: None,
             chunk_bytes: CHUNK_BYTES,
             first_pause: FIRST_PAUSE,
+            immutable: false,
         }
     }
 }
@@ -97,8 +100,19 @@ impl Default for SourceOptions {
 pub struct Sources {
     options: SourceOptions,
     cache: Option<Cache>,
+    /// What servers are shown that are asked over http.
+    token: Option<Token>,
     /// Made when the first address needs it.
     remote: OnceLock<Arc<Remote>>,
+}
+
+/// A secret.
+struct Token(String);
+
+impl std::fmt::Debug for Token {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Token(..)")
+    }
 }
 
 /// What a look at a shard has shown.
@@ -117,7 +131,13 @@ impl Sources {
     #[must_use]
     pub fn new(options: SourceOptions) -> Self {
         let cache = options.cache.clone().map(|(folder, max_bytes)| Cache::new(folder, max_bytes));
-        Self { options, cache, remote: OnceLock::new() }
+        Self { options, cache, token: None, remote: OnceLock::new() }
+    }
+
+    /// Shows a token (`Authorization: Bearer`) to the servers that are asked over http, but to none that they point to.
+    #[must_use]
+    pub fn with_token(self, token: impl Into<String>) -> Self {
+        Self { token: Some(Token(token.into())), ..self }
     }
 
     /// Opens a shard for reading from its start; compression is undone on the way.
@@ -138,6 +158,16 @@ impl Sources {
             Err(error) => error,
         })?;
         Ok(Stream { reader, halt })
+    }
+
+    /// Opens what lies in a store or on a server, which need not be a shard, for reading as it is from the byte `start` on.
+    ///
+    /// Errors: those of [`open`](Self::open), which may also come later, from [`Halt::check`].
+    pub fn open_as_it_is<'a>(&self, url: &str, start: u64, is_cancelled: impl Fn() -> bool + Send + 'a) -> Result<Stream<'a>> {
+        let halt = Halt::default();
+        let remote = self.remote()?;
+        let (_, reader) = remote.open(url, remote.object(url)?, start, &self.options, Box::new(is_cancelled), &halt)?;
+        Ok(Stream { reader: Box::new(reader), halt })
     }
 
     /// Reads a shard's samples, but for those marked in `done`, as [`read_shard`] does; `check` judges the stamp of one that was precomputed.
@@ -189,7 +219,7 @@ impl Sources {
                 return Ok(Box::new(LocalReader::of(file, path, url, &self.options, is_cancelled, halt)?));
             }
         }
-        let (identity, reader) = remote.open(url, object, &self.options, is_cancelled, halt)?;
+        let (identity, reader) = remote.open(url, object, 0, &self.options, is_cancelled, halt)?;
         let filling = self.cache.as_ref().and_then(|cache| cache.begin(url, &identity));
         Ok(match filling {
             Some(filling) => Box::new(Tee::new(reader, filling)),
@@ -225,7 +255,7 @@ impl Sources {
         if let Some(remote) = self.remote.get() {
             return Ok(remote);
         }
-        let remote = Arc::new(Remote::new(&self.options)?);
+        let remote = Arc::new(Remote::new(&self.options, self.token.as_ref().map(|token| token.0.as_str()))?);
         Ok(self.remote.get_or_init(|| remote))
     }
 }
@@ -282,7 +312,7 @@ impl Halt {
         let _ = self.0.set(match error {
             Error::Cancelled => Stopped::Cancelled,
             Error::Store(error) => Stopped::Failed(error),
-            other => Stopped::Failed(StoreError { url: url.into(), reason: other.to_string() }),
+            other => Stopped::Failed(StoreError::new(url, other.to_string())),
         });
     }
 }

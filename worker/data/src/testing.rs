@@ -11,6 +11,8 @@ use safetensors::tensor::Dtype;
 use crate::bucket::Bucket;
 use crate::cached::{Array, CachedSample, EnglishStates, StudentStates};
 
+// Other tests use the rest.
+#[allow(dead_code)]
 #[path = "../../../tests/src/harness/http.rs"]
 pub mod http;
 

@@ -10,6 +10,7 @@ pub mod distill;
 mod error;
 #[doc(hidden)]
 pub mod fuzzing;
+pub mod hub;
 pub mod lora;
 pub mod nn;
 pub mod optim;

@@ -13,12 +13,13 @@ use tch::{Device, Kind};
 
 use self::published::Published;
 use crate::config::read_config;
+use crate::hub::locate;
 use crate::lora::{self, Lora};
 use crate::sample::SchedulerConfig;
 use crate::text::{ClipTextEncoder, EnglishEncoders, Sd15TextEncoder, SdxlTextEncoders, TextTokenizer};
 use crate::unet::{UNet, UNetConfig};
 use crate::vae::{Vae, VaeConfig};
-use crate::weights::{Additions, Scope, SingleFile, Survey, Weights, locate};
+use crate::weights::{Additions, Scope, SingleFile, Survey, Weights};
 use crate::{Error, Result};
 
 /// The networks of a model.

@@ -18,6 +18,7 @@ use tch::{Device, Kind, Tensor, no_grad_guard};
 pub use self::published::Published;
 use self::report::Report;
 use crate::device::{self, Choice, KernelArgs};
+use crate::hub;
 use crate::numbers::{Numbers, VaeNumbers, name};
 
 /// A training step's time.
@@ -103,6 +104,9 @@ pub fn run(options: &Options, device: Device) -> Result<String, String> {
     let default = if device.is_cuda() { Numbers::Bf16 } else { Numbers::F32 };
     let (kind, vae_numbers) = (options.dtype.unwrap_or(default).kind(), options.vae_dtype.unwrap_or(default.into()));
     vae_numbers.settle();
+    if options.published.is_none() {
+        hub::bring([&options.model, &options.student].map(PathBuf::as_path), &hub::Log).map_err(|error| error.to_string())?;
+    }
     let (models, num_parameters) = load(options, device, kind, vae_numbers.kind()).map_err(|error| error.to_string())?;
     let size = match (&options.size[..], options.published) {
         (&[width, height], _) => [width, height],

@@ -9,7 +9,7 @@ use peapod_proto::program;
 use peapod_worker::args::{Cli, Command, Shards};
 use peapod_worker::device::{Sharing, nccl_settings};
 use peapod_worker::shards::{inspect, make};
-use peapod_worker::{bench, check, device, loss_error, precompute, supervisor, vae_error};
+use peapod_worker::{bench, check, device, fetch, loss_error, precompute, supervisor, vae_error};
 
 fn main() -> ExitCode {
     let Cli { command, run, logs } = Cli::parse();
@@ -31,7 +31,7 @@ fn main() -> ExitCode {
         Some(Command::VaeError(options)) => (options.compute.device, Some(options.compute.kernels)),
         Some(Command::LossError(options)) => (options.compute.device, Some(options.compute.kernels)),
         Some(Command::Precompute(options)) => (options.compute.device, Some(options.compute.kernels)),
-        Some(Command::Shards(_) | Command::Pages(_)) => (device::Choice::Cpu, None),
+        Some(Command::Fetch(_) | Command::Shards(_) | Command::Pages(_)) => (device::Choice::Cpu, None),
     };
     let sharing = match &command {
         Some(_) => Sharing::Ignored,
@@ -53,6 +53,7 @@ fn main() -> ExitCode {
         tch::set_num_threads(1);
         let report = match command {
             Command::Check(options) => check::report(&options, device),
+            Command::Fetch(options) => fetch::run(&options),
             Command::Bench(options) => bench::run(&options, device),
             Command::VaeError(options) => vae_error::run(&options, device),
             Command::LossError(options) => loss_error::run(&options, device),

@@ -3,12 +3,12 @@
 use std::path::{Path, PathBuf};
 
 use peapod_collective::nccl;
-use peapod_model::{controlnet::ControlNet, lora::Lora, sample::SampleOptions, source::ModelSource, vae::Decoding};
+use peapod_model::{adapter, controlnet::ControlNet, hub, lora::Lora, sample::SampleOptions, source::ModelSource, vae::Decoding};
 use tch::{Device, Kind};
 
 use super::inputs::Inputs;
 use super::memory;
-use super::student::{Student, adapter_file};
+use super::student::{ENCODER_KEY, SHIPPED_STUDENT, Student, adapter_file};
 use crate::numbers::VaeNumbers;
 
 /// Longer sides than this are a typing error: attention alone would need terabytes.
@@ -115,6 +115,26 @@ pub struct Files {
     pub control: Option<PathBuf>,
     /// The kinds networks compute in.
     pub precision: Precision,
+}
+
+impl Files {
+    /// All that is named by a path, or by a name on the hub.
+    pub fn names(&self) -> impl Iterator<Item = &Path> {
+        let several = self.adapters.iter().chain(self.loras.iter().map(|(path, _)| path));
+        let single = [&self.model_config, &self.student, &self.control].into_iter().flatten();
+        std::iter::once(&self.model).chain(several).chain(single).map(PathBuf::as_path)
+    }
+
+    /// The encoders that only the adapters' metadata name, with the adapters.
+    pub fn encoders_named_by_adapters(&self) -> Vec<(&Path, PathBuf)> {
+        let shipped = || hub::locate(&self.model).is_ok_and(|model| model.join(SHIPPED_STUDENT).exists());
+        if self.student.is_some() || self.adapters.is_empty() || shipped() {
+            return Vec::new();
+        }
+        // What is wrong with an adapter is said when it is opened.
+        let named = |adapter: &PathBuf| adapter::metadata(&adapter_file(adapter).ok()?).ok()?.get(ENCODER_KEY).cloned();
+        self.adapters.iter().filter_map(|adapter| Some((adapter.as_path(), named(adapter)?.into()))).collect()
+    }
 }
 
 /// The kinds networks compute in, where the device and the model are not to decide.

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use peapod_model::{
     adapter::{self, Adapter},
+    hub,
     source::ModelSource,
     text::{StudentEncoder, StudentOptions},
     unet::UNet,
@@ -30,7 +31,7 @@ pub const PROJECT_KEY: &str = "project";
 pub const MASK_PADS_KEY: &str = "mask_pads";
 
 /// The student encoder's folder inside a model folder that ships one.
-const SHIPPED_STUDENT: &str = "text_encoder_zh";
+pub(super) const SHIPPED_STUDENT: &str = "text_encoder_zh";
 
 /// An adapter and its encoder that were found to fit.
 #[derive(Debug)]
@@ -47,6 +48,8 @@ pub(super) struct Student {
 /// The adapter file meant by `path`: the file itself; in a folder the file there; else that of the newest whole checkpoint in it, or of the
 /// last step that the published trainer saved there.
 pub(super) fn adapter_file(path: &Path) -> Result<PathBuf, SetupError> {
+    let found = hub::locate(path);
+    let path = found.as_deref().unwrap_or(path);
     let own = |folder: &Path| [ADAPTER_FILE, PUBLISHED_FILE].map(|name| folder.join(name)).into_iter().find(|file| file.is_file());
     if !path.is_dir() {
         return Ok(path.to_owned());

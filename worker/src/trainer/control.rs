@@ -17,6 +17,8 @@ pub struct Control {
     phase: AtomicU8,
     step: AtomicU64,
     generation: AtomicU64,
+    /// Pieces of models that have come.
+    fetched: AtomicU64,
 }
 
 #[derive(Default)]
@@ -27,7 +29,7 @@ struct Breaking {
     loader: Option<LoaderHandle>,
 }
 
-const PHASES: [Phase; 11] = [
+const PHASES: [Phase; 12] = [
     Phase::Loading,
     Phase::Waiting,
     Phase::Connecting,
@@ -39,6 +41,7 @@ const PHASES: [Phase; 11] = [
     Phase::Validating,
     Phase::Sampling,
     Phase::Warming,
+    Phase::Fetching,
 ];
 
 impl Control {
@@ -126,8 +129,13 @@ impl Control {
             step: Step(self.step.load(Ordering::Acquire)),
             phase: PHASES[self.phase.load(Ordering::Acquire) as usize % PHASES.len()],
             generation: Generation(self.generation.load(Ordering::Acquire)),
-            samples_read: self.breaking().loader.as_ref().map_or(0, LoaderHandle::samples_read),
+            reads: self.breaking().loader.as_ref().map_or(0, LoaderHandle::samples_read) + self.fetched.load(Ordering::Acquire),
         }
+    }
+
+    /// A piece of a model has come.
+    pub fn fetched(&self) {
+        self.fetched.fetch_add(1, Ordering::AcqRel);
     }
 
     /// Enters a phase.

@@ -42,6 +42,7 @@ pub use state::{Snapshot, TrainState};
 use step::Ahead;
 
 use crate::faults::Faults;
+use crate::hub::{self, HubError, Watch};
 use crate::lifecycle::TrainerEvent;
 use crate::setup;
 
@@ -149,6 +150,26 @@ impl From<String> for Unloaded {
     }
 }
 
+impl From<HubError> for Unloaded {
+    /// Another host may reach a hub that this one does not.
+    fn from(error: HubError) -> Self {
+        Self { permanent: error.is_permanent(), message: error.to_string() }
+    }
+}
+
+/// Tells the log of models that are fetched, and the coordinator that something comes.
+struct Fetching<'a>(&'a Control);
+
+impl Watch for Fetching<'_> {
+    fn say(&self, line: &str) {
+        hub::Log.say(line);
+    }
+
+    fn moved(&self, _num_bytes: u64) {
+        self.0.fetched();
+    }
+}
+
 impl From<peapod_model::Error> for Unloaded {
     /// What libtorch refuses, want of memory say, may go well another time.
     fn from(error: peapod_model::Error) -> Self {
@@ -194,6 +215,9 @@ impl Trainer {
                 "train.fp8_linears on the CPU: numbers are rounded as on a GPU and computed in f32, which takes longer than without"
             );
         }
+        control.enter(Phase::Fetching);
+        hub::bring(setup::model_paths(job), &Fetching(control))?;
+        control.enter(Phase::Loading);
         let models = setup::load_models(job, *device)?;
         let adapter_config = setup::adapter_config(job, &models);
         let data = setup::loader_config(job, &models)?;

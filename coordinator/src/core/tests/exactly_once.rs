@@ -502,7 +502,7 @@ impl Sim {
         while matches!(self.core.phase, JobPhase::Returning { .. }) {
             self.now += Duration::from_secs(1);
             for id in self.ids() {
-                let beat = Heartbeat { generation: self.core.generation(), step: Step(0), phase: Phase::Waiting, samples_read: 0 };
+                let beat = Heartbeat { generation: self.core.generation(), step: Step(0), phase: Phase::Waiting, reads: 0 };
                 self.say(id, FromWorker::Heartbeat(beat));
             }
             if self.core.next_deadline().is_some_and(|deadline| deadline <= self.now) {

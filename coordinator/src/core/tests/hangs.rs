@@ -7,8 +7,8 @@ impl World {
     fn spend(&mut self, seconds: u64, doing: &[(WorkerId, u64, Phase, u64)]) {
         for _ in 0..seconds {
             self.now += Duration::from_secs(1);
-            for &(worker, step, phase, samples_read) in doing {
-                let beat = Heartbeat { step: Step(step), phase, generation: self.core.generation(), samples_read };
+            for &(worker, step, phase, reads) in doing {
+                let beat = Heartbeat { step: Step(step), phase, generation: self.core.generation(), reads };
                 let _ = self.say(worker, FromWorker::Heartbeat(beat));
             }
             self.event(Event::Tick).unwrap();

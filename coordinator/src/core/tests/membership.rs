@@ -27,6 +27,30 @@ fn world_forms_when_every_rank_is_ready_and_members_are_in_rank_order() {
 }
 
 #[test]
+fn model_that_comes_slowly_ends_no_job_and_one_that_stops_coming_does() {
+    let mut world = World::new(config(2));
+    let (fetching, other) = (world.join(Some(0)).unwrap(), world.join(Some(1)).unwrap());
+    world.ready(other);
+    let fetch = |world: &mut World, reads| {
+        world.now += Duration::from_secs(1);
+        for (worker, phase, reads) in [(fetching, Phase::Fetching, reads), (other, Phase::Waiting, 0)] {
+            let beat = Heartbeat { step: Step(0), phase, generation: Generation::NONE, reads };
+            let _ = world.say(worker, FromWorker::Heartbeat(beat));
+        }
+        world.event(Event::Tick).unwrap();
+    };
+    for second in 1..=200 {
+        fetch(&mut world, second);
+    }
+    assert_eq!((world.core.state(), world.outcome()), ("rank 0 fetching models".into(), None));
+    for _ in 0..61 {
+        fetch(&mut world, 200);
+    }
+    let Some(Outcome::Failed { reason }) = world.outcome() else { panic!("{:?}", world.outcome()) };
+    assert!(reason.contains("rank 0 fetching models for 60 s (--join-timeout)"), "{reason}");
+}
+
+#[test]
 fn wrong_and_doubled_ranks_are_refused_with_their_reason() {
     let mut world = World::new(config(2));
     let error = world.join(Some(2)).unwrap_err();

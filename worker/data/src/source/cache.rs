@@ -172,17 +172,13 @@ fn remove(path: &Path) -> io::Result<()> {
 }
 
 fn address_of(url: &str) -> String {
-    hex(&Sha256::digest(url)[..12])
+    hex::encode(&Sha256::digest(url)[..12])
 }
 
 /// Names a version of a shard; `None` if its store does not tell versions apart.
 fn key_of(url: &str, identity: &Identity) -> Option<String> {
     let version = identity.etag.as_ref().or(identity.modified.as_ref())?;
-    Some(format!("{}-{}", address_of(url), hex(&Sha256::digest(version)[..8])))
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+    Some(format!("{}-{}", address_of(url), hex::encode(&Sha256::digest(version)[..8])))
 }
 
 /// Opens a shard if it is what its name says; removes it if not.

@@ -88,6 +88,7 @@ fn failure_of_status(status: StatusCode) -> Failure {
     match status {
         StatusCode::NOT_FOUND | StatusCode::GONE => Failure::Missing(text),
         StatusCode::REQUEST_TIMEOUT | StatusCode::TOO_EARLY | StatusCode::TOO_MANY_REQUESTS => Failure::Passing(text),
+        StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => Failure::Denied(text),
         status if status.is_server_error() => Failure::Passing(text),
         _ => Failure::Lasting(text),
     }

@@ -241,7 +241,7 @@ mod tests {
 
     fn refusal(troubles: &[Attempt]) -> String {
         match read(troubles, &options()) {
-            Err(Error::Store(StoreError { url, reason })) if url == "/nfs/0.tar" => reason,
+            Err(Error::Store(StoreError { url, reason, .. })) if url == "/nfs/0.tar" => reason,
             other => panic!("{other:?}"),
         }
     }

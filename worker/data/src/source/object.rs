@@ -36,7 +36,7 @@ impl Stores {
     ///
     /// Errors: [`Error::Store`] if the environment does not say how the store is reached.
     pub fn object(&self, kind: StoreKind, url: &str) -> Result<Stored> {
-        let fail = |reason: String| Error::Store(StoreError { url: url.into(), reason });
+        let fail = |reason: String| Error::Store(StoreError::new(url, reason));
         let authority = url.find("://").map_or(0, |at| at + 3);
         let (root, path) = match url[authority..].find('/') {
             Some(slash) => url.split_at(authority + slash),
@@ -124,7 +124,7 @@ fn failure_of(error: &object_store::Error) -> Failure {
         Error::NotFound { .. } => Failure::Missing("there is no such object".into()),
         Error::Precondition { .. } => Failure::Changed,
         Error::PermissionDenied { .. } | Error::Unauthenticated { .. } => {
-            Failure::Lasting(format!("{}; credentials come from the environment", with_sources(error)))
+            Failure::Denied(format!("{}; credentials come from the environment", with_sources(error)))
         }
         Error::InvalidPath { .. } | Error::NotSupported { .. } | Error::NotImplemented { .. } | Error::UnknownConfigurationKey { .. } => {
             Failure::Lasting(with_sources(error))

@@ -56,7 +56,7 @@ impl Patience {
             if warned.is_none_or(|last| last.elapsed() >= WARN_EVERY) {
                 *warned = Some(Instant::now());
                 tracing::warn!(
-                    "shard {} cannot be read for {:.0} s: {reason}; it is tried for up to {:.0} s",
+                    "{} cannot be read for {:.0} s: {reason}; it is tried for up to {:.0} s",
                     self.url,
                     lasted.as_secs_f64(),
                     give_up_after.as_secs_f64()

@@ -12,6 +12,7 @@ use std::time::Duration;
 use bytes::{Buf, Bytes};
 use futures::StreamExt;
 use futures::stream::BoxStream;
+use reqwest::header::{AUTHORIZATION, HeaderMap, HeaderValue};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinHandle;
 
@@ -61,6 +62,8 @@ pub enum Failure {
     Missing(String),
     /// It will not succeed: the store refuses, or has failed for too long.
     Lasting(String),
+    /// It will not succeed with these credentials.
+    Denied(String),
     /// The object is no longer the one that was begun.
     Changed,
     /// Nobody waits for it any more.
@@ -69,10 +72,11 @@ pub enum Failure {
 
 impl Failure {
     pub fn into_error(self, url: &str) -> Error {
-        let store = |reason: String| Error::Store(StoreError { url: url.into(), reason });
+        let store = |reason: String| Error::Store(StoreError::new(url, reason));
         match self {
             Self::Missing(text) => Error::Open { url: url.into(), source: io::Error::new(io::ErrorKind::NotFound, text) },
             Self::Passing(text) | Self::Lasting(text) => store(text),
+            Self::Denied(reason) => Error::Store(StoreError { denied: true, ..StoreError::new(url, reason) }),
             Self::Changed => store("it was changed while it was read; shards must stay as they are for the length of a job".into()),
             Self::Cancelled => Error::Cancelled,
         }
@@ -139,12 +143,21 @@ impl Drop for Remote {
 
 impl Remote {
     /// Errors: [`Error::Network`].
-    pub fn new(options: &SourceOptions) -> Result<Self> {
+    pub fn new(options: &SourceOptions, token: Option<&str>) -> Result<Self> {
         static PROVIDER: Once = Once::new();
         // Fails if the program has chosen one already, which serves as well.
         PROVIDER.call_once(|| drop(rustls::crypto::ring::default_provider().install_default()));
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).thread_name("data-remote").enable_all().build();
+        let mut headers = HeaderMap::new();
+        if let Some(token) = token {
+            let value = HeaderValue::from_str(&format!("Bearer {token}"));
+            let mut value = value.map_err(|_| Error::Network("the token holds a character that no header can".into()))?;
+            // Also keeps it from servers of other names that an answer points to.
+            value.set_sensitive(true);
+            headers.insert(AUTHORIZATION, value);
+        }
         let client = reqwest::Client::builder()
+            .default_headers(headers)
             .user_agent(concat!("peapod/", env!("CARGO_PKG_VERSION")))
             .connect_timeout(options.read_timeout)
             .build()
@@ -184,7 +197,7 @@ impl Remote {
                         Ok(Identity { size: Some(size), .. }) => Seen::Bytes(size),
                         Ok(_) => Seen::Unknown("its server does not tell its size".into()),
                         Err(Failure::Missing(_)) => Seen::Missing,
-                        Err(Failure::Passing(text) | Failure::Lasting(text)) => Seen::Unknown(text),
+                        Err(Failure::Passing(text) | Failure::Lasting(text) | Failure::Denied(text)) => Seen::Unknown(text),
                         Err(Failure::Changed) => Seen::Unknown("it is being changed".into()),
                         Err(Failure::Cancelled) => Seen::Unknown("interrupted".into()),
                     },
@@ -196,11 +209,12 @@ impl Remote {
         self.wait_for(async move { Ok(all.await) }, &|| false).unwrap_or_else(|_| vec![Seen::Unknown("interrupted".into()); num])
     }
 
-    /// Opens an object; waits for its first answer.
+    /// Opens an object at the byte `start`; waits for its first answer.
     pub fn open<'a>(
         &self,
         url: &str,
         object: Object,
+        start: u64,
         options: &SourceOptions,
         is_cancelled: IsCancelled<'a>,
         halt: &Halt,
@@ -208,7 +222,7 @@ impl Remote {
         let (send, messages) = channel();
         let patience = Arc::new(Patience { url: url.into(), options: options.clone(), warned: Mutex::new(None) });
         let task = async move {
-            let last = match produce(Arc::new(object), patience, &send).await {
+            let last = match produce(Arc::new(object), start, patience, &send).await {
                 Ok(()) => Message::End,
                 Err(failure) => Message::Failed(failure),
             };
@@ -382,19 +396,22 @@ impl Drop for RemoteReader<'_> {
 }
 
 /// Fetches an object and sends it on, no further ahead of its reader than a few chunks.
-async fn produce(object: Arc<Object>, patience: Arc<Patience>, send: &Sender<Message>) -> Result<(), Failure> {
+async fn produce(object: Arc<Object>, start: u64, patience: Arc<Patience>, send: &Sender<Message>) -> Result<(), Failure> {
     let chunk = patience.options.chunk_bytes.max(1);
     let mut first = Pieces {
         object,
         patience: patience.clone(),
         identity: Identity::default(),
-        at: 0,
-        end: Some(chunk),
+        at: start,
+        end: Some(start + chunk),
         in_parts: true,
         answer: None,
         failing: None,
     };
-    let (identity, is_part) = first.begin().await?;
+    let (mut identity, is_part) = first.begin().await?;
+    if patience.options.immutable {
+        identity = Identity { size: identity.size, ..Identity::default() };
+    }
     first.identity = identity.clone();
     if send.send(Message::Opened(identity.clone())).is_err() {
         return Ok(());
@@ -410,9 +427,9 @@ async fn produce(object: Arc<Object>, patience: Arc<Patience>, send: &Sender<Mes
         return produce_whole(first, chunk, &permits, send).await;
     };
     // The beginning is on its way already; the rest is asked for in parts of the same size.
-    first.end = Some(chunk.min(size));
+    first.end = Some((start + chunk).min(size));
     let (object, mut first) = (first.object.clone(), Some(first));
-    let starts = (0..).map(|number: u64| number * chunk).take_while(|&start| start < size);
+    let starts = (0..).map(|number: u64| start + number * chunk).take_while(|&start| start < size);
     let mut chunks = futures::stream::iter(starts)
         .map(|start| {
             let pieces = first.take().unwrap_or_else(|| Pieces {

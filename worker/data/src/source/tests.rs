@@ -136,7 +136,7 @@ fn refusals_are_not_tried_again() {
     let error = read(&server.url("1.tar")).unwrap_err();
     assert!(matches!(error, Error::Open { .. }) && error.to_string().ends_with("/1.tar: the server answers 404 Not Found"), "{error}");
     server.fail_next([Fault::Status(403)]);
-    assert_eq!(store_error(read(&url)), StoreError { url: url.clone(), reason: "the server answers 403 Forbidden".into() });
+    assert_eq!(store_error(read(&url)), StoreError { denied: true, ..StoreError::new(&url, "the server answers 403 Forbidden") });
     assert_eq!(server.take_requests().len(), 2);
 }
 
@@ -440,4 +440,27 @@ fn tar_is_kept_whole_though_its_readers_stop_at_its_end() {
         let end = read_shard(stream, &Bitmap::default(), |_| std::ops::ControlFlow::Continue(()));
         assert_eq!((end.unwrap().num_samples, num_reads(&server)), (1, reads));
     }
+}
+
+#[test]
+fn object_is_read_as_it_is_from_a_byte_on_with_a_token_for_its_server_alone() {
+    let (server, store) = (FileServer::start(), FileServer::start());
+    let bytes = content(3);
+    server.set_habits(Habits { token: Some(Some("secret")), ..Habits::default() });
+    store.set_habits(Habits { token: Some(None), fails_every: Some((3, Fault::CutAfter(10))), ..Habits::default() });
+    store.put("there", &bytes);
+    server.redirect("here", &store.url("there"));
+    let read = |sources: &Sources, start: u64| {
+        let mut stream = sources.open_as_it_is(&server.url("here"), start, || false)?;
+        let mut rest = Vec::new();
+        stream.read_to_end(&mut rest).unwrap();
+        stream.halt().check().map(|()| rest)
+    };
+    let known = Sources::new(SourceOptions { immutable: true, ..options() }).with_token("secret");
+    for start in [0, 1, 999, 1000, 5_500, SIZE as u64 - 1] {
+        assert_eq!(read(&known, start).unwrap(), bytes[start as usize..], "{start}");
+    }
+    let refused = store_error(read(&Sources::new(options()), 0));
+    assert!(refused.denied && refused.reason == "the server answers 401 Unauthorized", "{refused}");
+    assert!(matches!(read(&Sources::default().with_token("a\nb"), 0), Err(Error::Network(_))));
 }

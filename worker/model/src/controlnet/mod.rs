@@ -9,9 +9,10 @@ use std::path::Path;
 use tch::{Device, Kind, Tensor};
 
 pub use self::config::ControlNetConfig;
+use crate::hub::locate;
 use crate::nn::Conv2d;
 use crate::unet::{Added, Condition, Pass, Trunk};
-use crate::weights::{Scope, Weights, locate};
+use crate::weights::{Scope, Weights};
 use crate::{Error, Result};
 
 /// A frozen ControlNet.

@@ -13,8 +13,9 @@ use serde_json::Value;
 
 use self::keys::{Half, Key, Spelling};
 use self::names::Names;
+use crate::hub::locate;
 use crate::source::Part;
-use crate::weights::{Addition, Additions, Stored, Weights, locate};
+use crate::weights::{Addition, Additions, Stored, Weights};
 use crate::{Error, Result};
 
 /// Where PEFT says in a file's metadata what its factors are to be multiplied by.

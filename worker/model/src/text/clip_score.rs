@@ -8,8 +8,9 @@ use tch::{Device, Kind, Tensor, no_grad_guard};
 use super::clip::{Activation, ClipTextEncoder, Layer};
 use super::tokenizer::TextTokenizer;
 use crate::config::{num_layers, read_config, width};
+use crate::hub::locate;
 use crate::nn::{LayerNorm, Linear};
-use crate::weights::{Frozen, Scope, Weights, locate};
+use crate::weights::{Frozen, Scope, Weights};
 use crate::{Error, Result};
 
 /// Mean and deviation of the channels of the pictures CLIP was trained on.

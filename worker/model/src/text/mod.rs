@@ -20,6 +20,7 @@ pub use clip::{ClipTextEncoder, ClipTextStates};
 pub use clip_score::ClipScorer;
 pub use english::{Conditioning, EnglishEncoders, Sd15TextEncoder};
 pub use sdxl::{SdxlTextEncoders, TextStates};
+pub(crate) use source::own_weights;
 pub use student::{StudentEncoder, StudentOptions};
 pub use t5::T5Encoder;
 pub(crate) use tokenizer::fuzz_sentencepiece;

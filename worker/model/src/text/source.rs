@@ -1,5 +1,6 @@
 //! What a folder of a published text encoder holds: its settings, its weights, and how its library cleans texts.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
@@ -127,15 +128,20 @@ fn layer_key(layer: usize) -> String {
     format!(".encoder.layer.{layer}.attention.self.query.weight")
 }
 
+fn is_chinese_clip_file(name: &str) -> bool {
+    let (start, ends) = CHINESE_CLIP_WEIGHTS;
+    name.starts_with(start) && ends.iter().any(|end| name.ends_with(end))
+}
+
 /// The only weight file of Chinese-CLIP's authors in a folder, if there is one.
 fn chinese_clip_file(dir: &Path) -> Result<Option<PathBuf>> {
     let failed = |source| Error::Io { path: dir.into(), source };
-    let (start, ends) = CHINESE_CLIP_WEIGHTS;
+    let (start, _) = CHINESE_CLIP_WEIGHTS;
     let mut files = Vec::new();
     for entry in std::fs::read_dir(dir).map_err(failed)? {
         let entry = entry.map_err(failed)?;
         let name = entry.file_name();
-        if name.to_str().is_some_and(|name| name.starts_with(start) && ends.iter().any(|end| name.ends_with(end))) {
+        if name.to_str().is_some_and(is_chinese_clip_file) {
             files.push(entry.path());
         }
     }
@@ -143,6 +149,15 @@ fn chinese_clip_file(dir: &Path) -> Result<Option<PathBuf>> {
         return Err(Error::Invalid { path: dir.into(), reason: format!("holds {} files {start}*: which one is meant?", files.len()) });
     }
     Ok(files.pop())
+}
+
+/// Of the files of a folder, the weights of a layout that is not transformers'; as [`Source::open`] finds them.
+pub(crate) fn own_weights<'a>(files: &BTreeSet<&'a str>) -> Option<&'a str> {
+    if files.contains("open_clip_config.json") {
+        return OPEN_CLIP_WEIGHTS.iter().find_map(|name| files.get(name).copied());
+    }
+    let mut of_chinese_clip = files.iter().copied().filter(|name| is_chinese_clip_file(name));
+    of_chinese_clip.next().filter(|_| of_chinese_clip.next().is_none())
 }
 
 /// The sizes of models that open_clip names in its own configurations.

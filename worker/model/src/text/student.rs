@@ -14,7 +14,8 @@ use super::dropout::Dropout;
 use super::source::{CHINESE_CLIP_LAYERS, Source, chinese_clip_sizes};
 use super::t5::T5Encoder;
 use super::tokenizer::{TextTokenizer, TokenizerKind};
-use crate::weights::{Frozen, Survey, Weights, locate};
+use crate::hub::locate;
+use crate::weights::{Frozen, Survey, Weights};
 use crate::{Error, Result};
 
 /// The folders of a pair of encoders whose states are put side by side, in that order.

@@ -7,7 +7,6 @@
 mod addition;
 mod entry;
 mod frozen;
-mod hub;
 mod random;
 mod safetensors_file;
 mod single_file;
@@ -28,13 +27,12 @@ use tch::{Device, Kind, Tensor};
 pub(crate) use self::addition::{Addition, Additions};
 use self::entry::{Entries, Entry};
 pub use self::frozen::Frozen;
-pub use self::hub::locate;
 use self::random::Random;
 pub use self::single_file::{Marks, SingleFile};
 use crate::{Error, Result};
 
 /// Names under which the published model folders hold their weights, in the order they are looked for.
-const FILE_NAMES: [&str; 14] = [
+const FILE_NAMES: [&str; 16] = [
     "diffusion_pytorch_model.safetensors",
     "model.safetensors",
     "diffusion_pytorch_model.safetensors.index.json",
@@ -49,6 +47,9 @@ const FILE_NAMES: [&str; 14] = [
     "pytorch_model.bin.index.json",
     "diffusion_pytorch_model.fp16.bin",
     "pytorch_model.fp16.bin",
+    // LoRAs, of diffusers and of peft.
+    "pytorch_lora_weights.safetensors",
+    "adapter_model.safetensors",
 ];
 
 /// One model's tensors, by name, with an account of which were used.
@@ -109,7 +110,7 @@ impl Weights {
     ///
     /// `path` is a safetensors file, a file of `torch.save` (`.bin`, `.pt`, `.ckpt`: the content decides, not the name), the
     /// `*.index.json` of a sharded one, or a folder that holds any of them under one of the names in use (`diffusion_pytorch_model.*`,
-    /// `model.*`, `pytorch_model.*`); safetensors are preferred. No code in a torch file is run: what is not a tensor in a dict is an
+    /// `model.*`, `pytorch_model.*`, a LoRA's); safetensors are preferred. No code in a torch file is run: what is not a tensor in a dict is an
     /// error that names it.
     ///
     /// Errors: [`Error::Io`] if a file cannot be opened; [`Error::Invalid`] if the folder holds none, if a header is damaged or does
@@ -437,11 +438,14 @@ pub(crate) fn channels_last(map: &Tensor) -> Tensor {
     map.permute([0, 2, 3, 1]).contiguous().permute([0, 3, 1, 2])
 }
 
+/// The first of the names in use that is there.
+pub(crate) fn preferred(is_there: impl Fn(&str) -> bool) -> Option<&'static str> {
+    FILE_NAMES.into_iter().find(|name| is_there(name))
+}
+
 fn find_in_folder(folder: &Path) -> Result<PathBuf> {
-    FILE_NAMES
-        .iter()
+    preferred(|name| folder.join(name).is_file())
         .map(|name| folder.join(name))
-        .find(|path| path.is_file())
         .ok_or_else(|| invalid(folder, format!("holds no weights; looked for {}", FILE_NAMES.join(", "))))
 }
 

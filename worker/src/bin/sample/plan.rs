@@ -7,8 +7,10 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, ensure};
 use peapod_model::sample::{SampleOptions, SolverChoice};
 use peapod_model::vae::Decoding;
+use peapod_proto::program;
 use peapod_worker::draw::{Files, InputFiles, Inputs, Precision, Road, Setup, read_latents};
 use peapod_worker::grid::Typeface;
+use peapod_worker::hub::{self, Watch};
 use peapod_worker::numbers::Numbers;
 use tch::{Device, Tensor};
 
@@ -95,7 +97,7 @@ pub fn plan(args: Args, device: Device) -> anyhow::Result<Plan> {
     let is_png = args.out.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("png"));
     ensure!(is_png && !args.out.is_dir(), "--out {} must name a .png file", args.out.display());
 
-    let setup = Setup::check(&Files {
+    let files = Files {
         model: args.model.clone(),
         model_config: args.model_config.clone(),
         adapters: args.adapters.clone(),
@@ -105,7 +107,13 @@ pub fn plan(args: Args, device: Device) -> anyhow::Result<Plan> {
         loras: args.loras.iter().map(|lora| (lora.path.clone(), lora.scale)).collect(),
         control: args.controlnet.clone(),
         precision: Precision { networks: args.dtype.map(Numbers::kind), vae: args.vae_dtype },
-    })?;
+    };
+    hub::bring(files.names().chain(args.clip.as_deref()), &Say)?;
+    for (adapter, encoder) in files.encoders_named_by_adapters() {
+        let context = || format!("adapter {} was trained for this encoder; --student says where it is", adapter.display());
+        hub::bring([encoder.as_path()], &Say).with_context(context)?;
+    }
+    let setup = Setup::check(&files)?;
     let inputs = inputs(&args, &setup)?;
     let (width, height) = inputs.size().unwrap_or((setup.native_side(), setup.native_side()));
     let mut options = SampleOptions {
@@ -148,6 +156,15 @@ pub fn plan(args: Args, device: Device) -> anyhow::Result<Plan> {
         Target::Files(numbered(&args.out, asked.len()))
     };
     Ok(Plan { setup, options, inputs, noise, asked, roads, titles, target, latents_out: args.latents_out, clip: args.clip, settings })
+}
+
+/// Tells of models that are fetched.
+struct Say;
+
+impl Watch for Say {
+    fn say(&self, line: &str) {
+        program::say(line);
+    }
 }
 
 /// Reads the pictures that are given as input.

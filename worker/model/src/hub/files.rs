@@ -1,0 +1,149 @@
+//! Which files of a repository a model is loaded from. Repositories hold the same weights several times over, for other programs.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use crate::text::own_weights;
+use crate::weights::preferred;
+
+/// Folders of a model in the layout of diffusers; the last is a student encoder that a model comes with.
+const MODEL_FOLDERS: [&str; 8] =
+    ["scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "vae", "text_encoder_zh"];
+
+/// Folders of a pair of student encoders.
+const PAIR_FOLDERS: [&str; 2] = ["xlm_roberta", "chinese_clip"];
+
+/// Endings of configurations, vocabularies and the like, which are small.
+const SMALL: [&str; 3] = [".json", ".txt", ".model"];
+
+/// Picks, of the names of all files in a repository, those that loading it reads: configurations, vocabularies, and of each network's weights
+/// those that [`Weights::open`](crate::weights::Weights::open) would take.
+///
+/// Where there is a `unet/config.json` it is a model in the layout of diffusers, and only its parts count; where there is a pair of student
+/// encoders, only they; else what lies in no folder.
+#[must_use]
+pub fn files_to_load<'a>(names: &[&'a str]) -> Vec<&'a str> {
+    let mut folders: BTreeMap<&str, BTreeSet<&'a str>> = BTreeMap::new();
+    for name in names {
+        let (folder, file) = name.rsplit_once('/').unwrap_or(("", name));
+        folders.entry(folder).or_default().insert(file);
+    }
+    let configured = |folder: &str| folders.get(folder).is_some_and(|files| files.contains("config.json"));
+    let wanted: &[&str] = match () {
+        () if configured("unet") => &MODEL_FOLDERS,
+        () if PAIR_FOLDERS.into_iter().all(configured) => &PAIR_FOLDERS,
+        () => &[""],
+    };
+    let picked: Vec<(&str, BTreeSet<&str>)> =
+        wanted.iter().filter_map(|folder| Some((*folder, files_of_folder(folders.get(folder)?)))).collect();
+    let is_picked = |name: &&str| {
+        let (folder, file) = name.rsplit_once('/').unwrap_or(("", name));
+        // Not read here, but by Python's pipelines, which find the model in the same cache.
+        let is_index = *name == "model_index.json" && configured("unet");
+        is_index || picked.iter().any(|(wanted, files)| *wanted == folder && files.contains(file))
+    };
+    names.iter().copied().filter(is_picked).collect()
+}
+
+fn files_of_folder<'a>(files: &BTreeSet<&'a str>) -> BTreeSet<&'a str> {
+    let is_index = |file: &str| file.ends_with(".json") && file.contains(".index.");
+    let small = |file: &&str| SMALL.iter().any(|end| file.ends_with(end)) && !is_index(file);
+    let mut wanted: BTreeSet<&str> = files.iter().copied().filter(small).collect();
+    let weights = own_weights(files).or_else(|| preferred(|name| files.contains(name)).and_then(|name| files.get(name).copied()));
+    wanted.extend(weights);
+    if let Some(index) = weights.filter(|file| is_index(file)) {
+        let (stem, rest) = index.split_once('.').unwrap_or((index, ""));
+        let (is_half, kind) = (rest.contains("fp16"), if rest.starts_with("bin") { ".bin" } else { ".safetensors" });
+        let is_part =
+            |file: &&str| file.starts_with(stem) && file.contains("-of-") && file.ends_with(kind) && file.contains("fp16") == is_half;
+        wanted.extend(files.iter().copied().filter(is_part));
+    }
+    wanted
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[track_caller]
+    fn picks(names: &[&str], expected: &[&str]) {
+        assert_eq!(files_to_load(names), expected);
+    }
+
+    #[test]
+    fn of_a_model_the_parts_are_taken_and_of_each_part_one_set_of_weights() {
+        picks(
+            &[
+                "README.md",
+                "01.png",
+                "model_index.json",
+                "sd_xl_base_1.0.safetensors",
+                "sd_xl_base_1.0_0.9vae.safetensors",
+                "scheduler/scheduler_config.json",
+                "text_encoder/config.json",
+                "text_encoder/flax_model.msgpack",
+                "text_encoder/model.fp16.safetensors",
+                "text_encoder/model.onnx",
+                "text_encoder/model.safetensors",
+                "tokenizer/merges.txt",
+                "tokenizer/vocab.json",
+                "unet/config.json",
+                "unet/diffusion_pytorch_model.bin",
+                "unet/diffusion_pytorch_model.fp16.safetensors",
+                "unet/diffusion_pytorch_model.safetensors",
+                "unet/model.onnx_data",
+                "vae/config.json",
+                "vae/diffusion_pytorch_model.fp16.safetensors",
+                "vae_1_0/config.json",
+                "vae_1_0/diffusion_pytorch_model.safetensors",
+            ],
+            &[
+                "model_index.json",
+                "scheduler/scheduler_config.json",
+                "text_encoder/config.json",
+                "text_encoder/model.safetensors",
+                "tokenizer/merges.txt",
+                "tokenizer/vocab.json",
+                "unet/config.json",
+                "unet/diffusion_pytorch_model.safetensors",
+                "vae/config.json",
+                "vae/diffusion_pytorch_model.fp16.safetensors",
+            ],
+        );
+    }
+
+    #[test]
+    fn parts_of_weights_come_with_their_index() {
+        let parts = |half: &str| {
+            ["model.safetensors.index", "model-00001-of-00002", "model-00002-of-00002"]
+                .map(|name| if name.ends_with("index") { format!("{name}{half}.json") } else { format!("{name}{half}.safetensors") })
+        };
+        let (whole, half) = (parts(""), parts(".fp16"));
+        let names: Vec<&str> = ["config.json", "pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json"]
+            .into_iter()
+            .chain(whole.iter().map(String::as_str))
+            .chain(half.iter().map(String::as_str))
+            .collect();
+        picks(&names, &["config.json", &whole[0], &whole[1], &whole[2]]);
+        let halves: Vec<&str> = names.iter().copied().filter(|name| !whole.iter().any(|other| other == name)).collect();
+        picks(&halves, &["config.json", &half[0], &half[1], &half[2]]);
+    }
+
+    #[test]
+    fn of_an_encoder_what_its_loader_would_take_is_taken() {
+        picks(
+            &["README.md", "clip_cn_vit-h-14.pt", "config.json", "pytorch_model.bin", "vocab.txt", "onnx/model.onnx"],
+            &["clip_cn_vit-h-14.pt", "config.json", "vocab.txt"],
+        );
+        picks(&["clip_cn_a.pt", "clip_cn_b.pt", "config.json", "pytorch_model.bin"], &["config.json", "pytorch_model.bin"]);
+        picks(
+            &["open_clip_config.json", "open_clip_pytorch_model.bin", "pytorch_model.bin", "sentencepiece.bpe.model"],
+            &["open_clip_config.json", "open_clip_pytorch_model.bin", "sentencepiece.bpe.model"],
+        );
+        picks(
+            &["chinese_clip/config.json", "chinese_clip/model.safetensors", "config.json", "xlm_roberta/config.json", "other/config.json"],
+            &["chinese_clip/config.json", "chinese_clip/model.safetensors", "xlm_roberta/config.json"],
+        );
+        picks(&["pytorch_lora_weights.safetensors", "image.png"], &["pytorch_lora_weights.safetensors"]);
+        picks(&["data.csv", "nothing/config.json"], &[]);
+    }
+}
