@@ -7,9 +7,9 @@
 
 use std::collections::{HashSet, VecDeque};
 use std::fmt::Write as _;
-use std::hash::{DefaultHasher, Hasher};
 
 use super::*;
+use crate::store::sha256;
 
 mod hands;
 use hands::Hand;
@@ -109,19 +109,11 @@ impl Moment {
         moment
     }
 
-    fn key(&self) -> (u64, u64) {
-        struct Both(DefaultHasher, DefaultHasher);
-        impl std::fmt::Write for Both {
-            fn write_str(&mut self, text: &str) -> std::fmt::Result {
-                self.0.write(text.as_bytes());
-                self.1.write(text.as_bytes());
-                Ok(())
-            }
-        }
-        let mut both = Both(DefaultHasher::new(), DefaultHasher::new());
-        both.1.write_u8(1);
-        write!(both, "{self:?}").unwrap();
-        (both.0.finish(), both.1.finish())
+    /// What tells it from other moments; `text` is room to write in.
+    fn key(&self, text: &mut String) -> [u8; 32] {
+        text.clear();
+        write!(text, "{self:?}").unwrap();
+        sha256(text.as_bytes())
     }
 
     fn hand_of(&self, id: WorkerId) -> Option<usize> {
@@ -455,7 +447,8 @@ impl Job {
     /// Looks at every state that can be reached; returns how many there are and how many of them are ends.
     fn explore(self) -> Result<(usize, usize), Violation> {
         let first = Moment::new(self);
-        let mut seen = HashSet::from([first.key()]);
+        let mut text = String::new();
+        let mut seen = HashSet::from([first.key(&mut text)]);
         let mut paths: Vec<(usize, Act)> = vec![(0, Act::Join)];
         let mut queue = VecDeque::from([(0, first)]);
         let mut ends = 0;
@@ -494,7 +487,7 @@ impl Job {
                 if let Err(problem) = result {
                     return Err(told(&paths, paths.len() - 1, &problem));
                 }
-                match seen.insert(next.key()) {
+                match seen.insert(next.key(&mut text)) {
                     true => queue.push_back((paths.len() - 1, next)),
                     false => drop(paths.pop()),
                 }
