@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use peapod_data::{Seen, SourceOptions, Sources};
 use peapod_proto::ids::SampleName;
-use peapod_proto::job::Job;
+use peapod_proto::job::{Job, JobArgs, JobFile};
 
 use crate::core::order::Source;
 
@@ -56,15 +56,9 @@ const MISSING_SHOWN: usize = 5;
 ///
 /// # Errors
 /// One line for each thing that is wrong, with the file's name.
-pub fn load(path: &Path) -> Result<LoadedJob, String> {
-    let toml = std::fs::read_to_string(path).map_err(|error| {
-        let hint = if error.kind() == std::io::ErrorKind::NotFound { "; `coordinator init` writes one to start from" } else { "" };
-        format!("cannot read job file {}: {error}{hint}", path.display())
-    })?;
-    let job = Job::parse(&toml).map_err(|error| {
-        let lines = error.problems.iter().map(|problem| format!("{}: {problem}", path.display()));
-        lines.collect::<Vec<_>>().join("\n")
-    })?;
+pub fn load(args: &JobArgs) -> Result<LoadedJob, String> {
+    let JobFile { job, text: toml } = args.read()?;
+    let path = &args.job;
     let (shards, sources) = expand(&job).map_err(|error| format!("{}: {error}", path.display()))?;
     let visible = look(&shards);
     Ok(LoadedJob { job, toml, shards: shards.into(), sources: sources.into(), visible })
@@ -169,8 +163,9 @@ impl Visibility {
 ///
 /// # Errors
 /// As [`load`], for shards that are missing, and with the worker's words for models that do not fit.
-pub fn report(path: &Path, worker: &Path) -> Result<String, String> {
-    let LoadedJob { job, shards, sources, visible, .. } = load(path)?;
+pub fn report(args: &JobArgs, worker: &Path) -> Result<String, String> {
+    let LoadedJob { job, shards, sources, visible, .. } = load(args)?;
+    let path = &args.job;
     visible.judge(false)?;
     let mut text = format!("{} is a valid job: {}\n", path.display(), job.name);
     let length = match (job.train.steps, job.train.epochs) {
@@ -179,11 +174,14 @@ pub fn report(path: &Path, worker: &Path) -> Result<String, String> {
         _ => String::new(),
     };
     let _ = writeln!(text, "  {length}, {} samples a step, in parts of {}", job.train.global_batch, job.train.micro_batch);
+    for oddity in job.oddities() {
+        let _ = writeln!(text, "  {oddity}");
+    }
     let _ = writeln!(text, "  {}", visible.describe(shards.len()));
     for Source { name, num_shards, weight } in sources.iter().filter(|source| !source.name.is_empty()) {
         let _ = writeln!(text, "    {name}: {num_shards} shards, weight {weight}");
     }
-    match Shapes::check(path, worker) {
+    match Shapes::check(args, worker) {
         Shapes::Fit(lines) => text.extend(lines.lines().map(|line| format!("  {line}\n"))),
         Shapes::Refused(problem) => return Err(format!("{}: {problem}", path.display())),
         Shapes::NotChecked(reason) => {
@@ -211,8 +209,8 @@ enum Shapes {
 const REFUSED: i32 = 2;
 
 impl Shapes {
-    fn check(job: &Path, worker: &Path) -> Self {
-        let output = match Command::new(worker).args(["check", "--partial", "--job"]).arg(job).output() {
+    fn check(job: &JobArgs, worker: &Path) -> Self {
+        let output = match Command::new(worker).args(["check", "--partial"]).args(job.to_arguments()).output() {
             Ok(output) => output,
             Err(error) => return Self::NotChecked(format!("cannot run {}: {error}", worker.display())),
         };
@@ -233,12 +231,12 @@ impl Shapes {
 mod tests {
     use super::*;
 
-    fn job(folder: &Path, shards: &str) -> std::path::PathBuf {
+    fn job(folder: &Path, shards: &str) -> JobArgs {
         let path = folder.join("job.toml");
         let text =
             format!("[model]\npath=\"m\"\n[student]\npath=\"s\"\n[data]\nshards=[\"{}/{shards}\"]\n[train]\nsteps=1\n", folder.display());
         std::fs::write(&path, text).unwrap();
-        path
+        path.into()
     }
 
     /// A worker program that says this and ends with this code.
@@ -256,6 +254,11 @@ mod tests {
         let path = job(folder.path(), "00.tar");
         let fit = worker(folder.path(), "echo \"model m: $1 $2 $3\"");
         assert!(report(&path, &fit).unwrap().contains("\n  model m: check --partial --job\n"));
+        let all = worker(folder.path(), "shift 4; echo \"$*\"");
+        let changed = JobArgs { set: vec!["train.steps=7".parse().unwrap()], ..path.clone() };
+        let said = report(&changed, &all).unwrap();
+        assert!(said.contains("\n  7 steps, ") && said.contains("\n  --set train.steps=7\n"), "{said}");
+        assert!(said.contains("\n  train.warmup_steps (100) leaves none of 7 steps"), "{said}");
         let refuse = worker(folder.path(), "echo 'worker: model.path: conv_in.weight' >&2; exit 2");
         let error = report(&path, &refuse).unwrap_err();
         assert!(error.ends_with("job.toml: model.path: conv_in.weight"), "{error}");
@@ -302,15 +305,15 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         std::fs::write(folder.path().join("list.txt"), "# nothing yet\n").unwrap();
         let path = job(folder.path(), "00.tar");
-        let text = std::fs::read_to_string(&path)
+        let text = std::fs::read_to_string(&path.job)
             .unwrap()
             .replace(&format!("{}/00.tar", folder.path().display()), &format!("@{}/list.txt", folder.path().display()));
-        std::fs::write(&path, text).unwrap();
+        std::fs::write(&path.job, text).unwrap();
         assert!(load(&path).unwrap_err().ends_with("data.shards: no shard is named by its lists"));
     }
 
     #[test]
     fn missing_job_file_says_how_to_get_one() {
-        assert!(load(Path::new("nowhere/job.toml")).unwrap_err().contains("coordinator init"));
+        assert!(load(&std::path::PathBuf::from("nowhere/job.toml").into()).unwrap_err().contains("coordinator init"));
     }
 }

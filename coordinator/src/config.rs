@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 use peapod_proto::DEFAULT_PORT;
+use peapod_proto::job::JobArgs;
 use peapod_proto::program::{LogArgs, Pages};
 use peapod_proto::secure::AccessArgs;
 
@@ -52,11 +53,7 @@ pub enum Command {
         path: PathBuf,
     },
     /// Check a job file, its shard list and its models' shapes, start nothing
-    Check {
-        /// Job file
-        #[arg(long, default_value = "job.toml")]
-        job: PathBuf,
-    },
+    Check(JobArgs),
     /// Print the reference of the job file: every key with its type, default, range and meaning (Markdown)
     Reference,
     /// List a job's checkpoints, or copy an adapter out of one
@@ -207,9 +204,9 @@ pub struct RunArgs {
     /// Workers that are enough to train: the world grows and shrinks between this and --world-size [default: --world-size]
     #[arg(long)]
     pub min_world_size: Option<u32>,
-    /// Job file
-    #[arg(long, default_value = "job.toml")]
-    pub job: PathBuf,
+    /// Which job
+    #[command(flatten)]
+    pub job: JobArgs,
     /// Start the workers too, on this machine
     #[arg(long)]
     pub local: bool,

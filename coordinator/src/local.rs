@@ -12,6 +12,7 @@ use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, BufReader};
 use tokio::process::{Child, Command as Program};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
+use tracing::Level;
 
 use peapod_proto::ids::Step;
 
@@ -247,10 +248,25 @@ fn forward(rank: u32, pipe: Option<impl AsyncRead + Unpin + Send + 'static>, log
     tokio::spawn(async move {
         let mut pipe = BufReader::new(pipe);
         while let Some(line) = next_line(&mut pipe).await {
-            tracing::info!(target: "worker", "[{rank}] {line}");
+            match told(&line) {
+                (Level::ERROR, text) => tracing::error!(target: "worker", "[{rank}] {text}"),
+                (Level::WARN, text) => tracing::warn!(target: "worker", "[{rank}] {text}"),
+                (_, text) => tracing::info!(target: "worker", "[{rank}] {text}"),
+            }
             log.push(&line);
         }
     });
+}
+
+/// What a child's line says, and how serious that is: the coordinator's own line has a time.
+fn told(line: &str) -> (Level, &str) {
+    let of_log = || {
+        let (time, rest) = line.split_once(' ')?;
+        let (level, text) = rest.trim_start().split_once(' ')?;
+        let is_time = time.len() > 20 && time.ends_with('Z') && time.contains('T');
+        Some((level.parse().ok()?, text)).filter(|_| is_time)
+    };
+    of_log().unwrap_or((Level::INFO, line))
 }
 
 /// The next line of a child, whatever bytes are in it; one that is too long comes in pieces.
@@ -296,6 +312,15 @@ mod tests {
         assert!(budget.take(Some(Step(200))));
         let mut none = Budget { max: 0, used: 0, checkpoint: None };
         assert!(!none.take(None) && !none.take(Some(Step(1))));
+    }
+
+    #[test]
+    fn lines_of_a_childs_log_keep_their_level_and_lose_their_time() {
+        assert_eq!(told("2026-11-30T13:54:20.536891Z  WARN slow disk"), (Level::WARN, "slow disk"));
+        assert_eq!(told("2026-11-30T13:54:20.536891Z  INFO  two"), (Level::INFO, " two"));
+        for other in ["worker: the job ended", "2026-11-30T13:54:20.536891Z", "NCCL INFO Z", "", "2026-11-30T13:54:20.536891Z OTHER x"] {
+            assert_eq!(told(other), (Level::INFO, other));
+        }
     }
 
     #[test]

@@ -51,7 +51,7 @@ fn fail(reason: &str, code: u8) -> ExitCode {
 async fn answer(command: Command, out: &mut impl Write) -> anyhow::Result<Exit> {
     match command {
         Command::Init { demo, path } => return init(&path, if demo { DEMO } else { TEMPLATE }, out),
-        Command::Check { job } => match check::report(&job, &Local::find_program()) {
+        Command::Check(job) => match check::report(&job, &Local::find_program()) {
             Ok(report) => write!(out, "{report}")?,
             Err(problem) => return Ok(Exit::Refused(problem)),
         },

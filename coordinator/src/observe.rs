@@ -4,7 +4,7 @@ use std::io::{self, BufWriter, IsTerminal, Read, Seek, Write};
 use std::path::Path;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::{HumanDuration, ProgressBar, ProgressStyle};
 use peapod_proto::ids::{Step, WorkerId};
 use peapod_proto::job::Job;
 use peapod_proto::message::{StepLosses, StepRecord, StepTimings, ValidationLosses};
@@ -25,7 +25,10 @@ impl Bar {
     /// A bar on a terminal; hidden elsewhere.
     #[must_use]
     pub fn new() -> Self {
-        if io::stderr().is_terminal() { Self(ProgressBar::no_length()) } else { Self(ProgressBar::hidden()) }
+        let bar = if io::stderr().is_terminal() { ProgressBar::no_length() } else { ProgressBar::hidden() };
+        // Until it is known how long the job is.
+        let style = ProgressStyle::with_template("{msg}").unwrap_or_else(|_| ProgressStyle::default_bar());
+        Self(bar.with_style(style).with_message("starting"))
     }
 
     /// Takes the bar off the terminal while something else is printed there.
@@ -195,7 +198,7 @@ impl Observer {
     #[must_use]
     pub fn new(bar: Bar, logs: Logs, validation: Validation, step: Step, last_step: Option<u64>) -> Self {
         let template = match last_step {
-            Some(_) => "{bar:30} step {pos}/{len}  {msg}  {eta} left",
+            Some(_) => "{bar:30} step {pos}/{len}  {msg}",
             None => "{spinner} step {pos}  {msg}",
         };
         if let Ok(style) = ProgressStyle::with_template(template) {
@@ -205,7 +208,7 @@ impl Observer {
             bar.0.set_length(last);
         }
         bar.0.set_position(step.0);
-        bar.0.reset_eta();
+        bar.0.set_message("waiting for workers");
         Self {
             bar,
             logs,
@@ -260,9 +263,7 @@ impl Observer {
         self.write_logs(record, timings);
         self.history.committed(self.started.elapsed(), record, timings);
         self.step_to_tensorboard(record);
-        let StepLosses { task, logit, feature, .. } = self.shown;
-        let rate = self.samples_per_second();
-        let line = format!("task {task:.4}  logit {logit:.4}  feature {feature:.3}  {rate:.0} samples/s");
+        let line = self.line(record.step);
         self.bar.0.set_position(record.step.0);
         self.bar.0.set_message(line.clone());
         if self.bar.0.is_hidden() && (self.last_line.elapsed() >= LINE_EVERY || self.losses.num_steps() == 1) {
@@ -270,6 +271,18 @@ impl Observer {
             let of = self.last_step.map_or_else(String::new, |last| format!("/{last}"));
             tracing::info!("step {}{of}  {line}", record.step);
         }
+    }
+
+    /// Where the job stands, how fast it is, and how long it takes at that pace.
+    fn line(&self, step: Step) -> String {
+        let StepLosses { task, logit, feature, learning_rate, .. } = self.shown;
+        let losses = format!("task {task:.4}  logit {logit:.4}  feature {feature:.3}  lr {learning_rate:.2e}");
+        // Not of the first step, nor of those of an earlier run.
+        let Some((samples, seconds)) = self.history.series.pace().filter(|_| self.samples_after_first > 0) else { return losses };
+        let steps = self.last_step.map_or(0, |last| last.saturating_sub(step.0));
+        let left = Duration::try_from_secs_f64(seconds * steps as f64).ok().filter(|left| !left.is_zero());
+        let left = left.map_or_else(String::new, |left| format!("  {} left", HumanDuration(left)));
+        format!("{losses}  {samples:.0} samples/s{left}")
     }
 
     fn step_to_tensorboard(&mut self, record: &StepRecord) {
@@ -464,11 +477,13 @@ mod tests {
                 names: vec![SampleName { epoch: Epoch(0), shard: ShardId(1), index: step }],
                 native: u32::from(step <= 5),
                 skipped: step == 5,
-                losses: StepLosses { feature: (21 - step) as f32, ..StepLosses::default() },
+                losses: StepLosses { feature: (21 - step) as f32, learning_rate: 1e-4, ..StepLosses::default() },
                 validation: None,
             };
             observer.committed(&record, StepTimings::default());
         }
+        let line = observer.line(Step(20));
+        assert!(line.starts_with("task 0.0000  logit 0.0000  feature ") && line.contains("  lr 1.00e-4"), "{line}");
         let summary = observer.finish().unwrap();
         assert_eq!((summary.steps, summary.samples, summary.first.feature, summary.last.feature), (19, 20, 20.0, 1.5));
         assert!((summary.native_share - 4.0 / 19.0).abs() < 1e-12, "the native sample of the skipped step is in no weights");

@@ -154,7 +154,9 @@ mod tests {
         Cli::command().debug_assert();
         let parse = |arguments: &[&str]| Cli::try_parse_from(["worker"].iter().chain(arguments));
         let check = parse(&["check", "--job", "a.toml"]).unwrap();
-        assert!(matches!(check.command, Some(Command::Check(check::Options { job, partial: false, .. })) if job.as_os_str() == "a.toml"));
+        assert!(
+            matches!(check.command, Some(Command::Check(check::Options { job, partial: false, .. })) if job.job.as_os_str() == "a.toml")
+        );
         assert!(parse(&[]).unwrap_err().to_string().contains("--coordinator"));
         assert!(parse(&["--coordinator", "http://a:1", "check"]).is_err());
     }

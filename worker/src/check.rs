@@ -4,14 +4,14 @@
 mod memory;
 
 use std::fmt::Write as _;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use peapod_model::adapter::AdapterConfig;
 use peapod_model::hub::{HubName, locate};
 use peapod_model::source::{ModelSource, Part};
 use peapod_model::text::StudentEncoder;
 use peapod_model::weights::Survey;
-use peapod_proto::job::Job;
+use peapod_proto::job::{Job, JobArgs};
 use tch::{Device, Kind};
 
 use self::memory::Need;
@@ -22,9 +22,9 @@ use crate::{bandwidth, numbers, setup};
 /// What to look at.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Options {
-    /// Job file
-    #[arg(long, default_value = "job.toml")]
-    pub job: PathBuf,
+    /// Which job
+    #[command(flatten)]
+    pub job: JobArgs,
     /// Device they would be loaded on: auto, cpu, cuda or cuda:N
     #[arg(long, default_value = "auto")]
     pub device: Choice,
@@ -49,8 +49,8 @@ pub struct Options {
 /// # Errors
 /// The first thing that is wrong: what loading would answer, or what would fail in the first step.
 pub fn report(options: &Options, device: Device) -> Result<String, String> {
-    let Options { job: path, partial, .. } = options;
-    let job = setup::read_job(path)?;
+    let Options { job, partial, .. } = options;
+    let job = job.read()?.job;
     let mut report = String::new();
     let mut is_here = |field: &str, name: &Path| match locate(name) {
         Ok(_) => Ok(true),
@@ -232,7 +232,7 @@ mod tests {
 
     use super::*;
 
-    fn workspace() -> PathBuf {
+    fn workspace() -> std::path::PathBuf {
         Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
     }
 

@@ -4,6 +4,7 @@ use std::fmt::Write as _;
 use std::path::PathBuf;
 
 use peapod_model::hub::{HubName, cache_folder};
+use peapod_proto::job::JobArgs;
 
 use crate::hub::{Hub, HubError, Log};
 use crate::setup;
@@ -30,7 +31,7 @@ fn parse(text: &str) -> Result<HubName, String> {
 pub fn run(options: &Options) -> Result<String, String> {
     let mut models = options.models.clone();
     if let Some(path) = &options.job {
-        let job = setup::read_job(path)?;
+        let job = JobArgs::from(path.clone()).read()?.job;
         for path in setup::model_paths(&job).filter(|path| !path.exists()) {
             let no_name = || format!("{}: there is no such file or folder, and it is no ORG/NAME of the hub", path.display());
             models.push(HubName::of(path).ok_or_else(no_name)?);

@@ -8,7 +8,7 @@ use peapod_data::{LeasedShard, Loader};
 use peapod_model::adapter::Adapter;
 use peapod_model::distill::{Distiller, LossSums, MicroBatch};
 use peapod_proto::ids::{Bitmap, Epoch, LeaseId, ShardId};
-use peapod_proto::job::{Dtype, Job, VaeDtype};
+use peapod_proto::job::{Dtype, Job, JobArgs, VaeDtype};
 use serde::Serialize;
 use tch::{Device, Tensor};
 
@@ -23,9 +23,9 @@ use crate::trainer::tensors::to_tensors;
 /// What fewer bits cost a job.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Options {
-    /// Job file
-    #[arg(long, default_value = "job.toml")]
-    pub job: PathBuf,
+    /// Which job
+    #[command(flatten)]
+    pub job: JobArgs,
     /// Adapter whose gradient is looked at, of the job's shape [default: the one that the job begins with]
     #[arg(long)]
     pub adapter: Option<PathBuf>,
@@ -109,7 +109,7 @@ struct Outcome {
 /// One line: the job, a model, a shard or the adapter cannot be read, or does not fit.
 pub fn run(options: &Options, device: Device) -> Result<String, String> {
     options.compute.settle_threads();
-    let mut job = setup::read_job(&options.job)?;
+    let mut job = options.job.read()?.job;
     if let Some(samples) = options.micro_batch {
         job.train.micro_batch = samples;
     }
@@ -149,7 +149,7 @@ pub fn run(options: &Options, device: Device) -> Result<String, String> {
     let num_samples = exact.losses.count;
     let mean = |sum: f64| sum / num_samples as f64;
     let report = Report {
-        job: options.job.display().to_string(),
+        job: options.job.job.display().to_string(),
         device: device::name(device),
         num_samples,
         num_batches: batches.len(),

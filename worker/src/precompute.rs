@@ -25,7 +25,7 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use peapod_data::cached::{CachedSample, LATENTS, Recipe, SKIPPED, STAMP, Stamp, TRUNCATED, skipped};
 use peapod_data::shard::{Found, read_shard};
 use peapod_proto::ids::{Bitmap, ShardId};
-use peapod_proto::job::Job;
+use peapod_proto::job::{Job, JobArgs};
 use peapod_proto::program::say;
 use tch::Device;
 
@@ -47,9 +47,9 @@ const NUM_NAMED: usize = 3;
 /// What to make of which job.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Options {
-    /// Job file
-    #[arg(long, default_value = "job.toml")]
-    pub job: PathBuf,
+    /// Which job
+    #[command(flatten)]
+    pub job: JobArgs,
     /// Folder to write into: a shard for each of the job's, numbered as in its list
     #[arg(long)]
     pub out: PathBuf,
@@ -103,7 +103,7 @@ impl Plan {
     /// # Errors
     /// What is wrong with the job file or the arguments.
     pub fn new(options: &Options) -> Result<Self, String> {
-        let job = setup::read_job(&options.job)?;
+        let job = options.job.read()?.job;
         let (shards, sources) = setup::shards(&job)?;
         let places = match &options.shards {
             None => (0..shards.len()).collect(),

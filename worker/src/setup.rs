@@ -36,18 +36,6 @@ pub struct Source {
     pub len: usize,
 }
 
-/// Reads and checks a job file.
-///
-/// # Errors
-/// A line for each thing that is wrong with it, with its path.
-pub fn read_job(path: &Path) -> Result<Job, String> {
-    let text = std::fs::read_to_string(path).map_err(|error| format!("cannot read job file {}: {error}", path.display()))?;
-    Job::parse(&text).map_err(|error| {
-        let lines = error.problems.iter().map(|problem| format!("{}: {problem}", path.display()));
-        lines.collect::<Vec<_>>().join("\n")
-    })
-}
-
 /// All shards of a job, source by source.
 ///
 /// # Errors

@@ -38,7 +38,7 @@ fn job(folder: &Path, changes: &[(&str, &str)]) -> PathBuf {
 fn options(job: &Path, out: &Path, text: bool) -> Options {
     let kernels = KernelArgs { kernels: Kernels::Fused, attention: None, cudnn_benchmark: false };
     let compute = ComputeArgs { device: Choice::Cpu, kernels, threads: Some(1) };
-    Options { job: job.to_owned(), out: out.to_owned(), text, numbers: None, shards: None, compute, batch: 7 }
+    Options { job: job.to_owned().into(), out: out.to_owned(), text, numbers: None, shards: None, compute, batch: 7 }
 }
 
 fn precompute(options: &Options) -> Result<String, String> {

@@ -14,7 +14,7 @@ use peapod_data::sample::{Rules, Stored, examine};
 use peapod_data::shard::RawSample;
 use peapod_data::{Reason, Rule, Skip, Sources, expand_shards, image};
 use peapod_proto::ids::Bitmap;
-use peapod_proto::job::DataSection;
+use peapod_proto::job::{DataSection, JobArgs};
 use serde::Serialize;
 
 use super::{progress_bar, size};
@@ -131,7 +131,7 @@ pub fn run(options: &Options) -> Result<String, String> {
 pub fn report(options: &Options) -> Result<Report, String> {
     let (shards, data) = match &options.job {
         Some(path) => {
-            let job = setup::read_job(path)?;
+            let job = JobArgs::from(path.clone()).read()?.job;
             (if options.list.is_empty() { setup::shards(&job)?.0 } else { expand(&options.list)? }, job.data)
         }
         None => (expand(&options.list)?, serde_json::from_str(r#"{"shards": []}"#).map_err(|error| error.to_string())?),
