@@ -43,6 +43,7 @@ test-all: test lint-deps .libtorch/nvidia/cu13/lib/libnvrtc.so.13 ## all tests, 
 	cargo test --workspace --test stories -- --ignored --exact observability::page_is_whole_in_a_browser_at_both_widths_and_in_both_colours --nocapture
 	PEAPOD_NVRTC=1 cargo test --workspace --lib -- kernels_compile_for_every_generation_in_every_kind
 	cargo test -p peapod-proto --features otlp --test otlp
+	tests/stores/run.sh
 	tests/containers/run.sh
 
 # The schemas that the manifests in deploy/ are checked against (140 MB), once. Without them those stories skip.

@@ -121,19 +121,19 @@ pub enum Checkpoints {
 /// Where a job keeps its checkpoints.
 #[derive(Debug, Args)]
 pub struct StoreArgs {
-    /// Where the job keeps its checkpoints, if the job file names a folder for them [default: checkpoints in --state-dir]
-    #[arg(long, value_name = "DIR")]
-    pub checkpoints: Option<PathBuf>,
+    /// Where the job keeps its checkpoints, if the job file names a folder or a store for them [default: checkpoints in --state-dir]
+    #[arg(long, value_name = "DIR|URL")]
+    pub checkpoints: Option<String>,
     /// The job's --state-dir
     #[arg(long, env = "PEAPOD_STATE_DIR", value_name = "DIR", default_value = "peapod-state")]
     pub state_dir: PathBuf,
 }
 
 impl StoreArgs {
-    /// The folder.
+    /// The folder, or the store's address.
     #[must_use]
-    pub fn folder(&self) -> PathBuf {
-        self.checkpoints.clone().unwrap_or_else(|| self.state_dir.join("checkpoints"))
+    pub fn address(&self) -> String {
+        self.checkpoints.clone().unwrap_or_else(|| self.state_dir.join("checkpoints").display().to_string())
     }
 }
 
@@ -358,7 +358,7 @@ mod tests {
         assert!(Cli::try_parse_from(["coordinator", "drain", "3"]).is_ok());
         let list = Cli::try_parse_from(["coordinator", "checkpoints", "list", "--json", "--state-dir", "here"]).unwrap();
         let Some(Command::Checkpoints { command: Checkpoints::List { store, json: true } }) = list.command else { panic!() };
-        assert_eq!(store.folder(), PathBuf::from("here/checkpoints"));
+        assert_eq!(store.address(), "here/checkpoints");
         assert!(Cli::try_parse_from(["coordinator", "status", "--watch", "--log-format", "json"]).is_ok());
     }
 }

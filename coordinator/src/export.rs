@@ -14,7 +14,7 @@ const PYTORCH: &str = "pytorch_model.bin";
 ///
 /// # Errors
 /// One line: no such store or checkpoint, a damaged file, or a folder that cannot be written.
-pub async fn export(checkpoints: &Path, step: Option<u64>, out: &Path) -> Result<PathBuf, String> {
+pub async fn export(checkpoints: &str, step: Option<u64>, out: &Path) -> Result<PathBuf, String> {
     let store = open(checkpoints)?;
     let manifests = store.list().await.map_err(|error| error.to_string())?;
     let found = match step {
@@ -26,7 +26,7 @@ pub async fn export(checkpoints: &Path, step: Option<u64>, out: &Path) -> Result
         let has =
             if steps.is_empty() { "it holds no whole checkpoint".into() } else { format!("it holds those of steps {}", steps.join(", ")) };
         let wanted = step.map_or_else(String::new, |step| format!(" of step {step}"));
-        return Err(format!("{}: there is no checkpoint{wanted}; {has}", checkpoints.display()));
+        return Err(format!("{checkpoints}: there is no checkpoint{wanted}; {has}"));
     };
     let bytes = read(&store, manifest).await?;
     let folder = out.join(format!("proj_0_{}", manifest.step));
@@ -41,21 +41,18 @@ pub async fn export(checkpoints: &Path, step: Option<u64>, out: &Path) -> Result
     Ok(path)
 }
 
-fn open(checkpoints: &Path) -> Result<Store, String> {
-    if !checkpoints.is_dir() {
-        return Err(format!(
-            "{}: there is no such folder; --state-dir names the job's, --checkpoints its checkpoint.store",
-            checkpoints.display()
-        ));
+fn open(checkpoints: &str) -> Result<Store, String> {
+    if !checkpoints.contains("://") && !Path::new(checkpoints).is_dir() {
+        return Err(format!("{checkpoints}: there is no such folder; --state-dir names the job's, --checkpoints its checkpoint.store"));
     }
-    Store::local(checkpoints).map_err(|error| error.to_string())
+    Store::at(checkpoints).map_err(|error| error.to_string())
 }
 
 /// The whole checkpoints in a store, oldest first: a line each, or one JSON array.
 ///
 /// # Errors
 /// One line: no such store, or a manifest that cannot be read.
-pub async fn list(checkpoints: &Path, json: bool) -> Result<String, String> {
+pub async fn list(checkpoints: &str, json: bool) -> Result<String, String> {
     let store = open(checkpoints)?;
     let manifests = store.list().await.map_err(|error| error.to_string())?;
     if json {
@@ -77,7 +74,7 @@ pub async fn list(checkpoints: &Path, json: bool) -> Result<String, String> {
         let location = store.location(manifest.step, manifest.generation);
         let _ = writeln!(text, "{:>12}  {task:>10}  {:>10.1}  {location}", manifest.step, bytes as f64 / 1e6);
     }
-    Ok(if manifests.is_empty() { format!("{}: no whole checkpoint\n", checkpoints.display()) } else { text })
+    Ok(if manifests.is_empty() { format!("{checkpoints}: no whole checkpoint\n") } else { text })
 }
 
 async fn read(store: &Store, manifest: &Manifest) -> Result<bytes::Bytes, String> {
@@ -95,6 +92,10 @@ mod tests {
     use super::*;
     use crate::core::ledger::Ledger;
     use crate::store::{Part, sha256};
+
+    fn address(folder: &Path) -> &str {
+        folder.to_str().unwrap()
+    }
 
     async fn checkpoint(folder: &Path, step: u64, content: &'static [u8]) {
         let store = Store::local(folder).unwrap();
@@ -117,36 +118,39 @@ mod tests {
         let (store, out) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         checkpoint(store.path(), 9, b"old").await;
         checkpoint(store.path(), 49_999, b"new").await;
-        let path = export(store.path(), None, out.path()).await.unwrap();
+        let path = export(address(store.path()), None, out.path()).await.unwrap();
         assert_eq!(path, out.path().join("proj_0_49999/pytorch_model.bin"));
         assert_eq!(std::fs::read(path).unwrap(), b"new");
-        assert_eq!(std::fs::read(export(store.path(), Some(9), out.path()).await.unwrap()).unwrap(), b"old");
+        assert_eq!(std::fs::read(export(address(store.path()), Some(9), out.path()).await.unwrap()).unwrap(), b"old");
     }
 
     #[tokio::test]
     async fn list_says_what_is_whole() {
         let folder = tempfile::tempdir().unwrap();
-        assert!(list(folder.path(), false).await.unwrap().ends_with("no whole checkpoint\n"));
+        assert!(list(address(folder.path()), false).await.unwrap().ends_with("no whole checkpoint\n"));
         checkpoint(folder.path(), 9, b"old").await;
         checkpoint(folder.path(), 49_999, b"new").await;
-        let text = list(folder.path(), false).await.unwrap();
+        let text = list(address(folder.path()), false).await.unwrap();
         let lines: Vec<&str> = text.lines().collect();
         assert!(lines.len() == 3 && lines[2].contains("49999") && lines[2].ends_with("step-000049999-g000001"), "{text}");
-        let all: serde_json::Value = serde_json::from_str(&list(folder.path(), true).await.unwrap()).unwrap();
+        let all: serde_json::Value = serde_json::from_str(&list(address(folder.path()), true).await.unwrap()).unwrap();
         assert_eq!((&all[0]["step"], &all[1]["parts"][0]["num_bytes"]), (&9.into(), &3.into()));
     }
 
     #[tokio::test]
     async fn what_cannot_be_exported_is_named() {
         let (store, out) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-        assert!(export(&store.path().join("none"), None, out.path()).await.unwrap_err().contains("no such folder"));
-        assert!(export(store.path(), None, out.path()).await.unwrap_err().contains("no whole checkpoint"));
+        assert!(export(address(&store.path().join("none")), None, out.path()).await.unwrap_err().contains("no such folder"));
+        assert!(export(address(store.path()), None, out.path()).await.unwrap_err().contains("no whole checkpoint"));
         checkpoint(store.path(), 9, b"old").await;
         assert!(
-            export(store.path(), Some(8), out.path()).await.unwrap_err().contains("no checkpoint of step 8; it holds those of steps 9")
+            export(address(store.path()), Some(8), out.path())
+                .await
+                .unwrap_err()
+                .contains("no checkpoint of step 8; it holds those of steps 9")
         );
         std::fs::write(store.path().join("step-000000009-g000001/pytorch_model.bin"), b"bad").unwrap();
-        let error = export(store.path(), None, out.path()).await.unwrap_err();
+        let error = export(address(store.path()), None, out.path()).await.unwrap_err();
         assert!(error.contains("is damaged: pytorch_model.bin does not have the manifest's SHA-256"), "{error}");
     }
 }

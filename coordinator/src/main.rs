@@ -56,12 +56,12 @@ async fn answer(command: Command, out: &mut impl Write) -> anyhow::Result<Exit> 
             Err(problem) => return Ok(Exit::Refused(problem)),
         },
         Command::Reference => write!(out, "{}", job::reference())?,
-        Command::Checkpoints { command: Checkpoints::List { store, json } } => match export::list(&store.folder(), json).await {
+        Command::Checkpoints { command: Checkpoints::List { store, json } } => match export::list(&store.address(), json).await {
             Ok(list) => write!(out, "{list}")?,
             Err(problem) => return Ok(Exit::Refused(problem)),
         },
         Command::Checkpoints { command: Checkpoints::Export(args) } | Command::Export(args) => {
-            match export::export(&args.store.folder(), args.step, &args.out).await {
+            match export::export(&args.store.address(), args.step, &args.out).await {
                 Ok(path) => writeln!(out, "wrote {}", path.display())?,
                 Err(problem) => return Ok(Exit::Refused(problem)),
             }

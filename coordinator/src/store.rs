@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use futures::{StreamExt, TryStreamExt, pin_mut};
 use object_store::path::Path as Key;
+use object_store::prefix::PrefixStore;
 use object_store::{ObjectStore, ObjectStoreExt, PutMode, PutPayload, WriteMultipart};
 use peapod_proto::ids::{Generation, Step};
 use peapod_proto::message::ValidationLosses;
@@ -34,6 +35,9 @@ pub enum StoreError {
         /// What is wrong.
         reason: String,
     },
+    /// The store's address cannot be used.
+    #[error("checkpoint store {0}")]
+    Address(peapod_data::Error),
     /// The folder cannot be used.
     #[error("checkpoint store {root}: {source}")]
     Folder {
@@ -109,6 +113,8 @@ impl Manifest {
 }
 
 const MANIFEST: &str = "manifest.json";
+/// What of a file is sent to a store at once.
+const CHUNK_BYTES: usize = 8 << 20;
 /// The file that the coordinator itself adds to a checkpoint.
 pub const LEDGER: &str = "ledger.json";
 
@@ -127,11 +133,32 @@ fn key_of(folder: &Key) -> Option<(Step, Generation)> {
 #[derive(Debug, Clone)]
 pub struct Store {
     objects: Arc<dyn ObjectStore>,
-    folder: PathBuf,
+    /// Where it is on this machine, if it is.
+    folder: Option<PathBuf>,
     root: String,
 }
 
 impl Store {
+    /// A store at an address: a local folder, or a folder in a store of objects (`s3://bucket/folder`), whose credentials come from the environment.
+    ///
+    /// # Errors
+    /// [`StoreError::Folder`] if the folder cannot be made or used; [`StoreError::Address`] if this build or the environment cannot reach the
+    /// store. Whether it lets anybody in is only known when it is used.
+    pub fn at(address: &str) -> Result<Self, StoreError> {
+        match address.strip_prefix("file://") {
+            Some(folder) => Self::local(Path::new(folder)),
+            None if address.contains("://") => {
+                let (objects, path) = peapod_data::source::folder_at(address).map_err(StoreError::Address)?;
+                Ok(Self::of(Arc::new(PrefixStore::new(objects, path)), address.trim_end_matches('/')))
+            }
+            None => Self::local(Path::new(address)),
+        }
+    }
+
+    fn of(objects: Arc<dyn ObjectStore>, root: &str) -> Self {
+        Self { objects, folder: None, root: root.to_owned() }
+    }
+
     /// A store in a local folder, which is made if it is not there.
     ///
     /// # Errors
@@ -145,7 +172,13 @@ impl Store {
             .map_err(|source| StoreError::Store { root: root.clone(), source })?
             .with_fsync(true);
         let root = folder.display().to_string();
-        Ok(Self { objects: Arc::new(objects), folder, root })
+        Ok(Self { objects: Arc::new(objects), folder: Some(folder), root })
+    }
+
+    /// Where it is, for people.
+    #[must_use]
+    pub fn root(&self) -> &str {
+        &self.root
     }
 
     /// Where a checkpoint lies, for people.
@@ -169,7 +202,7 @@ impl Store {
     pub async fn begin_part(&self, step: Step, generation: Generation, part: &str) -> Result<PartWriter, StoreError> {
         let key = Key::from(format!("{}/{part}", name(step, generation)));
         let upload = self.objects.put_multipart(&key).await.map_err(|error| self.failed(error))?;
-        Ok(PartWriter { writer: WriteMultipart::new_with_chunk_size(upload, 8 << 20), root: self.root.clone() })
+        Ok(PartWriter { writer: Some(WriteMultipart::new_with_chunk_size(upload, CHUNK_BYTES)), root: self.root.clone() })
     }
 
     /// Makes a checkpoint whole, once all its parts are there: adds the ledger, then the manifest.
@@ -362,15 +395,27 @@ impl Store {
             self.objects.delete(&object.location).await.map_err(|error| self.failed(error))?;
         }
         // The store knows no folders: what is left of this one is empty, unless somebody has put something of his own into it.
-        let _ = tokio::fs::remove_dir(self.folder.join(folder.as_ref())).await;
+        if let Some(root) = &self.folder {
+            let _ = tokio::fs::remove_dir(root.join(folder.as_ref())).await;
+        }
         Ok(())
     }
 }
 
 /// Writes one file. Dropped before [`PartWriter::finish`], it leaves no file.
 pub struct PartWriter {
-    writer: WriteMultipart,
+    /// None once it is finished.
+    writer: Option<WriteMultipart>,
     root: String,
+}
+
+impl Drop for PartWriter {
+    fn drop(&mut self) {
+        // Stores keep, and charge for, the pieces of an upload that is neither finished nor given up.
+        if let (Some(writer), Ok(runtime)) = (self.writer.take(), tokio::runtime::Handle::try_current()) {
+            runtime.spawn(writer.abort());
+        }
+    }
 }
 
 impl PartWriter {
@@ -379,8 +424,10 @@ impl PartWriter {
     /// # Errors
     /// [`StoreError::Store`].
     pub async fn write(&mut self, bytes: bytes::Bytes) -> Result<(), StoreError> {
-        self.writer.wait_for_capacity(2).await.map_err(|source| StoreError::Store { root: self.root.clone(), source })?;
-        self.writer.put(bytes);
+        if let Some(writer) = &mut self.writer {
+            writer.wait_for_capacity(2).await.map_err(|source| StoreError::Store { root: self.root.clone(), source })?;
+            writer.put(bytes);
+        }
         Ok(())
     }
 
@@ -388,9 +435,9 @@ impl PartWriter {
     ///
     /// # Errors
     /// [`StoreError::Store`].
-    pub async fn finish(self) -> Result<(), StoreError> {
-        let root = self.root;
-        self.writer.finish().await.map(drop).map_err(|source| StoreError::Store { root, source })
+    pub async fn finish(mut self) -> Result<(), StoreError> {
+        let Some(writer) = self.writer.take() else { return Ok(()) };
+        writer.finish().await.map(drop).map_err(|source| StoreError::Store { root: self.root.clone(), source })
     }
 }
 
@@ -469,6 +516,47 @@ mod tests {
         assert_eq!(store.list().await.unwrap().len(), 1);
         store.retain(1).await.unwrap();
         assert!(!folder.path().join("step-000000001-g000001").exists(), "it is old all the same");
+    }
+
+    #[tokio::test]
+    async fn store_of_objects_is_one_like_a_folder() {
+        let objects = Arc::new(object_store::memory::InMemory::new());
+        let store = Store::of(Arc::new(PrefixStore::new(objects.clone(), "runs/a")), "s3://bucket/runs/a");
+        assert!(store.newest().await.unwrap().is_none());
+        for (step, seal) in [(1, true), (2, false), (3, true), (4, true)] {
+            write(&store, step, seal).await;
+        }
+        assert!(store.is_whole(Step(3), Generation(1)).await.unwrap() && !store.is_whole(Step(2), Generation(1)).await.unwrap());
+        let (manifest, ledger) = store.newest().await.unwrap().unwrap();
+        assert_eq!((manifest.step, ledger), (Step(4), Ledger::new(1)));
+        assert!(store.seal(manifest, &Ledger::new(1)).await.is_err(), "a whole one is never overwritten");
+        store.retain(2).await.unwrap();
+        let mut left: Vec<String> = objects.list(None).map_ok(|object| object.location.to_string()).try_collect().await.unwrap();
+        left.sort();
+        let files = |step| [("adapter.safetensors"), LEDGER, MANIFEST].map(|file| format!("runs/a/step-00000000{step}-g000001/{file}"));
+        assert_eq!(left, [files(3), files(4)].concat());
+        assert_eq!(store.location(Step(4), Generation(1)), "s3://bucket/runs/a/step-000000004-g000001");
+    }
+
+    #[tokio::test]
+    async fn file_that_is_not_finished_is_none() {
+        let folder = tempfile::tempdir().unwrap();
+        for store in [Store::local(folder.path()).unwrap(), Store::of(Arc::new(object_store::memory::InMemory::new()), "memory")] {
+            let mut writer = store.begin_part(Step(1), Generation(1), "adapter.safetensors").await.unwrap();
+            writer.write(bytes::Bytes::from_static(b"weights")).await.unwrap();
+            drop(writer);
+            tokio::task::yield_now().await;
+            let objects: Vec<_> = store.objects.list(None).try_collect().await.unwrap();
+            assert!(objects.is_empty(), "{objects:?}");
+        }
+    }
+
+    #[cfg(not(feature = "aws"))]
+    #[test]
+    fn address_that_this_build_cannot_reach_says_which_can() {
+        let error = Store::at("s3://bucket/run").unwrap_err().to_string();
+        assert_eq!(error, "checkpoint store s3://bucket/run: this build has no S3 support: build with --features aws");
+        assert!(Store::at("ftp://host/run").unwrap_err().to_string().starts_with("checkpoint store `ftp://host/run`: ftp:// is none of"));
     }
 
     #[tokio::test]

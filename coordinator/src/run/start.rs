@@ -15,7 +15,7 @@ use crate::config::RunArgs;
 use crate::core::{Config, Core, Resume};
 use crate::journal::{Disk, Found, Run};
 use crate::shard_list::{self, ShardList};
-use crate::store::{Store, sha256};
+use crate::store::{Store, StoreError, sha256};
 
 /// A worker's own deadlines come first by this much.
 const MARGIN: Duration = Duration::from_secs(10);
@@ -53,8 +53,13 @@ impl Start {
             Ok(lock) => lock,
             Err(problem) => return Ok(Err(Exit::Refused(problem))),
         };
-        let checkpoints = job.checkpoint.store.clone().unwrap_or_else(|| args.state_dir.join("checkpoints"));
-        let store = Store::local(&checkpoints)?;
+        let checkpoints =
+            job.checkpoint.store.clone().map_or_else(|| Store::local(&args.state_dir.join("checkpoints")), |at| Store::at(&at));
+        let store = match checkpoints {
+            Ok(store) => store,
+            Err(error @ StoreError::Address(_)) => return Ok(Err(Exit::Refused(error.to_string()))),
+            Err(error) => return Ok(Err(Exit::Failed(error.to_string()))),
+        };
         let resume = match resume(&store, job, &lists).await? {
             Ok(resume) => resume,
             Err(problem) => return Ok(Err(Exit::Refused(problem))),
@@ -87,7 +92,7 @@ impl Start {
         let fresh = Core::new(config.clone(), resume.clone()).after(last_generation);
         let is_finished = fresh.is_complete();
         if is_finished {
-            say_finished(job, step, &checkpoints);
+            say_finished(job, step, &store);
             if !args.stay {
                 return Ok(Err(Exit::Finished));
             }
@@ -145,11 +150,11 @@ fn config(args: &RunArgs, loaded: &LoadedJob, job_id: &str) -> Config {
     }
 }
 
-fn say_finished(job: &Job, step: Step, checkpoints: &Path) {
+fn say_finished(job: &Job, step: Step, store: &Store) {
     let (steps, epochs) = (job.last_step(), job.train.epochs);
     let goal = steps.map(|last| format!("train.steps is {last}")).or(epochs.map(|epochs| format!("train.epochs is {epochs}")));
     let goal = goal.unwrap_or_default();
-    tracing::info!("the job is finished already: its checkpoint in {} is of step {step}, {goal}", checkpoints.display());
+    tracing::info!("the job is finished already: its checkpoint in {} is of step {step}, {goal}", store.root());
 }
 
 fn go_on(config: Config, resume: Option<Resume>, found: Found, run: &Run, journal: &Path) -> Core {

@@ -1,6 +1,5 @@
 //! Sections of the job file about what comes out: checkpoints, validation losses, pictures.
 
-use std::path::PathBuf;
 use std::time::Duration;
 
 use schemars::JsonSchema;
@@ -13,8 +12,9 @@ use super::duration;
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct CheckpointSection {
-    /// A folder on the coordinator; by default `checkpoints` in its state folder.
-    pub store: Option<PathBuf>,
+    /// A folder on the coordinator, or one in a store (`s3://`, `gs://`, `az://`; in a build with that feature); by default `checkpoints` in its
+    /// state folder.
+    pub store: Option<String>,
     /// Steps between checkpoints.
     pub every_steps: u64,
     /// Time between checkpoints, whichever comes first.
@@ -33,11 +33,8 @@ impl Default for CheckpointSection {
 
 impl CheckpointSection {
     pub(super) fn check(&self, checks: &mut Checks) {
-        // An address would become a folder of that name, and the checkpoints would not be where they are looked for.
-        if let Some(store) = self.store.as_ref().map(|store| store.display()).filter(|store| store.to_string().contains("://")) {
-            checks.problem(format!(
-                "checkpoint.store ({store}) must be a folder on the coordinator: mount the store there, or copy from the folder"
-            ));
+        if let Some(store) = self.store.as_ref().filter(|store| store.starts_with("http://") || store.starts_with("https://")) {
+            checks.problem(format!("checkpoint.store ({store}) must be a folder, or one in a store: a web server takes no files"));
         }
         checks.at_least("checkpoint.every_steps", self.every_steps, 1, "");
         checks.at_least("checkpoint.every", self.every, Duration::from_secs(1), "");

@@ -19,7 +19,7 @@ pub enum Error {
         reason: String,
     },
     /// A shard lies where nothing can read it.
-    #[error("shard `{url}`: {scheme}:// is none of file, http, https, s3, gs, az")]
+    #[error("`{url}`: {scheme}:// is none of file, http, https, s3, gs, az")]
     UnsupportedScheme {
         /// The shard.
         url: String,

@@ -13,7 +13,6 @@ mod compress;
 pub(crate) mod expand;
 mod http;
 mod local;
-#[cfg(any(feature = "aws", feature = "azure", feature = "gcp"))]
 mod object;
 mod patience;
 mod pieces;
@@ -33,6 +32,7 @@ use crate::shard::{Found, RawSample, ShardEnd, read_shard};
 use crate::{Error, Result};
 use cache::{Cache, Tee};
 use local::LocalReader;
+pub use object::folder_at;
 use remote::Remote;
 
 /// Bytes asked for at once.

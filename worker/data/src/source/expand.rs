@@ -219,7 +219,7 @@ mod tests {
         assert!(matches!(expand("pipe:cat a::b.tar").unwrap_err(), Error::Pipe { .. }));
         assert!(matches!(expand("a.tar::pipe:cat b").unwrap_err(), Error::Pipe { .. }));
         let error = expand("ftp://host/{0..3}.tar").unwrap_err();
-        assert_eq!(error.to_string(), "shard `ftp://host/{0..3}.tar`: ftp:// is none of file, http, https, s3, gs, az");
+        assert_eq!(error.to_string(), "`ftp://host/{0..3}.tar`: ftp:// is none of file, http, https, s3, gs, az");
     }
 
     #[test]

@@ -1,22 +1,21 @@
 //! Objects in S3, Google Cloud Storage and Azure.
 
+#[cfg(any(feature = "aws", feature = "azure", feature = "gcp"))]
+mod clouds;
+
 use std::collections::HashMap;
 use std::error::Error as _;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
 
 use futures::{StreamExt, TryStreamExt};
 use object_store::path::Path;
-use object_store::{ClientConfigKey, GetOptions, ObjectMeta, ObjectStore, ObjectStoreExt, RetryConfig};
+use object_store::{GetOptions, ObjectMeta, ObjectStore, ObjectStoreExt};
 
-use super::StoreKind;
 use super::remote::{Answer, Failure, Identity};
+use super::{Location, StoreKind};
 use crate::error::StoreError;
 use crate::{Error, Result};
-
-/// For a whole request: longer than any takes that gets on. Those that do not are noticed by the reader.
-const REQUEST_TIMEOUT: &str = "1h";
 
 /// The stores in use, each with its connections and credentials, by the part of the address that names it.
 #[derive(Debug, Default)]
@@ -47,7 +46,7 @@ impl Stores {
         let store = match stores.get(root) {
             Some(store) => store.clone(),
             None => {
-                let store = build(kind, root).map_err(|error| fail(with_sources(&error)))?;
+                let store = build(kind, root, Repeats::Never).map_err(|error| fail(with_sources(&error)))?;
                 stores.insert(root.into(), store.clone());
                 store
             }
@@ -56,33 +55,36 @@ impl Stores {
     }
 }
 
-/// A store as this process's environment describes it. Retries and deadlines are those of the reader above.
-fn build(kind: StoreKind, root: &str) -> object_store::Result<Arc<dyn ObjectStore>> {
-    let retry = RetryConfig { max_retries: 0, retry_timeout: Duration::ZERO, ..RetryConfig::default() };
-    match kind {
-        #[cfg(feature = "aws")]
-        StoreKind::S3 => {
-            use object_store::aws::{AmazonS3Builder, AmazonS3ConfigKey::Client};
-            let builder = AmazonS3Builder::from_env().with_url(root).with_config(Client(ClientConfigKey::Timeout), REQUEST_TIMEOUT);
-            Ok(Arc::new(builder.with_retry(retry).build()?))
-        }
-        #[cfg(feature = "gcp")]
-        StoreKind::Gcs => {
-            use object_store::gcp::{GoogleCloudStorageBuilder, GoogleConfigKey::Client};
-            let builder =
-                GoogleCloudStorageBuilder::from_env().with_url(root).with_config(Client(ClientConfigKey::Timeout), REQUEST_TIMEOUT);
-            Ok(Arc::new(builder.with_retry(retry).build()?))
-        }
-        #[cfg(feature = "azure")]
-        StoreKind::Azure => {
-            use object_store::azure::{AzureConfigKey::Client, MicrosoftAzureBuilder};
-            let builder = MicrosoftAzureBuilder::from_env().with_url(root).with_config(Client(ClientConfigKey::Timeout), REQUEST_TIMEOUT);
-            Ok(Arc::new(builder.with_retry(retry).build()?))
-        }
-        // Location::of lets no address of such a store pass.
-        #[cfg(not(all(feature = "aws", feature = "azure", feature = "gcp")))]
-        _ => Err(object_store::Error::NotSupported { source: format!("{root}: not in this build").into() }),
-    }
+/// What a store does about a request that fails.
+#[derive(Debug, Clone, Copy)]
+enum Repeats {
+    /// Nothing: retries and deadlines are those of the reader above it.
+    Never,
+    /// It asks again for a while, as its library does by default.
+    AsUsual,
+}
+
+/// The store and the folder in it that an address names, for what is kept there besides shards. A request that fails is repeated, by the store's
+/// own means.
+///
+/// Errors: [`Error::UnsupportedScheme`], [`Error::NoSupport`]; [`Error::Store`] if the environment does not say how the store is reached.
+pub fn folder_at(url: &str) -> Result<(Arc<dyn ObjectStore>, Path)> {
+    let Location::Store(kind) = Location::of(url)? else {
+        let scheme = url.split("://").next().unwrap_or_default();
+        return Err(Error::UnsupportedScheme { url: url.into(), scheme: scheme.into() });
+    };
+    let Stored { root, path, .. } = Stores::default().object(kind, url)?;
+    let fail = |error| Error::Store(StoreError::new(url, with_sources(&error)));
+    Ok((build(kind, &root, Repeats::AsUsual).map_err(fail)?, path))
+}
+
+#[cfg(any(feature = "aws", feature = "azure", feature = "gcp"))]
+use clouds::build;
+
+/// [`Location::of`] lets no address of a store pass in a build without any.
+#[cfg(not(any(feature = "aws", feature = "azure", feature = "gcp")))]
+fn build(kind: StoreKind, root: &str, repeats: Repeats) -> object_store::Result<Arc<dyn ObjectStore>> {
+    Err(object_store::Error::NotSupported { source: format!("{root}: {kind:?} ({repeats:?}) is not in this build").into() })
 }
 
 impl Stored {

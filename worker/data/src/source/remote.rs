@@ -96,11 +96,7 @@ pub struct Answer {
 /// An object, by the means to ask for it.
 #[derive(Debug, Clone)]
 pub enum Object {
-    Http {
-        client: reqwest::Client,
-        url: String,
-    },
-    #[cfg(any(feature = "aws", feature = "azure", feature = "gcp"))]
+    Http { client: reqwest::Client, url: String },
     Stored(super::object::Stored),
 }
 
@@ -108,7 +104,6 @@ impl Object {
     pub async fn get(&self, range: Option<Range<u64>>, identity: &Identity) -> Result<Answer, Failure> {
         match self {
             Self::Http { client, url } => http::get(client, url, range, identity).await,
-            #[cfg(any(feature = "aws", feature = "azure", feature = "gcp"))]
             Self::Stored(stored) => stored.get(range, identity).await,
         }
     }
@@ -116,10 +111,16 @@ impl Object {
     async fn identify(&self) -> Result<Identity, Failure> {
         match self {
             Self::Http { client, url } => http::identify(client, url).await,
-            #[cfg(any(feature = "aws", feature = "azure", feature = "gcp"))]
             Self::Stored(stored) => stored.identify().await,
         }
     }
+}
+
+/// Says with what TLS is computed, which has to be known before the first client is made.
+pub fn choose_cryptography() {
+    static PROVIDER: Once = Once::new();
+    // Fails if the program has chosen one already, which serves as well.
+    PROVIDER.call_once(|| drop(rustls::crypto::ring::default_provider().install_default()));
 }
 
 /// What all remote reads share.
@@ -128,7 +129,6 @@ pub struct Remote {
     /// `None` only while it is being dropped.
     runtime: Option<tokio::runtime::Runtime>,
     client: reqwest::Client,
-    #[cfg(any(feature = "aws", feature = "azure", feature = "gcp"))]
     stores: super::object::Stores,
 }
 
@@ -144,9 +144,7 @@ impl Drop for Remote {
 impl Remote {
     /// Errors: [`Error::Network`].
     pub fn new(options: &SourceOptions, token: Option<&str>) -> Result<Self> {
-        static PROVIDER: Once = Once::new();
-        // Fails if the program has chosen one already, which serves as well.
-        PROVIDER.call_once(|| drop(rustls::crypto::ring::default_provider().install_default()));
+        choose_cryptography();
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).thread_name("data-remote").enable_all().build();
         let mut headers = HeaderMap::new();
         if let Some(token) = token {
@@ -165,14 +163,12 @@ impl Remote {
         Ok(Self {
             runtime: Some(runtime.map_err(|error| Error::Network(error.to_string()))?),
             client,
-            #[cfg(any(feature = "aws", feature = "azure", feature = "gcp"))]
             stores: super::object::Stores::default(),
         })
     }
 
     pub fn object(&self, url: &str) -> Result<Object> {
         match Location::of(url)? {
-            #[cfg(any(feature = "aws", feature = "azure", feature = "gcp"))]
             Location::Store(kind) => Ok(Object::Stored(self.stores.object(kind, url)?)),
             _ => Ok(Object::Http { client: self.client.clone(), url: url.into() }),
         }
@@ -247,7 +243,6 @@ impl Remote {
         }
     }
 
-    #[cfg(any(feature = "aws", feature = "azure", feature = "gcp"))]
     fn list(&self, stored: super::object::Stored) -> Result<Vec<String>, Failure> {
         self.wait_for(async move { stored.list().await }, &|| false)
     }
@@ -292,7 +287,6 @@ async fn ask(object: &Object, options: &SourceOptions) -> Result<Identity, Failu
 }
 
 /// The objects of a store that match `url`'s wildcards, in alphabetical order.
-#[cfg(any(feature = "aws", feature = "azure", feature = "gcp"))]
 pub fn matching_objects(remote: &Remote, url: &str, _options: &SourceOptions) -> Result<Vec<String>> {
     let fail = |reason: String| Error::Pattern { pattern: url.into(), reason };
     let wildcard = glob::Pattern::new(url).map_err(|error| fail(error.to_string()))?;
@@ -304,12 +298,6 @@ pub fn matching_objects(remote: &Remote, url: &str, _options: &SourceOptions) ->
     let mut matching: Vec<String> = all.into_iter().filter(|object| wildcard.matches_with(object, options)).collect();
     matching.sort_unstable();
     if matching.is_empty() { Err(fail(format!("`{url}` matches no object"))) } else { Ok(matching) }
-}
-
-/// Without a store there is none to list: [`Location::of`] has refused its address.
-#[cfg(not(any(feature = "aws", feature = "azure", feature = "gcp")))]
-pub fn matching_objects(_remote: &Remote, url: &str, _options: &SourceOptions) -> Result<Vec<String>> {
-    Err(Error::UnsupportedScheme { url: url.into(), scheme: url.split(':').next().unwrap_or_default().into() })
 }
 
 /// From the runtime's thread to the one that reads.

@@ -1,0 +1,51 @@
+//! Stores as this process's environment describes them.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use object_store::{ClientConfigKey, ObjectStore, RetryConfig};
+
+use super::Repeats;
+use crate::source::StoreKind;
+use crate::source::remote::choose_cryptography;
+
+/// For a whole request: longer than any takes that gets on. Those that do not are noticed by the reader.
+const REQUEST_TIMEOUT: &str = "1h";
+
+impl From<Repeats> for RetryConfig {
+    fn from(repeats: Repeats) -> Self {
+        match repeats {
+            Repeats::Never => Self { max_retries: 0, retry_timeout: Duration::ZERO, ..Self::default() },
+            Repeats::AsUsual => Self::default(),
+        }
+    }
+}
+
+/// A store as this process's environment describes it.
+pub(super) fn build(kind: StoreKind, root: &str, repeats: Repeats) -> object_store::Result<Arc<dyn ObjectStore>> {
+    choose_cryptography();
+    match kind {
+        #[cfg(feature = "aws")]
+        StoreKind::S3 => {
+            use object_store::aws::{AmazonS3Builder, AmazonS3ConfigKey::Client};
+            let builder = AmazonS3Builder::from_env().with_url(root).with_config(Client(ClientConfigKey::Timeout), REQUEST_TIMEOUT);
+            Ok(Arc::new(builder.with_retry(repeats.into()).build()?))
+        }
+        #[cfg(feature = "gcp")]
+        StoreKind::Gcs => {
+            use object_store::gcp::{GoogleCloudStorageBuilder, GoogleConfigKey::Client};
+            let builder =
+                GoogleCloudStorageBuilder::from_env().with_url(root).with_config(Client(ClientConfigKey::Timeout), REQUEST_TIMEOUT);
+            Ok(Arc::new(builder.with_retry(repeats.into()).build()?))
+        }
+        #[cfg(feature = "azure")]
+        StoreKind::Azure => {
+            use object_store::azure::{AzureConfigKey::Client, MicrosoftAzureBuilder};
+            let builder = MicrosoftAzureBuilder::from_env().with_url(root).with_config(Client(ClientConfigKey::Timeout), REQUEST_TIMEOUT);
+            Ok(Arc::new(builder.with_retry(repeats.into()).build()?))
+        }
+        // `Location::of` lets no address of such a store pass.
+        #[cfg(not(all(feature = "aws", feature = "azure", feature = "gcp")))]
+        _ => Err(object_store::Error::NotSupported { source: format!("{root}: not in this build").into() }),
+    }
+}
