@@ -9,6 +9,8 @@ use peapod_data::{Seen, SourceOptions, Sources};
 use peapod_proto::ids::SampleName;
 use peapod_proto::job::{Job, JobArgs, JobFile};
 
+use crate::store::Store;
+
 use crate::core::order::Source;
 
 /// A job that can be started.
@@ -167,6 +169,10 @@ pub fn report(args: &JobArgs, worker: &Path) -> Result<String, String> {
     let LoadedJob { job, shards, sources, visible, .. } = load(args)?;
     let path = &args.job;
     visible.judge(false)?;
+    if let Some(store) = job.checkpoint.store.as_ref().filter(|store| store.contains("://")) {
+        // Nobody is asked for anything.
+        Store::at(store).map_err(|error| format!("{}: {error}", path.display()))?;
+    }
     let mut text = format!("{} is a valid job: {}\n", path.display(), job.name);
     let length = match (job.train.steps, job.train.epochs) {
         (Some(steps), _) => format!("{steps} steps"),

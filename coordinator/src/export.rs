@@ -42,7 +42,8 @@ pub async fn export(checkpoints: &str, step: Option<u64>, out: &Path) -> Result<
 }
 
 fn open(checkpoints: &str) -> Result<Store, String> {
-    if !checkpoints.contains("://") && !Path::new(checkpoints).is_dir() {
+    let folder = checkpoints.strip_prefix("file://").unwrap_or(checkpoints);
+    if !folder.contains("://") && !Path::new(folder).is_dir() {
         return Err(format!("{checkpoints}: there is no such folder; --state-dir names the job's, --checkpoints its checkpoint.store"));
     }
     Store::at(checkpoints).map_err(|error| error.to_string())

@@ -7,6 +7,7 @@ use futures::{StreamExt, TryStreamExt, pin_mut};
 use object_store::path::Path as Key;
 use object_store::prefix::PrefixStore;
 use object_store::{ObjectStore, ObjectStoreExt, PutMode, PutPayload, WriteMultipart};
+use peapod_data::source::one_line;
 use peapod_proto::ids::{Generation, Step};
 use peapod_proto::message::ValidationLosses;
 use serde::{Deserialize, Serialize};
@@ -18,12 +19,12 @@ use crate::shard_list::ShardList;
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
     /// The store itself failed.
-    #[error("checkpoint store {root}: {source}")]
+    #[error("checkpoint store {root}: {}", one_line(.error))]
     Store {
         /// The store.
         root: String,
         /// What it said.
-        source: object_store::Error,
+        error: object_store::Error,
     },
     /// A stored file is not what the manifest says.
     #[error("checkpoint {name} in {root} is damaged: {reason}")]
@@ -169,7 +170,7 @@ impl Store {
         std::fs::create_dir_all(folder).map_err(with_root)?;
         let folder = folder.canonicalize().map_err(with_root)?;
         let objects = object_store::local::LocalFileSystem::new_with_prefix(&folder)
-            .map_err(|source| StoreError::Store { root: root.clone(), source })?
+            .map_err(|error| StoreError::Store { root: root.clone(), error })?
             .with_fsync(true);
         let root = folder.display().to_string();
         Ok(Self { objects: Arc::new(objects), folder: Some(folder), root })
@@ -187,8 +188,8 @@ impl Store {
         format!("{}/{}", self.root, name(step, generation))
     }
 
-    fn failed(&self, source: object_store::Error) -> StoreError {
-        StoreError::Store { root: self.root.clone(), source }
+    fn failed(&self, error: object_store::Error) -> StoreError {
+        StoreError::Store { root: self.root.clone(), error }
     }
 
     fn damaged(&self, name: String, reason: impl std::fmt::Display) -> StoreError {
@@ -299,7 +300,10 @@ impl Store {
     pub async fn check(&self, manifest: &Manifest, part: &Part) -> Result<(), StoreError> {
         use sha2::Digest;
         let key = Key::from(format!("{}/{}", manifest.name(), part.name));
-        let found = self.objects.head(&key).await.map_err(|error| self.damaged(manifest.name(), error))?;
+        let found = self.objects.head(&key).await.map_err(|error| match error {
+            object_store::Error::NotFound { .. } => self.damaged(manifest.name(), format!("{} is missing", part.name)),
+            error => self.failed(error),
+        })?;
         if found.size != part.num_bytes {
             let reason = format!("{} has {} bytes, the manifest says {}", part.name, found.size, part.num_bytes);
             return Err(self.damaged(manifest.name(), reason));
@@ -352,7 +356,7 @@ impl Store {
         let key = Key::from(format!("{}/{part}", manifest.name()));
         let found = self.objects.get(&key).await.map_err(|error| self.failed(error))?;
         let root = self.root.clone();
-        Ok(found.into_stream().map_err(move |source| StoreError::Store { root: root.clone(), source }))
+        Ok(found.into_stream().map_err(move |error| StoreError::Store { root: root.clone(), error }))
     }
 
     /// Deletes all but the newest `keep` whole checkpoints, and what dead writers left behind before them.
@@ -425,7 +429,7 @@ impl PartWriter {
     /// [`StoreError::Store`].
     pub async fn write(&mut self, bytes: bytes::Bytes) -> Result<(), StoreError> {
         if let Some(writer) = &mut self.writer {
-            writer.wait_for_capacity(2).await.map_err(|source| StoreError::Store { root: self.root.clone(), source })?;
+            writer.wait_for_capacity(2).await.map_err(|error| StoreError::Store { root: self.root.clone(), error })?;
             writer.put(bytes);
         }
         Ok(())
@@ -437,7 +441,7 @@ impl PartWriter {
     /// [`StoreError::Store`].
     pub async fn finish(mut self) -> Result<(), StoreError> {
         let Some(writer) = self.writer.take() else { return Ok(()) };
-        writer.finish().await.map(drop).map_err(|source| StoreError::Store { root: self.root.clone(), source })
+        writer.finish().await.map(drop).map_err(|error| StoreError::Store { root: self.root.clone(), error })
     }
 }
 
@@ -551,12 +555,23 @@ mod tests {
         }
     }
 
+    #[tokio::test]
+    async fn file_that_is_missing_is_damage() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::local(folder.path()).unwrap();
+        write(&store, 1, true).await;
+        std::fs::remove_file(folder.path().join("step-000000001-g000001/adapter.safetensors")).unwrap();
+        let error = store.newest().await.unwrap_err();
+        assert!(matches!(&error, StoreError::Damaged { reason, .. } if reason == "adapter.safetensors is missing"), "{error}");
+    }
+
     #[cfg(not(feature = "aws"))]
     #[test]
     fn address_that_this_build_cannot_reach_says_which_can() {
         let error = Store::at("s3://bucket/run").unwrap_err().to_string();
         assert_eq!(error, "checkpoint store s3://bucket/run: this build has no S3 support: build with --features aws");
-        assert!(Store::at("ftp://host/run").unwrap_err().to_string().starts_with("checkpoint store `ftp://host/run`: ftp:// is none of"));
+        let error = Store::at("http://host/run").unwrap_err().to_string();
+        assert!(error.ends_with("http://host/run: nothing can be written there: a store is s3://, gs:// or az://"), "{error}");
     }
 
     #[tokio::test]

@@ -34,6 +34,7 @@ COPY --from=build /out/libtorch/ /opt/peapod/libtorch/
 COPY --from=build /out/programs/ /
 ENV PATH=/opt/peapod/bin:/usr/local/bin:/usr/bin:/bin \
     SSL_CERT_FILE=/etc/ssl/certs/ca-certificates.crt \
+    HF_HOME=/models \
     NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 # Paths in a job file are relative to this.

@@ -1,10 +1,9 @@
 //! `worker fetch`: models of the hub, brought here before anything needs them: on the machine of a cluster that has a network, say.
 
 use std::fmt::Write as _;
-use std::path::PathBuf;
 
 use peapod_model::hub::{HubName, cache_folder};
-use peapod_proto::job::JobArgs;
+use peapod_proto::job::OptionalJobArgs;
 
 use crate::hub::{Hub, HubError, Log};
 use crate::setup;
@@ -15,9 +14,34 @@ pub struct Options {
     /// Models: ORG/NAME, or ORG/NAME@REVISION
     #[arg(required_unless_present = "job", value_name = "MODEL", value_parser = parse)]
     pub models: Vec<HubName>,
-    /// Fetch what this job file names
-    #[arg(long)]
-    pub job: Option<PathBuf>,
+    /// A job whose models to fetch
+    #[command(flatten)]
+    pub job: OptionalJobArgs,
+}
+
+/// Why models are not there.
+#[derive(Debug, thiserror::Error)]
+pub enum FetchError {
+    /// The job file cannot be read, or names what is nowhere.
+    #[error("{0}")]
+    Job(String),
+    /// A model cannot be fetched.
+    #[error(transparent)]
+    Hub(#[from] HubError),
+}
+
+impl From<String> for FetchError {
+    fn from(problem: String) -> Self {
+        Self::Job(problem)
+    }
+}
+
+impl FetchError {
+    /// Whether another try would end in the same way.
+    #[must_use]
+    pub fn is_permanent(&self) -> bool {
+        matches!(self, Self::Job(_)) || matches!(self, Self::Hub(error) if error.is_permanent())
+    }
 }
 
 fn parse(text: &str) -> Result<HubName, String> {
@@ -27,11 +51,11 @@ fn parse(text: &str) -> Result<HubName, String> {
 /// Fetches what the cache lacks of each; what lies on this machine as a path is left out. Returns the folders, a line each.
 ///
 /// # Errors
-/// One line: the job file cannot be read, or a model cannot be fetched.
-pub fn run(options: &Options) -> Result<String, String> {
+/// [`FetchError`].
+pub fn run(options: &Options) -> Result<String, FetchError> {
     let mut models = options.models.clone();
-    if let Some(path) = &options.job {
-        let job = JobArgs::from(path.clone()).read()?.job;
+    if let Some(job) = options.job.job() {
+        let job = job.read()?.job;
         for path in setup::model_paths(&job).filter(|path| !path.exists()) {
             let no_name = || format!("{}: there is no such file or folder, and it is no ORG/NAME of the hub", path.display());
             models.push(HubName::of(path).ok_or_else(no_name)?);
@@ -39,8 +63,8 @@ pub fn run(options: &Options) -> Result<String, String> {
     }
     let (hub, mut folders) = (Hub::from_environment(), String::new());
     for name in &models {
-        let cache = cache_folder().ok_or_else(|| HubError::NoCache { name: name.clone() }.to_string())?;
-        let folder = hub.fetch(name, &cache, &Log).map_err(|error| error.to_string())?;
+        let cache = cache_folder().ok_or_else(|| HubError::NoCache { name: name.clone() })?;
+        let folder = hub.fetch(name, &cache, &Log)?;
         let _ = writeln!(folders, "{}", folder.display());
     }
     Ok(folders)

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use peapod_data::source::Stream;
 use peapod_data::{SourceOptions, Sources};
-use peapod_model::hub::{HubName, cache_folder, files_to_load, home_folder};
+use peapod_model::hub::{HubName, cache_folder, files_to_load, home_folder, is_whole};
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
 
@@ -27,8 +27,12 @@ const ENDPOINT: &str = "https://huggingface.co";
 const CHUNK_BYTES: u64 = 32 << 20;
 /// Bytes written and hashed at once.
 const BUFFER_BYTES: usize = 1 << 20;
-/// How long a hub that fails is asked again.
-const GIVE_UP_AFTER: Duration = Duration::from_secs(60);
+/// How long a hub that fails while files come is asked again: it counts requests in windows of five minutes.
+const GIVE_UP_AFTER: Duration = Duration::from_secs(360);
+/// How long it is asked for a model at all. A path that is mistyped looks like a model's name, and need not wait long for its error.
+const ASK_FOR: Duration = Duration::from_secs(10);
+/// What a hub answers who asks without a token for what it does not have.
+const NO_SUCH_REPOSITORY: &str = "(RepoNotFound)";
 /// How often it is told how far a fetch is.
 const TELL_EVERY: Duration = Duration::from_secs(10);
 /// How often another's fetch is looked at.
@@ -58,19 +62,20 @@ impl Watch for Log {
 #[derive(Debug, thiserror::Error)]
 pub enum HubError {
     /// It is neither here nor there.
-    #[error("{name}: there is no such file or folder, and {endpoint} has no model of this name{revision}")]
+    #[error("{name}: there is no such file or folder, and {endpoint} has no model of this name{but}")]
     Missing {
         /// As it was given.
         name: HubName,
         /// The hub that was asked.
         endpoint: String,
-        /// The revision in words, if one was given.
-        revision: String,
+        /// What else it may be, in words: another revision, one that is shown to its owner alone.
+        but: String,
     },
-    /// It is there, but not for everybody; hubs also say so of what they do not have.
+    /// It is there, but not for everybody.
     #[error(
-        "{name}: there is no such file or folder, and {endpoint} denies access to a model of this name ({reason}): if it is private or gated, \
-         accept its terms on {endpoint}/{repository} and set HF_TOKEN to a token of that account"
+        "{name}: there is no such file or folder, and {endpoint} denies access to a model of this name ({reason}, {asked}): if the name is right, \
+         accept the model's terms on {endpoint}/{} and set HF_TOKEN to a token of that account",
+        .name.repository()
     )]
     Denied {
         /// As it was given.
@@ -79,8 +84,8 @@ pub enum HubError {
         endpoint: String,
         /// What it said.
         reason: String,
-        /// `ORG/NAME`.
-        repository: String,
+        /// Whether a token was shown, in words.
+        asked: &'static str,
     },
     /// The hub does not answer, or not as a hub.
     #[error(
@@ -128,12 +133,22 @@ pub enum HubError {
         cache: String,
     },
     /// The cache cannot be written.
-    #[error("{path}: {source}; HF_HOME says where models are kept")]
+    #[error(
+        "{name}: there is no such file or folder, and it cannot be fetched into the hub's cache, which HF_HOME moves: {path}: {source}"
+    )]
     Cache {
+        /// As it was given.
+        name: HubName,
         /// File or folder.
-        path: String,
+        path: PathBuf,
         /// The system's answer.
         source: io::Error,
+    },
+    /// It would have to be fetched.
+    #[error("{name}: it is not in the hub's cache, and HF_HUB_OFFLINE forbids to fetch it")]
+    Offline {
+        /// As it was given.
+        name: HubName,
     },
     /// Nothing says where the cache is.
     #[error("{name}: neither HF_HOME nor HOME says where the hub's cache is")]
@@ -147,7 +162,11 @@ impl HubError {
     /// Whether another machine, or a later time, would see the same.
     #[must_use]
     pub fn is_permanent(&self) -> bool {
-        matches!(self, Self::Missing { .. } | Self::Denied { .. } | Self::NoModel { .. })
+        match self {
+            Self::Missing { .. } | Self::Denied { .. } | Self::NoModel { .. } | Self::NoCache { .. } | Self::Offline { .. } => true,
+            Self::Cache { source, .. } => matches!(source.kind(), io::ErrorKind::ReadOnlyFilesystem | io::ErrorKind::PermissionDenied),
+            Self::Unreachable { .. } | Self::Damaged { .. } | Self::NoSpace { .. } => false,
+        }
     }
 }
 
@@ -158,19 +177,10 @@ impl HubError {
 /// [`HubError`] for the first that cannot be fetched.
 pub fn bring<'a>(models: impl IntoIterator<Item = &'a Path>, watch: &dyn Watch) -> Result<(), HubError> {
     let hub = Hub::from_environment();
-    for model in models {
-        if hub.is_offline || model.exists() {
-            continue;
-        }
+    for model in models.into_iter().filter(|model| !model.exists()) {
         let Some(name) = HubName::of(model) else { continue };
         let cache = cache_folder().ok_or_else(|| HubError::NoCache { name: name.clone() })?;
-        if name.snapshot(&cache).is_none() {
-            let _lock = lock(&name, &cache, watch)?;
-            // Another may have fetched it meanwhile.
-            if name.snapshot(&cache).is_none() {
-                hub.complete(&name, &cache, watch)?;
-            }
-        }
+        hub.bring(&name, &cache, watch)?;
     }
     Ok(())
 }
@@ -179,9 +189,9 @@ pub fn bring<'a>(models: impl IntoIterator<Item = &'a Path>, watch: &dyn Watch) 
 #[derive(Debug)]
 pub struct Hub {
     endpoint: String,
-    /// For a first question: a path of a job file that is mistyped looks like a model's name, and need not wait long for its error.
     asking: Sources,
     fetching: Sources,
+    has_token: bool,
     is_offline: bool,
 }
 
@@ -205,9 +215,32 @@ impl Hub {
         let options = SourceOptions { chunk_bytes: CHUNK_BYTES, immutable: true, ..SourceOptions::default() };
         Self {
             endpoint: endpoint.trim_end_matches('/').into(),
-            asking: with_token(SourceOptions { immutable: true, ..SourceOptions::impatient() }),
+            asking: with_token(SourceOptions { give_up_after: ASK_FOR, ..SourceOptions::impatient() }),
             fetching: with_token(SourceOptions { give_up_after: GIVE_UP_AFTER, ..options }),
+            has_token: token.is_some(),
             is_offline,
+        }
+    }
+
+    /// Fetches a model if the cache does not have it as a whole. Where a part of it is there and the hub does not answer, that has to do.
+    ///
+    /// # Errors
+    /// [`HubError`].
+    pub fn bring(&self, name: &HubName, cache: &Path, watch: &dyn Watch) -> Result<(), HubError> {
+        let has_whole = || name.snapshot(cache).is_some_and(|snapshot| is_whole(&files_below(&snapshot)));
+        if self.is_offline || has_whole() {
+            return Ok(());
+        }
+        let fetched = lock(name, cache, watch).and_then(|_lock| {
+            // Another may have fetched it meanwhile.
+            if has_whole() { Ok(()) } else { self.complete(name, cache, watch).map(drop) }
+        });
+        match fetched {
+            Err(error) if name.snapshot(cache).is_some() => {
+                watch.say(&format!("{error}; going on with what the cache has of it"));
+                Ok(())
+            }
+            fetched => fetched,
         }
     }
 
@@ -216,6 +249,9 @@ impl Hub {
     /// # Errors
     /// [`HubError`]. What has come by then is kept.
     pub fn fetch(&self, name: &HubName, cache: &Path, watch: &dyn Watch) -> Result<PathBuf, HubError> {
+        if self.is_offline {
+            return name.snapshot(cache).ok_or_else(|| HubError::Offline { name: name.clone() });
+        }
         let _lock = lock(name, cache, watch)?;
         self.complete(name, cache, watch)
     }
@@ -223,6 +259,7 @@ impl Hub {
     /// As [`Hub::fetch`], by whoever holds the lock.
     fn complete(&self, name: &HubName, cache: &Path, watch: &dyn Watch) -> Result<PathBuf, HubError> {
         let folder = name.folder(cache);
+        let failed = |failed: CacheError| failed.of(name);
         watch.say(&format!("asking {} for {name}", self.endpoint));
         let listing = self.list(name)?;
         let names: Vec<&str> = listing.siblings.iter().map(|file| file.rfilename.as_str()).filter(|name| is_plain(name)).collect();
@@ -238,8 +275,8 @@ impl Hub {
             .collect();
         let transfer = Transfer::begin(name, watch, missing.iter().map(|file| file.size()).sum());
         if !missing.is_empty() {
-            create_folder(&folder.join("blobs"))?;
-            check_space(name, &folder, missing.iter().map(|file| file.missing_bytes(&folder)).sum())?;
+            create_folder(&folder.join("blobs")).map_err(failed)?;
+            check_space(name, &folder, missing.iter().map(|file| file.missing_bytes(&folder, &listing.sha)).sum())?;
             watch.say(&format!(
                 "fetching {name} from {} into {}: {} files, {}",
                 self.endpoint,
@@ -248,17 +285,13 @@ impl Hub {
                 size(transfer.total)
             ));
         }
-        // A folder that is there may be another program's: it is filled. One that is not appears when it is whole.
-        let filled = if snapshot.is_dir() { snapshot.clone() } else { folder.join("snapshots").join(format!(".{}.part", listing.sha)) };
+        let mut blobs = Vec::new();
         for file in &missing {
-            let blob = self.fetch_file(&folder, &listing.sha, file, &transfer)?;
-            link(&blob, &filled.join(&file.rfilename), &file.rfilename)?;
+            blobs.push((self.fetch_file(&folder, &listing.sha, file, &transfer)?, file.rfilename.as_str()));
         }
-        if filled != snapshot {
-            std::fs::rename(&filled, &snapshot).map_err(|error| failed(&snapshot, error))?;
-        }
+        place(&blobs, &snapshot).map_err(failed)?;
         if name.revision() != listing.sha {
-            write_whole(&folder.join("refs").join(name.revision()), listing.sha.as_bytes())?;
+            write_whole(&folder.join("refs").join(name.revision()), listing.sha.as_bytes()).map_err(failed)?;
         }
         if !missing.is_empty() {
             watch.say(&format!("fetched {name} in {:.0} s", transfer.started.elapsed().as_secs_f64()));
@@ -288,56 +321,63 @@ impl Hub {
     /// Fetches a file, unless the cache has what it holds; returns where that lies.
     fn fetch_file(&self, folder: &Path, commit: &str, file: &Listed, transfer: &Transfer) -> Result<PathBuf, HubError> {
         let name = transfer.name;
-        let blob = file.blob(folder);
+        let failed = |failed: CacheError| failed.of(name);
+        let blob = file.blob(folder, commit);
         if blob.exists() {
-            transfer.count(file.size());
+            transfer.found(file.size());
             return Ok(blob);
         }
         let part = part_of(&blob);
         let url = format!("{}/{}/resolve/{commit}/{}", self.endpoint, name.repository(), escaped(&file.rfilename));
         let mut is_second = false;
         loop {
-            let mut incoming = Incoming::open(&part, file.size)?;
-            transfer.count(incoming.len);
+            let mut incoming = Incoming::open(&part, file.size).map_err(failed)?;
+            transfer.found(incoming.len);
             if file.size.is_none_or(|size| incoming.len < size) {
-                let mut stream = self.open(&self.fetching, name, &url, incoming.len)?;
-                let halt = stream.halt();
-                let mut buffer = vec![0; BUFFER_BYTES];
-                loop {
-                    match stream.read(&mut buffer) {
-                        Ok(0) => break,
-                        Ok(len) => {
-                            incoming.write(&buffer[..len])?;
-                            transfer.count(len as u64);
-                        }
-                        Err(error) => {
-                            halt.check().map_err(|error| self.error(name, error))?;
-                            return Err(HubError::Unreachable { name: name.clone(), reason: format!("read {url}: {error}") });
-                        }
-                    }
-                }
+                self.receive(&url, &mut incoming, transfer)?;
             }
-            let (len, found) = incoming.finish()?;
-            let is_whole = file.size.is_none_or(|size| size == len);
-            match file.lfs.as_ref().map(|lfs| &lfs.sha256) {
-                Some(expected) if *expected != found => {
-                    // A part that an earlier run left may be the cause.
-                    std::fs::remove_file(&part).map_err(|error| failed(&part, error))?;
-                    if is_second {
-                        let (name, file, expected) = (name.clone(), file.rfilename.clone(), expected.clone());
-                        return Err(HubError::Damaged { name, file, found, expected });
-                    }
-                    transfer.watch.say(&format!("{}: {} arrived damaged, it is fetched anew", name, file.rfilename));
-                    is_second = true;
+            let Received { len, sha256, is_alone } = incoming.finish().map_err(failed)?;
+            let is_whole = is_alone && file.size.is_none_or(|size| size == len);
+            let expected = file.lfs.as_ref().map(|lfs| &lfs.sha256);
+            if is_whole && expected.is_none_or(|expected| *expected == sha256) {
+                std::fs::rename(&part, &blob).map_err(|error| failed(CacheError::new(&blob, error)))?;
+                return Ok(blob);
+            }
+            // A part that an earlier run left may be the cause, or a process on another host whose lock this one does not see.
+            std::fs::remove_file(&part).map_err(|error| failed(CacheError::new(&part, error)))?;
+            transfer.lost(len);
+            if is_second {
+                let (name, file) = (name.clone(), file.rfilename.clone());
+                return Err(match expected {
+                    Some(expected) if is_alone => HubError::Damaged { name, file, found: sha256, expected: expected.clone() },
+                    _ => HubError::Unreachable { name, reason: format!("{url}: {len} bytes came, the hub lists another number") },
+                });
+            }
+            transfer.watch.say(&format!("{name}: {} arrived damaged, it is fetched anew", file.rfilename));
+            is_second = true;
+        }
+    }
+
+    /// Appends what a file lacks.
+    fn receive(&self, url: &str, incoming: &mut Incoming, transfer: &Transfer) -> Result<(), HubError> {
+        let name = transfer.name;
+        let unreachable = |reason: String| HubError::Unreachable { name: name.clone(), reason };
+        let mut stream = match self.open(&self.fetching, name, url, incoming.len) {
+            Err(HubError::Missing { .. }) => return Err(unreachable(format!("{url} is listed and is not there"))),
+            opened => opened?,
+        };
+        let halt = stream.halt();
+        let mut buffer = vec![0; BUFFER_BYTES];
+        loop {
+            match stream.read(&mut buffer) {
+                Ok(0) => return Ok(()),
+                Ok(len) => {
+                    incoming.write(&buffer[..len]).map_err(|failed| failed.of(name))?;
+                    transfer.came(len as u64);
                 }
-                _ if !is_whole => {
-                    std::fs::remove_file(&part).map_err(|error| failed(&part, error))?;
-                    let reason = format!("{url} has {len} bytes, the hub lists {}", file.size());
-                    return Err(HubError::Unreachable { name: name.clone(), reason });
-                }
-                _ => {
-                    std::fs::rename(&part, &blob).map_err(|error| failed(&blob, error))?;
-                    return Ok(blob);
+                Err(error) => {
+                    halt.check().map_err(|error| self.error(name, error))?;
+                    return Err(unreachable(format!("read {url}: {error}")));
                 }
             }
         }
@@ -353,11 +393,16 @@ impl Hub {
             peapod_data::Error::Open { source, .. } if source.kind() == io::ErrorKind::NotFound => {
                 // A name without a revision is `main`, which every repository has.
                 let is_plain = name.to_string() == name.repository();
-                let revision = if is_plain { String::new() } else { format!(", or not the revision {}", name.revision()) };
-                HubError::Missing { name, endpoint, revision }
+                let but = if is_plain { String::new() } else { format!(", or not the revision {}", name.revision()) };
+                HubError::Missing { name, endpoint, but }
+            }
+            peapod_data::Error::Store(error) if error.denied && error.reason.contains(NO_SUCH_REPOSITORY) => {
+                let but = if self.has_token { "" } else { " that it shows to everybody; HF_TOKEN opens private ones" };
+                HubError::Missing { name, endpoint, but: but.into() }
             }
             peapod_data::Error::Store(error) if error.denied => {
-                HubError::Denied { repository: name.repository().into(), name, endpoint, reason: error.reason }
+                let asked = if self.has_token { "asked with the token of this machine" } else { "asked without a token" };
+                HubError::Denied { name, endpoint, reason: error.reason, asked }
             }
             error => HubError::Unreachable { name, reason: error.to_string() },
         }
@@ -394,17 +439,17 @@ impl Listed {
     }
 
     /// Where its bytes lie, named as the Python libraries do: by the SHA-256 of a large file, by git's name of a small one.
-    fn blob(&self, folder: &Path) -> PathBuf {
+    fn blob(&self, folder: &Path, commit: &str) -> PathBuf {
         let digest = self.lfs.as_ref().map(|lfs| &lfs.sha256).or(self.blob_id.as_ref());
         let digest = digest.filter(|digest| digest.len() >= 40 && digest.bytes().all(|byte| byte.is_ascii_hexdigit()));
-        // What the hub does not name is named by its path.
-        let name = digest.cloned().unwrap_or_else(|| self.rfilename.replace('/', "--"));
+        // What the hub does not name is named by its path in this commit, and shared with no other.
+        let name = digest.cloned().unwrap_or_else(|| format!("{commit}--{}", self.rfilename.replace('/', "--")));
         folder.join("blobs").join(name)
     }
 
     /// What of it is still to come.
-    fn missing_bytes(&self, folder: &Path) -> u64 {
-        let blob = self.blob(folder);
+    fn missing_bytes(&self, folder: &Path, commit: &str) -> u64 {
+        let blob = self.blob(folder, commit);
         let here = [&blob, &part_of(&blob)].into_iter().find_map(|path| Some(path.metadata().ok()?.len()));
         self.size().saturating_sub(here.unwrap_or(0))
     }
@@ -420,8 +465,8 @@ struct Incoming<'a> {
 
 impl<'a> Incoming<'a> {
     /// Goes on behind what is there already of a file of this size.
-    fn open(path: &'a Path, size: Option<u64>) -> Result<Self, HubError> {
-        let failed = |error| failed(path, error);
+    fn open(path: &'a Path, size: Option<u64>) -> Result<Self, CacheError> {
+        let failed = |error| CacheError::new(path, error);
         let mut file = OpenOptions::new().read(true).append(true).create(true).open(path).map_err(failed)?;
         let (mut hasher, mut len) = (Sha256::new(), 0);
         let mut buffer = vec![0; BUFFER_BYTES];
@@ -441,18 +486,27 @@ impl<'a> Incoming<'a> {
         Ok(Self { path, file, hasher, len })
     }
 
-    fn write(&mut self, bytes: &[u8]) -> Result<(), HubError> {
-        self.file.write_all(bytes).map_err(|error| failed(self.path, error))?;
+    fn write(&mut self, bytes: &[u8]) -> Result<(), CacheError> {
+        self.file.write_all(bytes).map_err(|error| CacheError::new(self.path, error))?;
         self.hasher.update(bytes);
         self.len += bytes.len() as u64;
         Ok(())
     }
 
-    /// Its length and SHA-256, once it is on the disk.
-    fn finish(self) -> Result<(u64, String), HubError> {
-        self.file.sync_all().map_err(|error| failed(self.path, error))?;
-        Ok((self.len, hex::encode(self.hasher.finalize())))
+    /// What came, once it is on the disk.
+    fn finish(self) -> Result<Received, CacheError> {
+        let failed = |error| CacheError::new(self.path, error);
+        self.file.sync_all().map_err(failed)?;
+        let is_alone = self.file.metadata().map_err(failed)?.len() == self.len;
+        Ok(Received { len: self.len, sha256: hex::encode(self.hasher.finalize()), is_alone })
     }
+}
+
+struct Received {
+    len: u64,
+    sha256: String,
+    /// Whether nobody else has written to the file.
+    is_alone: bool,
 }
 
 /// How far a fetch is.
@@ -461,22 +515,35 @@ struct Transfer<'a> {
     watch: &'a dyn Watch,
     total: u64,
     started: Instant,
+    /// Bytes that are here, and those of them that this process has fetched.
     here: Cell<u64>,
+    fetched: Cell<u64>,
     told: Cell<Instant>,
 }
 
 impl<'a> Transfer<'a> {
     fn begin(name: &'a HubName, watch: &'a dyn Watch, total: u64) -> Self {
         let now = Instant::now();
-        Self { name, watch, total, started: now, here: Cell::new(0), told: Cell::new(now) }
+        Self { name, watch, total, started: now, here: Cell::new(0), fetched: Cell::new(0), told: Cell::new(now) }
     }
 
-    fn count(&self, num_bytes: u64) {
+    /// So many bytes were here already.
+    fn found(&self, num_bytes: u64) {
         self.here.set(self.here.get() + num_bytes);
         self.watch.moved(num_bytes);
+    }
+
+    /// So many bytes have to be fetched once more.
+    fn lost(&self, num_bytes: u64) {
+        self.here.set(self.here.get().saturating_sub(num_bytes));
+    }
+
+    fn came(&self, num_bytes: u64) {
+        self.found(num_bytes);
+        self.fetched.set(self.fetched.get() + num_bytes);
         if self.told.get().elapsed() >= TELL_EVERY {
             self.told.set(Instant::now());
-            let rate = self.here.get() as f64 / self.started.elapsed().as_secs_f64();
+            let rate = self.fetched.get() as f64 / self.started.elapsed().as_secs_f64();
             let line = format!("{}: {} of {} are here, {}/s", self.name, size(self.here.get()), size(self.total), size(rate as u64));
             self.watch.say(&line);
         }
@@ -486,9 +553,10 @@ impl<'a> Transfer<'a> {
 /// Waits until no other process fetches the model into the cache. The system gives the lock back however the process ends.
 fn lock(name: &HubName, cache: &Path, watch: &dyn Watch) -> Result<File, HubError> {
     let folder = name.folder(&cache.join(".locks"));
-    create_folder(&folder)?;
     let path = folder.join("peapod.lock");
-    let file = OpenOptions::new().write(true).create(true).truncate(false).open(&path).map_err(|error| failed(&path, error))?;
+    let failed = |error| CacheError::new(&path, error).of(name);
+    create_folder(&folder).map_err(|failed| failed.of(name))?;
+    let file = OpenOptions::new().write(true).create(true).truncate(false).open(&path).map_err(failed)?;
     let blobs = name.folder(cache).join("blobs");
     let mut last = None;
     loop {
@@ -503,10 +571,15 @@ fn lock(name: &HubName, cache: &Path, watch: &dyn Watch) -> Result<File, HubErro
                 }
                 std::thread::sleep(LOCK_POLL);
             }
-            Err(TryLockError::Error(error)) => return Err(failed(&path, error)),
+            // A file system without locks: two may fetch the same, which is found out when a file has come.
+            Err(TryLockError::Error(error)) if NO_LOCKS.iter().any(|code| error.raw_os_error() == Some(*code)) => return Ok(file),
+            Err(TryLockError::Error(error)) => return Err(failed(error)),
         }
     }
 }
+
+/// What file systems answer that have no locks.
+const NO_LOCKS: [i32; 3] = [libc::ENOSYS, libc::EOPNOTSUPP, libc::ENOLCK];
 
 /// Bytes of all files in a folder.
 fn num_bytes_in(folder: &Path) -> u64 {
@@ -543,35 +616,91 @@ fn part_of(blob: &Path) -> PathBuf {
     blob.with_file_name(name)
 }
 
-/// Makes `path`, which is the place of `file` in its snapshot, stand for a blob.
-fn link(blob: &Path, path: &Path, file: &str) -> Result<(), HubError> {
+/// Makes the files of a snapshot stand for their blobs. A snapshot that is not there yet appears when it is whole.
+fn place(blobs: &[(PathBuf, &str)], snapshot: &Path) -> Result<(), CacheError> {
+    let link_all = |folder: &Path| blobs.iter().try_for_each(|(blob, file)| link(blob, &folder.join(file), file));
+    if snapshot.is_dir() {
+        return link_all(snapshot);
+    }
+    let mut name = std::ffi::OsString::from(".");
+    name.push(snapshot.file_name().unwrap_or_default());
+    let filled = part_of(&snapshot.with_file_name(name));
+    link_all(&filled)?;
+    match std::fs::rename(&filled, snapshot) {
+        Ok(()) => Ok(()),
+        // Another program has made it meanwhile.
+        Err(_) if snapshot.is_dir() => {
+            link_all(snapshot)?;
+            std::fs::remove_dir_all(&filled).map_err(|error| CacheError::new(&filled, error))
+        }
+        Err(error) => Err(CacheError::new(snapshot, error)),
+    }
+}
+
+/// Makes `path`, which is the place of `file` in its snapshot, stand for a blob. What is there already stays.
+fn link(blob: &Path, path: &Path, file: &str) -> Result<(), CacheError> {
+    if path.exists() {
+        return Ok(());
+    }
     if let Some(parent) = path.parent() {
         create_folder(parent)?;
     }
     // From snapshots/COMMIT/ to blobs/, so that the cache can be moved.
     let up = "../".repeat(2 + file.matches('/').count());
     let target = Path::new(&up).join("blobs").join(blob.file_name().unwrap_or_default());
-    let temporary = path.with_extension("link");
+    let temporary = part_of(path);
     let _ = std::fs::remove_file(&temporary);
-    std::os::unix::fs::symlink(&target, &temporary).map_err(|error| failed(&temporary, error))?;
-    std::fs::rename(&temporary, path).map_err(|error| failed(path, error))
+    std::os::unix::fs::symlink(&target, &temporary).map_err(|error| CacheError::new(&temporary, error))?;
+    std::fs::rename(&temporary, path).map_err(|error| CacheError::new(path, error))
+}
+
+/// The names of all files below a folder, as a repository lists them.
+fn files_below(folder: &Path) -> Vec<String> {
+    let (mut files, mut folders) = (Vec::new(), vec![String::new()]);
+    while let Some(below) = folders.pop() {
+        for entry in std::fs::read_dir(folder.join(&below)).into_iter().flatten().flatten() {
+            let name = format!("{below}{}", entry.file_name().to_string_lossy());
+            match entry.path() {
+                path if path.is_dir() => folders.push(format!("{name}/")),
+                // A link whose blob is gone leads nowhere.
+                path if path.exists() => files.push(name),
+                _ => {}
+            }
+        }
+    }
+    files
 }
 
 /// Writes a file that is there as a whole or not at all.
-fn write_whole(path: &Path, bytes: &[u8]) -> Result<(), HubError> {
+fn write_whole(path: &Path, bytes: &[u8]) -> Result<(), CacheError> {
     if let Some(parent) = path.parent() {
         create_folder(parent)?;
     }
     let temporary = part_of(path);
-    std::fs::write(&temporary, bytes).and_then(|()| std::fs::rename(&temporary, path)).map_err(|error| failed(path, error))
+    let written = std::fs::write(&temporary, bytes).and_then(|()| std::fs::rename(&temporary, path));
+    written.map_err(|error| CacheError::new(path, error))
 }
 
-fn create_folder(path: &Path) -> Result<(), HubError> {
-    std::fs::create_dir_all(path).map_err(|error| failed(path, error))
+fn create_folder(path: &Path) -> Result<(), CacheError> {
+    std::fs::create_dir_all(path).map_err(|error| CacheError::new(path, error))
 }
 
-fn failed(path: &Path, source: io::Error) -> HubError {
-    HubError::Cache { path: path.display().to_string(), source }
+/// What the system said of a path in the cache.
+#[derive(Debug)]
+struct CacheError {
+    path: PathBuf,
+    source: io::Error,
+}
+
+impl CacheError {
+    fn new(path: &Path, source: io::Error) -> Self {
+        Self { path: path.to_owned(), source }
+    }
+
+    /// The same, with the model that was to come there.
+    fn of(self, name: &HubName) -> HubError {
+        HubError::Cache { name: name.clone(), path: self.path, source: self.source }
+    }
 }
 
 #[cfg(test)]

@@ -11,7 +11,8 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use peapod_proto::ids::{Generation, LeaseId, MemberIndex, Rank, Step, WorkerId};
 use peapod_proto::message::{
-    Assignment, Continuing, FromWorker, Lease, ShardReport, SkippedSample, StepRecord, StepReport, StopReason, Stopped, ToWorker,
+    Assignment, Continuing, FromWorker, Lease, ShardReport, SkipReason, SkippedSample, StepRecord, StepReport, StopReason, Stopped,
+    ToWorker,
 };
 
 /// What happens to a worker.
@@ -192,7 +193,7 @@ pub struct Lifecycle {
     /// What it said last that it holds.
     stopped: Stopped,
     /// What it has read of the shards that it holds, without the words.
-    read: BTreeMap<LeaseId, ShardReport>,
+    read: BTreeMap<LeaseId, Read>,
     /// From where on it has left the rest of a lease to others.
     gave_back: BTreeMap<LeaseId, u32>,
     leaving: Option<&'static str>,
@@ -349,7 +350,7 @@ impl Lifecycle {
         };
         let mut actions = vec![Action::Log { text }];
         if again {
-            actions.extend(self.read.values().cloned().map(|report| Action::Send(FromWorker::ShardReport(report))));
+            actions.extend(self.read.iter().map(|(&lease, read)| Action::Send(FromWorker::ShardReport(read.report(lease)))));
             let gave_back = self.gave_back.iter().map(|(&lease, &from)| Action::Send(FromWorker::GaveBack { lease, from }));
             actions.extend(gave_back);
         }
@@ -421,14 +422,8 @@ impl Lifecycle {
 
     /// Keeps what was read of a shard for a coordinator that will not have heard of it.
     fn remember(&mut self, report: &ShardReport) {
-        let known = self.read.entry(report.lease).or_insert_with(|| ShardReport {
-            lease: report.lease,
-            skipped: Vec::new(),
-            num_samples: None,
-            truncated: String::new(),
-        });
-        let wordless = |sample: &SkippedSample| SkippedSample { key: String::new(), detail: String::new(), ..sample.clone() };
-        known.skipped.extend(report.skipped.iter().map(wordless));
+        let known = self.read.entry(report.lease).or_default();
+        known.skipped.extend(report.skipped.iter().map(|sample| (sample.index, sample.reason)));
         known.num_samples = report.num_samples.or(known.num_samples);
         if !report.truncated.is_empty() {
             known.truncated.clone_from(&report.truncated);
@@ -493,6 +488,26 @@ impl Lifecycle {
             Action::Log { text: format!("{name}: leaving after the step in flight; once more to leave at once") },
             Action::Send(FromWorker::Leaving { reason: name.into() }),
         ]
+    }
+}
+
+/// What was read of a shard, without the words: a generation may last for weeks, and skip millions of samples.
+#[derive(Debug, Clone, Default)]
+struct Read {
+    skipped: Vec<(u32, SkipReason)>,
+    num_samples: Option<u32>,
+    truncated: String,
+}
+
+impl Read {
+    fn report(&self, lease: LeaseId) -> ShardReport {
+        let skipped = |&(index, reason): &(u32, SkipReason)| SkippedSample { index, reason, key: String::new(), detail: String::new() };
+        ShardReport {
+            lease,
+            skipped: self.skipped.iter().map(skipped).collect(),
+            num_samples: self.num_samples,
+            truncated: self.truncated.clone(),
+        }
     }
 }
 

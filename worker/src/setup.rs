@@ -190,8 +190,8 @@ pub fn lr_schedule(job: &Job) -> LrSchedule {
     }
 }
 
-/// SHA-256 over what must be alike on all ranks for their gradients to be of the same thing: configurations, and the size of a checkpoint
-/// that is one file. Weights are told apart by these.
+/// SHA-256 over what must be alike on all ranks for their gradients to be of the same thing: configurations, the commit of what comes from the
+/// hub, and the size of a checkpoint that is one file. Weights are told apart by these.
 ///
 /// # Errors
 /// Names the configuration that cannot be read.
@@ -202,11 +202,14 @@ pub fn model_digest(job: &Job, adapter: &AdapterConfig) -> peapod_model::Result<
     for (part, settings) in model.settings()? {
         hasher.update(format!("{part}{settings}"));
     }
+    let student = hub::locate(&job.student.path)?;
+    for commit in [model.path(), &student].into_iter().filter_map(hub::commit_of) {
+        hasher.update(commit);
+    }
     let failed = |path: &Path, source| peapod_model::Error::Io { path: path.into(), source };
     if model.path().is_file() {
         hasher.update(std::fs::metadata(model.path()).map_err(|error| failed(model.path(), error))?.len().to_le_bytes());
     }
-    let student = hub::locate(&job.student.path)?;
     for path in STUDENT_CONFIGURATIONS.map(|file| student.join(file)).iter().filter(|path| path.is_file()) {
         let bytes = std::fs::read(path).map_err(|error| failed(path, error))?;
         hasher.update((bytes.len() as u64).to_le_bytes());

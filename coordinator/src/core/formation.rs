@@ -46,7 +46,9 @@ impl Core {
 
     /// When fewer workers than the world size start, if nobody comes: none while that cannot be.
     pub(super) fn starts_at(&self) -> Option<Timestamp> {
-        let is_loading = self.workers.values().any(|worker| worker.state == WorkerState::Loading);
+        // A model that is still to come may take an hour: who fetches it is let in later.
+        let loads = |worker: &Worker| worker.state == WorkerState::Loading && worker.phase != Phase::Fetching;
+        let is_loading = self.workers.values().any(loads);
         let since = self.quiet_since().filter(|_| !is_loading)?;
         let ready = self.workers.values().filter(|worker| worker.is_ready()).count();
         (ready >= self.config.min_world_size as usize).then(|| since + QUIET_HEARTBEAT_TIMEOUTS * self.config.heartbeat_timeout)

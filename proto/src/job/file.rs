@@ -18,6 +18,25 @@ pub struct JobArgs {
     pub set: Vec<Setting>,
 }
 
+/// Which job, if any.
+#[derive(Debug, Clone, Default, PartialEq, clap::Args)]
+pub struct OptionalJobArgs {
+    /// Job file
+    #[arg(long)]
+    pub job: Option<PathBuf>,
+    /// Sets a key of the job file for this once, such as model.path=ORG/NAME; with nothing behind `=` leaves it out. May be given several times
+    #[arg(long, value_name = "KEY=VALUE", requires = "job")]
+    pub set: Vec<Setting>,
+}
+
+impl OptionalJobArgs {
+    /// The job that is named.
+    #[must_use]
+    pub fn job(&self) -> Option<JobArgs> {
+        Some(JobArgs { job: self.job.clone()?, set: self.set.clone() })
+    }
+}
+
 /// A job file that was read.
 #[derive(Debug, Clone, PartialEq)]
 pub struct JobFile {
@@ -72,7 +91,10 @@ impl Setting {
         }
         match &self.value {
             Some(value) => table.insert(name.clone(), value.clone()),
-            None => table.remove(name),
+            None => match table.remove(name) {
+                None => return Err(format!("--set {}: the job file does not have it", self.text)),
+                removed => removed,
+            },
         };
         Ok(())
     }
@@ -172,6 +194,7 @@ mod tests {
     fn refusals_name_the_key_and_no_line_of_a_text_that_nobody_wrote() {
         assert_eq!(read(&["train.steps"]).unwrap_err(), "\"train.steps\" is no KEY=VALUE, such as train.learning_rate=1e-4");
         assert_eq!(read(&[".steps=1"]).unwrap_err(), "\".steps=1\" is no KEY=VALUE, such as train.learning_rate=1e-4");
+        assert_eq!(read(&["train.stepz="]).unwrap_err(), "--set train.stepz=: the job file does not have it");
         assert_eq!(read(&["model.path.x=1"]).unwrap_err(), "--set model.path.x=1: path is no section");
         assert_eq!(read(&["train.learning_rat=1"]).unwrap_err(), "job.toml: unknown key `learning_rat`, did you mean `learning_rate`?");
         assert_eq!(read(&["train.steps=3"]).unwrap_err(), "job.toml: give exactly one of train.steps or train.epochs");

@@ -19,7 +19,7 @@ mod train;
 pub use captions::{CaptionRules, CaptionsSection, Language, NativeBy, Ranges, Script};
 pub use data::{DataSection, Filter, SourceSection};
 pub use error::JobError;
-pub use file::{JobArgs, JobFile, Setting};
+pub use file::{JobArgs, JobFile, OptionalJobArgs, Setting};
 pub use models::{AdapterSection, ModelSection, StudentSection, VaeDtype};
 pub use preset::Preset;
 pub use reference::reference;
@@ -292,6 +292,7 @@ mod tests {
         let with = |store: &str| Job::parse(&format!("{SMALL}\n[checkpoint]\nstore = {store:?}"));
         let error = with("https://host/run").unwrap_err().to_string();
         assert!(error.contains("checkpoint.store (https://host/run) must be a folder, or one in a store"), "{error}");
+        assert_eq!(with("s3:/bucket/run").unwrap_err().to_string(), "checkpoint.store: an address has two slashes, s3://bucket/run");
         assert!(with("/mnt/run").is_ok() && with("run").is_ok() && with("s3://bucket/run").is_ok());
     }
 

@@ -36,6 +36,12 @@ impl CheckpointSection {
         if let Some(store) = self.store.as_ref().filter(|store| store.starts_with("http://") || store.starts_with("https://")) {
             checks.problem(format!("checkpoint.store ({store}) must be a folder, or one in a store: a web server takes no files"));
         }
+        let slip = self.store.as_ref().and_then(|store| store.split_once(":/")).filter(|(scheme, rest)| {
+            !scheme.is_empty() && scheme.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit()) && !rest.starts_with('/')
+        });
+        if let Some((scheme, rest)) = slip {
+            checks.problem(format!("checkpoint.store: an address has two slashes, {scheme}://{rest}"));
+        }
         checks.at_least("checkpoint.every_steps", self.every_steps, 1, "");
         checks.at_least("checkpoint.every", self.every, Duration::from_secs(1), "");
         checks.at_least("checkpoint.keep", self.keep, 1, ": the newest is what a job resumes from");

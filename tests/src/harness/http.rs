@@ -35,6 +35,8 @@ pub struct Habits {
     pub fails_every: Option<(usize, Fault)>,
     /// Answers 401 to whoever shows another token than this, or any where it is none.
     pub token: Option<Option<&'static str>>,
+    /// What it says in `X-Error-Code` then.
+    pub error_code: Option<&'static str>,
 }
 
 /// A server on a port of its own; it ends when it is dropped.
@@ -185,7 +187,8 @@ fn answer(shared: &Shared, mut connection: TcpStream) -> std::io::Result<()> {
         return status(&mut connection, "405 Method Not Allowed");
     }
     if habits.token.is_some_and(|wanted| wanted != token.as_deref()) {
-        return status(&mut connection, "401 Unauthorized");
+        let code = habits.error_code.map_or_else(String::new, |code| format!("\r\nX-Error-Code: {code}"));
+        return status(&mut connection, &format!("401 Unauthorized{code}"));
     }
     if let Some(url) = redirect {
         return write!(connection, "HTTP/1.1 302 Found\r\nLocation: {url}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n");

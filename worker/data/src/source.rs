@@ -32,7 +32,7 @@ use crate::shard::{Found, RawSample, ShardEnd, read_shard};
 use crate::{Error, Result};
 use cache::{Cache, Tee};
 use local::LocalReader;
-pub use object::folder_at;
+pub use object::{folder_at, one_line};
 use remote::Remote;
 
 /// Bytes asked for at once.

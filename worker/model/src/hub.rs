@@ -11,7 +11,7 @@ mod files;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-pub use self::files::files_to_load;
+pub use self::files::{files_to_load, is_whole};
 use crate::{Error, Result};
 
 /// What is used when no revision is given.
@@ -46,6 +46,13 @@ pub fn home_folder() -> Option<PathBuf> {
 #[must_use]
 pub fn cache_folder() -> Option<PathBuf> {
     cache_by(variable)
+}
+
+/// The commit that a folder is the snapshot of, if it lies in a cache.
+#[must_use]
+pub fn commit_of(folder: &Path) -> Option<String> {
+    let is_snapshot = folder.parent()?.file_name()? == "snapshots" && folder.parent()?.parent()?.join("blobs").is_dir();
+    is_snapshot.then(|| folder.file_name()?.to_str().map(str::to_owned)).flatten()
 }
 
 fn variable(name: &str) -> Option<PathBuf> {
@@ -166,6 +173,9 @@ mod tests {
         std::fs::write(folder.join("refs/main"), "0123abcd").unwrap();
         std::fs::write(folder.join("refs/pr/1"), "0123abcd\n").unwrap();
         std::fs::write(folder.join("refs/wrong"), "../../..").unwrap();
+        assert_eq!(commit_of(&snapshot), None, "a folder of that name");
+        std::fs::create_dir(folder.join("blobs")).unwrap();
+        assert_eq!(commit_of(&snapshot).as_deref(), Some("0123abcd"));
         let find = |name| HubName::parse(name).unwrap().snapshot(cache.path());
         for name in ["org/model", "org/model@main", "org/model@pr/1", "org/model@0123abcd"] {
             assert_eq!(find(name), Some(snapshot.clone()));

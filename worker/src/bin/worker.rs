@@ -53,7 +53,10 @@ fn main() -> ExitCode {
         tch::set_num_threads(1);
         let report = match command {
             Command::Check(options) => check::report(&options, device),
-            Command::Fetch(options) => fetch::run(&options),
+            Command::Fetch(options) => match fetch::run(&options) {
+                Err(problem) if !problem.is_permanent() => return fail(problem, 1),
+                report => report.map_err(|problem| problem.to_string()),
+            },
             Command::Bench(options) => bench::run(&options, device),
             Command::VaeError(options) => vae_error::run(&options, device),
             Command::LossError(options) => loss_error::run(&options, device),

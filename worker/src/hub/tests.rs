@@ -45,7 +45,8 @@ fn hub() -> (HubServer, Hub) {
         ("vocab.txt", b"[PAD]"),
     ];
     server.put("org/model", "main", COMMIT, &files);
-    let hub = Hub::new(&server.endpoint(), None, false);
+    // Of a hub that is gone nobody waits for long here.
+    let hub = Hub { asking: Sources::new(SourceOptions::impatient()), ..Hub::new(&server.endpoint(), None, false) };
     (server, hub)
 }
 
@@ -133,9 +134,63 @@ fn snapshot_of_which_another_program_fetched_a_part_is_filled() {
     let snapshot = cache.path().join("models--org--model/snapshots").join(COMMIT);
     std::fs::create_dir_all(&snapshot).unwrap();
     std::fs::write(snapshot.join("config.json"), "theirs").unwrap();
-    fetch(&hub, "org/model", cache.path()).unwrap();
+    hub.bring(&name("org/model"), cache.path(), &Told::default()).unwrap();
     assert_eq!(std::fs::read_to_string(snapshot.join("config.json")).unwrap(), "theirs");
     assert_eq!(std::fs::read(snapshot.join("model.safetensors")).unwrap(), weights(0));
+}
+
+#[test]
+fn part_of_a_model_has_to_do_where_the_hub_does_not_answer_and_a_whole_one_needs_no_hub() {
+    let ((server, hub), cache) = (hub(), tempfile::tempdir().unwrap());
+    let bring = |told: &Told| hub.bring(&name("org/model"), cache.path(), told);
+    bring(&Told::default()).unwrap();
+    let _ = server.hub.take_requests();
+    bring(&Told::default()).unwrap();
+    assert_eq!(server.hub.take_requests(), Vec::<String>::new());
+    let snapshot = name("org/model").snapshot(cache.path()).unwrap();
+    std::fs::remove_file(snapshot.join("vocab.txt")).unwrap();
+    drop(server);
+    let told = Told::default();
+    bring(&told).unwrap();
+    assert!(told.lines.lock().unwrap().iter().any(|line| line.ends_with("going on with what the cache has of it")));
+    std::fs::remove_dir_all(&snapshot).unwrap();
+    assert!(bring(&told).is_err());
+}
+
+#[test]
+fn snapshot_that_another_program_makes_meanwhile_is_filled() {
+    let cache = tempfile::tempdir().unwrap();
+    let blob = cache.path().join("blobs/0123");
+    std::fs::create_dir_all(blob.parent().unwrap()).unwrap();
+    std::fs::write(&blob, "weights").unwrap();
+    let snapshot = cache.path().join("snapshots").join(COMMIT);
+    // As if it had come between the look and the renaming.
+    std::fs::create_dir_all(snapshot.join("unet")).unwrap();
+    std::fs::write(snapshot.join("unet/config.json"), "theirs").unwrap();
+    place(&[(blob, "unet/model.safetensors")], &snapshot).unwrap();
+    assert_eq!(std::fs::read_to_string(snapshot.join("unet/model.safetensors")).unwrap(), "weights");
+    assert_eq!(std::fs::read_to_string(snapshot.join("unet/config.json")).unwrap(), "theirs");
+}
+
+#[test]
+fn file_that_another_host_writes_to_as_well_is_not_taken() {
+    let folder = tempfile::tempdir().unwrap();
+    let part = folder.path().join("0123.part");
+    let mut incoming = Incoming::open(&part, Some(7)).ok().unwrap();
+    incoming.write(b"weights").ok().unwrap();
+    OpenOptions::new().append(true).open(&part).unwrap().write_all(b"wei").unwrap();
+    let received = incoming.finish().ok().unwrap();
+    assert_eq!((received.len, received.is_alone), (7, false));
+}
+
+#[test]
+fn nothing_is_fetched_offline() {
+    let ((server, _), cache) = (hub(), tempfile::tempdir().unwrap());
+    let offline = Hub::new(&server.endpoint(), None, true);
+    offline.bring(&name("org/model"), cache.path(), &Told::default()).unwrap();
+    let error = fetch(&offline, "org/model", cache.path()).unwrap_err();
+    assert!(matches!(error, HubError::Offline { .. }) && error.is_permanent(), "{error}");
+    assert_eq!(server.hub.take_requests(), Vec::<String>::new());
 }
 
 #[test]
@@ -168,10 +223,25 @@ fn a_token_is_shown_to_the_hub_and_not_to_its_store() {
     server.store.set_habits(Habits { token: Some(None), ..Habits::default() });
     let error = fetch(&anybody, "org/model", cache.path()).unwrap_err();
     assert!(matches!(error, HubError::Denied { .. }) && error.is_permanent(), "{error}");
-    assert!(error.to_string().contains("set HF_TOKEN"), "{error}");
+    assert!(error.to_string().contains("asked without a token") && error.to_string().contains("set HF_TOKEN"), "{error}");
     let known = Hub::new(&server.endpoint(), Some("hf_secret".into()), false);
     fetch(&known, "org/model", cache.path()).unwrap();
     assert!(!format!("{known:?}").contains("hf_secret"));
+    // What stands before the store and lets nobody through says nothing of the model.
+    std::fs::remove_dir_all(cache.path()).unwrap();
+    server.store.set_habits(Habits { token: Some(Some("other")), ..Habits::default() });
+    let error = fetch(&known, "org/model", cache.path()).unwrap_err();
+    assert!(matches!(error, HubError::Unreachable { .. }) && error.to_string().contains("401 Unauthorized at 127.0.0.1"), "{error}");
+}
+
+/// The real hub tells nobody without a token that a repository is not there.
+#[test]
+fn what_a_hub_hides_from_strangers_may_be_missing() {
+    let ((server, hub), cache) = (hub(), tempfile::tempdir().unwrap());
+    server.hub.set_habits(Habits { token: Some(Some("hf_secret")), error_code: Some("RepoNotFound"), ..Habits::default() });
+    let error = fetch(&hub, "models/sdlx", cache.path()).unwrap_err();
+    assert!(matches!(error, HubError::Missing { .. }) && error.is_permanent(), "{error}");
+    assert!(error.to_string().ends_with("has no model of this name that it shows to everybody; HF_TOKEN opens private ones"), "{error}");
 }
 
 #[test]
@@ -198,7 +268,11 @@ fn refusals_say_what_to_do() {
     assert!(error.to_string().contains("`worker fetch org/model`") && !error.is_permanent(), "{error}");
     let file = cache.path().join("file");
     std::fs::write(&file, "").unwrap();
-    assert!(matches!(fetch(&hub, "org/model", &file), Err(HubError::Cache { .. })));
+    let error = fetch(&hub, "org/model", &file).unwrap_err();
+    assert!(
+        matches!(error, HubError::Cache { .. }) && error.to_string().starts_with("org/model: there is no such file or folder, and"),
+        "{error}"
+    );
 }
 
 #[test]
@@ -212,6 +286,14 @@ fn files_of_a_repository_do_not_lead_out_of_the_cache() {
     let files: Vec<_> = snapshot.read_dir().unwrap().map(|entry| entry.unwrap().file_name()).collect();
     assert_eq!(files, ["vocab.txt"], "also where a mirror says little of a file");
     assert!(!cache.path().join("config.json").exists());
+
+    // Which is then no other commit's.
+    let other = COMMIT.replace('0', "f");
+    server.hub.put("api/models/org/model/revision/v2", listing.replace(COMMIT, &other).as_bytes());
+    server.hub.put(&format!("org/model/resolve/{other}/vocab.txt"), b"[UNK]");
+    let second = fetch(&hub, "org/model@v2", cache.path()).unwrap();
+    assert_eq!(std::fs::read(second.join("vocab.txt")).unwrap(), b"[UNK]");
+    assert_eq!(std::fs::read(snapshot.join("vocab.txt")).unwrap(), b"[PAD]");
 }
 
 #[test]
@@ -221,10 +303,7 @@ fn of_several_that_want_a_model_one_fetches_it() {
         for _ in 0..4 {
             scope.spawn(|| {
                 let hub = Hub::new(&server.endpoint(), None, false);
-                let _lock = lock(&name("org/model"), cache.path(), &Told::default()).unwrap();
-                if name("org/model").snapshot(cache.path()).is_none() {
-                    hub.complete(&name("org/model"), cache.path(), &Told::default()).unwrap();
-                }
+                hub.bring(&name("org/model"), cache.path(), &Told::default()).unwrap();
             });
         }
     });

@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::ops::ControlFlow;
-use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
@@ -14,7 +13,7 @@ use peapod_data::sample::{Rules, Stored, examine};
 use peapod_data::shard::RawSample;
 use peapod_data::{Reason, Rule, Skip, Sources, expand_shards, image};
 use peapod_proto::ids::Bitmap;
-use peapod_proto::job::{DataSection, JobArgs};
+use peapod_proto::job::{DataSection, OptionalJobArgs};
 use serde::Serialize;
 
 use super::{progress_bar, size};
@@ -32,9 +31,9 @@ pub struct Options {
     /// Shards as in `data.shards` of a job: paths, {00000..00123} ranges, wildcards, joined by :: [default: those of --job]
     #[arg(required_unless_present = "job")]
     pub list: Vec<String>,
-    /// Job file whose buckets and rules to apply [default: those of a job that sets none]
-    #[arg(long)]
-    pub job: Option<PathBuf>,
+    /// The job whose buckets and rules to apply [default: those of a job that sets none]
+    #[command(flatten)]
+    pub job: OptionalJobArgs,
     /// Decode every picture: finds damaged ones that their header does not give away, and takes longer
     #[arg(long)]
     pub decode: bool,
@@ -129,9 +128,9 @@ pub fn run(options: &Options) -> Result<String, String> {
 /// # Errors
 /// One line: the list, the job file or the tables that captions are cleaned with cannot be read. What is wrong with a shard is in the report.
 pub fn report(options: &Options) -> Result<Report, String> {
-    let (shards, data) = match &options.job {
-        Some(path) => {
-            let job = JobArgs::from(path.clone()).read()?.job;
+    let (shards, data) = match options.job.job() {
+        Some(job) => {
+            let job = job.read()?.job;
             (if options.list.is_empty() { setup::shards(&job)?.0 } else { expand(&options.list)? }, job.data)
         }
         None => (expand(&options.list)?, serde_json::from_str(r#"{"shards": []}"#).map_err(|error| error.to_string())?),
@@ -341,8 +340,8 @@ fn describe(summary: &Summary) -> String {
 mod tests {
     use super::*;
 
-    fn options(list: &[String], job: Option<PathBuf>) -> Options {
-        Options { list: list.to_vec(), job, decode: false, json: false }
+    fn options(list: &[String], job: Option<std::path::PathBuf>) -> Options {
+        Options { list: list.to_vec(), job: OptionalJobArgs { job, set: Vec::new() }, decode: false, json: false }
     }
 
     /// A tar of the demo's, whose pictures and captions fit a job's defaults.

@@ -54,6 +54,24 @@ fn elastic_world_starts_small_once_nobody_has_come_for_ten_heartbeat_timeouts() 
 }
 
 #[test]
+fn worker_that_fetches_a_model_holds_up_no_elastic_world() {
+    let mut world = World::new(Config { min_world_size: 2, ..config(3) });
+    let ready = [world.join(Some(0)).unwrap(), world.join(Some(1)).unwrap()];
+    let fetching = world.join(Some(2)).unwrap();
+    ready.iter().for_each(|&worker| world.ready(worker));
+    for second in 1..=59 {
+        world.now += Duration::from_secs(1);
+        for worker in [ready[0], ready[1], fetching] {
+            let phase = if worker == fetching { Phase::Fetching } else { Phase::Waiting };
+            let beat = Heartbeat { step: Step(0), phase, generation: Generation::NONE, reads: second };
+            let _ = world.say(worker, FromWorker::Heartbeat(beat));
+        }
+        world.event(Event::Tick).unwrap();
+    }
+    assert_eq!(world.core.generation(), Generation(1), "{}", world.core.state());
+}
+
+#[test]
 fn worker_that_loads_for_ever_holds_up_an_elastic_world_no_longer_than_the_join_timeout() {
     let mut world = World::new(elastic(1, 2));
     let workers = [world.join(None).unwrap(), world.join(None).unwrap()];

@@ -39,7 +39,7 @@ pub async fn get(client: &Client, url: &str, range: Option<Range<u64>>, identity
         }
         (StatusCode::PARTIAL_CONTENT, _) => return Err(Failure::Lasting("answers a part without saying which".into())),
         (StatusCode::PRECONDITION_FAILED, _) => return Err(Failure::Changed),
-        (status, _) => return Err(failure_of_status(status)),
+        _ => return Err(failure_of_answer(&response, url)),
     };
     Ok(Answer { identity: found, start, is_part: true, body: body_of(response) })
 }
@@ -56,7 +56,7 @@ pub async fn identify(client: &Client, url: &str) -> Result<Identity, Failure> {
         StatusCode::FORBIDDEN | StatusCode::METHOD_NOT_ALLOWED | StatusCode::NOT_IMPLEMENTED => {
             get(client, url, Some(0..1), &Identity::default()).await.map(|answer| answer.identity)
         }
-        status => Err(failure_of_status(status)),
+        _ => Err(failure_of_answer(&response, url)),
     }
 }
 
@@ -83,9 +83,20 @@ fn parse_content_range(text: &str) -> Option<(Option<u64>, Option<u64>)> {
     Some((start, size.trim().parse().ok()))
 }
 
-fn failure_of_status(status: StatusCode) -> Failure {
-    let text = format!("the server answers {status}");
+/// What some servers say beside the status, in a word.
+const ERROR_CODE: HeaderName = HeaderName::from_static("x-error-code");
+
+fn failure_of_answer(response: &Response, url: &str) -> Failure {
+    let status = response.status();
+    let plain = |code: &String| code.len() < 100 && code.bytes().all(|byte| byte.is_ascii_alphanumeric());
+    let code = header(response, ERROR_CODE).filter(plain).map_or_else(String::new, |code| format!(" ({code})"));
+    let text = format!("the server answers {status}{code}");
+    // A store that an answer points to, or what stands before it, knows nothing of the credentials that were shown.
+    let asked = reqwest::Url::parse(url).ok().filter(|url| url.origin() != response.url().origin());
     match status {
+        StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN if asked.is_some() => {
+            Failure::Lasting(format!("{text} at {}", response.url().host_str().unwrap_or_default()))
+        }
         StatusCode::NOT_FOUND | StatusCode::GONE => Failure::Missing(text),
         StatusCode::REQUEST_TIMEOUT | StatusCode::TOO_EARLY | StatusCode::TOO_MANY_REQUESTS => Failure::Passing(text),
         StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => Failure::Denied(text),

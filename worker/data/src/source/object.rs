@@ -14,8 +14,8 @@ use object_store::{GetOptions, ObjectMeta, ObjectStore, ObjectStoreExt};
 
 use super::remote::{Answer, Failure, Identity};
 use super::{Location, StoreKind};
+use crate::Result;
 use crate::error::StoreError;
-use crate::{Error, Result};
 
 /// The stores in use, each with its connections and credentials, by the part of the address that names it.
 #[derive(Debug, Default)]
@@ -31,22 +31,16 @@ pub struct Stored {
 }
 
 impl Stores {
-    /// The object of an address whose store is of `kind`. Its name is taken as it is written.
+    /// The object of an address whose store is of `kind`.
     ///
-    /// Errors: [`Error::Store`] if the environment does not say how the store is reached.
+    /// Errors: [`crate::Error::Store`] if the environment does not say how the store is reached.
     pub fn object(&self, kind: StoreKind, url: &str) -> Result<Stored> {
-        let fail = |reason: String| Error::Store(StoreError::new(url, reason));
-        let authority = url.find("://").map_or(0, |at| at + 3);
-        let (root, path) = match url[authority..].find('/') {
-            Some(slash) => url.split_at(authority + slash),
-            None => (url, ""),
-        };
-        let path = Path::parse(path).map_err(|error| fail(error.to_string()))?;
+        let (root, path) = split(url)?;
         let mut stores = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let store = match stores.get(root) {
             Some(store) => store.clone(),
             None => {
-                let store = build(kind, root, Repeats::Never).map_err(|error| fail(with_sources(&error)))?;
+                let store = build(kind, root, Repeats::Never).map_err(|error| StoreError::new(url, one_line(&error)))?;
                 stores.insert(root.into(), store.clone());
                 store
             }
@@ -67,15 +61,24 @@ enum Repeats {
 /// The store and the folder in it that an address names, for what is kept there besides shards. A request that fails is repeated, by the store's
 /// own means.
 ///
-/// Errors: [`Error::UnsupportedScheme`], [`Error::NoSupport`]; [`Error::Store`] if the environment does not say how the store is reached.
+/// Errors: [`crate::Error::NoSupport`]; [`crate::Error::Store`] if the environment does not say how the store is reached.
 pub fn folder_at(url: &str) -> Result<(Arc<dyn ObjectStore>, Path)> {
     let Location::Store(kind) = Location::of(url)? else {
-        let scheme = url.split("://").next().unwrap_or_default();
-        return Err(Error::UnsupportedScheme { url: url.into(), scheme: scheme.into() });
+        return Err(StoreError::new(url, "nothing can be written there: a store is s3://, gs:// or az://").into());
     };
-    let Stored { root, path, .. } = Stores::default().object(kind, url)?;
-    let fail = |error| Error::Store(StoreError::new(url, with_sources(&error)));
-    Ok((build(kind, &root, Repeats::AsUsual).map_err(fail)?, path))
+    let (root, path) = split(url)?;
+    let store = build(kind, root, Repeats::AsUsual).map_err(|error| StoreError::new(url, one_line(&error)))?;
+    Ok((store, path))
+}
+
+/// The part of an address that names the store, and the object in it. Its name is taken as it is written.
+fn split(url: &str) -> Result<(&str, Path)> {
+    let authority = url.find("://").map_or(0, |at| at + 3);
+    let (root, path) = match url[authority..].find('/') {
+        Some(slash) => url.split_at(authority + slash),
+        None => (url, ""),
+    };
+    Ok((root, Path::parse(path).map_err(|error| StoreError::new(url, error.to_string()))?))
 }
 
 #[cfg(any(feature = "aws", feature = "azure", feature = "gcp"))]
@@ -126,25 +129,35 @@ fn failure_of(error: &object_store::Error) -> Failure {
         Error::NotFound { .. } => Failure::Missing("there is no such object".into()),
         Error::Precondition { .. } => Failure::Changed,
         Error::PermissionDenied { .. } | Error::Unauthenticated { .. } => {
-            Failure::Denied(format!("{}; credentials come from the environment", with_sources(error)))
+            Failure::Denied(format!("{}; credentials come from the environment", one_line(error)))
         }
         Error::InvalidPath { .. } | Error::NotSupported { .. } | Error::NotImplemented { .. } | Error::UnknownConfigurationKey { .. } => {
-            Failure::Lasting(with_sources(error))
+            Failure::Lasting(one_line(error))
         }
-        _ => Failure::Passing(with_sources(error)),
+        _ => Failure::Passing(one_line(error)),
     }
 }
 
-/// An error with the last thing behind it, in one line: the errors between repeat each other.
-fn with_sources(error: &object_store::Error) -> String {
+/// What a store said, in one line: of an answer in XML its code and message.
+#[must_use]
+pub fn one_line(error: &object_store::Error) -> String {
     let text = error.to_string();
     let mut last = error.source();
     while let Some(source) = last.and_then(|error| error.source()) {
         last = Some(source);
     }
-    match last.map(ToString::to_string) {
+    // The errors between repeat each other.
+    let text = match last.map(ToString::to_string) {
         Some(source) if !text.contains(&source) => format!("{text}: {source}"),
         _ => text,
+    };
+    let tag = |name: &str| {
+        let (_, rest) = text.split_once(&format!("<{name}>"))?;
+        rest.split_once(&format!("</{name}>")).map(|(inside, _)| inside.trim())
+    };
+    match (tag("Code"), tag("Message")) {
+        (Some(code), Some(message)) => format!("{code}: {message}"),
+        _ => text.split_whitespace().collect::<Vec<_>>().join(" "),
     }
 }
 

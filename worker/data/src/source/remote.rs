@@ -150,7 +150,7 @@ impl Remote {
         if let Some(token) = token {
             let value = HeaderValue::from_str(&format!("Bearer {token}"));
             let mut value = value.map_err(|_| Error::Network("the token holds a character that no header can".into()))?;
-            // Also keeps it from servers of other names that an answer points to.
+            // It is printed nowhere. To other servers that an answer points to the client shows none.
             value.set_sensitive(true);
             headers.insert(AUTHORIZATION, value);
         }

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::text::own_weights;
-use crate::weights::preferred;
+use crate::weights::{only_safetensors, preferred};
 
 /// Folders of a model in the layout of diffusers; the last is a student encoder that a model comes with.
 const MODEL_FOLDERS: [&str; 8] =
@@ -14,6 +14,12 @@ const PAIR_FOLDERS: [&str; 2] = ["xlm_roberta", "chinese_clip"];
 
 /// Endings of configurations, vocabularies and the like, which are small.
 const SMALL: [&str; 3] = [".json", ".txt", ".model"];
+
+/// Peapod's own adapter.
+const ADAPTER: &str = "adapter.safetensors";
+
+/// What a tokenizer is made of, in the layouts that are read.
+const VOCABULARIES: [&str; 5] = ["sentencepiece.bpe.model", "spiece.model", "tokenizer.json", "vocab.json", "vocab.txt"];
 
 /// Picks, of the names of all files in a repository, those that loading it reads: configurations, vocabularies, and of each network's weights
 /// those that [`Weights::open`](crate::weights::Weights::open) would take.
@@ -48,7 +54,7 @@ fn files_of_folder<'a>(files: &BTreeSet<&'a str>) -> BTreeSet<&'a str> {
     let is_index = |file: &str| file.ends_with(".json") && file.contains(".index.");
     let small = |file: &&str| SMALL.iter().any(|end| file.ends_with(end)) && !is_index(file);
     let mut wanted: BTreeSet<&str> = files.iter().copied().filter(small).collect();
-    let weights = own_weights(files).or_else(|| preferred(|name| files.contains(name)).and_then(|name| files.get(name).copied()));
+    let weights = weights_of_folder(files);
     wanted.extend(weights);
     if let Some(index) = weights.filter(|file| is_index(file)) {
         let (stem, rest) = index.split_once('.').unwrap_or((index, ""));
@@ -58,6 +64,48 @@ fn files_of_folder<'a>(files: &BTreeSet<&'a str>) -> BTreeSet<&'a str> {
         wanted.extend(files.iter().copied().filter(is_part));
     }
     wanted
+}
+
+/// The weights that a folder's loader would take. An adapter of Peapod's is no network's, and never lies beside one.
+fn weights_of_folder<'a>(files: &BTreeSet<&'a str>) -> Option<&'a str> {
+    let known = || files.get(preferred(|name| files.contains(name))?).copied();
+    own_weights(files).or_else(|| files.get(ADAPTER).copied()).or_else(known).or_else(|| only_safetensors(files.iter().copied()))
+}
+
+/// Whether what a cache has of a repository can be a whole model: each network with its weights, and what reads texts with a vocabulary.
+///
+/// Other programs fetch parts: a tokenizer, an autoencoder. What this passes for whole and is not is found when it is loaded.
+#[must_use]
+pub fn is_whole<S: AsRef<str>>(names: &[S]) -> bool {
+    let names: Vec<&str> = names.iter().map(AsRef::as_ref).collect();
+    let files = |folder: &str| -> BTreeSet<&str> {
+        let inside = |name: &&'_ str| name.rsplit_once('/').map_or(("", *name), |(of, file)| (of, file)).0 == folder;
+        names.iter().filter(|name| inside(name)).map(|name| name.rsplit('/').next().unwrap_or(name)).collect()
+    };
+    let has_weights = |folder: &str| {
+        let files = files(folder);
+        weights_of_folder(&files).is_some_and(|weights| {
+            let parts: Vec<&str> = files.iter().copied().filter(|file| file.contains("-of-")).collect();
+            // As many as the first says there are.
+            let count = parts.first().and_then(|part| part.split("-of-").nth(1)?.split('.').next()?.parse().ok());
+            !weights.contains(".index.") || count.is_some_and(|count: usize| parts.len() >= count)
+        })
+    };
+    let has_network = |folder: &str| files(folder).contains("config.json") && has_weights(folder);
+    let has_vocabulary = |folder: &str| files(folder).iter().any(|file| VOCABULARIES.contains(file));
+    if !files("unet").is_empty() || files("").contains("model_index.json") {
+        let second = !files("text_encoder_2").is_empty() || !files("tokenizer_2").is_empty();
+        let first = ["unet", "vae", "text_encoder"].into_iter().all(has_network) && has_vocabulary("tokenizer");
+        return first && !files("scheduler").is_empty() && (!second || has_network("text_encoder_2") && has_vocabulary("tokenizer_2"));
+    }
+    if PAIR_FOLDERS.iter().any(|folder| !files(folder).is_empty()) {
+        return PAIR_FOLDERS.into_iter().all(|folder| has_network(folder) && has_vocabulary(folder));
+    }
+    // A ControlNet has a configuration and reads no text, a LoRA has none.
+    let root = files("");
+    let reads_text = (root.contains("config.json") || root.contains("open_clip_config.json"))
+        && !root.iter().any(|file| file.starts_with("diffusion_pytorch_model"));
+    has_weights("") && (!reads_text || has_vocabulary(""))
 }
 
 #[cfg(test)]
@@ -112,6 +160,35 @@ mod tests {
     }
 
     #[test]
+    fn what_other_programs_fetch_of_a_model_is_told_from_the_whole() {
+        let model = [
+            "scheduler/scheduler_config.json",
+            "text_encoder/config.json",
+            "text_encoder/model.safetensors",
+            "tokenizer/vocab.json",
+            "unet/config.json",
+            "unet/diffusion_pytorch_model.fp16.safetensors",
+            "vae/config.json",
+            "vae/diffusion_pytorch_model.safetensors",
+        ];
+        assert!(is_whole(&model));
+        for left_out in 0..model.len() {
+            let names: Vec<&str> = (0..model.len()).filter(|at| *at != left_out).map(|at| model[at]).collect();
+            assert!(!is_whole(&names), "without {}", model[left_out]);
+        }
+        let second = ["text_encoder_2/config.json", "text_encoder_2/model.safetensors", "tokenizer_2/vocab.json"];
+        assert!(is_whole(&[&model[..], &second].concat()) && !is_whole(&[&model[..], &second[..1]].concat()));
+        assert!(!is_whole(&["model_index.json"]));
+        let encoder = ["config.json", "model.safetensors", "vocab.txt"];
+        assert!(is_whole(&encoder) && !is_whole(&encoder[..2]) && !is_whole(&["config.json", "tokenizer.json"]));
+        assert!(is_whole(&["config.json", "diffusion_pytorch_model.safetensors"]), "a ControlNet");
+        assert!(is_whole(&["ink-style.safetensors"]) && is_whole(&["adapter.safetensors"]));
+        let parts = ["config.json", "tokenizer.json", "model.safetensors.index.json", "model-00001-of-00002.safetensors"];
+        assert!(!is_whole(&parts) && is_whole(&[&parts[..], &["model-00002-of-00002.safetensors"]].concat()));
+        assert!(!is_whole::<&str>(&[]));
+    }
+
+    #[test]
     fn parts_of_weights_come_with_their_index() {
         let parts = |half: &str| {
             ["model.safetensors.index", "model-00001-of-00002", "model-00002-of-00002"]
@@ -144,6 +221,9 @@ mod tests {
             &["chinese_clip/config.json", "chinese_clip/model.safetensors", "xlm_roberta/config.json"],
         );
         picks(&["pytorch_lora_weights.safetensors", "image.png"], &["pytorch_lora_weights.safetensors"]);
+        picks(&["README.md", "ink-style.safetensors"], &["ink-style.safetensors"]);
+        picks(&["a.safetensors", "b.safetensors"], &[]);
+        picks(&["adapter.safetensors", "manifest.json", "pytorch_model.bin"], &["adapter.safetensors", "manifest.json"]);
         picks(&["data.csv", "nothing/config.json"], &[]);
     }
 }

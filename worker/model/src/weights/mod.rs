@@ -110,7 +110,7 @@ impl Weights {
     ///
     /// `path` is a safetensors file, a file of `torch.save` (`.bin`, `.pt`, `.ckpt`: the content decides, not the name), the
     /// `*.index.json` of a sharded one, or a folder that holds any of them under one of the names in use (`diffusion_pytorch_model.*`,
-    /// `model.*`, `pytorch_model.*`, a LoRA's); safetensors are preferred. No code in a torch file is run: what is not a tensor in a dict is an
+    /// `model.*`, `pytorch_model.*`, a LoRA's), or its only safetensors file; safetensors are preferred. No code in a torch file is run: what is not a tensor in a dict is an
     /// error that names it.
     ///
     /// Errors: [`Error::Io`] if a file cannot be opened; [`Error::Invalid`] if the folder holds none, if a header is damaged or does
@@ -443,9 +443,21 @@ pub(crate) fn preferred(is_there: impl Fn(&str) -> bool) -> Option<&'static str>
     FILE_NAMES.into_iter().find(|name| is_there(name))
 }
 
+/// The only safetensors file of those in a folder, under whatever name.
+pub(crate) fn only_safetensors<'a>(files: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
+    let mut found = files.into_iter().filter(|name| name.ends_with(".safetensors"));
+    found.next().filter(|_| found.next().is_none())
+}
+
 fn find_in_folder(folder: &Path) -> Result<PathBuf> {
+    let only = || {
+        let names = std::fs::read_dir(folder).into_iter().flatten().filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+        let names: Vec<String> = names.collect();
+        only_safetensors(names.iter().map(String::as_str)).map(|name| folder.join(name))
+    };
     preferred(|name| folder.join(name).is_file())
         .map(|name| folder.join(name))
+        .or_else(only)
         .ok_or_else(|| invalid(folder, format!("holds no weights; looked for {}", FILE_NAMES.join(", "))))
 }
 
