@@ -72,8 +72,8 @@ fn cache_by(variable: impl Fn(&str) -> Option<PathBuf>) -> Option<PathBuf> {
 /// A model's name on the hub and which of its states is meant: `ORG/NAME[@REVISION]`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HubName {
-    repository: String,
-    revision: String,
+    repository: Box<str>,
+    revision: Box<str>,
 }
 
 impl HubName {
@@ -120,7 +120,7 @@ impl HubName {
     pub fn snapshot(&self, cache: &Path) -> Option<PathBuf> {
         let folder = self.folder(cache);
         // A branch or a tag is a file with a commit; anything else may be a commit itself.
-        let commit = std::fs::read_to_string(folder.join("refs").join(&self.revision)).unwrap_or_else(|_| self.revision.clone());
+        let commit = std::fs::read_to_string(folder.join("refs").join(&*self.revision)).unwrap_or_else(|_| self.revision.to_string());
         let commit = commit.trim();
         let snapshot = folder.join("snapshots").join(commit);
         // What the file holds must not lead out of the cache either.
@@ -131,7 +131,7 @@ impl HubName {
 impl fmt::Display for HubName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.repository)?;
-        if self.revision == DEFAULT_REVISION { Ok(()) } else { write!(f, "@{}", self.revision) }
+        if *self.revision == *DEFAULT_REVISION { Ok(()) } else { write!(f, "@{}", self.revision) }
     }
 }
 
