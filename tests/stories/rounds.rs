@@ -270,7 +270,7 @@ fn pictures_that_cannot_be_kept_are_a_warning() {
     std::fs::write(picture_folder(&cluster, 1), b"").unwrap();
     let mut coordinator = cluster.coordinator(2, &["--local"]);
     coordinator.expect_exit(0);
-    let warnings = coordinator.lines_with(" WARN ");
+    let warnings = coordinator.lines_with(" WARN [");
     assert_eq!(warnings.len(), PROMPTS.len(), "{warnings:#?}");
     assert!(warnings.iter().all(|warning| warning.contains(" of step 1: not stored: ")), "{warnings:#?}");
     for step in [0, 2] {
