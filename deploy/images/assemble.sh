@@ -56,7 +56,7 @@ worker)
   # The programs look for libtorch in ../lib.
   ln -s libtorch/torch/lib /out/programs/opt/peapod/lib
   # Models of the hub: for a volume, which takes its mode from here.
-  mkdir -p /out/programs/models && chmod 1777 /out/programs/models
+  install -d -m 1777 /out/programs/models
   if [ "$kind" = cpu ]; then
     # `make demo` in containers: its job file names these paths.
     mkdir -p /out/programs/opt/peapod/tests/demo
