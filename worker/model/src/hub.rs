@@ -173,6 +173,7 @@ mod tests {
         std::fs::write(folder.join("refs/main"), "0123abcd").unwrap();
         std::fs::write(folder.join("refs/pr/1"), "0123abcd\n").unwrap();
         std::fs::write(folder.join("refs/wrong"), "../../..").unwrap();
+        std::fs::write(folder.join("refs/empty"), "\n").unwrap();
         assert_eq!(commit_of(&snapshot), None, "a folder of that name");
         std::fs::create_dir(folder.join("blobs")).unwrap();
         assert_eq!(commit_of(&snapshot).as_deref(), Some("0123abcd"));
@@ -180,7 +181,7 @@ mod tests {
         for name in ["org/model", "org/model@main", "org/model@pr/1", "org/model@0123abcd"] {
             assert_eq!(find(name), Some(snapshot.clone()));
         }
-        for name in ["org/other", "org/model@v2", "org/model@wrong"] {
+        for name in ["org/other", "org/model@v2", "org/model@wrong", "org/model@empty"] {
             assert_eq!(find(name), None, "{name}");
         }
     }
