@@ -555,6 +555,35 @@ mod tests {
         }
     }
 
+    /// Notes whether it is given up.
+    #[derive(Debug)]
+    struct Upload(Arc<std::sync::atomic::AtomicBool>);
+
+    #[async_trait::async_trait]
+    impl object_store::MultipartUpload for Upload {
+        fn put_part(&mut self, _: PutPayload) -> object_store::UploadPart {
+            Box::pin(async { Ok(()) })
+        }
+
+        async fn complete(&mut self) -> object_store::Result<object_store::PutResult> {
+            Err(object_store::Error::NotImplemented { operation: "complete".into(), implementer: "a test".into() })
+        }
+
+        async fn abort(&mut self) -> object_store::Result<()> {
+            self.0.store(true, std::sync::atomic::Ordering::Release);
+            Ok(())
+        }
+    }
+
+    #[tokio::test]
+    async fn upload_that_is_not_finished_is_given_up() {
+        let is_given_up = Arc::default();
+        let writer = WriteMultipart::new(Box::new(Upload(Arc::clone(&is_given_up))));
+        drop(PartWriter { writer: Some(writer), root: String::new() });
+        tokio::task::yield_now().await;
+        assert!(is_given_up.load(std::sync::atomic::Ordering::Acquire));
+    }
+
     #[tokio::test]
     async fn file_that_is_missing_is_damage() {
         let folder = tempfile::tempdir().unwrap();

@@ -7,9 +7,11 @@
 //! A model that is named by the job and is not on this machine is fetched as it is first loaded; the workers of a host, and of all hosts that
 //! share a cache, let one of them do so. What is interrupted goes on where it was.
 
+mod cache;
+mod error;
+
 use std::cell::Cell;
-use std::fs::{File, OpenOptions, TryLockError};
-use std::io::{self, Read, Write};
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -17,8 +19,9 @@ use peapod_data::source::Stream;
 use peapod_data::{SourceOptions, Sources};
 use peapod_model::hub::{HubName, cache_folder, files_to_load, home_folder, is_whole};
 use serde::Deserialize;
-use sha2::{Digest, Sha256};
 
+use self::cache::{CacheError, Incoming, Received, check_space, create_folder, files_below, lock, part_of, place, write_whole};
+pub use self::error::HubError;
 use crate::shards::size;
 
 /// The hub that is asked unless `$HF_ENDPOINT` names another.
@@ -35,8 +38,6 @@ const ASK_FOR: Duration = Duration::from_secs(10);
 const NO_SUCH_REPOSITORY: &str = "(RepoNotFound)";
 /// How often it is told how far a fetch is.
 const TELL_EVERY: Duration = Duration::from_secs(10);
-/// How often another's fetch is looked at.
-const LOCK_POLL: Duration = Duration::from_millis(500);
 /// Largest listing of a repository.
 const MAX_LISTING: u64 = 64 << 20;
 
@@ -55,118 +56,6 @@ pub struct Log;
 impl Watch for Log {
     fn say(&self, line: &str) {
         tracing::info!("{line}");
-    }
-}
-
-/// Why a model could not be fetched.
-#[derive(Debug, thiserror::Error)]
-pub enum HubError {
-    /// It is neither here nor there.
-    #[error("{name}: there is no such file or folder, and {endpoint} has no model of this name{but}")]
-    Missing {
-        /// As it was given.
-        name: HubName,
-        /// The hub that was asked.
-        endpoint: String,
-        /// What else it may be, in words: another revision, one that is shown to its owner alone.
-        but: String,
-    },
-    /// It is there, but not for everybody.
-    #[error(
-        "{name}: there is no such file or folder, and {endpoint} denies access to a model of this name ({reason}, {asked}): if the name is right, \
-         accept the model's terms on {endpoint}/{} and set HF_TOKEN to a token of that account",
-        .name.repository()
-    )]
-    Denied {
-        /// As it was given.
-        name: HubName,
-        /// The hub that was asked.
-        endpoint: String,
-        /// What it said.
-        reason: String,
-        /// Whether a token was shown, in words.
-        asked: &'static str,
-    },
-    /// The hub does not answer, or not as a hub.
-    #[error(
-        "{name}: there is no such file or folder, and it could not be fetched: {reason}; where the hub can be reached, `worker fetch {name}` \
-         puts it into the cache, which HF_HOME moves"
-    )]
-    Unreachable {
-        /// As it was given.
-        name: HubName,
-        /// What happened last.
-        reason: String,
-    },
-    /// The repository holds no model.
-    #[error("{name}: none of the {num_files} files that {endpoint} has of it is one that is loaded")]
-    NoModel {
-        /// As it was given.
-        name: HubName,
-        /// The hub that was asked.
-        endpoint: String,
-        /// How many files there are.
-        num_files: usize,
-    },
-    /// What came is not what was listed.
-    #[error("{name}: {file} arrived damaged twice: its SHA-256 is {found}, the hub lists {expected}; is there a proxy between?")]
-    Damaged {
-        /// As it was given.
-        name: HubName,
-        /// The file in the repository.
-        file: String,
-        /// Of what arrived.
-        found: String,
-        /// What the hub says.
-        expected: String,
-    },
-    /// The cache cannot hold it.
-    #[error("{name}: its files take {needed}, {free} are free in the cache {cache}: make room, or set HF_HOME to a folder elsewhere")]
-    NoSpace {
-        /// As it was given.
-        name: HubName,
-        /// What is still to be fetched.
-        needed: String,
-        /// What is free.
-        free: String,
-        /// The folder.
-        cache: String,
-    },
-    /// The cache cannot be written.
-    #[error(
-        "{name}: there is no such file or folder, and it cannot be fetched into the hub's cache, which HF_HOME moves: {path}: {source}"
-    )]
-    Cache {
-        /// As it was given.
-        name: HubName,
-        /// File or folder.
-        path: PathBuf,
-        /// The system's answer.
-        source: io::Error,
-    },
-    /// It would have to be fetched.
-    #[error("{name}: it is not in the hub's cache, and HF_HUB_OFFLINE forbids to fetch it")]
-    Offline {
-        /// As it was given.
-        name: HubName,
-    },
-    /// Nothing says where the cache is.
-    #[error("{name}: neither HF_HOME nor HOME says where the hub's cache is")]
-    NoCache {
-        /// As it was given.
-        name: HubName,
-    },
-}
-
-impl HubError {
-    /// Whether another machine, or a later time, would see the same.
-    #[must_use]
-    pub fn is_permanent(&self) -> bool {
-        match self {
-            Self::Missing { .. } | Self::Denied { .. } | Self::NoModel { .. } | Self::NoCache { .. } | Self::Offline { .. } => true,
-            Self::Cache { source, .. } => matches!(source.kind(), io::ErrorKind::ReadOnlyFilesystem | io::ErrorKind::PermissionDenied),
-            Self::Unreachable { .. } | Self::Damaged { .. } | Self::NoSpace { .. } => false,
-        }
     }
 }
 
@@ -455,60 +344,6 @@ impl Listed {
     }
 }
 
-/// A file while it comes.
-struct Incoming<'a> {
-    path: &'a Path,
-    file: File,
-    hasher: Sha256,
-    len: u64,
-}
-
-impl<'a> Incoming<'a> {
-    /// Goes on behind what is there already of a file of this size.
-    fn open(path: &'a Path, size: Option<u64>) -> Result<Self, CacheError> {
-        let failed = |error| CacheError::new(path, error);
-        let mut file = OpenOptions::new().read(true).append(true).create(true).open(path).map_err(failed)?;
-        let (mut hasher, mut len) = (Sha256::new(), 0);
-        let mut buffer = vec![0; BUFFER_BYTES];
-        loop {
-            match file.read(&mut buffer).map_err(failed)? {
-                0 => break,
-                read => {
-                    hasher.update(&buffer[..read]);
-                    len += read as u64;
-                }
-            }
-        }
-        if size.is_none_or(|size| len > size) && len > 0 {
-            file.set_len(0).map_err(failed)?;
-            (hasher, len) = (Sha256::new(), 0);
-        }
-        Ok(Self { path, file, hasher, len })
-    }
-
-    fn write(&mut self, bytes: &[u8]) -> Result<(), CacheError> {
-        self.file.write_all(bytes).map_err(|error| CacheError::new(self.path, error))?;
-        self.hasher.update(bytes);
-        self.len += bytes.len() as u64;
-        Ok(())
-    }
-
-    /// What came, once it is on the disk.
-    fn finish(self) -> Result<Received, CacheError> {
-        let failed = |error| CacheError::new(self.path, error);
-        self.file.sync_all().map_err(failed)?;
-        let is_alone = self.file.metadata().map_err(failed)?.len() == self.len;
-        Ok(Received { len: self.len, sha256: hex::encode(self.hasher.finalize()), is_alone })
-    }
-}
-
-struct Received {
-    len: u64,
-    sha256: String,
-    /// Whether nobody else has written to the file.
-    is_alone: bool,
-}
-
 /// How far a fetch is.
 struct Transfer<'a> {
     name: &'a HubName,
@@ -550,54 +385,6 @@ impl<'a> Transfer<'a> {
     }
 }
 
-/// Waits until no other process fetches the model into the cache. The system gives the lock back however the process ends.
-fn lock(name: &HubName, cache: &Path, watch: &dyn Watch) -> Result<File, HubError> {
-    let folder = name.folder(&cache.join(".locks"));
-    let path = folder.join("peapod.lock");
-    let failed = |error| CacheError::new(&path, error).of(name);
-    create_folder(&folder).map_err(|failed| failed.of(name))?;
-    let file = OpenOptions::new().write(true).create(true).truncate(false).open(&path).map_err(failed)?;
-    let blobs = name.folder(cache).join("blobs");
-    let mut last = None;
-    loop {
-        match file.try_lock() {
-            Ok(()) => return Ok(file),
-            Err(TryLockError::WouldBlock) => {
-                let now = num_bytes_in(&blobs);
-                match last.replace(now) {
-                    None => watch.say(&format!("another process fetches {name}: waiting for it")),
-                    Some(before) if before != now => watch.moved(now.saturating_sub(before)),
-                    Some(_) => {}
-                }
-                std::thread::sleep(LOCK_POLL);
-            }
-            // A file system without locks: two may fetch the same, which is found out when a file has come.
-            Err(TryLockError::Error(error)) if NO_LOCKS.iter().any(|code| error.raw_os_error() == Some(*code)) => return Ok(file),
-            Err(TryLockError::Error(error)) => return Err(failed(error)),
-        }
-    }
-}
-
-/// What file systems answer that have no locks.
-const NO_LOCKS: [i32; 3] = [libc::ENOSYS, libc::EOPNOTSUPP, libc::ENOLCK];
-
-/// Bytes of all files in a folder.
-fn num_bytes_in(folder: &Path) -> u64 {
-    let files = std::fs::read_dir(folder).into_iter().flatten();
-    files.filter_map(|file| Some(file.ok()?.metadata().ok()?.len())).sum()
-}
-
-/// Compares what is to come with what is free.
-fn check_space(name: &HubName, folder: &Path, needed: u64) -> Result<(), HubError> {
-    // A file system that does not say is found out when it is full.
-    let Ok(found) = rustix::fs::statvfs(folder) else { return Ok(()) };
-    let free = found.f_bavail.saturating_mul(found.f_frsize);
-    if needed <= free {
-        return Ok(());
-    }
-    Err(HubError::NoSpace { name: name.clone(), needed: size(needed), free: size(free), cache: folder.display().to_string() })
-}
-
 /// Whether a repository's file may lie below a folder of that name: no part leads out of it.
 fn is_plain(file: &str) -> bool {
     file.split('/').all(|part| !part.is_empty() && part != "." && part != ".." && !part.contains(['\\', '\0']))
@@ -607,100 +394,6 @@ fn is_plain(file: &str) -> bool {
 fn escaped(file: &str) -> String {
     let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.~/".contains(&byte);
     file.bytes().map(|byte| if plain(byte) { char::from(byte).to_string() } else { format!("%{byte:02X}") }).collect()
-}
-
-/// Where a blob lies until it is whole.
-fn part_of(blob: &Path) -> PathBuf {
-    let mut name = blob.file_name().unwrap_or_default().to_owned();
-    name.push(".part");
-    blob.with_file_name(name)
-}
-
-/// Makes the files of a snapshot stand for their blobs. A snapshot that is not there yet appears when it is whole.
-fn place(blobs: &[(PathBuf, &str)], snapshot: &Path) -> Result<(), CacheError> {
-    let link_all = |folder: &Path| blobs.iter().try_for_each(|(blob, file)| link(blob, &folder.join(file), file));
-    if snapshot.is_dir() {
-        return link_all(snapshot);
-    }
-    let mut name = std::ffi::OsString::from(".");
-    name.push(snapshot.file_name().unwrap_or_default());
-    let filled = part_of(&snapshot.with_file_name(name));
-    link_all(&filled)?;
-    match std::fs::rename(&filled, snapshot) {
-        Ok(()) => Ok(()),
-        // Another program has made it meanwhile.
-        Err(_) if snapshot.is_dir() => {
-            link_all(snapshot)?;
-            std::fs::remove_dir_all(&filled).map_err(|error| CacheError::new(&filled, error))
-        }
-        Err(error) => Err(CacheError::new(snapshot, error)),
-    }
-}
-
-/// Makes `path`, which is the place of `file` in its snapshot, stand for a blob. What is there already stays.
-fn link(blob: &Path, path: &Path, file: &str) -> Result<(), CacheError> {
-    if path.exists() {
-        return Ok(());
-    }
-    if let Some(parent) = path.parent() {
-        create_folder(parent)?;
-    }
-    // From snapshots/COMMIT/ to blobs/, so that the cache can be moved.
-    let up = "../".repeat(2 + file.matches('/').count());
-    let target = Path::new(&up).join("blobs").join(blob.file_name().unwrap_or_default());
-    let temporary = part_of(path);
-    let _ = std::fs::remove_file(&temporary);
-    std::os::unix::fs::symlink(&target, &temporary).map_err(|error| CacheError::new(&temporary, error))?;
-    std::fs::rename(&temporary, path).map_err(|error| CacheError::new(path, error))
-}
-
-/// The names of all files below a folder, as a repository lists them.
-fn files_below(folder: &Path) -> Vec<String> {
-    let (mut files, mut folders) = (Vec::new(), vec![String::new()]);
-    while let Some(below) = folders.pop() {
-        for entry in std::fs::read_dir(folder.join(&below)).into_iter().flatten().flatten() {
-            let name = format!("{below}{}", entry.file_name().to_string_lossy());
-            match entry.path() {
-                path if path.is_dir() => folders.push(format!("{name}/")),
-                // A link whose blob is gone leads nowhere.
-                path if path.exists() => files.push(name),
-                _ => {}
-            }
-        }
-    }
-    files
-}
-
-/// Writes a file that is there as a whole or not at all.
-fn write_whole(path: &Path, bytes: &[u8]) -> Result<(), CacheError> {
-    if let Some(parent) = path.parent() {
-        create_folder(parent)?;
-    }
-    let temporary = part_of(path);
-    let written = std::fs::write(&temporary, bytes).and_then(|()| std::fs::rename(&temporary, path));
-    written.map_err(|error| CacheError::new(path, error))
-}
-
-fn create_folder(path: &Path) -> Result<(), CacheError> {
-    std::fs::create_dir_all(path).map_err(|error| CacheError::new(path, error))
-}
-
-/// What the system said of a path in the cache.
-#[derive(Debug)]
-struct CacheError {
-    path: PathBuf,
-    source: io::Error,
-}
-
-impl CacheError {
-    fn new(path: &Path, source: io::Error) -> Self {
-        Self { path: path.to_owned(), source }
-    }
-
-    /// The same, with the model that was to come there.
-    fn of(self, name: &HubName) -> HubError {
-        HubError::Cache { name: name.clone(), path: self.path, source: self.source }
-    }
 }
 
 #[cfg(test)]

@@ -53,9 +53,11 @@ impl Start {
             Ok(lock) => lock,
             Err(problem) => return Ok(Err(Exit::Refused(problem))),
         };
-        let checkpoints =
-            job.checkpoint.store.clone().map_or_else(|| Store::local(&args.state_dir.join("checkpoints")), |at| Store::at(&at));
-        let store = match checkpoints {
+        let store = match &job.checkpoint.store {
+            Some(address) => Store::at(address),
+            None => Store::local(&args.state_dir.join("checkpoints")),
+        };
+        let store = match store {
             Ok(store) => store,
             Err(error @ StoreError::Address(_)) => return Ok(Err(Exit::Refused(error.to_string()))),
             Err(error) => return Ok(Err(Exit::Failed(error.to_string()))),

@@ -1,6 +1,10 @@
 //! Fetches from a hub that fails as it is told to.
 
+use std::fs::OpenOptions;
+use std::io::Write;
 use std::sync::Mutex;
+
+use sha2::{Digest, Sha256};
 
 use super::*;
 use crate::testing::http::{Fault, Habits};

@@ -9,10 +9,9 @@ use super::Repeats;
 use crate::source::StoreKind;
 use crate::source::remote::choose_cryptography;
 
-/// For a whole request: longer than any takes that gets on.
-const REQUEST_TIMEOUT: &str = "1h";
-/// For the next bytes of an answer. Readers of shards have a shorter one of their own.
-const READ_TIMEOUT: &str = "60s";
+/// Deadlines: for a whole request longer than any takes that gets on, and for the next bytes of an answer. Readers of shards have a shorter one
+/// of their own.
+const CLIENT: [(ClientConfigKey, &str); 2] = [(ClientConfigKey::Timeout, "1h"), (ClientConfigKey::ReadTimeout, "60s")];
 
 impl From<Repeats> for RetryConfig {
     fn from(repeats: Repeats) -> Self {
@@ -29,30 +28,21 @@ pub(super) fn build(kind: StoreKind, root: &str, repeats: Repeats) -> object_sto
     match kind {
         #[cfg(feature = "aws")]
         StoreKind::S3 => {
-            use object_store::aws::{AmazonS3Builder, AmazonS3ConfigKey::Client};
-            let builder = AmazonS3Builder::from_env()
-                .with_url(root)
-                .with_config(Client(ClientConfigKey::Timeout), REQUEST_TIMEOUT)
-                .with_config(Client(ClientConfigKey::ReadTimeout), READ_TIMEOUT);
-            Ok(Arc::new(builder.with_retry(repeats.into()).build()?))
+            use object_store::aws::{AmazonS3Builder as Builder, AmazonS3ConfigKey::Client};
+            let builder = CLIENT.into_iter().fold(Builder::from_env(), |builder, (key, value)| builder.with_config(Client(key), value));
+            Ok(Arc::new(builder.with_url(root).with_retry(repeats.into()).build()?))
         }
         #[cfg(feature = "gcp")]
         StoreKind::Gcs => {
-            use object_store::gcp::{GoogleCloudStorageBuilder, GoogleConfigKey::Client};
-            let builder = GoogleCloudStorageBuilder::from_env()
-                .with_url(root)
-                .with_config(Client(ClientConfigKey::Timeout), REQUEST_TIMEOUT)
-                .with_config(Client(ClientConfigKey::ReadTimeout), READ_TIMEOUT);
-            Ok(Arc::new(builder.with_retry(repeats.into()).build()?))
+            use object_store::gcp::{GoogleCloudStorageBuilder as Builder, GoogleConfigKey::Client};
+            let builder = CLIENT.into_iter().fold(Builder::from_env(), |builder, (key, value)| builder.with_config(Client(key), value));
+            Ok(Arc::new(builder.with_url(root).with_retry(repeats.into()).build()?))
         }
         #[cfg(feature = "azure")]
         StoreKind::Azure => {
-            use object_store::azure::{AzureConfigKey::Client, MicrosoftAzureBuilder};
-            let builder = MicrosoftAzureBuilder::from_env()
-                .with_url(root)
-                .with_config(Client(ClientConfigKey::Timeout), REQUEST_TIMEOUT)
-                .with_config(Client(ClientConfigKey::ReadTimeout), READ_TIMEOUT);
-            Ok(Arc::new(builder.with_retry(repeats.into()).build()?))
+            use object_store::azure::{AzureConfigKey::Client, MicrosoftAzureBuilder as Builder};
+            let builder = CLIENT.into_iter().fold(Builder::from_env(), |builder, (key, value)| builder.with_config(Client(key), value));
+            Ok(Arc::new(builder.with_url(root).with_retry(repeats.into()).build()?))
         }
         // `Location::of` lets no address of such a store pass.
         #[cfg(not(all(feature = "aws", feature = "azure", feature = "gcp")))]
