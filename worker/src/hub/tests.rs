@@ -312,4 +312,5 @@ fn of_several_that_want_a_model_one_fetches_it() {
         }
     });
     assert_eq!(server.store.take_requests().len(), 1);
+    assert_eq!(server.hub.take_requests().iter().filter(|request| request.contains("/api/")).count(), 1, "nor is the hub asked again");
 }
