@@ -98,6 +98,11 @@ pub enum Command {
     },
     /// The coordinator goes, the job stays: workers keep what they hold and look for another one.
     GoAway,
+    /// Another coordinator has the job: this one fails without a word to its workers, which look for it.
+    Yield {
+        /// What shows it.
+        reason: String,
+    },
     /// How far the shards of a source are.
     Shards {
         /// Place of the source in the job.
@@ -305,6 +310,7 @@ impl Driver {
             Command::Tell(event) => self.tell(event),
             // Taken before it gets here.
             Command::GoAway => None,
+            Command::Yield { reason } => Some(Outcome::Failed { reason }),
             Command::RecordsOf { step, generation, reply } => {
                 match self.frozen.get(&(step, generation)) {
                     Some(ledger) => {

@@ -234,6 +234,9 @@ impl Service {
         let location = match received {
             Ok(location) => location,
             Err(status) => {
+                if let Err(taken_over @ StoreError::TakenOver { .. }) = self.store.check_owner().await {
+                    let _ = self.commands.send(Command::Yield { reason: taken_over.to_string() }).await;
+                }
                 let event = Event::CheckpointFailed { step, generation, error: status.message().to_owned() };
                 let _ = self.commands.send(Command::Tell(event).within_current()).await;
                 return Err(status);

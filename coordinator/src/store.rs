@@ -1,5 +1,7 @@
 //! Checkpoints in an object store: parts first, the manifest last and create-only, so that half a checkpoint is none.
 
+mod owner;
+
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -11,6 +13,8 @@ use peapod_data::source::one_line;
 use peapod_proto::ids::{Generation, Step};
 use peapod_proto::message::ValidationLosses;
 use serde::{Deserialize, Serialize};
+
+pub use owner::Owner;
 
 use crate::core::ledger::Ledger;
 use crate::shard_list::ShardList;
@@ -39,6 +43,14 @@ pub enum StoreError {
     /// The store's address cannot be used.
     #[error("checkpoint store {0}")]
     Address(peapod_data::Error),
+    /// Another coordinator has taken the store over.
+    #[error("checkpoint store {root}: the coordinator on {} has it since {}; two must not write there, and this is the older one", .by.host, .by.since)]
+    TakenOver {
+        /// The store.
+        root: String,
+        /// Who has it now.
+        by: Owner,
+    },
     /// The folder cannot be used.
     #[error("checkpoint store {root}: {source}")]
     Folder {
@@ -137,6 +149,8 @@ pub struct Store {
     /// Where it is on this machine, if it is.
     folder: Option<PathBuf>,
     root: String,
+    /// Who writes there as far as this process knows: nobody else is looked out for in a store that is not owned.
+    owner: Option<Owner>,
 }
 
 impl Store {
@@ -157,7 +171,7 @@ impl Store {
     }
 
     fn of(objects: Arc<dyn ObjectStore>, root: &str) -> Self {
-        Self { objects, folder: None, root: root.to_owned() }
+        Self { objects, folder: None, root: root.to_owned(), owner: None }
     }
 
     /// A store in a local folder, which is made if it is not there.
@@ -173,7 +187,7 @@ impl Store {
             .map_err(|error| StoreError::Store { root: root.clone(), error })?
             .with_fsync(true);
         let root = folder.display().to_string();
-        Ok(Self { objects: Arc::new(objects), folder: Some(folder), root })
+        Ok(Self { objects: Arc::new(objects), folder: Some(folder), root, owner: None })
     }
 
     /// Where it is, for people.
@@ -199,8 +213,9 @@ impl Store {
     /// Starts to write one file of a checkpoint.
     ///
     /// # Errors
-    /// [`StoreError::Store`].
+    /// [`StoreError::Store`]; [`StoreError::TakenOver`].
     pub async fn begin_part(&self, step: Step, generation: Generation, part: &str) -> Result<PartWriter, StoreError> {
+        self.check_owner().await?;
         let key = Key::from(format!("{}/{part}", name(step, generation)));
         let upload = self.objects.put_multipart(&key).await.map_err(|error| self.failed(error))?;
         Ok(PartWriter { writer: Some(WriteMultipart::new_with_chunk_size(upload, CHUNK_BYTES)), root: self.root.clone() })
@@ -209,8 +224,9 @@ impl Store {
     /// Makes a checkpoint whole, once all its parts are there: adds the ledger, then the manifest.
     ///
     /// # Errors
-    /// [`StoreError::Store`], also when a manifest of this step and generation exists already.
+    /// [`StoreError::Store`], also when a manifest of this step and generation exists already; [`StoreError::TakenOver`].
     pub async fn seal(&self, mut manifest: Manifest, ledger: &Ledger) -> Result<(), StoreError> {
+        self.check_owner().await?;
         let name = manifest.name();
         let bytes = serde_json::to_vec(ledger).map_err(|error| self.damaged(name.clone(), error))?;
         manifest.parts.push(Part { name: LEDGER.into(), num_bytes: bytes.len() as u64, sha256: hex::encode(sha256(&bytes)) });
@@ -281,14 +297,24 @@ impl Store {
     /// # Errors
     /// [`StoreError`] if the newest one is damaged: going on from an older one would lose steps without a word.
     pub async fn newest(&self) -> Result<Option<(Manifest, Ledger)>, StoreError> {
+        let Some(manifest) = self.newest_manifest().await? else { return Ok(None) };
+        for part in &manifest.parts {
+            self.check(&manifest, part).await?;
+        }
+        let bytes = self.read(&manifest, LEDGER).await?;
+        let ledger = serde_json::from_slice(&bytes).map_err(|error| self.damaged(manifest.name(), format!("{LEDGER}: {error}")))?;
+        Ok(Some((manifest, ledger)))
+    }
+
+    /// The manifest of the newest whole checkpoint.
+    ///
+    /// # Errors
+    /// [`StoreError`] if it cannot be read.
+    pub async fn newest_manifest(&self) -> Result<Option<Manifest>, StoreError> {
         for (step, generation) in self.folders().await?.into_iter().rev() {
-            let Some(manifest) = self.manifest(step, generation).await? else { continue };
-            for part in &manifest.parts {
-                self.check(&manifest, part).await?;
+            if let Some(manifest) = self.manifest(step, generation).await? {
+                return Ok(Some(manifest));
             }
-            let bytes = self.read(&manifest, LEDGER).await?;
-            let ledger = serde_json::from_slice(&bytes).map_err(|error| self.damaged(manifest.name(), format!("{LEDGER}: {error}")))?;
-            return Ok(Some((manifest, ledger)));
         }
         Ok(None)
     }
@@ -453,168 +479,4 @@ pub fn sha256(bytes: &[u8]) -> [u8; 32] {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    async fn write(store: &Store, step: u64, seal: bool) {
-        let (step, generation) = (Step(step), Generation(1));
-        let mut writer = store.begin_part(step, generation, "adapter.safetensors").await.unwrap();
-        writer.write(bytes::Bytes::from_static(b"weights")).await.unwrap();
-        writer.finish().await.unwrap();
-        if seal {
-            let parts = vec![Part { name: "adapter.safetensors".into(), num_bytes: 7, sha256: hex::encode(sha256(b"weights")) }];
-            let validation = Some(ValidationLosses { step, samples: 3, task: 0.5, logit: f32::NAN, feature: 2.0 }.into());
-            let manifest =
-                Manifest { format: Manifest::FORMAT, step, generation, job: String::new(), shards: Vec::new(), validation, parts };
-            store.seal(manifest, &Ledger::new(1)).await.unwrap();
-        }
-    }
-
-    #[tokio::test]
-    async fn reader_takes_the_newest_whole_checkpoint() {
-        let folder = tempfile::tempdir().unwrap();
-        let store = Store::local(folder.path()).unwrap();
-        assert!(store.newest().await.unwrap().is_none());
-        write(&store, 9, true).await;
-        write(&store, 100, true).await;
-        write(&store, 200, false).await;
-        let (manifest, ledger) = store.newest().await.unwrap().unwrap();
-        assert_eq!((manifest.step, ledger), (Step(100), Ledger::new(1)));
-        let losses = Validation { step: Step(100), samples: 3, task: Some(0.5), logit: None, feature: Some(2.0) };
-        assert_eq!(manifest.validation, Some(losses));
-    }
-
-    #[tokio::test]
-    async fn whole_checkpoint_is_never_overwritten() {
-        let folder = tempfile::tempdir().unwrap();
-        let store = Store::local(folder.path()).unwrap();
-        write(&store, 1, true).await;
-        let manifest = store.list().await.unwrap().remove(0);
-        assert!(store.seal(manifest, &Ledger::new(1)).await.is_err());
-    }
-
-    #[tokio::test]
-    async fn damage_is_named() {
-        let folder = tempfile::tempdir().unwrap();
-        let store = Store::local(folder.path()).unwrap();
-        write(&store, 1, true).await;
-        let part = folder.path().join("step-000000001-g000001/adapter.safetensors");
-        std::fs::write(&part, b"half").unwrap();
-        let error = store.newest().await.unwrap_err().to_string();
-        assert!(error.contains("adapter.safetensors has 4 bytes, the manifest says 7"), "{error}");
-        std::fs::write(&part, b"weighty").unwrap();
-        let error = store.newest().await.unwrap_err().to_string();
-        assert!(error.contains("is damaged: adapter.safetensors does not have the manifest's SHA-256"), "{error}");
-        std::fs::write(folder.path().join("step-000000001-g000001/manifest.json"), b"{").unwrap();
-        assert!(matches!(store.newest().await, Err(StoreError::Damaged { .. })));
-    }
-
-    #[tokio::test]
-    async fn damaged_old_manifest_keeps_nobody_from_the_others() {
-        let folder = tempfile::tempdir().unwrap();
-        let store = Store::local(folder.path()).unwrap();
-        write(&store, 1, true).await;
-        write(&store, 2, true).await;
-        std::fs::write(folder.path().join("step-000000001-g000001/manifest.json"), b"{").unwrap();
-        assert_eq!(store.newest().await.unwrap().unwrap().0.step, Step(2));
-        assert_eq!(store.list().await.unwrap().len(), 1);
-        store.retain(1).await.unwrap();
-        assert!(!folder.path().join("step-000000001-g000001").exists(), "it is old all the same");
-    }
-
-    #[tokio::test]
-    async fn store_of_objects_is_one_like_a_folder() {
-        let objects = Arc::new(object_store::memory::InMemory::new());
-        let store = Store::of(Arc::new(PrefixStore::new(objects.clone(), "runs/a")), "s3://bucket/runs/a");
-        assert!(store.newest().await.unwrap().is_none());
-        for (step, seal) in [(1, true), (2, false), (3, true), (4, true)] {
-            write(&store, step, seal).await;
-        }
-        assert!(store.is_whole(Step(3), Generation(1)).await.unwrap() && !store.is_whole(Step(2), Generation(1)).await.unwrap());
-        let (manifest, ledger) = store.newest().await.unwrap().unwrap();
-        assert_eq!((manifest.step, ledger), (Step(4), Ledger::new(1)));
-        assert!(store.seal(manifest, &Ledger::new(1)).await.is_err(), "a whole one is never overwritten");
-        store.retain(2).await.unwrap();
-        let mut left: Vec<String> = objects.list(None).map_ok(|object| object.location.to_string()).try_collect().await.unwrap();
-        left.sort();
-        let files = |step| [("adapter.safetensors"), LEDGER, MANIFEST].map(|file| format!("runs/a/step-00000000{step}-g000001/{file}"));
-        assert_eq!(left, [files(3), files(4)].concat());
-        assert_eq!(store.location(Step(4), Generation(1)), "s3://bucket/runs/a/step-000000004-g000001");
-    }
-
-    #[tokio::test]
-    async fn file_that_is_not_finished_is_none() {
-        let folder = tempfile::tempdir().unwrap();
-        for store in [Store::local(folder.path()).unwrap(), Store::of(Arc::new(object_store::memory::InMemory::new()), "memory")] {
-            let mut writer = store.begin_part(Step(1), Generation(1), "adapter.safetensors").await.unwrap();
-            writer.write(bytes::Bytes::from_static(b"weights")).await.unwrap();
-            drop(writer);
-            tokio::task::yield_now().await;
-            let objects: Vec<_> = store.objects.list(None).try_collect().await.unwrap();
-            assert!(objects.is_empty(), "{objects:?}");
-        }
-    }
-
-    /// Notes whether it is given up.
-    #[derive(Debug)]
-    struct Upload(Arc<std::sync::atomic::AtomicBool>);
-
-    #[async_trait::async_trait]
-    impl object_store::MultipartUpload for Upload {
-        fn put_part(&mut self, _: PutPayload) -> object_store::UploadPart {
-            Box::pin(async { Ok(()) })
-        }
-
-        async fn complete(&mut self) -> object_store::Result<object_store::PutResult> {
-            Err(object_store::Error::NotImplemented { operation: "complete".into(), implementer: "a test".into() })
-        }
-
-        async fn abort(&mut self) -> object_store::Result<()> {
-            self.0.store(true, std::sync::atomic::Ordering::Release);
-            Ok(())
-        }
-    }
-
-    #[tokio::test]
-    async fn upload_that_is_not_finished_is_given_up() {
-        let is_given_up = Arc::default();
-        let writer = WriteMultipart::new(Box::new(Upload(Arc::clone(&is_given_up))));
-        drop(PartWriter { writer: Some(writer), root: String::new() });
-        tokio::task::yield_now().await;
-        assert!(is_given_up.load(std::sync::atomic::Ordering::Acquire));
-    }
-
-    #[tokio::test]
-    async fn file_that_is_missing_is_damage() {
-        let folder = tempfile::tempdir().unwrap();
-        let store = Store::local(folder.path()).unwrap();
-        write(&store, 1, true).await;
-        std::fs::remove_file(folder.path().join("step-000000001-g000001/adapter.safetensors")).unwrap();
-        let error = store.newest().await.unwrap_err();
-        assert!(matches!(&error, StoreError::Damaged { reason, .. } if reason == "adapter.safetensors is missing"), "{error}");
-    }
-
-    #[cfg(not(feature = "aws"))]
-    #[test]
-    fn address_that_this_build_cannot_reach_says_which_can() {
-        let error = Store::at("s3://bucket/run").unwrap_err().to_string();
-        assert_eq!(error, "checkpoint store s3://bucket/run: this build has no S3 support: build with --features aws");
-        let error = Store::at("http://host/run").unwrap_err().to_string();
-        assert!(error.ends_with("http://host/run: nothing can be written there: a store is s3://, gs:// or az://"), "{error}");
-    }
-
-    #[tokio::test]
-    async fn retention_keeps_the_newest_and_clears_half_ones_before_them() {
-        let folder = tempfile::tempdir().unwrap();
-        let store = Store::local(folder.path()).unwrap();
-        for (step, seal) in [(1, true), (2, false), (3, true), (4, true), (5, false)] {
-            write(&store, step, seal).await;
-        }
-        store.retain(2).await.unwrap();
-        let steps: Vec<_> = store.list().await.unwrap().iter().map(|manifest| manifest.step.0).collect();
-        assert_eq!(steps, [3, 4]);
-        assert!(!folder.path().join("step-000000001-g000001").exists(), "nor its folder");
-        assert!(!folder.path().join("step-000000002-g000001").exists());
-        assert!(folder.path().join("step-000000005-g000001/adapter.safetensors").exists(), "it may still be on its way");
-    }
-}
+mod tests;

@@ -63,6 +63,7 @@ say "40 steps trained from s3:// into s3://, two checkpoints kept"
 # Another machine: nothing is left but the store.
 train 60 second || fail "the job that goes on"
 grep -q "from step 40" "$work/second-60.log" || fail "it did not go on from step 40"
+grep -q "s3://peapod/runs/demo was the coordinator's on " "$work/second-60.log" || fail "it did not see whose the store was"
 [ "$(steps_stored)" = "50 60" ] || fail "checkpoints of steps $(steps_stored), not 50 and 60"
 say "another machine went on from step 40"
 

@@ -1,6 +1,6 @@
 //! A job that was stopped goes on from its checkpoint and ends as if it had not been.
 
-use peapod_tests::harness::{Cluster, Signal, assert_trained_once, is_alive, poll};
+use peapod_tests::harness::{Cluster, Process, Signal, assert_trained_once, is_alive, poll};
 
 const SIZES: [usize; 4] = [40, 40, 40, 40];
 
@@ -99,6 +99,30 @@ fn killed_coordinator_leaves_no_orphans_and_the_job_resumes_from_its_last_checkp
     coordinator.assert_said(&format!("2 workers train from step {before} (from its checkpoint)"));
     // Steps beyond the checkpoint died with the weights they were in; in the weights that are left, every sample is once.
     assert_eq!(cluster.newest_checkpoint().ledger_total("committed"), 160);
+}
+
+#[test]
+fn of_two_coordinators_on_one_store_the_older_one_ends() {
+    let mut cluster = Cluster::new();
+    let store = cluster.folder().join("store");
+    cluster.job.set_steps(100_000).set("checkpoint.store", store.to_str().unwrap()).set("checkpoint.every_steps", 5);
+    let mut older = cluster.coordinator(1, &["--local"]);
+    older.wait_for("checkpoint of step 5 stored");
+    older.signal(Signal::STOP);
+
+    let [job, state] = ["job.toml", "other-state"].map(|name| cluster.folder().join(name).to_str().unwrap().to_owned());
+    let arguments = ["--world-size", "1", "--local", "--listen", "127.0.0.1:0", "--http-addr", "off", "--job", &job, "--state-dir", &state];
+    let mut newer = Process::start("newer", "coordinator", &arguments);
+    newer.wait_for("if that lives, it ends at its next checkpoint");
+    newer.wait_for("1 workers train from step ");
+    older.signal(Signal::CONT);
+    older.expect_exit(1);
+    older.assert_said("two must not write there, and this is the older one");
+
+    let own = newer.lines_with("stored").len();
+    newer.wait_for_times("stored", own + 1);
+    newer.signal(Signal::INT);
+    newer.expect_exit(130);
 }
 
 #[test]

@@ -15,7 +15,7 @@ use crate::config::RunArgs;
 use crate::core::{Config, Core, Resume};
 use crate::journal::{Disk, Found, Run};
 use crate::shard_list::{self, ShardList};
-use crate::store::{Store, StoreError, sha256};
+use crate::store::{Manifest, Owner, Store, StoreError, sha256};
 
 /// A worker's own deadlines come first by this much.
 const MARGIN: Duration = Duration::from_secs(10);
@@ -57,7 +57,7 @@ impl Start {
             Some(address) => Store::at(address),
             None => Store::local(&args.state_dir.join("checkpoints")),
         };
-        let store = match store {
+        let mut store = match store {
             Ok(store) => store,
             Err(error @ StoreError::Address(_)) => return Ok(Err(Exit::Refused(error.to_string()))),
             Err(error) => return Ok(Err(Exit::Failed(error.to_string()))),
@@ -79,7 +79,8 @@ impl Start {
         }
         let goes_back = found.is_some() || resume.is_some();
 
-        let step = resume.as_ref().map_or(Step(0), |resume| resume.step);
+        let goes_on_from = resume.as_ref().map(|resume| (resume.step, resume.generation));
+        let step = goes_on_from.map_or(Step(0), |(step, _)| step);
         let shards_digest = hex::encode(sha256(shards.join("\n").as_bytes()));
         let run = Run { job_id: String::new(), term: 1, world_size: args.world_size, job: toml.clone(), shards: shards_digest };
         if let Some(problem) = found.as_ref().and_then(|found| of_other_shards(found, &run, resume.as_ref(), args.local, &journal_path)) {
@@ -104,6 +105,13 @@ impl Start {
             Some(found) => go_on(config, resume, found, &run, &journal_path),
             None => fresh,
         };
+        let is_shared = job.checkpoint.store.is_some();
+        if is_shared
+            && !is_finished
+            && let Err(exit) = take_over(&mut store, goes_on_from).await?
+        {
+            return Ok(Err(exit));
+        }
         let num_shards = shards.len();
         Ok(Ok(Self { job: loaded.job, run, num_shards, lists, store, journal, core, goes_back, is_finished, _lock }))
     }
@@ -264,6 +272,26 @@ async fn resume(store: &Store, job: &Job, lists: &[ShardList]) -> anyhow::Result
     }
     tracing::info!("resuming from {location}");
     Ok(Ok(Some(Resume { step: manifest.step, ledger: Arc::new(ledger), generation: manifest.generation })))
+}
+
+/// Takes a store that other machines reach, too. `newest` is the checkpoint that the job goes on from.
+async fn take_over(store: &mut Store, newest: Option<(Step, Generation)>) -> anyhow::Result<Result<(), Exit>> {
+    let ours = Owner::this(random()?);
+    if let Some(before) = store.take_over(ours).await? {
+        let root = store.root();
+        tracing::info!(
+            "{root} was the coordinator's on {} (since {}): if that lives, it ends at its next checkpoint",
+            before.host,
+            before.since
+        );
+    }
+    Ok(match store.newest_manifest().await? {
+        Some(Manifest { step, generation, .. }) if newest != Some((step, generation)) => {
+            let newer = store.location(step, generation);
+            Err(Exit::Failed(format!("another coordinator has just stored {newer}: start this one again to go on from there")))
+        }
+        Some(_) | None => Ok(()),
+    })
 }
 
 fn random() -> anyhow::Result<u64> {
