@@ -18,6 +18,8 @@ use crate::observe::{Observer, Summary};
 pub const OUTBOUND_CAPACITY: usize = 1024;
 /// Times in a heartbeat timeout that the driver looks at the clock at least: only so does it know for how long it stood still.
 const LOOKS: u32 = 12;
+/// Commands that are caught up with at most before a look at the clock: there must be one, however much is said.
+const MAX_CAUGHT_UP: usize = 4096;
 /// Frozen ledgers that wait for their parts; older ones are of uploads that never came.
 const MAX_FROZEN: usize = 4;
 
@@ -248,25 +250,43 @@ impl Driver {
                     return Ending::Over(outcome);
                 }
             }
-            let outcome = match turn {
-                Turn::Command(Some(Command::GoAway)) => {
-                    return match self.journal.flush() {
-                        Ok(()) => Ending::Away,
-                        Err(error) => Ending::Over(not_written(&error)),
-                    };
-                }
-                Turn::Command(Some(command)) => self.handle(command),
-                Turn::Command(None) => Some(Outcome::Failed { reason: "the coordinator's services ended".into() }),
+            let ending = match turn {
+                Turn::Command(Some(command)) => self.carry_out(command),
+                Turn::Command(None) => Some(Ending::Over(Outcome::Failed { reason: "the coordinator's services ended".into() })),
                 Turn::Flush => None,
-                Turn::Tick => self.tell(Event::Tick),
+                Turn::Tick => self.tick(),
             };
             // A step's commit may wait for others, but not for long.
             let is_due = self.journal.flush_at().is_some_and(|at| at <= Instant::now());
             let flushed = if is_due { self.journal.flush() } else { Ok(()) };
-            if let Some(outcome) = outcome.or_else(|| flushed.err().map(|error| not_written(&error))) {
-                return Ending::Over(outcome);
+            if let Some(ending) = ending.or_else(|| flushed.err().map(|error| Ending::Over(not_written(&error)))) {
+                return ending;
             }
         }
+    }
+
+    /// Carries a command out; how the run ends, if it does now.
+    fn carry_out(&mut self, command: Command) -> Option<Ending> {
+        if matches!(command, Command::GoAway) {
+            return Some(match self.journal.flush() {
+                Ok(()) => Ending::Away,
+                Err(error) => Ending::Over(not_written(&error)),
+            });
+        }
+        self.handle(command).map(Ending::Over)
+    }
+
+    /// Looks at the clock, after all that has been said: where many ask for leases at once, the disk makes what they said wait, and a sign of
+    /// life that waits is no silence.
+    fn tick(&mut self) -> Option<Ending> {
+        for _ in 0..MAX_CAUGHT_UP {
+            let Ok(command) = self.commands.try_recv() else { break };
+            let ending = self.carry_out(command);
+            if ending.is_some() {
+                return ending;
+            }
+        }
+        self.tell(Event::Tick).map(Ending::Over)
     }
 
     /// Answers who asks about a job that is over, for as long as anybody can ask. Workers that come now are told that none is needed.
@@ -556,7 +576,7 @@ async fn sleep_until(at: Option<Instant>) {
 #[cfg(test)]
 mod tests {
     use peapod_proto::ids::Incarnation;
-    use peapod_proto::message::{StepLosses, StepRecord, StepReport, StepTimings};
+    use peapod_proto::message::{Heartbeat, Phase, StepLosses, StepRecord, StepReport, StepTimings};
     use peapod_proto::{PROGRAM_VERSION, PROTOCOL_VERSION};
 
     use super::*;
@@ -597,11 +617,14 @@ mod tests {
 
     /// A driver with one worker that trains, and what is sent to it.
     fn training() -> (Driver, WorkerId, StreamId, mpsc::Receiver<ToWorker>) {
-        let (_, inbox) = mpsc::channel(1);
+        training_in(mpsc::channel(1).1, one())
+    }
+
+    fn training_in(inbox: mpsc::Receiver<Command>, config: Config) -> (Driver, WorkerId, StreamId, mpsc::Receiver<ToWorker>) {
         let (outbound, messages) = mpsc::channel(OUTBOUND_CAPACITY);
         let kind = Validation { feature_weight: 0.1, of_average: false };
         let observer = Observer::new(Bar::default(), Logs::default(), kind, Step(0), None);
-        let mut driver = Driver::new(Core::new(one(), None), inbox, Box::new(Nowhere), observer);
+        let mut driver = Driver::new(Core::new(config, None), inbox, Box::new(Nowhere), observer);
         let hello = Hello {
             protocol_version: PROTOCOL_VERSION,
             program_version: PROGRAM_VERSION.into(),
@@ -662,6 +685,23 @@ mod tests {
         let generation = driver.core.generation();
         assert!(!driver.core.awaits_checkpoint(Step(1), generation) && driver.core.awaits_checkpoint(Step(2), generation));
         assert!(driver.records(1).try_recv().unwrap().is_err() && driver.records(2).try_recv().unwrap().is_ok());
+    }
+
+    #[test]
+    fn sign_of_life_that_waits_for_its_turn_is_no_silence() {
+        let (commands, inbox) = mpsc::channel(1);
+        let timeout = Duration::from_millis(100);
+        let (mut driver, worker, stream, _messages) = training_in(inbox, Config { heartbeat_timeout: timeout, ..one() });
+        std::thread::sleep(2 * timeout);
+        let generation = driver.core.generation();
+        let heartbeat = FromWorker::Heartbeat(Heartbeat { step: Step(0), phase: Phase::Data, generation, reads: 0 });
+        commands.try_send(Command::Tell(Event::Message { worker, stream, message: heartbeat })).unwrap();
+        assert_eq!((driver.tick(), driver.status().workers.len()), (None, 1));
+        std::thread::sleep(2 * timeout);
+        assert_eq!((driver.tick(), driver.status().workers.len()), (None, 0));
+        // The look at the clock does not keep the coordinator from going.
+        commands.try_send(Command::GoAway).unwrap();
+        assert_eq!(driver.tick(), Some(Ending::Away));
     }
 
     #[test]

@@ -64,7 +64,7 @@ impl Local {
     /// safe. With no restart left the job goes on without the worker if enough are left, and is given up otherwise.
     ///
     /// # Errors
-    /// If a worker cannot be started at all.
+    /// If the first workers cannot be started.
     pub async fn run(self, commands: mpsc::Sender<Command>, mut over: watch::Receiver<bool>) -> std::io::Result<()> {
         let mut children = JoinSet::new();
         for rank in 0..self.world_size {
@@ -80,9 +80,12 @@ impl Local {
             if *over.borrow() {
                 break;
             }
-            let status = status?;
-            let cause = describe(status, out_of_memory);
-            if status.success() || status.code().is_some_and(|code| code == BAD_ARGUMENTS || SENT_AWAY.contains(&code)) {
+            let cause = match &status {
+                Ok(status) => describe(*status, out_of_memory),
+                Err(error) => format!("cannot be waited for: {error}"),
+            };
+            let is_final = |code| code == BAD_ARGUMENTS || SENT_AWAY.contains(&code);
+            if status.is_ok_and(|status| status.success() || status.code().is_some_and(is_final)) {
                 // Left on request, or refused: neither is cured by another start.
                 tracing::info!("worker of rank {rank} {cause}");
                 if children.len() < self.min_world_size as usize {
@@ -96,17 +99,22 @@ impl Local {
             }
             let process = Process { host: self.host.clone(), pid };
             let _ = commands.send(Command::Tell(Event::Exited { process, cause: cause.clone(), log })).await;
-            if budget.take(newest_checkpoint(&commands).await) {
+            let why = if budget.take(newest_checkpoint(&commands).await) {
                 let (used, max) = (budget.used, budget.max);
                 tracing::warn!("worker of rank {rank} {cause}; starting it again (restart {used} of {max} since the newest checkpoint)");
-                self.start(rank, &mut children, over.clone())?;
-            } else if children.len() >= self.min_world_size as usize {
-                let (left, max) = (children.len(), self.max_restarts);
-                tracing::error!(
-                    "worker of rank {rank} {cause}, and no restart is left (--max-restarts {max}): going on with the other {left} workers"
-                );
+                match self.start(rank, &mut children, over.clone()) {
+                    Ok(()) => continue,
+                    Err(error) => error.to_string(),
+                }
             } else {
-                let reason = format!("worker of rank {rank} {cause}, and no restart is left (--max-restarts {})", self.max_restarts);
+                format!("no restart is left (--max-restarts {})", self.max_restarts)
+            };
+            let left = children.len();
+            if left >= self.min_world_size as usize {
+                tracing::error!("worker of rank {rank} {cause}, and {why}: going on with the other {left} workers");
+            } else {
+                // The others keep what they hold until the job is over.
+                let reason = format!("worker of rank {rank} {cause}, and {why}");
                 let _ = commands.send(Command::Tell(Event::GiveUp { reason })).await;
             }
         }

@@ -282,7 +282,7 @@ impl Observer {
         let steps = self.last_step.map_or(0, |last| last.saturating_sub(step.0));
         let left = Duration::try_from_secs_f64(seconds * steps as f64).ok().filter(|left| !left.is_zero());
         let left = left.map_or_else(String::new, |left| format!("  {} left", HumanDuration(left)));
-        format!("{losses}  {samples:.0} samples/s{left}")
+        format!("{losses}  {} samples/s{left}", rate(samples))
     }
 
     fn step_to_tensorboard(&mut self, record: &StepRecord) {
@@ -431,13 +431,19 @@ impl Observer {
 impl std::fmt::Display for Summary {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let Self { steps, last_step, first, last, samples, native_share, samples_per_second } = self;
-        writeln!(f, "steps       {steps}, up to step {last_step}, {samples} samples at {samples_per_second:.1} samples/s")?;
+        writeln!(f, "steps       {steps}, up to step {last_step}, {samples} samples at {} samples/s", rate(*samples_per_second))?;
         writeln!(f, "native      {:.1} % of the samples; the others are parallel", 100.0 * native_share)?;
         writeln!(f, "losses      first step -> mean of the last tenth")?;
         writeln!(f, "  task      {:.4} -> {:.4}", first.task, last.task)?;
         writeln!(f, "  logit     {:.4} -> {:.4}", first.logit, last.logit)?;
         write!(f, "  feature   {:.3} -> {:.3}", first.feature, last.feature)
     }
+}
+
+/// A number of which two digits matter: a large model trains less than a sample a second on a CPU, a small one hundreds.
+fn rate(per_second: f64) -> String {
+    let decimals = if per_second >= 10.0 || per_second <= 0.0 { 0 } else { (1.0 - per_second.log10().floor()).clamp(1.0, 6.0) as usize };
+    format!("{per_second:.decimals$}")
 }
 
 fn unix_now() -> f64 {
@@ -463,6 +469,11 @@ mod tests {
     use peapod_proto::ids::{Epoch, Generation, SampleName, ShardId};
 
     const PLAIN: Validation = Validation { feature_weight: 0.1, of_average: false };
+
+    #[test]
+    fn rates_have_two_digits_at_least() {
+        assert_eq!([201.4, 10.0, 9.96, 1.0, 0.0318, 0.0].map(rate), ["201", "10", "10.0", "1.0", "0.032", "0"]);
+    }
 
     #[test]
     fn summary_compares_the_first_step_with_the_last_tenth() {

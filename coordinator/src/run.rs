@@ -12,7 +12,7 @@ use anyhow::Context;
 use tokio::sync::{mpsc, watch};
 
 use self::serve::{listen, serve};
-use self::start::Start;
+use self::start::{Start, take_over};
 use crate::announce::{announce, authority_for_workers, host_name, leave_address, print_line, say_how_to_join, scheme, take_address};
 use crate::config::RunArgs;
 use crate::core::Outcome;
@@ -57,7 +57,7 @@ pub async fn run(args: RunArgs, bar: Bar) -> anyhow::Result<Exit> {
         Err(exit) => return Ok(exit),
     };
     let (facts, shown) = (facts(&start), shown(&args, &start));
-    let Start { job, run, num_shards, store, mut journal, core, goes_back, is_finished, _lock, .. } = start;
+    let Start { job, run, num_shards, mut store, stored, mut journal, core, goes_back, is_finished, _lock, .. } = start;
     let signals = Signals::catch()?;
     open_files::raise_limit(args.world_size);
     let validation = (!job.validation.shards.is_empty()).then(|| args.state_dir.join("validation.jsonl"));
@@ -70,6 +70,14 @@ pub async fn run(args: RunArgs, bar: Bar) -> anyhow::Result<Exit> {
         Ok(secrets) => secrets,
         Err(problem) => return Ok(Exit::Refused(problem)),
     };
+    // Not before: another coordinator ends of this, and here nothing that people mistype is left.
+    let is_shared = job.checkpoint.store.is_some();
+    if is_shared
+        && !is_finished
+        && let Err(exit) = take_over(&mut store, &args.state_dir, stored).await?
+    {
+        return Ok(exit);
+    }
     if let Err(problem) = leave_address(&args.state_dir, scheme(args.is_secure()), listening) {
         return Ok(Exit::Failed(problem));
     }
@@ -121,6 +129,8 @@ pub async fn run(args: RunArgs, bar: Bar) -> anyhow::Result<Exit> {
             }
         }
     }
+    // With it end the workers' streams: the server would wait for them.
+    drop(driver);
     let _ = over.send(true);
     take_address(&args.state_dir);
     // The last messages to the workers are on their way; a connection that does not end by itself is cut.

@@ -16,7 +16,7 @@ use tonic::{Request, Response, Status, Streaming};
 use tracing::field::Empty;
 use tracing::{Instrument, Span};
 
-use crate::core::ledger::Totals;
+use crate::core::ledger::{Ledger, Totals};
 use crate::core::{CoreError, Event, ShardState, ShardView, SourceView, StreamId};
 use crate::driver::{Command, OUTBOUND_CAPACITY};
 use crate::gallery::{Gallery, GalleryError};
@@ -226,22 +226,39 @@ impl Service {
         let header = Header::try_from(header)?;
         let (step, generation) = (header.step, header.generation);
         Span::current().record("step", step.0);
-        let received = match self.store.is_whole(step, generation).await {
+        let received = match self.is_whole_here(step, generation).await {
             Ok(true) => return self.is_there(step, generation).await,
             Ok(false) => self.receive(&header, &mut messages).await,
             Err(error) => Err(store_failed(error)),
         };
-        let location = match received {
-            Ok(location) => location,
+        let complete = match received {
+            // Of its own: if the worker hangs up now, the manifest must not be written without a word of it to the driver.
+            Ok(manifest) => tokio::spawn(self.clone().complete(manifest).in_current_span()).await,
+            Err(status) => Ok(Err(status)),
+        };
+        match complete.map_err(|error| Status::internal(format!("the checkpoint's last part: {error}")))? {
+            Ok(()) => Ok(Response::new(v1::UploadReceipt { location: self.store.location(step, generation) })),
             Err(status) => {
                 if let Err(taken_over @ StoreError::TakenOver { .. }) = self.store.check_owner().await {
                     let _ = self.commands.send(Command::Yield { reason: taken_over.to_string() }).await;
                 }
                 let event = Event::CheckpointFailed { step, generation, error: status.message().to_owned() };
                 let _ = self.commands.send(Command::Tell(event).within_current()).await;
-                return Err(status);
+                Err(status)
             }
-        };
+        }
+    }
+
+    /// Whether a checkpoint is whole in the store, and was written by this coordinator: another one's steps have the same names.
+    async fn is_whole_here(&self, step: Step, generation: Generation) -> Result<bool, StoreError> {
+        self.store.check_owner().await?;
+        self.store.is_whole(step, generation).await
+    }
+
+    /// Writes the manifest of what was received, and what follows from that.
+    async fn complete(self, Sealing { manifest, ledger }: Sealing) -> Result<(), Status> {
+        let (step, generation) = (manifest.step, manifest.generation);
+        self.store.seal(manifest, &ledger).await.map_err(store_failed)?;
         if !self.ask(|reply| Command::Stored { step, generation, reply }).await? {
             self.store.remove(step, generation).await.map_err(store_failed)?;
             return Err(Status::aborted(format!(
@@ -251,7 +268,7 @@ impl Service {
         if let Err(error) = self.store.retain(self.facts.keep).await {
             tracing::warn!("old checkpoints stay: {error}");
         }
-        Ok(Response::new(v1::UploadReceipt { location }))
+        Ok(())
     }
 
     /// Answers an upload of what is whole in the store: nothing of it is written again. Where it is still awaited, its sender was cut off
@@ -262,6 +279,12 @@ impl Service {
         }
         Err(Status::already_exists(format!("the checkpoint of step {step} of {generation} is stored already")))
     }
+}
+
+/// What makes a checkpoint of the parts that are there.
+struct Sealing {
+    manifest: Manifest,
+    ledger: Arc<Ledger>,
 }
 
 /// A checked upload header.
@@ -301,8 +324,8 @@ fn store_failed(error: StoreError) -> Status {
 }
 
 impl Service {
-    /// Writes the parts as they come; the manifest only once the step is known to be final.
-    async fn receive(&self, header: &Header, messages: &mut Streaming<v1::UploadMessage>) -> Result<String, Status> {
+    /// Writes the parts as they come, and gives what makes them a checkpoint once its step is known to be final.
+    async fn receive(&self, header: &Header, messages: &mut Streaming<v1::UploadMessage>) -> Result<Sealing, Status> {
         let (step, generation) = (header.step, header.generation);
         let mut rest = bytes::Bytes::new();
         for part in &header.parts {
@@ -341,8 +364,7 @@ impl Service {
             validation: records.validation.map(Into::into),
             parts: header.parts.clone(),
         };
-        self.store.seal(manifest, &records.ledger).await.map_err(store_failed)?;
-        Ok(self.store.location(step, generation))
+        Ok(Sealing { manifest, ledger: records.ledger })
     }
 }
 

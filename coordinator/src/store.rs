@@ -388,8 +388,9 @@ impl Store {
     /// Deletes all but the newest `keep` whole checkpoints, and what dead writers left behind before them.
     ///
     /// # Errors
-    /// [`StoreError::Store`].
+    /// [`StoreError::Store`]; [`StoreError::TakenOver`].
     pub async fn retain(&self, keep: u32) -> Result<(), StoreError> {
+        self.check_owner().await?;
         let folders = self.folders().await?;
         let mut whole = Vec::new();
         for &(step, generation) in &folders {
@@ -399,8 +400,8 @@ impl Store {
         }
         let Some(boundary) = whole.len().checked_sub(keep as usize).and_then(|at| whole.get(at)) else { return Ok(()) };
         // What lies before the boundary is either an old checkpoint or a half one.
-        for (step, generation) in folders.iter().filter(|folder| *folder < boundary) {
-            self.remove(*step, *generation).await?;
+        for &(step, generation) in folders.iter().filter(|folder| *folder < boundary) {
+            self.delete(&Key::from(name(step, generation))).await?;
         }
         Ok(())
     }
@@ -408,8 +409,9 @@ impl Store {
     /// Takes a checkpoint away, whole or not.
     ///
     /// # Errors
-    /// [`StoreError::Store`].
+    /// [`StoreError::Store`]; [`StoreError::TakenOver`].
     pub async fn remove(&self, step: Step, generation: Generation) -> Result<(), StoreError> {
+        self.check_owner().await?;
         self.delete(&Key::from(name(step, generation))).await
     }
 

@@ -298,6 +298,14 @@ pub struct ShardReport {
     pub truncated: String,
 }
 
+impl ShardReport {
+    /// Whether nothing of the shard could be read: it is not there, or no tar.
+    #[must_use]
+    pub fn is_unreadable(&self) -> bool {
+        self.num_samples == Some(0) && !self.truncated.is_empty()
+    }
+}
+
 /// From a worker.
 #[derive(Debug, Clone, PartialEq)]
 pub enum FromWorker {

@@ -1,7 +1,9 @@
 //! Who reads which shard, and what reading it showed.
 
-use peapod_proto::ids::{Epoch, LeaseId, MemberIndex, Rank, SampleName, ShardId, WorkerId};
-use peapod_proto::message::{Lease, ShardReport, SkipReason, ToWorker};
+use std::collections::BTreeSet;
+
+use peapod_proto::ids::{Epoch, LeaseId, MemberIndex, Rank, ShardId, WorkerId};
+use peapod_proto::message::{Lease, ShardReport, ToWorker};
 
 use super::leases::{self, Grant};
 use super::ledger::{LedgerError, Rules, ShardCounts, Totals};
@@ -251,9 +253,7 @@ impl Core {
         let fact = Fact::Shard(report.clone());
         let url = self.url_of(shard).to_owned();
         let (lease, num_samples, truncated) = (report.lease, report.num_samples, report.truncated.clone());
-        if !truncated.is_empty() && num_samples == Some(0) {
-            self.unreadable.insert(shard);
-        }
+        mark_unreadable(&mut self.unreadable, shard, &report);
         let ends = self.would_end_barren(epoch, shard);
         let result = self.record_shard(epoch, shard, &url, report, out);
         if num_samples.is_some() {
@@ -331,24 +331,26 @@ impl Core {
         report: ShardReport,
         out: &mut Vec<Effect>,
     ) -> Result<(), LedgerError> {
-        let mut show = |shown: &mut u64, key: String, detail: String| {
+        let mut show = |shown: &mut u64, key: &str, detail: &str| {
             *shown += 1;
             if *shown <= BAD_SHOWN {
-                out.push(Effect::Notice(Notice::BadData { shard: url.to_owned(), key, detail }));
+                out.push(Effect::Notice(Notice::BadData { shard: url.to_owned(), key: key.to_owned(), detail: detail.to_owned() }));
             }
         };
-        for sample in report.skipped {
-            let name = SampleName { epoch, shard, index: sample.index };
-            if self.ledger.skip_data(name, &sample)? && sample.reason == SkipReason::Bad {
-                show(&mut self.bad_shown, sample.key, sample.detail);
-            }
-        }
+        let shown = &mut self.bad_shown;
+        let taken = self.ledger.take_report(epoch, shard, &report, |sample| show(shown, &sample.key, &sample.detail));
         if !report.truncated.is_empty() {
-            show(&mut self.bad_shown, String::new(), report.truncated);
+            show(&mut self.bad_shown, "", &report.truncated);
         }
-        if let Some(num) = report.num_samples {
-            self.ledger.set_size(epoch, shard, num)?;
-        }
-        Ok(())
+        taken
+    }
+}
+
+/// Keeps account of the shards of which nothing could be read when they were last tried.
+pub(super) fn mark_unreadable(unreadable: &mut BTreeSet<ShardId>, shard: ShardId, report: &ShardReport) {
+    if report.is_unreadable() {
+        unreadable.insert(shard);
+    } else if report.num_samples.is_some() {
+        unreadable.remove(&shard);
     }
 }

@@ -6,10 +6,11 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use peapod_proto::ids::{Epoch, Generation, Incarnation, LeaseId, Rank, SampleName, ShardId, Step, WorkerId};
+use peapod_proto::ids::{Epoch, Generation, Incarnation, LeaseId, Rank, ShardId, Step, WorkerId};
 use peapod_proto::message::ValidationLosses;
 use serde::{Deserialize, Serialize};
 
+use super::data::mark_unreadable;
 use super::leases::{HeldLease, Part};
 use super::ledger::{Ledger, LedgerError, Skip};
 use super::{Config, Core, Fact, JobPhase, Leases, Outcome, Progress, Resume, Truth};
@@ -154,15 +155,8 @@ impl State {
                 let Some(reader) = self.readers.get_mut(&report.lease) else { return Ok(()) };
                 let (epoch, shard) = (reader.epoch, reader.shard);
                 reader.read |= report.num_samples.is_some();
-                if !report.truncated.is_empty() && report.num_samples == Some(0) {
-                    self.unreadable.insert(shard);
-                }
-                for sample in &report.skipped {
-                    self.ledger.skip_data(SampleName { epoch, shard, index: sample.index }, sample)?;
-                }
-                if let Some(num) = report.num_samples {
-                    self.ledger.set_size(epoch, shard, num)?;
-                }
+                mark_unreadable(&mut self.unreadable, shard, &report);
+                self.ledger.take_report(epoch, shard, &report, |_| {})?;
                 self.end_reading(epoch, shard);
             }
             Fact::Commit { step, names, skipped, .. } => {

@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 
 use peapod_proto::ids::{Bitmap, Epoch, SampleName, ShardId, Step};
-use peapod_proto::message::{SkipReason, SkippedSample};
+use peapod_proto::message::{ShardReport, SkipReason, SkippedSample};
 use serde::{Deserialize, Serialize};
 
 /// Why the ledger refuses an entry. Each of them means that a worker broke the protocol or that the data changed.
@@ -136,12 +136,13 @@ struct OpenShard {
 }
 
 impl OpenShard {
-    fn num_skipped(&self) -> u32 {
-        self.skips.iter().sum()
+    /// Samples that are trained or skipped.
+    fn num_seen(&self) -> u32 {
+        self.num_committed + self.skips.iter().sum::<u32>()
     }
 
     fn is_done(&self) -> bool {
-        self.num_samples.is_some_and(|num| self.num_committed + self.num_skipped() >= num)
+        self.num_samples.is_some_and(|num| self.num_seen() >= num)
     }
 }
 
@@ -277,6 +278,46 @@ impl Ledger {
         self.sources.get(source).map_or_else(Rules::default, |source| source.rules.clone())
     }
 
+    /// What a reader found in a shard, a call of `on_bad` for each broken sample that is new.
+    ///
+    /// # Errors
+    /// [`LedgerError::SizeChanged`]; [`LedgerError::NoSuchShard`].
+    pub fn take_report(
+        &mut self,
+        epoch: Epoch,
+        shard: ShardId,
+        report: &ShardReport,
+        mut on_bad: impl FnMut(&SkippedSample),
+    ) -> Result<(), LedgerError> {
+        for sample in &report.skipped {
+            let name = SampleName { epoch, shard, index: sample.index };
+            if self.skip_data(name, sample)? && sample.reason == SkipReason::Bad {
+                on_bad(sample);
+            }
+        }
+        match report.num_samples {
+            Some(_) if report.is_unreadable() => self.pass_over(epoch, shard)?,
+            Some(num_samples) => drop(self.set_size(epoch, shard, num_samples)?),
+            None => {}
+        }
+        Ok(())
+    }
+
+    /// Ends a shard for this epoch of which nothing could be read. In the next one it may be there again: its size stays unknown.
+    fn pass_over(&mut self, epoch: Epoch, shard: ShardId) -> Result<(), LedgerError> {
+        let name = SampleName { epoch, shard, index: 0 };
+        let known = self.sizes.get(shard).unwrap_or_default();
+        let Some((source, open)) = self.open_shard(name)? else { return Ok(()) };
+        // Samples of it were there before: passed over, the others would be lost.
+        let before = known.max(open.num_seen());
+        if before > 0 {
+            return Err(LedgerError::SizeChanged { shard, before, now: 0 });
+        }
+        open.num_samples = Some(0);
+        self.sources[source].close_if(true, name);
+        Ok(())
+    }
+
     /// Learns a shard's size from a reader that reached its end; says whether the shard is now done.
     pub fn set_size(&mut self, epoch: Epoch, shard: ShardId, num_samples: u32) -> Result<bool, LedgerError> {
         let name = SampleName { epoch, shard, index: 0 };
@@ -286,6 +327,9 @@ impl Ledger {
             return Err(LedgerError::SizeChanged { shard, before, now: num_samples });
         }
         let Some((source, open)) = self.open_shard(name)? else { return Ok(true) };
+        if open.num_seen() > num_samples {
+            return Err(LedgerError::SizeChanged { shard, before: open.num_seen(), now: num_samples });
+        }
         open.num_samples = Some(num_samples);
         let done = open.is_done();
         self.sources[source].close_if(done, name);
@@ -396,7 +440,8 @@ impl Ledger {
         let is_passed_over = |local: u32| {
             let shard = ShardId(source.first_shard + local);
             let [filtered, bad, _] = ledger.skips.get(&shard).copied().unwrap_or_default();
-            self.sizes.get(shard).is_some_and(|size| size == filtered + bad)
+            // The size of one that could not be read is not known.
+            self.sizes.get(shard).is_none_or(|size| size == filtered + bad)
         };
         ledger.open.values().all(|open| open.num_committed == 0 && open.skips[2] == 0)
             && (0..source.num_shards).filter(|&local| ledger.done.contains(local)).all(is_passed_over)

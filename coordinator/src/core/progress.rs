@@ -194,7 +194,9 @@ impl Core {
                     self.skipped_in_a_row, record.step, self.config.max_skipped_steps
                 );
                 self.note_failure(reason.clone());
-                self.fail(reason, out);
+                // Its losses on validation samples come after the job's end: nothing may follow that in the journal.
+                out.push(Effect::Committed { record, timings });
+                return self.fail(reason, out);
             }
         } else {
             self.skipped_in_a_row = 0;

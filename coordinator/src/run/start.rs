@@ -8,6 +8,7 @@ use std::time::Duration;
 use anyhow::Context;
 use peapod_proto::ids::{Generation, Step};
 use peapod_proto::job::Job;
+use serde::{Deserialize, Serialize};
 
 use super::Exit;
 use crate::check::{self, LoadedJob};
@@ -30,6 +31,8 @@ pub(super) struct Start {
     /// Its shards, as its checkpoints remember them.
     pub lists: Vec<ShardList>,
     pub store: Store,
+    /// Its newest checkpoint, which the job goes on from unless workers hold more.
+    pub stored: Option<(Step, Generation)>,
     pub journal: Disk,
     pub core: Core,
     /// Whether a run or a checkpoint was there before.
@@ -57,7 +60,7 @@ impl Start {
             Some(address) => Store::at(address),
             None => Store::local(&args.state_dir.join("checkpoints")),
         };
-        let mut store = match store {
+        let store = match store {
             Ok(store) => store,
             Err(error @ StoreError::Address(_)) => return Ok(Err(Exit::Refused(error.to_string()))),
             Err(error) => return Ok(Err(Exit::Failed(error.to_string()))),
@@ -79,8 +82,8 @@ impl Start {
         }
         let goes_back = found.is_some() || resume.is_some();
 
-        let goes_on_from = resume.as_ref().map(|resume| (resume.step, resume.generation));
-        let step = goes_on_from.map_or(Step(0), |(step, _)| step);
+        let stored = resume.as_ref().map(|resume| (resume.step, resume.generation));
+        let step = stored.map_or(Step(0), |(step, _)| step);
         let shards_digest = hex::encode(sha256(shards.join("\n").as_bytes()));
         let run = Run { job_id: String::new(), term: 1, world_size: args.world_size, job: toml.clone(), shards: shards_digest };
         if let Some(problem) = found.as_ref().and_then(|found| of_other_shards(found, &run, resume.as_ref(), args.local, &journal_path)) {
@@ -105,15 +108,8 @@ impl Start {
             Some(found) => go_on(config, resume, found, &run, &journal_path),
             None => fresh,
         };
-        let is_shared = job.checkpoint.store.is_some();
-        if is_shared
-            && !is_finished
-            && let Err(exit) = take_over(&mut store, goes_on_from).await?
-        {
-            return Ok(Err(exit));
-        }
         let num_shards = shards.len();
-        Ok(Ok(Self { job: loaded.job, run, num_shards, lists, store, journal, core, goes_back, is_finished, _lock }))
+        Ok(Ok(Self { job: loaded.job, run, num_shards, lists, store, stored, journal, core, goes_back, is_finished, _lock }))
     }
 }
 
@@ -274,17 +270,39 @@ async fn resume(store: &Store, job: &Job, lists: &[ShardList]) -> anyhow::Result
     Ok(Ok(Some(Resume { step: manifest.step, ledger: Arc::new(ledger), generation: manifest.generation })))
 }
 
-/// Takes a store that other machines reach, too. `newest` is the checkpoint that the job goes on from.
-async fn take_over(store: &mut Store, newest: Option<(Step, Generation)>) -> anyhow::Result<Result<(), Exit>> {
-    let ours = Owner::this(random()?);
-    if let Some(before) = store.take_over(ours).await? {
-        let root = store.root();
-        tracing::info!(
-            "{root} was the coordinator's on {} (since {}): if that lives, it ends at its next checkpoint",
-            before.host,
-            before.since
-        );
+/// Takes a store that other machines reach, too, for the run whose state is in `state_dir`. `newest` is the checkpoint that was found there.
+pub(super) async fn take_over(store: &mut Store, state_dir: &Path, newest: Option<(Step, Generation)>) -> anyhow::Result<Result<(), Exit>> {
+    let held = Holding::read(state_dir)?.filter(|held| held.store == store.root());
+    let there = store.read_owner().await?;
+    if let (Some(held), Some(other)) = (&held, there.as_ref())
+        && held.id != other.id
+    {
+        return Ok(Err(Exit::Refused(format!(
+            "the coordinator on {} has taken over {} (at {}), and with it the job of --state-dir {}; to take it back, give another --state-dir",
+            other.host,
+            store.root(),
+            other.since,
+            state_dir.display()
+        ))));
     }
+    let id = match held {
+        Some(held) => held.id,
+        None => format!("{:016x}", random()?),
+    };
+    store.take_over(Owner::this(id.clone())).await?;
+    match &there {
+        Some(before) if before.id != id => {
+            let root = store.root();
+            tracing::info!(
+                "{root} was the coordinator's on {} (since {}): if that lives, it ends at its next checkpoint",
+                before.host,
+                before.since
+            );
+        }
+        Some(_) | None => {}
+    }
+    // After the store knows: a start that fails between the two is as good as none.
+    Holding { id, store: store.root().to_owned() }.write(state_dir)?;
     Ok(match store.newest_manifest().await? {
         Some(Manifest { step, generation, .. }) if newest != Some((step, generation)) => {
             let newer = store.location(step, generation);
@@ -292,6 +310,31 @@ async fn take_over(store: &mut Store, newest: Option<(Step, Generation)>) -> any
         }
         Some(_) | None => Ok(()),
     })
+}
+
+/// That a state folder's run has taken a store. Its starts share the id: one that finds another there has lost the store since.
+#[derive(Serialize, Deserialize)]
+struct Holding {
+    id: String,
+    store: String,
+}
+
+impl Holding {
+    const FILE: &str = "store.json";
+
+    fn read(state_dir: &Path) -> anyhow::Result<Option<Self>> {
+        let path = state_dir.join(Self::FILE);
+        match std::fs::read(&path) {
+            Ok(bytes) => Ok(Some(serde_json::from_slice(&bytes).with_context(|| format!("{} cannot be read: remove it", path.display()))?)),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error).with_context(|| format!("cannot read {}", path.display())),
+        }
+    }
+
+    fn write(&self, state_dir: &Path) -> anyhow::Result<()> {
+        let path = state_dir.join(Self::FILE);
+        std::fs::write(&path, serde_json::to_vec_pretty(self)?).with_context(|| format!("cannot write {}", path.display()))
+    }
 }
 
 fn random() -> anyhow::Result<u64> {

@@ -89,13 +89,16 @@ async fn store_of_objects_is_one_like_a_folder() {
 async fn store_that_another_has_taken_over_takes_nothing() {
     let objects: Arc<dyn ObjectStore> = Arc::new(object_store::memory::InMemory::new());
     let [mut older, mut newer] = [(); 2].map(|()| Store::of(Arc::clone(&objects), "s3://bucket/run"));
-    let owner = |id| Owner { host: format!("host-{id}"), since: "2026-01-02T03:04:05Z".into(), ..Owner::this(id) };
-    assert_eq!(older.take_over(owner(1)).await.unwrap(), None);
+    let owner = |id: &str| Owner { id: id.into(), host: format!("host-{id}"), since: "2026-01-02T03:04:05Z".into() };
+    older.take_over(owner("1")).await.unwrap();
     write(&older, 1, true).await;
-    assert_eq!(newer.take_over(owner(2)).await.unwrap(), Some(owner(1)));
+    assert_eq!(newer.read_owner().await.unwrap(), Some(owner("1")));
+    newer.take_over(owner("2")).await.unwrap();
     let refused = [
         older.begin_part(Step(2), Generation(1), "adapter.safetensors").await.map(drop).unwrap_err(),
         older.seal(older.list().await.unwrap().remove(0), &Ledger::new(1)).await.unwrap_err(),
+        older.retain(1).await.unwrap_err(),
+        older.remove(Step(1), Generation(1)).await.unwrap_err(),
     ];
     for error in refused {
         assert_eq!(
@@ -106,8 +109,8 @@ async fn store_that_another_has_taken_over_takes_nothing() {
     }
     write(&newer, 2, true).await;
     assert_eq!(newer.newest_manifest().await.unwrap().unwrap().step, Step(2), "its owner's name is no checkpoint");
-    // A start of the older one takes it back, and a store that somebody has cleared is whoever's goes on.
-    assert_eq!(older.take_over(owner(3)).await.unwrap(), Some(owner(2)));
+    // Taken back; and a store that somebody has cleared is whoever's goes on.
+    older.take_over(owner("1")).await.unwrap();
     assert!(newer.check_owner().await.is_err() && older.check_owner().await.is_ok());
     objects.delete(&Key::from("coordinator.json")).await.unwrap();
     assert!(older.check_owner().await.is_ok());

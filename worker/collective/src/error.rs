@@ -39,6 +39,13 @@ pub enum Error {
         waiting_for: Vec<u32>,
     },
 
+    /// The deadline passed before this member's GPU had come to the operation: what it was given before that is not done.
+    #[error("this worker's GPU did not come to {during} in time: it hangs in what it computes before, see nvidia-smi and dmesg")]
+    Stuck {
+        /// What was to run.
+        during: Operation,
+    },
+
     /// A neighbour entered another collective than this member: one of the two skipped a call or passed another
     /// length or root.
     #[error("members out of step: this one entered {ours}, member {member_index} entered {theirs}")]

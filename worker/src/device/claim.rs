@@ -47,21 +47,27 @@ impl Claims {
         }
     }
 
-    /// Claims the first of `num_devices` GPUs that nobody has; returns its number.
+    /// Claims the first of `num_devices` GPUs that nobody has; returns its number. One that does not answer is passed over.
     ///
     /// # Errors
-    /// `uuid_of`'s.
+    /// `uuid_of`'s, if none is free and one did not answer.
     pub fn take_first(
         &self,
         num_devices: usize,
         uuid_of: impl Fn(usize) -> Result<[u8; 16], String>,
     ) -> Result<Option<(usize, Claim)>, String> {
+        let mut first_error = None;
         for ordinal in 0..num_devices {
-            if let Some(claim) = self.take(uuid_of(ordinal)?) {
-                return Ok(Some((ordinal, claim)));
+            match uuid_of(ordinal).map(|uuid| self.take(uuid)) {
+                Ok(Some(claim)) => return Ok(Some((ordinal, claim))),
+                Ok(None) => {}
+                Err(error) => {
+                    tracing::warn!("cuda:{ordinal} is passed over: {error}");
+                    first_error.get_or_insert(error);
+                }
             }
         }
-        Ok(None)
+        first_error.map_or(Ok(None), Err)
     }
 }
 
@@ -91,6 +97,16 @@ mod tests {
         drop(claim);
         assert_eq!(take().unwrap().0, 0, "a worker that ended leaves its GPU");
         assert!(claims.take([9; 16]).is_some());
+    }
+
+    #[test]
+    fn gpu_that_does_not_answer_is_passed_over() {
+        let folder = tempfile::tempdir().unwrap();
+        let claims = Claims { folder: folder.path().to_owned() };
+        let uuid_of = |ordinal| if ordinal == 0 { Err("it has fallen off the bus".to_owned()) } else { uuid_of(ordinal) };
+        let (ordinal, _claim) = claims.take_first(2, uuid_of).unwrap().unwrap();
+        assert_eq!(ordinal, 1);
+        assert_eq!(claims.take_first(2, uuid_of).unwrap_err(), "it has fallen off the bus");
     }
 
     #[test]

@@ -23,6 +23,8 @@ fn settings(
 ) -> Vec<(&'static str, String)> {
     // Sums made in a switch come out otherwise each time; an adapter's gradient is too small to gain by them.
     let mut settings = vec![("NCCL_NVLS_ENABLE", "0".to_owned())];
+    // Buffers are taken when members meet, with libtorch's spare memory given back, and not at the first sum, when a step has filled the GPU.
+    settings.push(("NCCL_RUNTIME_CONNECT", "0".to_owned()));
     if shares_gpus {
         // NCCL refuses two members on one GPU of a host: to it, each worker is a host of its own. (In containers all have the same process id.)
         let mut bytes = [0; 8];
@@ -52,7 +54,7 @@ mod tests {
         let of = |advertise| settings(false, advertise, interfaces);
         assert!(of(Some(address(2))).contains(&("NCCL_SOCKET_IFNAME", "=eth0".into())));
         // An address behind a translation is no interface's.
-        assert!([Some(address(3)), None].map(of).iter().flatten().all(|(name, _)| *name == "NCCL_NVLS_ENABLE"));
+        assert!([Some(address(3)), None].map(of).iter().flatten().all(|(name, _)| *name != "NCCL_SOCKET_IFNAME"));
     }
 
     #[test]

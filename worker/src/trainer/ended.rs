@@ -39,6 +39,8 @@ impl Ended {
                 return Self::Unfit { phase: "connecting", message: error.to_string() };
             }
             peapod_collective::Error::AbortHung { .. } => return Self::Failed { phase: "collective", message: error.to_string() },
+            // The others wait for this one.
+            peapod_collective::Error::Stuck { .. } => return Self::Failed { phase: "compute", message: error.to_string() },
             peapod_collective::Error::PeerLost { member_index, .. } => Some(MemberIndex(*member_index)),
             peapod_collective::Error::Timeout { waiting_for, .. } => waiting_for.first().map(|&index| MemberIndex(index)),
             _ => None,

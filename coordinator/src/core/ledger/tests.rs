@@ -113,3 +113,39 @@ fn ledger_survives_its_checkpoint() {
     let text = serde_json::to_string(&ledger).unwrap();
     assert_eq!(serde_json::from_str::<Ledger>(&text).unwrap(), ledger);
 }
+
+#[test]
+fn shard_that_is_not_there_in_one_epoch_may_be_there_in_the_next() {
+    let report = |num: u32, truncated: &str| ShardReport {
+        lease: peapod_proto::ids::LeaseId(1),
+        skipped: vec![],
+        num_samples: Some(num),
+        truncated: truncated.into(),
+    };
+    let mut ledger = Ledger::new(1);
+    let take = |ledger: &mut Ledger, epoch, report: &ShardReport| ledger.take_report(Epoch(epoch), ShardId(0), report, |_| {});
+    take(&mut ledger, 0, &report(0, "no such file")).unwrap();
+    assert_eq!(ledger.first_open_epoch(), Epoch(1));
+    take(&mut ledger, 1, &report(2, "")).unwrap();
+    ledger.commit(name(1, 0, 0), Step(1)).unwrap();
+    ledger.commit(name(1, 0, 1), Step(1)).unwrap();
+    assert_eq!(ledger.first_open_epoch(), Epoch(2));
+    // One that was there may not be passed over.
+    let gone = take(&mut ledger, 2, &report(0, "no such file")).unwrap_err();
+    assert_eq!(gone, LedgerError::SizeChanged { shard: ShardId(0), before: 2, now: 0 });
+}
+
+#[test]
+fn reader_cannot_end_a_shard_before_samples_that_another_has_found_in_it() {
+    let mut ledger = Ledger::new(2);
+    for index in 0..3 {
+        ledger.commit(name(0, 0, index), Step(1)).unwrap();
+        ledger.commit(name(0, 1, index), Step(1)).unwrap();
+    }
+    let error = ledger.set_size(Epoch(0), ShardId(0), 2).unwrap_err();
+    assert_eq!(error, LedgerError::SizeChanged { shard: ShardId(0), before: 3, now: 2 });
+    let report =
+        ShardReport { lease: peapod_proto::ids::LeaseId(1), skipped: vec![], num_samples: Some(0), truncated: "no such file".into() };
+    let error = ledger.take_report(Epoch(0), ShardId(1), &report, |_| {}).unwrap_err();
+    assert_eq!(error, LedgerError::SizeChanged { shard: ShardId(1), before: 3, now: 0 });
+}

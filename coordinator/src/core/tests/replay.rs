@@ -342,6 +342,25 @@ fn only_a_shard_of_which_nothing_could_be_read_is_unreadable_after_a_restart_too
 }
 
 #[test]
+fn nothing_follows_the_end_that_a_row_of_skipped_steps_makes() {
+    let mut rig = Rig::new();
+    (0..WORLD_SIZE).for_each(|_| rig.join());
+    rig.bootstrap();
+    let worker = rig.holders[0].id;
+    for step in 1..=3 {
+        let losses = ValidationLosses { step: Step(step - 1), samples: 3, task: 0.5, logit: 0.1, feature: 2.0 };
+        let record = Some(StepRecord { skipped: true, validation: Some(losses), ..rig.world.record(step, &[]) });
+        let (generation, step, timings) = (rig.world.core.generation(), Step(step), StepTimings::default());
+        let report = StepReport { generation, step, record, timings, snapshot: None };
+        rig.tell(rig.holders[1].id, FromWorker::StepReport(StepReport { record: None, ..report.clone() }));
+        rig.tell(worker, FromWorker::StepReport(report));
+    }
+    let ends = rig.world.said.iter().position(|effect| matches!(effect, Effect::Persist(Fact::Ended(_)))).unwrap();
+    let later = rig.world.said[ends + 1..].iter().filter(|effect| matches!(effect, Effect::Persist(_)));
+    assert_eq!(later.count(), 0);
+}
+
+#[test]
 fn facts_that_cannot_follow_are_refused() {
     let (mut world, workers) = World::running(1);
     world.lease(workers[0], 1);

@@ -53,6 +53,9 @@ pub(super) trait Gpu: Send + Sync + 'static {
     /// Launches the sum of values where they lie, behind everything that is on their stream.
     fn all_reduce_in_place(&self, comm: Comm, values: DeviceValues) -> Result<(), Fault>;
 
+    /// Whether everything is done that the newest sum in place was launched behind.
+    fn has_come_to_sum(&self) -> Result<bool, Fault>;
+
     /// Launches the copy of the buffer's first `num_bytes` bytes from `root`.
     fn broadcast(&self, comm: Comm, num_bytes: usize, root: u32) -> Result<(), Fault>;
 

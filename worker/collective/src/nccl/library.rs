@@ -94,10 +94,8 @@ fn no_driver(answer: String) -> Fault {
 /// Errors: [`Error::Gpu`] if there is no such GPU.
 pub fn memory(ordinal: usize) -> Result<(u64, u64), Error> {
     Driver::probe()?;
-    let ask = || {
-        CudaContext::new(ordinal)?;
-        result::mem_get_info()
-    };
+    // Alive until the answer: a context that nobody holds knows no memory.
+    let ask = || CudaContext::new(ordinal)?.mem_get_info();
     let (free, total) = ask().map_err(driver("read the GPU's memory"))?;
     Ok((free as u64, total as u64))
 }
@@ -107,7 +105,7 @@ pub fn memory(ordinal: usize) -> Result<(u64, u64), Error> {
 /// Errors: [`Error::Gpu`] if there is no such GPU.
 pub fn uuid(ordinal: usize) -> Result<[u8; 16], Error> {
     Driver::probe()?;
-    let uuid = CudaContext::new(ordinal).and_then(|context| context.uuid()).map_err(driver("read the GPU's UUID"))?;
+    let uuid = device(ordinal).and_then(result::device::get_uuid).map_err(driver("read the GPU's UUID"))?;
     Ok(uuid.bytes.map(|byte| byte as u8))
 }
 
@@ -116,7 +114,13 @@ pub fn uuid(ordinal: usize) -> Result<[u8; 16], Error> {
 /// Errors: [`Error::Gpu`] if there is no such GPU.
 pub fn device_name(ordinal: usize) -> Result<String, Error> {
     Driver::probe()?;
-    Ok(CudaContext::new(ordinal).and_then(|context| context.name()).map_err(driver("read the GPU's name"))?)
+    Ok(device(ordinal).and_then(result::device::get_name).map_err(driver("read the GPU's name"))?)
+}
+
+/// A GPU of which something is asked that needs no context: one takes hundreds of megabytes, and another process may allow none.
+fn device(ordinal: usize) -> Result<cuda::CUdevice, DriverError> {
+    result::init()?;
+    result::device::get(c_int::try_from(ordinal).unwrap_or(c_int::MAX))
 }
 
 /// The version of the NCCL that this program finds, such as `2.28.9`.
@@ -317,6 +321,16 @@ impl NcclDevice {
     }
 }
 
+/// Whether the stream that an event was recorded on has passed it.
+fn is_past(event: &CudaEvent) -> Result<bool, Fault> {
+    // SAFETY: the event is alive. (cudarc's own question takes an error of the device for "not yet".)
+    match unsafe { result::event::query(event.cu_event()) } {
+        Ok(()) => Ok(true),
+        Err(DriverError(CUresult::CUDA_ERROR_NOT_READY)) => Ok(false),
+        Err(error) => Err(driver("run on the GPU")(error)),
+    }
+}
+
 /// Names what was tried when the driver refused.
 fn driver(doing: &'static str) -> impl FnOnce(DriverError) -> Fault {
     move |error| Fault { doing, answer: error.to_string() }
@@ -338,7 +352,13 @@ impl Gpu for NcclDevice {
         let (count, index) = (num_members.cast_signed(), member_index.cast_signed());
         // SAFETY: `comm` and the configuration outlive the call; the latter is copied.
         let result = unsafe { (self.nccl.comm_init_rank_config)(&mut comm, count, UniqueId(*id), index, &Config::non_blocking()) };
-        self.nccl.check(doing, result)?;
+        if let Err(fault) = self.nccl.check(doing, result) {
+            if !comm.is_null() {
+                // SAFETY: nobody else has seen it. What it says does not matter: it has failed already.
+                unsafe { (self.nccl.comm_abort)(comm) };
+            }
+            return Err(fault);
+        }
         Ok(Comm(comm as usize))
     }
 
@@ -389,6 +409,10 @@ impl Gpu for NcclDevice {
         self.nccl.check(doing, result)
     }
 
+    fn has_come_to_sum(&self) -> Result<bool, Fault> {
+        is_past(&self.made)
+    }
+
     fn broadcast(&self, comm: Comm, num_bytes: usize, root: u32) -> Result<(), Fault> {
         let byte = ncclDataType_t::ncclUint8 as c_int;
         self.with_buffer("launch a broadcast", |address, stream| {
@@ -402,12 +426,7 @@ impl Gpu for NcclDevice {
     }
 
     fn is_past_mark(&self) -> Result<bool, Fault> {
-        // SAFETY: the event is alive. (cudarc's own question takes an error of the device for "not yet".)
-        match unsafe { result::event::query(self.event.cu_event()) } {
-            Ok(()) => Ok(true),
-            Err(DriverError(CUresult::CUDA_ERROR_NOT_READY)) => Ok(false),
-            Err(error) => Err(driver("run on the GPU")(error)),
-        }
+        is_past(&self.event)
     }
 
     fn download(&self, bytes: &mut [u8]) -> Result<(), Fault> {

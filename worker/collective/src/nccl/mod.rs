@@ -116,9 +116,17 @@ impl<G: Gpu> Engine<G> {
             self.gpu.upload(bytes)?;
         }
         launch(&self.gpu, comm)?;
-        self.until_idle(operation, deadline)?;
-        self.gpu.mark()?;
-        self.until(operation, deadline, |gpu| Ok(gpu.progress(comm)? == Progress::Idle && gpu.is_past_mark()?))?;
+        let launched = self.until_idle(operation, deadline).and_then(|()| {
+            self.gpu.mark()?;
+            self.until(operation, deadline, |gpu| Ok(gpu.progress(comm)? == Progress::Idle && gpu.is_past_mark()?))
+        });
+        match launched {
+            // NCCL does not say whom it waits for. This member can say whether it is itself.
+            Err(Error::Timeout { .. }) if matches!(data, Data::InPlace { .. }) && !self.gpu.has_come_to_sum()? => {
+                return Err(Error::Stuck { during: operation });
+            }
+            launched => launched?,
+        }
         if let Data::Copied(bytes) = &mut data {
             self.gpu.download(bytes)?;
         }
@@ -152,7 +160,6 @@ impl<G: Gpu> Engine<G> {
                 control.check_links(operation)?;
             }
             if Instant::now() >= deadline {
-                // NCCL does not say whom it waits for.
                 return Err(Error::Timeout { during: operation, waiting_for: Vec::new() });
             }
             thread::sleep(LOOK_EVERY);

@@ -30,6 +30,8 @@ struct FakeGpu {
     busy: AtomicU32,
     /// Answers "busy" for ever.
     is_stuck: AtomicBool,
+    /// Never comes to a sum that it was given.
+    computes_for_ever: AtomicBool,
     /// What goes wrong once nothing is busy any more.
     fault: Mutex<Option<&'static str>>,
     num_aborts: AtomicU32,
@@ -113,6 +115,10 @@ impl Gpu for FakeGpu {
         // SAFETY: the tests' values lie in this process's memory until the operation is over, and nobody else looks at them.
         let contribution = unsafe { std::slice::from_raw_parts(values.address as *const u8, values.num_values * 4) }.to_vec();
         self.launch_with(contribution, None, Some(values))
+    }
+
+    fn has_come_to_sum(&self) -> Result<bool, Fault> {
+        Ok(!self.computes_for_ever.load(Ordering::SeqCst))
     }
 
     fn broadcast(&self, _comm: Comm, num_bytes: usize, root: u32) -> Result<(), Fault> {
@@ -251,11 +257,12 @@ fn world_on_gpus(num_members: u32) -> Vec<Box<dyn Collective>> {
     connecting.into_iter().map(|member| member.join().unwrap().unwrap()).collect()
 }
 
-/// As many members as there are GPUs, up to three; none, said in one line, without a GPU or NCCL.
+/// As many members as there are GPUs, up to three; none, said in one line, without a GPU or NCCL, unless PEAPOD_NCCL wants them.
 fn sizes_on_gpus() -> Vec<u32> {
     match Driver::probe().and_then(|driver| nccl_version_text().map(|_| driver)) {
         Ok(driver) => (1..=driver.num_devices.min(3) as u32).collect(),
         Err(error) => {
+            assert!(std::env::var_os("PEAPOD_NCCL").is_none(), "{error}");
             eprintln!("skipped: {error}");
             Vec::new()
         }
@@ -324,6 +331,42 @@ fn building_that_does_not_end_is_aborted_at_the_deadline() {
     // Who was later may have seen the other leave.
     assert!(results.iter().all(|result| is_timeout(result) || matches!(result, Err(Error::PeerLost { .. }))));
     assert!(gpus.iter().all(|gpu| gpu.num_aborts.load(Ordering::SeqCst) == 1));
+}
+
+#[test]
+fn a_member_whose_gpu_does_not_come_to_a_sum_says_so() {
+    for (computes_for_ever, on_host) in [(true, false), (false, false), (true, true)] {
+        let gpus = gpus(2);
+        let mut world = whole(&gpus);
+        gpus.iter().for_each(|gpu| gpu.is_stuck.store(true, Ordering::SeqCst));
+        gpus[1].computes_for_ever.store(computes_for_ever, Ordering::SeqCst);
+        // Its own deadline comes first, so that it sees no other leave.
+        let deadlines = [soon(), Instant::now() + SHORT * 10];
+        let errors: Vec<Error> = thread::scope(|scope| {
+            let summing: Vec<_> = world
+                .iter_mut()
+                .zip(deadlines)
+                .map(|(member, deadline)| {
+                    scope.spawn(move || {
+                        let mut values = [1.0_f32; 4];
+                        if on_host {
+                            return member.all_reduce_sum(&mut values, deadline).unwrap_err();
+                        }
+                        // SAFETY: the values outlive the call, in which nobody else looks at them.
+                        let place = unsafe { DeviceValues::new(values.as_ptr() as u64, values.len(), STREAM) };
+                        member.all_reduce_sum_in(Values::Device(place), deadline).unwrap_err()
+                    })
+                })
+                .collect();
+            summing.into_iter().map(|member| member.join().unwrap()).collect()
+        });
+        match &errors[1] {
+            Error::Stuck { during: Operation::AllReduceSum } => assert!(computes_for_ever && !on_host),
+            Error::Timeout { .. } => assert!(!computes_for_ever || on_host, "what is copied from here has been computed"),
+            other => panic!("{other:?}"),
+        }
+        assert!(matches!(errors[0], Error::PeerLost { member_index: 1, .. }), "{errors:?}");
+    }
 }
 
 #[test]
