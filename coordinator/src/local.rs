@@ -340,6 +340,32 @@ mod tests {
         assert_eq!(describe(signal(101 << 8), None), "exited with code 101");
     }
 
+    /// A program that is gone when it is needed again, as after an update.
+    #[tokio::test]
+    async fn restart_that_fails_leaves_the_other_workers_alone() {
+        use std::os::unix::fs::PermissionsExt;
+        let folder = tempfile::tempdir().unwrap();
+        let program = folder.path().join("worker");
+        // Its last argument but the threads is the coordinator: a file that rank 0 makes once it is there.
+        let there = folder.path().join("there");
+        let script = "#!/bin/sh\nif [ $2 = 0 ]; then : > $4; exec sleep 60; fi\nwhile [ ! -e $4 ]; do sleep 0.01; done\nrm $0\nexit 1\n";
+        std::fs::write(&program, script).unwrap();
+        std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();
+        let coordinator = there.display().to_string();
+        let local = Local { program, world_size: 2, min_world_size: 1, coordinator, join: None, host: "host".into(), max_restarts: 3 };
+        let (commands, mut inbox) = mpsc::channel(16);
+        let (over, is_over) = watch::channel(false);
+        let running = tokio::spawn(local.run(commands, is_over));
+        let Some(Command::Tell(Event::Exited { cause, .. })) = inbox.recv().await else { panic!() };
+        assert_eq!(cause, "exited with code 1");
+        // Nobody knows of a checkpoint: the question's other end is dropped.
+        assert!(matches!(inbox.recv().await, Some(Command::Status { .. })));
+        let next = tokio::time::timeout(Duration::from_millis(300), inbox.recv()).await;
+        assert!(next.is_err() && !running.is_finished(), "the other one trains on: {next:?}");
+        running.abort();
+        drop(over);
+    }
+
     #[tokio::test]
     async fn lines_of_any_bytes_and_length_are_forwarded() {
         let long = [b'x'; MAX_LINE_BYTES as usize + 3];

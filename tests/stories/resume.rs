@@ -123,6 +123,12 @@ fn of_two_coordinators_on_one_store_the_older_one_ends() {
     newer.wait_for_times("stored", own + 1);
     newer.signal(Signal::INT);
     newer.expect_exit(130);
+
+    // Whatever starts it again, it does not take the store back.
+    let mut older = cluster.coordinator(1, &["--local"]);
+    older.expect_exit(2);
+    older.assert_said("has taken over");
+    older.assert_said("to take it back, give another --state-dir");
 }
 
 #[test]

@@ -244,7 +244,11 @@ fn lock(state_dir: &Path) -> anyhow::Result<Result<File, String>> {
 
 /// The newest checkpoint, if it is of this job and its shards.
 async fn resume(store: &Store, job: &Job, lists: &[ShardList]) -> anyhow::Result<Result<Option<Resume>, String>> {
-    let Some((manifest, ledger)) = store.newest().await? else { return Ok(Ok(None)) };
+    let newest = store.newest().await.map_err(|error| match error {
+        StoreError::Damaged { .. } => anyhow::anyhow!("{error}; move it away to go on from the one before"),
+        error => error.into(),
+    })?;
+    let Some((manifest, ledger)) = newest else { return Ok(Ok(None)) };
     let location = store.location(manifest.step, manifest.generation);
     let before = match Job::parse(&manifest.job) {
         Ok(before) => before,
