@@ -44,17 +44,17 @@ pub struct Run {
 #[derive(Debug, thiserror::Error)]
 pub enum JournalError {
     /// The file cannot be opened, read or written.
-    #[error("the journal {} cannot be {what}: {reason}{}", path.display(), hint(what))]
+    #[error("the journal {} cannot be {what}: {reason}{}", path.display(), what.hint())]
     File {
         /// The file.
         path: PathBuf,
         /// What was to be done with it.
-        what: &'static str,
+        what: Action,
         /// The reason.
         reason: String,
     },
     /// What is written in it makes no sense.
-    #[error("the journal {} is damaged: {reason}{}", path.display(), hint("read"))]
+    #[error("the journal {} is damaged: {reason}{}", path.display(), Action::Read.hint())]
     Damaged {
         /// The file.
         path: PathBuf,
@@ -63,11 +63,34 @@ pub enum JournalError {
     },
 }
 
-/// What to do about a journal that is of no use.
-fn hint(what: &str) -> &'static str {
-    match what {
-        "written" => "; once it can be, the same command goes on with the job",
-        _ => "; to go on from the newest checkpoint without it, move this file away",
+/// What is done with a journal.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Action {
+    /// At the start.
+    Open,
+    /// At the start.
+    Read,
+    /// While the job runs.
+    Write,
+}
+
+impl Action {
+    /// What to do about a journal of which it fails.
+    fn hint(self) -> &'static str {
+        match self {
+            Self::Open | Self::Read => "; to go on from the newest checkpoint without it, move this file away",
+            Self::Write => "; once it can be, the same command goes on with the job",
+        }
+    }
+}
+
+impl std::fmt::Display for Action {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Open => "opened",
+            Self::Read => "read",
+            Self::Write => "written",
+        })
     }
 }
 
@@ -129,7 +152,7 @@ impl Disk {
         let fail = |what| move |reason: String| JournalError::File { path: path.to_owned(), what, reason };
         // A damaged file can make the library panic where it trusts what it reads.
         let opened = std::panic::catch_unwind(|| Database::create(path).map_err(|error| error.to_string()));
-        let database = opened.unwrap_or_else(|_| Err("it is damaged".into())).map_err(fail("opened"))?;
+        let database = opened.unwrap_or_else(|_| Err("it is damaged".into())).map_err(fail(Action::Open))?;
         Self::read(database, path)
     }
 
@@ -139,7 +162,7 @@ impl Disk {
         let (found, next, num_facts) = match read.unwrap_or_else(|_| Err(ReadError::Damaged("its pages make no sense".into()))) {
             Ok(read) => read,
             Err(ReadError::Damaged(reason)) => return Err(JournalError::Damaged { path: path.to_owned(), reason }),
-            Err(ReadError::File(error)) => return Err(fail("read")(error.to_string())),
+            Err(ReadError::File(error)) => return Err(fail(Action::Read)(error.to_string())),
         };
         let disk =
             Self { database, path: path.to_owned(), pending: Vec::new(), oldest_pending: None, next, num_facts, checkpoint_since: false };
@@ -156,7 +179,7 @@ impl Disk {
     }
 
     fn not_written(&self, error: &dyn std::fmt::Display) -> JournalError {
-        JournalError::File { path: self.path.clone(), what: "written", reason: error.to_string() }
+        JournalError::File { path: self.path.clone(), what: Action::Write, reason: error.to_string() }
     }
 
     fn replace(&mut self, run: Option<&str>, state: &State) -> Result<(), JournalError> {

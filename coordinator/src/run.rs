@@ -125,7 +125,7 @@ pub async fn run(args: RunArgs, bar: Bar) -> anyhow::Result<Exit> {
             tracing::info!("the job is {}: page and status stay until a signal (--stay)", outcome.as_str());
             tokio::select! {
                 () = driver.answer() => {}
-                (name, _) = next_signals.next() => tracing::info!("{name}: the coordinator ends"),
+                ended = next_signals.next() => tracing::info!("{}: the coordinator ends", ended.name()),
             }
         }
     }

@@ -10,6 +10,34 @@ use tokio::sync::mpsc;
 use crate::core::Event;
 use crate::driver::Command;
 
+/// A signal that ends a coordinator.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum StopSignal {
+    /// SIGINT: by a person.
+    Interrupted,
+    /// SIGTERM: by a service manager.
+    Terminated,
+}
+
+impl StopSignal {
+    /// As people know it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Interrupted => "Ctrl-C",
+            Self::Terminated => "SIGTERM",
+        }
+    }
+
+    /// The exit code that it stands for.
+    fn code(self) -> u8 {
+        match self {
+            Self::Interrupted => 130,
+            Self::Terminated => 143,
+        }
+    }
+}
+
 /// Ctrl-C and SIGTERM, caught before anyone hears of the coordinator.
 pub struct Signals {
     interrupt: Signal,
@@ -32,9 +60,10 @@ impl Signals {
     /// SIGTERM is what a service manager sends before it starts the coordinator again, here or elsewhere: the job stays, unless the workers are this
     /// process's own and would die with it.
     pub async fn watch(mut self, commands: mpsc::Sender<Command>, local: bool, exit_code: Arc<AtomicU8>) {
-        let (name, code) = self.next().await;
+        let ended = self.next().await;
+        let (name, code) = (ended.name(), ended.code());
         exit_code.store(code, Ordering::Release);
-        if name == "SIGTERM" && !local {
+        if ended == StopSignal::Terminated && !local {
             tracing::info!("SIGTERM: leaving the job to its workers and the next coordinator");
             let _ = commands.send(Command::GoAway).await;
             return;
@@ -48,11 +77,11 @@ impl Signals {
         });
     }
 
-    /// The next one by name, and the exit code it stands for.
-    pub async fn next(&mut self) -> (&'static str, u8) {
+    /// The next one.
+    pub async fn next(&mut self) -> StopSignal {
         tokio::select! {
-            _ = self.interrupt.recv() => ("Ctrl-C", 130),
-            _ = self.terminate.recv() => ("SIGTERM", 143),
+            _ = self.interrupt.recv() => StopSignal::Interrupted,
+            _ = self.terminate.recv() => StopSignal::Terminated,
         }
     }
 }

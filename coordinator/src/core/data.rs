@@ -162,6 +162,14 @@ impl Core {
         self.config.shards.get(shard.0 as usize).map_or("", String::as_str)
     }
 
+    /// An error of the ledger with the address that people know its shard by.
+    pub(super) fn with_url(&self, error: &LedgerError) -> String {
+        match self.url_of(error.shard()) {
+            "" => error.to_string(),
+            url => format!("{error} (shard {}: {url})", error.shard()),
+        }
+    }
+
     /// A lease with all that its holder needs.
     pub(super) fn lease(&self, granted: leases::Granted) -> Lease {
         let mut done = self.ledger.done_samples(granted.epoch, granted.shard);
@@ -263,7 +271,7 @@ impl Core {
             self.leases.finish(epoch, shard);
         }
         if let Err(error) = result {
-            let error = error.to_string().replacen(&format!("shard {shard} "), &format!("shard {url} "), 1);
+            let error = self.with_url(&error);
             self.note_failure(error.clone());
             return self.fail(error, out);
         }

@@ -43,6 +43,17 @@ pub enum LedgerError {
     },
 }
 
+impl LedgerError {
+    /// The shard that it is about.
+    #[must_use]
+    pub fn shard(&self) -> ShardId {
+        match self {
+            Self::TrainedTwice { name, .. } | Self::TrainedSkipped(name) | Self::NoSuchShard { name, .. } => name.shard,
+            Self::SizeChanged { shard, .. } => *shard,
+        }
+    }
+}
+
 /// Number of samples by what became of them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Totals {

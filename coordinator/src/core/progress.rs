@@ -163,8 +163,9 @@ impl Core {
         }
         let Finalised { record, timings, digests } = step;
         if let Err(error) = self.enter(&record) {
-            self.note_failure(error.to_string());
-            return self.fail(error.to_string(), out);
+            let error = self.with_url(&error);
+            self.note_failure(error.clone());
+            return self.fail(error, out);
         }
         if let Some(reason) = self.divergence(&record, &digests) {
             self.note_failure(reason.clone());

@@ -12,7 +12,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
 use peapod_proto::ids::{Generation, Rank, Step, WorkerId};
-use peapod_proto::message::{StepRecord, StepTimings, ValidationLosses};
+use peapod_proto::message::{StepLosses, StepRecord, StepTimings, ValidationLosses};
 
 use crate::core::{Activity, Notice, Timestamp, WorkerView};
 pub use goodput::{Cause, Goodput};
@@ -37,6 +37,37 @@ pub struct Happened {
     pub level: Level,
     /// In words.
     pub text: String,
+    /// Whether the next of its kind takes its place: it is said again and again while the job waits.
+    is_repeated: bool,
+}
+
+/// How a worker went.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Departure {
+    /// As asked.
+    Left,
+    /// It was lost, for this reason.
+    Lost(String),
+}
+
+impl Departure {
+    /// The phase that the page shows for it.
+    #[must_use]
+    pub fn as_str(&self) -> &'static str {
+        match self {
+            Self::Left => "left",
+            Self::Lost(_) => "lost",
+        }
+    }
+
+    /// Why it went.
+    #[must_use]
+    pub fn reason(&self) -> &str {
+        match self {
+            Self::Left => "left as asked",
+            Self::Lost(cause) => cause,
+        }
+    }
 }
 
 /// A rank's worker, the dead included.
@@ -44,8 +75,8 @@ pub struct Happened {
 pub struct Seen {
     /// As it was last seen.
     pub view: WorkerView,
-    /// When it was lost or left, and why.
-    pub gone: Option<(Timestamp, String)>,
+    /// When it went, and how.
+    pub gone: Option<(Timestamp, Departure)>,
     /// Workers that have joined under this rank.
     pub starts: u32,
     /// Where the time of its last step went.
@@ -114,7 +145,7 @@ pub struct History {
     /// The newest stored checkpoints, oldest first.
     pub checkpoints: VecDeque<(Step, Timestamp)>,
     /// The newest final step's numbers.
-    pub newest: Option<(StepRecord, StepTimings)>,
+    pub newest: Option<(StepLosses, StepTimings)>,
     /// Ranks of the workers in sight.
     ranks: BTreeMap<WorkerId, Rank>,
     last_final: Option<(Generation, Timestamp)>,
@@ -181,7 +212,7 @@ impl History {
                 data: shown(timings.data),
             });
         }
-        self.newest = Some((StepRecord { names: Vec::new(), ..record.clone() }, timings));
+        self.newest = Some((record.losses, timings));
     }
 
     /// The weights of a final step were validated.
@@ -211,11 +242,11 @@ impl History {
             }
             Notice::Lost { worker, cause } => {
                 self.counts.lost += 1;
-                self.gone(now, worker, cause);
+                self.gone(now, worker, Departure::Lost(cause.clone()));
             }
             Notice::Left(worker) => {
                 self.counts.left += 1;
-                self.gone(now, worker, "left as asked");
+                self.gone(now, worker, Departure::Left);
             }
             Notice::Formed { .. } => self.counts.formed += 1,
             Notice::Aborted { .. } => self.counts.aborted += 1,
@@ -233,25 +264,22 @@ impl History {
                 }
             }
             Notice::CheckpointFailed { .. } => self.counts.checkpoints_failed += 1,
-            Notice::Waiting { .. } => {
-                // It is said every few seconds: the last one is enough.
-                let is_waiting = |event: &mut Happened| event.text.ends_with(WAITING_ENDS);
-                if self.events.back_mut().is_some_and(is_waiting) {
-                    self.events.pop_back();
-                }
-            }
             _ => {}
         }
+        let is_repeated = matches!(notice, Notice::Waiting { .. });
+        if is_repeated && self.events.back().is_some_and(|last| last.is_repeated) {
+            self.events.pop_back();
+        }
         let (level, text) = told(notice);
-        self.events.push_back(Happened { at: now, level, text });
+        self.events.push_back(Happened { at: now, level, text, is_repeated });
         if self.events.len() > MAX_EVENTS {
             self.events.pop_front();
         }
     }
 
-    fn gone(&mut self, now: Timestamp, worker: &WorkerView, why: &str) {
+    fn gone(&mut self, now: Timestamp, worker: &WorkerView, departure: Departure) {
         if let Some(seen) = self.workers.get_mut(&worker.rank).filter(|seen| seen.view.id == worker.id) {
-            (seen.view, seen.gone) = (worker.clone(), Some((now, why.to_owned())));
+            (seen.view, seen.gone) = (worker.clone(), Some((now, departure)));
         }
     }
 
@@ -276,9 +304,6 @@ impl History {
         Self { now, ..self.clone() }
     }
 }
-
-/// How the notice that the job waits ends.
-const WAITING_ENDS: &str = "(--join-timeout)";
 
 #[cfg(test)]
 mod tests {
@@ -308,7 +333,7 @@ mod tests {
         history.timed(WorkerId(10), StepTimings { data: 0.5, ..StepTimings::default() });
         history.notice(at(2), &Notice::Lost { worker: worker(1, 10), cause: "killed".into() });
         let seen = &history.workers[&Rank(1)];
-        assert_eq!((seen.gone.clone(), seen.starts), (Some((at(2), "killed".into())), 1));
+        assert_eq!((seen.gone.clone(), seen.starts), (Some((at(2), Departure::Lost("killed".into()))), 1));
         history.notice(at(3), &Notice::Joined(worker(1, 11)));
         // A late word about the one before does not make the new one dead.
         history.notice(at(4), &Notice::Lost { worker: worker(1, 10), cause: "late".into() });

@@ -79,8 +79,7 @@ impl Metrics {
         out.counter("steps_skipped", "Steps that were not finite and changed no weights.", None, history.counts.skipped_steps)?;
         out.counter("step_samples", "Samples in final steps since the coordinator started.", None, history.counts.samples)?;
         out.histogram("step_duration", "Time from one final step to the next within a generation.", history)?;
-        if let Some((record, timings)) = &history.newest {
-            let losses = record.losses;
+        if let Some((losses, timings)) = &history.newest {
             let parts = [("task", losses.task), ("logit", losses.logit), ("feature", losses.feature)];
             out.gauges(
                 "loss",

@@ -68,8 +68,7 @@ fn workers(status: &Status, history: &History) -> Vec<Value> {
 fn worker(view: &WorkerView, seen: Option<&Seen>, history: &History) -> Value {
     let gone = seen.and_then(|seen| seen.gone.as_ref());
     let phase = match gone {
-        Some((_, why)) if why == "left as asked" => "left",
-        Some(_) => "lost",
+        Some((_, departure)) => departure.as_str(),
         None => view.phase.as_str(),
     };
     let silence = gone.map_or(view.silence, |(at, _)| view.silence + history.now.saturating_sub(*at));
@@ -77,7 +76,7 @@ fn worker(view: &WorkerView, seen: Option<&Seen>, history: &History) -> Value {
     json!({
         "rank": view.rank.0, "host": view.host, "pid": view.pid, "device": view.device, "phase": phase, "step": view.step.0,
         "member": view.member && gone.is_none(), "last_seen_s": round(silence.as_secs_f64()),
-        "restarts": seen.map_or(0, |seen| seen.starts.saturating_sub(1)), "why": gone.map(|(_, why)| why),
+        "restarts": seen.map_or(0, |seen| seen.starts.saturating_sub(1)), "why": gone.map(|(_, departure)| departure.reason()),
         "step_s": timings.map(|timings| round(total(timings))), "data_s": timings.map(|timings| round(timings.data.into())),
         "compute_s": timings.map(|timings| round(timings.compute.into())), "collective_s": timings.map(|timings| round(timings.collective.into())),
     })

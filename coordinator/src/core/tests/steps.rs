@@ -96,7 +96,7 @@ fn sample_trained_twice_ends_the_job() {
     world.report(workers[0], 1, Some(&twice));
     world.report(workers[0], 2, Some(&twice));
     let Some(Outcome::Failed { reason }) = world.outcome() else { panic!() };
-    assert!(reason.contains("0/0/0 was trained twice"), "{reason}");
+    assert!(reason.contains("0/0/0 was trained twice") && reason.ends_with("(shard 0: 0.tar)"), "{reason}");
 }
 
 #[test]
