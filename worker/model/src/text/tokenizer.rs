@@ -27,6 +27,35 @@ pub struct TextTokenizer {
     length: usize,
 }
 
+/// What makes a tokenizer of its own, whatever its kind.
+const WHOLE_FILE: &str = "tokenizer.json";
+/// What says how the others are meant.
+const CONFIG_FILE: &str = "tokenizer_config.json";
+/// What a tokenizer is read from where there is no [`WHOLE_FILE`], of all kinds.
+const VOCABULARY_FILES: [&str; 5] = ["merges.txt", "sentencepiece.bpe.model", "spiece.model", "vocab.json", "vocab.txt"];
+
+/// Hands over name and content of the files in a folder that decide token ids, always in the same order.
+///
+/// Errors: [`Error::Io`], naming the file.
+pub(crate) fn sketch(dir: &Path, take: &mut dyn FnMut(&[u8])) -> Result<()> {
+    let vocabulary: &[&str] = if dir.join(WHOLE_FILE).is_file() { &[WHOLE_FILE] } else { &VOCABULARY_FILES };
+    sketch_files(dir, &[vocabulary, &[CONFIG_FILE]].concat(), take)
+}
+
+/// Hands over name and content of those of the files that a folder has.
+///
+/// Errors: [`Error::Io`], naming the file.
+pub(super) fn sketch_files(dir: &Path, names: &[&str], take: &mut dyn FnMut(&[u8])) -> Result<()> {
+    for name in names {
+        let path = dir.join(name);
+        if path.is_file() {
+            take(name.as_bytes());
+            take(&std::fs::read(&path).map_err(|source| Error::Io { path, source })?);
+        }
+    }
+    Ok(())
+}
+
 /// The part of `tokenizer_config.json` that bears on token ids.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
@@ -247,7 +276,7 @@ impl TextTokenizer {
         pad: &SpecialToken,
         other: impl FnOnce() -> Result<Tokenizer>,
     ) -> Result<Self> {
-        let path = dir.join("tokenizer.json");
+        let path = dir.join(WHOLE_FILE);
         let (path, inner) = if path.is_file() {
             let bytes = std::fs::read(&path).map_err(|source| Error::Io { path: path.clone(), source })?;
             let inner = Tokenizer::from_bytes(bytes).map_err(|error| not_a_tokenizer(&path, &error.to_string()))?;
@@ -373,7 +402,7 @@ fn bert_words(path: &Path, vocab: &BTreeMap<String, u32>, config: &TokenizerConf
 impl TokenizerConfig {
     /// Reads `tokenizer_config.json`; a folder without one uses the defaults of its kind.
     fn read(dir: &Path) -> Result<Self> {
-        let path = dir.join("tokenizer_config.json");
+        let path = dir.join(CONFIG_FILE);
         if path.is_file() { read_config(&path, &[]) } else { Ok(Self::default()) }
     }
 
