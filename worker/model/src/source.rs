@@ -23,7 +23,7 @@ use crate::weights::{Additions, Scope, SingleFile, Survey, Weights};
 use crate::{Error, Result};
 
 /// The networks of a model.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Part {
     /// The denoising network.
     Unet,
@@ -94,8 +94,8 @@ pub struct ModelSource {
     scheduler: SchedulerConfig,
     sample_size: i64,
     shapes_only: bool,
-    /// What LoRA files add, by the name of the part.
-    additions: BTreeMap<&'static str, Arc<Additions>>,
+    /// What LoRA files add to each part.
+    additions: BTreeMap<Part, Arc<Additions>>,
 }
 
 enum Origin {
@@ -385,7 +385,7 @@ impl ModelSource {
             Origin::Random(_) if part == Part::TextEncoder2 => Weights::random(&["text_projection.weight"]),
             Origin::Random(_) => Weights::random(&[]),
         };
-        let weights = match self.additions.get(part.name()) {
+        let weights = match self.additions.get(&part) {
             Some(additions) => weights.with_additions(Arc::clone(additions)),
             None => weights,
         };

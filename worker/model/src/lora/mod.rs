@@ -51,7 +51,7 @@ impl Lora {
         let path = locate(path)?;
         let weights = Weights::open(&path)?;
         let peft = PeftScales::read(&path, &weights)?;
-        let mut modules: BTreeMap<(&'static str, String), Module> = BTreeMap::new();
+        let mut modules: BTreeMap<(Part, String), Module> = BTreeMap::new();
         let mut unknown = Vec::new();
         for key in weights.keys() {
             let (Some(Key { part, name, spelling, half }), Some(stored)) = (Key::parse(key), weights.stored_entry(key)) else {
@@ -59,7 +59,7 @@ impl Lora {
                 continue;
             };
             let fresh = || Module { part, name: name.clone(), spelling, key: key.into(), down: None, up: None, alpha: None };
-            let module = modules.entry((part.name(), name.clone())).or_insert_with(fresh);
+            let module = modules.entry((part, name.clone())).or_insert_with(fresh);
             match half {
                 Half::Down => module.down = Some(stored),
                 Half::Up => module.up = Some(stored),
@@ -88,8 +88,8 @@ impl Lora {
 ///
 /// Errors: one [`Error::Lora`] for the first file with keys of no known layout, of no weight of this model or of other shapes, all listed;
 /// those of `open`.
-pub(crate) fn additions(loras: &[Lora], open: impl Fn(Part) -> Result<Option<Weights>>) -> Result<BTreeMap<&'static str, Additions>> {
-    let mut additions: BTreeMap<&'static str, Additions> = BTreeMap::new();
+pub(crate) fn additions(loras: &[Lora], open: impl Fn(Part) -> Result<Option<Weights>>) -> Result<BTreeMap<Part, Additions>> {
+    let mut additions: BTreeMap<Part, Additions> = BTreeMap::new();
     let mut unknown: Vec<Vec<String>> = loras.iter().map(|lora| lora.unknown.clone()).collect();
     for part in [Part::Unet, Part::TextEncoder, Part::TextEncoder2] {
         if !loras.iter().any(|lora| lora.concerns(part)) {
@@ -104,7 +104,7 @@ pub(crate) fn additions(loras: &[Lora], open: impl Fn(Part) -> Result<Option<Wei
                     _ => Err(format!("{} (the model has no {part})", module.key)),
                 };
                 match found {
-                    Ok((key, addition)) => additions.entry(part.name()).or_default().entry(key).or_default().push(addition),
+                    Ok((key, addition)) => additions.entry(part).or_default().entry(key).or_default().push(addition),
                     Err(problem) => unknown.push(problem),
                 }
             }

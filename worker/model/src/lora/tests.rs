@@ -25,7 +25,7 @@ fn merged(dir: &tempfile::TempDir, loras: &[Lora]) -> Result<(Tensor, Tensor)> {
     );
     let open = |part: Part| Ok((part == Part::Unet).then(|| Weights::open(&model).unwrap()));
     let mut additions = additions(loras, open)?;
-    let weights = Weights::open(&model)?.with_additions(Arc::new(additions.remove("unet").unwrap_or_default()));
+    let weights = Weights::open(&model)?.with_additions(Arc::new(additions.remove(&Part::Unet).unwrap_or_default()));
     let root = weights.root(Kind::Float, Device::Cpu);
     let tensor = |name: &str, shape: &[i64]| root.tensor(name, shape).shallow_clone();
     Ok((tensor(&format!("{TO_Q}.weight"), &[6, 4]), tensor("conv_in.weight", &[5, 4, 3, 3])))
