@@ -17,7 +17,7 @@ use peapod_proto::job::{self, Dtype, Job, Preset, StudentSection, VaeDtype};
 use sha2::{Digest, Sha256};
 use tch::{Device, Kind};
 
-use crate::draw::{CONTEXT_LENGTH_KEY, ENCODER_KEY, MASK_PADS_KEY, NORMALIZE_QUOTES_KEY, PROJECT_KEY};
+use crate::draw::AdapterMetadata;
 use crate::loss_scale::LossScale;
 use crate::numbers::VaeNumbers;
 use crate::precompute::recipe;
@@ -210,25 +210,22 @@ pub fn model_digest(job: &Job, adapter: &AdapterConfig) -> peapod_model::Result<
     Ok(hasher.finalize().to_vec())
 }
 
-/// What an adapter file says about itself: the sampler reads it, people may.
+/// What the adapter's file of a step says about itself; `average`: the moving average's.
 #[must_use]
 pub fn metadata(job: &Job, adapter: &AdapterConfig, step: Step, average: bool) -> BTreeMap<String, String> {
-    let mut metadata = BTreeMap::from([
-        ("format".into(), "pt".into()),
-        ("version".into(), PROGRAM_VERSION.into()),
-        ("job".into(), job.name.clone()),
-        ("step".into(), step.to_string()),
-        ("architecture".into(), if adapter.output.is_some() { "sdxl" } else { "sd15" }.into()),
-        (ENCODER_KEY.into(), job.student.path.display().to_string()),
-        (CONTEXT_LENGTH_KEY.into(), job.student.context_length.to_string()),
-        (NORMALIZE_QUOTES_KEY.into(), job.student.normalize_quotes.to_string()),
-        (PROJECT_KEY.into(), job.student.project.to_string()),
-        (MASK_PADS_KEY.into(), job.adapter.mask_pads.to_string()),
-    ]);
-    if average {
-        metadata.insert("ema_decay".into(), job.train.ema_decay.to_string());
-    }
-    metadata
+    let metadata = AdapterMetadata {
+        version: Some(PROGRAM_VERSION.into()),
+        job: Some(job.name.clone()),
+        step: Some(step.0),
+        architecture: Some(if adapter.output.is_some() { "sdxl" } else { "sd15" }.into()),
+        ema_decay: average.then_some(job.train.ema_decay),
+        encoder: Some(job.student.path.clone()),
+        context_length: Some(job.student.context_length),
+        normalize_quotes: Some(job.student.normalize_quotes),
+        project: Some(job.student.project),
+        mask_pads: Some(job.adapter.mask_pads),
+    };
+    metadata.to_map()
 }
 
 #[cfg(test)]

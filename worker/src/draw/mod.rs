@@ -4,6 +4,7 @@ pub mod canny;
 mod inputs;
 mod latents;
 pub mod memory;
+mod metadata;
 mod setup;
 mod student;
 
@@ -23,8 +24,8 @@ use tch::{Device, Tensor};
 
 pub use self::inputs::{InputError, InputFiles, Inputs};
 pub use self::latents::{read_latents, write_latents};
+pub use self::metadata::AdapterMetadata;
 pub use self::setup::{Files, Precision, Setup, SetupError};
-pub use self::student::{CONTEXT_LENGTH_KEY, ENCODER_KEY, MASK_PADS_KEY, NORMALIZE_QUOTES_KEY, PROJECT_KEY};
 use crate::picture::{Picture, PictureError};
 
 /// Why drawing failed.

@@ -3,12 +3,13 @@
 use std::path::{Path, PathBuf};
 
 use peapod_collective::nccl;
-use peapod_model::{adapter, controlnet::ControlNet, hub, lora::Lora, sample::SampleOptions, source::ModelSource, vae::Decoding};
+use peapod_model::{controlnet::ControlNet, hub, lora::Lora, sample::SampleOptions, source::ModelSource, vae::Decoding};
 use tch::{Device, Kind};
 
 use super::inputs::Inputs;
 use super::memory;
-use super::student::{ENCODER_KEY, SHIPPED_STUDENT, Student, adapter_file};
+use super::metadata::AdapterMetadata;
+use super::student::{SHIPPED_STUDENT, Student, adapter_file};
 use crate::numbers::VaeNumbers;
 
 /// Longer sides than this are a typing error: attention alone would need terabytes.
@@ -132,8 +133,8 @@ impl Files {
             return Vec::new();
         }
         // What is wrong with an adapter is said when it is opened.
-        let named = |adapter: &PathBuf| adapter::metadata(&adapter_file(adapter).ok()?).ok()?.get(ENCODER_KEY).cloned();
-        self.adapters.iter().filter_map(|adapter| Some((adapter.as_path(), named(adapter)?.into()))).collect()
+        let named = |adapter: &PathBuf| AdapterMetadata::read(&adapter_file(adapter).ok()?).ok()?.encoder;
+        self.adapters.iter().filter_map(|adapter| Some((adapter.as_path(), named(adapter)?))).collect()
     }
 }
 

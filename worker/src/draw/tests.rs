@@ -14,7 +14,7 @@ fn demo() -> PathBuf {
 
 fn files(dir: &tempfile::TempDir, config: AdapterConfig) -> Files {
     let path = dir.path().join("adapter.safetensors");
-    let metadata = [(CONTEXT_LENGTH_KEY.to_owned(), "24".to_owned())].into();
+    let metadata = AdapterMetadata { context_length: Some(24), ..AdapterMetadata::default() }.to_map();
     std::fs::write(&path, Adapter::fresh(config, 0, Device::Cpu).unwrap().to_safetensors(&metadata).unwrap()).unwrap();
     Files { model: demo(), adapters: vec![path], ..Files::default() }
 }
