@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use peapod_model::{
-    adapter::Adapter,
+    adapter::{ADAPTER_FILE, Adapter, PYTORCH_FILE},
     hub,
     source::ModelSource,
     text::{StudentEncoder, StudentOptions},
@@ -14,11 +14,7 @@ use tch::{Device, Kind};
 use super::metadata::AdapterMetadata;
 use super::setup::{Files, SetupError, present};
 
-/// File name of the adapter in a checkpoint.
-const ADAPTER_FILE: &str = "adapter.safetensors";
-/// File name of the adapter in the folders that the published trainer saves.
-pub(super) const PUBLISHED_FILE: &str = "pytorch_model.bin";
-/// How the names of those folders begin: `proj_STEP`, or `proj_0_STEP`, as its own scripts look for them.
+/// How the names of the folders begin that the published trainer saves: `proj_STEP`, or `proj_0_STEP`, as its own scripts look for them.
 const PUBLISHED_FOLDER: &str = "proj_";
 /// The student encoder's folder inside a model folder that ships one.
 pub(super) const SHIPPED_STUDENT: &str = "text_encoder_zh";
@@ -40,7 +36,7 @@ pub(super) struct Student {
 pub(super) fn adapter_file(path: &Path) -> Result<PathBuf, SetupError> {
     let found = hub::locate(path);
     let path = found.as_deref().unwrap_or(path);
-    let own = |folder: &Path| [ADAPTER_FILE, PUBLISHED_FILE].map(|name| folder.join(name)).into_iter().find(|file| file.is_file());
+    let own = |folder: &Path| [ADAPTER_FILE, PYTORCH_FILE].map(|name| folder.join(name)).into_iter().find(|file| file.is_file());
     if !path.is_dir() {
         return Ok(path.to_owned());
     }
@@ -90,7 +86,8 @@ impl Student {
             (None, _) if shipped.exists() => shipped,
             (None, _) => return Err(SetupError::Encoder(path.into())),
         };
-        let context_length = files.context_length.or(metadata.context_length.map(i64::from)).ok_or_else(|| SetupError::ContextLength(path.into()))?;
+        let context_length =
+            files.context_length.or(metadata.context_length.map(i64::from)).ok_or_else(|| SetupError::ContextLength(path.into()))?;
         let options = StudentOptions {
             normalize_quotes: metadata.normalize_quotes.unwrap_or(true),
             project: metadata.project.unwrap_or(false),
