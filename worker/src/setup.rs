@@ -10,23 +10,20 @@ use peapod_model::hub;
 use peapod_model::optim::AdamWConfig;
 use peapod_model::schedule::{Decay, LrSchedule};
 use peapod_model::source::{Architecture, ModelSource};
-use peapod_model::text::StudentOptions;
+use peapod_model::text::{StudentEncoder, StudentOptions};
 use peapod_proto::PROGRAM_VERSION;
 use peapod_proto::ids::Step;
 use peapod_proto::job::{self, Dtype, Job, Preset, StudentSection, VaeDtype};
 use sha2::{Digest, Sha256};
 use tch::{Device, Kind};
 
-use crate::draw::{CONTEXT_LENGTH_KEY, ENCODER_KEY, MASK_PADS_KEY, NORMALIZE_QUOTES_KEY, PROJECT_KEY};
+use crate::draw::AdapterMetadata;
 use crate::loss_scale::LossScale;
 use crate::numbers::VaeNumbers;
 use crate::precompute::recipe;
 
 /// Standard deviation of the constant part of the noise that SDXL is trained with; SD1.5 is trained without.
 const SDXL_NOISE_OFFSET: f64 = 0.5;
-
-/// Where the kinds of student encoders keep their configuration; a folder has one or two of them.
-const STUDENT_CONFIGURATIONS: [&str; 4] = ["config.json", "open_clip_config.json", "xlm_roberta/config.json", "chinese_clip/config.json"];
 
 /// Shards of one of a job's sources, which lie one after the other in its list.
 pub struct Source {
@@ -190,53 +187,45 @@ pub fn lr_schedule(job: &Job) -> LrSchedule {
     }
 }
 
-/// SHA-256 over what must be alike on all ranks for their gradients to be of the same thing: configurations, the commit of what comes from the
-/// hub, and the size of a checkpoint that is one file. Weights are told apart by these.
+/// SHA-256 over what must be alike on all ranks for their gradients to be of the same thing: of model and student encoder the configurations,
+/// the tokenizers, samples of all weights, and the commit where they come from the hub. Where they lie does not matter.
 ///
 /// # Errors
-/// Names the configuration that cannot be read.
+/// Names the file that cannot be read.
 pub fn model_digest(job: &Job, adapter: &AdapterConfig) -> peapod_model::Result<Vec<u8>> {
     let mut hasher = Sha256::new();
-    hasher.update(format!("{adapter:?}"));
+    let mut take = |piece: &[u8]| {
+        // With its length before it, no piece can be taken for parts of two.
+        hasher.update((piece.len() as u64).to_le_bytes());
+        hasher.update(piece);
+    };
+    take(format!("{adapter:?}").as_bytes());
     let model = ModelSource::open(&job.model.path, job.model.config.as_deref())?;
-    for (part, settings) in model.settings()? {
-        hasher.update(format!("{part}{settings}"));
-    }
     let student = hub::locate(&job.student.path)?;
-    for commit in [model.path(), &student].into_iter().filter_map(hub::commit_of) {
-        hasher.update(commit);
+    for folder in [model.path(), &student] {
+        take(hub::commit_of(folder).unwrap_or_default().as_bytes());
     }
-    let failed = |path: &Path, source| peapod_model::Error::Io { path: path.into(), source };
-    if model.path().is_file() {
-        hasher.update(std::fs::metadata(model.path()).map_err(|error| failed(model.path(), error))?.len().to_le_bytes());
-    }
-    for path in STUDENT_CONFIGURATIONS.map(|file| student.join(file)).iter().filter(|path| path.is_file()) {
-        let bytes = std::fs::read(path).map_err(|error| failed(path, error))?;
-        hasher.update((bytes.len() as u64).to_le_bytes());
-        hasher.update(bytes);
-    }
+    model.sketch(&mut take)?;
+    StudentEncoder::sketch(&student, &mut take)?;
     Ok(hasher.finalize().to_vec())
 }
 
-/// What an adapter file says about itself: the sampler reads it, people may.
+/// What the adapter's file of a step says about itself; `average`: the moving average's.
 #[must_use]
 pub fn metadata(job: &Job, adapter: &AdapterConfig, step: Step, average: bool) -> BTreeMap<String, String> {
-    let mut metadata = BTreeMap::from([
-        ("format".into(), "pt".into()),
-        ("version".into(), PROGRAM_VERSION.into()),
-        ("job".into(), job.name.clone()),
-        ("step".into(), step.to_string()),
-        ("architecture".into(), if adapter.output.is_some() { "sdxl" } else { "sd15" }.into()),
-        (ENCODER_KEY.into(), job.student.path.display().to_string()),
-        (CONTEXT_LENGTH_KEY.into(), job.student.context_length.to_string()),
-        (NORMALIZE_QUOTES_KEY.into(), job.student.normalize_quotes.to_string()),
-        (PROJECT_KEY.into(), job.student.project.to_string()),
-        (MASK_PADS_KEY.into(), job.adapter.mask_pads.to_string()),
-    ]);
-    if average {
-        metadata.insert("ema_decay".into(), job.train.ema_decay.to_string());
-    }
-    metadata
+    let metadata = AdapterMetadata {
+        version: Some(PROGRAM_VERSION.into()),
+        job: Some(job.name.clone()),
+        step: Some(step.0),
+        architecture: Some(if adapter.output.is_some() { "sdxl" } else { "sd15" }.into()),
+        ema_decay: average.then_some(job.train.ema_decay),
+        encoder: Some(job.student.path.clone()),
+        context_length: Some(job.student.context_length),
+        normalize_quotes: Some(job.student.normalize_quotes),
+        project: Some(job.student.project),
+        mask_pads: Some(job.adapter.mask_pads),
+    };
+    metadata.to_map()
 }
 
 #[cfg(test)]
@@ -266,5 +255,54 @@ mod tests {
             assert_eq!((network_kind(&job, device), vae_numbers(&job, device)), (network, vae), "{:?} {device:?}", job.preset);
             assert_eq!(first_loss_scale(&job, device).is_some(), network == Kind::Half);
         }
+    }
+
+    /// Copies a folder with all that lies in it.
+    fn copy(from: &Path, to: &Path) {
+        std::fs::create_dir_all(to).unwrap();
+        for entry in std::fs::read_dir(from).unwrap() {
+            let (path, name) = entry.map(|entry| (entry.path(), entry.file_name())).unwrap();
+            if path.is_dir() {
+                copy(&path, &to.join(name));
+            } else {
+                std::fs::copy(&path, to.join(name)).unwrap();
+            }
+        }
+    }
+
+    #[test]
+    fn models_with_other_weights_or_vocabularies_are_told_apart_wherever_they_lie() {
+        let folder = tempfile::tempdir().unwrap();
+        let (demo, copied) = (Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/demo/model"), folder.path().join("model"));
+        copy(&demo, &copied);
+        let digest = |model: &Path| {
+            let text = format!(
+                "[model]\npath = \"{0}\"\n[student]\npath = \"{0}/text_encoder_zh\"\n[data]\nshards = [\"a.tar\"]\n[train]\nsteps = 1\n",
+                model.display()
+            );
+            let adapter = AdapterConfig { input: 64, hidden: 32, depth: 3, pooled: 48, output: Some(80) };
+            model_digest(&Job::parse(&text).unwrap(), &adapter).unwrap()
+        };
+        let same = digest(&demo);
+        assert_eq!(digest(&copied), same);
+        for (part, file) in [
+            ("text_encoder_zh", "model.safetensors"),
+            ("text_encoder_zh", "vocab.txt"),
+            ("unet", "diffusion_pytorch_model.safetensors"),
+            ("vae", "diffusion_pytorch_model.safetensors"),
+            ("text_encoder_2", "model.safetensors"),
+            ("tokenizer", "tokenizer.json"),
+        ] {
+            let path = copied.join(part).join(file);
+            let bytes = std::fs::read(&path).unwrap();
+            // The last number or character before the end.
+            let mut other = bytes.clone();
+            let at = other.len() - 2;
+            other[at] ^= 1;
+            std::fs::write(&path, other).unwrap();
+            assert_ne!(digest(&copied), same, "{}", path.display());
+            std::fs::write(&path, bytes).unwrap();
+        }
+        assert_eq!(digest(&copied), same);
     }
 }

@@ -16,7 +16,7 @@ use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use tch::{Device, Kind, Tensor, no_grad_guard};
 
-pub use self::file::metadata;
+pub use self::file::{ADAPTER_FILE, PYTORCH_FILE, metadata};
 use crate::{Error, Result};
 
 /// Added to the variance by the layer norm, as PyTorch does by default.

@@ -40,22 +40,58 @@ pub(crate) type Supported = (&'static str, &'static str);
 /// Errors: [`Error::Io`], [`Error::Invalid`] for other JSON than `T` wants, [`Error::Unsupported`] naming the setting.
 pub(crate) fn read_config<T: DeserializeOwned>(path: &Path, supported: &[Supported]) -> Result<T> {
     let bytes = std::fs::read(path).map_err(|source| Error::Io { path: path.to_path_buf(), source })?;
-    let settings =
-        serde_json::from_slice(&bytes).map_err(|error| Error::Invalid { path: path.to_path_buf(), reason: error.to_string() })?;
+    let settings = serde_json::from_slice(&bytes)
+        .or_else(|error| serde_json::from_slice(&with_nulls_for_infinities(&bytes)).map_err(|_| error))
+        .map_err(|error| Error::Invalid { path: path.to_path_buf(), reason: error.to_string() })?;
     parse_config(path, settings, supported)
+}
+
+/// What Python writes for numbers that JSON has not.
+const NO_NUMBERS: [&[u8]; 3] = [b"-Infinity", b"Infinity", b"NaN"];
+
+/// A text of Python's JSON with `null` for what is no number outside of strings: there it means that there is no limit. Published schedulers
+/// have such a `lambda_min_clipped`.
+fn with_nulls_for_infinities(text: &[u8]) -> Vec<u8> {
+    let (mut result, mut rest, mut in_string) = (Vec::with_capacity(text.len()), text, false);
+    while let Some((&byte, tail)) = rest.split_first() {
+        let no_number = NO_NUMBERS.into_iter().find_map(|word| rest.strip_prefix(word)).filter(|_| !in_string);
+        match (no_number, byte, tail) {
+            (Some(behind), _, _) => {
+                result.extend_from_slice(b"null");
+                rest = behind;
+                continue;
+            }
+            // What is escaped ends no string.
+            (None, b'\\', &[escaped, ref behind @ ..]) if in_string => {
+                result.extend_from_slice(&[byte, escaped]);
+                rest = behind;
+                continue;
+            }
+            (None, b'"', _) => in_string = !in_string,
+            _ => {}
+        }
+        result.push(byte);
+        rest = tail;
+    }
+    result
 }
 
 /// As [`read_config`], of settings that were read from the file at `path` already.
 pub(crate) fn parse_config<T: DeserializeOwned>(path: &Path, settings: Value, supported: &[Supported]) -> Result<T> {
     let invalid = |error: serde_json::Error| Error::Invalid { path: path.to_path_buf(), reason: error.to_string() };
-    for (name, values) in supported {
-        let accepted: Vec<Value> = serde_json::from_str(values).map_err(invalid)?;
-        if let Some(value) = settings.get(name).filter(|value| !accepted.contains(value)) {
-            let hint = format!("{} must be one of {values}", path.display());
-            return Err(Error::Unsupported { what: format!("{name} = {value}"), hint });
-        }
+    if let Some((what, values)) = unsupported_setting(&settings, supported) {
+        return Err(Error::Unsupported { what, hint: format!("{} must be one of {values}", path.display()) });
     }
     serde_json::from_value(settings).map_err(invalid)
+}
+
+/// The first setting whose value is not among the supported ones, with that value, and those values.
+pub(crate) fn unsupported_setting(settings: &Value, supported: &[Supported]) -> Option<(String, &'static str)> {
+    supported.iter().find_map(|&(name, values)| {
+        let value = settings.get(name)?;
+        let accepted: Vec<Value> = serde_json::from_str(values).unwrap_or_default();
+        (!accepted.contains(value)).then(|| (format!("{name} = {value}"), values))
+    })
 }
 
 /// Widest layer and longest list that are believed. Beyond them a configuration is damaged, and sizes computed from it could overflow.
@@ -80,4 +116,24 @@ fn in_range(setting: &'static str, value: i64, least: i64, most: i64) -> Result<
 /// The error of a setting that does not fit the others.
 pub(crate) fn faulty(setting: &'static str, reason: impl Into<String>) -> Error {
     Error::Config { setting, reason: reason.into() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn infinities_of_python_are_no_limit_outside_of_strings() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let read = |text: &str| {
+            std::fs::write(file.path(), text).unwrap();
+            read_config::<Value>(file.path(), &[]).map_err(|error| error.to_string())
+        };
+        let text = r#"{"least": -Infinity, "most": [Infinity, NaN], "named": "-Infinity \" NaN", "NaN": 1}"#;
+        let wanted = serde_json::json!({ "least": null, "most": [null, null], "named": "-Infinity \" NaN", "NaN": 1 });
+        assert_eq!(read(text).unwrap(), wanted);
+        for damaged in ["{\"a\": Infinit}", "{\"a\": \"", "\"\\", "{\"a\": -Infinity"] {
+            assert!(read(damaged).is_err(), "{damaged}");
+        }
+    }
 }

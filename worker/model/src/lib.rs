@@ -14,6 +14,7 @@ pub mod hub;
 pub mod lora;
 pub mod nn;
 pub mod optim;
+pub mod panics;
 pub mod sample;
 pub mod schedule;
 pub mod source;

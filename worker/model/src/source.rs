@@ -16,14 +16,14 @@ use crate::config::read_config;
 use crate::hub::locate;
 use crate::lora::{self, Lora};
 use crate::sample::SchedulerConfig;
-use crate::text::{ClipTextEncoder, EnglishEncoders, Sd15TextEncoder, SdxlTextEncoders, TextTokenizer};
+use crate::text::{ClipTextEncoder, EnglishEncoders, Sd15TextEncoder, SdxlTextEncoders, TextTokenizer, sketch_tokenizer};
 use crate::unet::{UNet, UNetConfig};
 use crate::vae::{Vae, VaeConfig};
 use crate::weights::{Additions, Scope, SingleFile, Survey, Weights};
 use crate::{Error, Result};
 
 /// The networks of a model.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Part {
     /// The denoising network.
     Unet,
@@ -94,8 +94,8 @@ pub struct ModelSource {
     scheduler: SchedulerConfig,
     sample_size: i64,
     shapes_only: bool,
-    /// What LoRA files add, by the name of the part.
-    additions: BTreeMap<&'static str, Arc<Additions>>,
+    /// What LoRA files add to each part.
+    additions: BTreeMap<Part, Arc<Additions>>,
 }
 
 enum Origin {
@@ -115,6 +115,8 @@ struct CheckpointFile {
 
 /// Where a folder keeps the noise schedule.
 const SCHEDULER_FILE: &str = "scheduler/scheduler_config.json";
+/// Where it keeps the tokenizers of the first and of the second text encoder.
+const TOKENIZERS: [&str; 2] = ["tokenizer", "tokenizer_2"];
 /// The file of a network's settings in its folder.
 const CONFIG_FILE: &str = "config.json";
 /// The latent size of a UNet whose configuration does not say it: SDXL's.
@@ -260,12 +262,12 @@ impl ModelSource {
 
     /// Makes the first text encoder's tokenizer, for texts of at most `length` tokens. Errors: those of [`TextTokenizer::clip`].
     pub fn tokenizer(&self, length: usize) -> Result<TextTokenizer> {
-        self.tokenizer_of("tokenizer", published::PAD_ID, length)
+        self.tokenizer_of(TOKENIZERS[0], published::PAD_ID, length)
     }
 
     /// Makes the second text encoder's tokenizer, as [`ModelSource::tokenizer`] does.
     pub fn tokenizer_2(&self, length: usize) -> Result<TextTokenizer> {
-        self.tokenizer_of("tokenizer_2", published::PAD_ID_2, length)
+        self.tokenizer_of(TOKENIZERS[1], published::PAD_ID_2, length)
     }
 
     /// Builds the autoencoder with every weight rounded to f16 first: the published trainer of the method halves all models as it starts.
@@ -307,10 +309,26 @@ impl ModelSource {
         Ok(weights.survey())
     }
 
-    /// The settings of every part that the model has, by name: what must be alike wherever it is loaded.
+    /// Hands over what tells the model from others, always in the same order: the settings of its parts, samples of their weights (see
+    /// [`Weights::sketch`]), and its tokenizers. It does not depend on where the model lies.
     ///
     /// Errors: [`Error::Io`] and [`Error::Invalid`], naming the file that cannot be read.
-    pub fn settings(&self) -> Result<Map<String, Value>> {
+    pub fn sketch(&self, take: &mut dyn FnMut(&[u8])) -> Result<()> {
+        for (part, settings) in self.settings()? {
+            take(format!("{part} {settings}").as_bytes());
+        }
+        for &part in self.architecture().parts() {
+            take(part.name().as_bytes());
+            self.weights(part)?.sketch(take);
+        }
+        for folder in TOKENIZERS.iter().filter_map(|name| self.tokenizer_folder(name)) {
+            sketch_tokenizer(&folder, take)?;
+        }
+        Ok(())
+    }
+
+    /// The settings of every part that the model has, by name.
+    fn settings(&self) -> Result<Map<String, Value>> {
         let parts = self.architecture().parts().iter();
         let parts = parts.map(|&part| Ok((part.name().to_owned(), Value::from(settings(&self.path, &self.origin, part)?.1))));
         let scheduler = scheduler_settings(&self.path, &self.origin).map(|(_, settings)| ("scheduler".to_owned(), settings.into()));
@@ -334,13 +352,17 @@ impl ModelSource {
         ClipTextEncoder::of(&path, settings, weights, kind, device)
     }
 
-    fn tokenizer_of(&self, name: &str, pad_id: i64, length: usize) -> Result<TextTokenizer> {
-        let folder = match &self.origin {
+    /// The folder of a tokenizer; `None` where the published one is taken.
+    fn tokenizer_folder(&self, name: &str) -> Option<PathBuf> {
+        match &self.origin {
             Origin::Folder => Some(self.path.join(name)),
             Origin::File(file) => file.config.as_ref().map(|config| config.join(name)).filter(|folder| folder.is_dir()),
             Origin::Random(_) => None,
-        };
-        match folder {
+        }
+    }
+
+    fn tokenizer_of(&self, name: &str, pad_id: i64, length: usize) -> Result<TextTokenizer> {
+        match self.tokenizer_folder(name) {
             Some(folder) => TextTokenizer::clip(&folder, length),
             None => TextTokenizer::clip_published(pad_id, length),
         }
@@ -363,7 +385,7 @@ impl ModelSource {
             Origin::Random(_) if part == Part::TextEncoder2 => Weights::random(&["text_projection.weight"]),
             Origin::Random(_) => Weights::random(&[]),
         };
-        let weights = match self.additions.get(part.name()) {
+        let weights = match self.additions.get(&part) {
             Some(additions) => weights.with_additions(Arc::clone(additions)),
             None => weights,
         };
@@ -381,7 +403,7 @@ impl fmt::Debug for ModelSource {
 fn config_folder(path: &Path) -> Result<PathBuf> {
     let folder = locate(path)?;
     let parts = [Part::Unet, Part::Vae, Part::TextEncoder, Part::TextEncoder2].map(|part| format!("{part}/{CONFIG_FILE}"));
-    let known: Vec<String> = parts.into_iter().chain([SCHEDULER_FILE, "tokenizer", "tokenizer_2"].map(str::to_owned)).collect();
+    let known: Vec<String> = parts.into_iter().chain([SCHEDULER_FILE, TOKENIZERS[0], TOKENIZERS[1]].map(str::to_owned)).collect();
     if known.iter().any(|name| folder.join(name).exists()) {
         return Ok(folder);
     }

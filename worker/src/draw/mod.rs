@@ -4,11 +4,11 @@ pub mod canny;
 mod inputs;
 mod latents;
 pub mod memory;
+mod metadata;
 mod setup;
 mod student;
 
 use std::{
-    any::Any,
     panic::{AssertUnwindSafe, catch_unwind},
     rc::Rc,
 };
@@ -16,6 +16,7 @@ use std::{
 use peapod_model::{
     adapter::Adapter,
     controlnet::ControlNet,
+    panics,
     sample::{Control, Inpaint, Pipeline, PipelineOptions, Progress, Prompter, SampleOptions, StartImage, Task},
     text::{EnglishEncoders, StudentEncoder, StudentOptions},
 };
@@ -23,8 +24,8 @@ use tch::{Device, Tensor};
 
 pub use self::inputs::{InputError, InputFiles, Inputs};
 pub use self::latents::{read_latents, write_latents};
+pub use self::metadata::AdapterMetadata;
 pub use self::setup::{Files, Precision, Setup, SetupError};
-pub use self::student::{CONTEXT_LENGTH_KEY, ENCODER_KEY, MASK_PADS_KEY, NORMALIZE_QUOTES_KEY, PROJECT_KEY};
 use crate::picture::{Picture, PictureError};
 
 /// Why drawing failed.
@@ -156,13 +157,11 @@ impl Painter {
 /// Runs `work`, turning a panic of libtorch's wrapper into an error.
 fn catching<T>(work: impl FnOnce() -> Result<T, DrawError>) -> Result<T, DrawError> {
     // Unwind safety: what `work` touched is dropped or only read afterwards.
-    catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|payload| Err(DrawError::Panic(panic_message(payload.as_ref()))))
-}
-
-/// What a panic said; its first line, since libtorch appends its own backtrace.
-fn panic_message(payload: &(dyn Any + Send)) -> String {
-    let text = payload.downcast_ref::<String>().map(String::as_str).or_else(|| payload.downcast_ref::<&str>().copied());
-    text.and_then(|text| text.lines().next()).unwrap_or("unknown reason").to_owned()
+    catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| {
+        // Its first line, since libtorch appends its own backtrace.
+        let first_line = panics::message(panic.as_ref()).lines().next().unwrap_or_default();
+        Err(DrawError::Panic(first_line.to_owned()))
+    })
 }
 
 #[cfg(test)]

@@ -3,20 +3,24 @@
 use std::path::{Path, PathBuf};
 
 use peapod_collective::nccl;
-use peapod_model::{adapter, controlnet::ControlNet, hub, lora::Lora, sample::SampleOptions, source::ModelSource, vae::Decoding};
+use peapod_model::{
+    controlnet::ControlNet,
+    hub,
+    lora::Lora,
+    sample::{MAX_SIDE, SampleOptions},
+    source::ModelSource,
+    vae::Decoding,
+};
 use tch::{Device, Kind};
 
 use super::inputs::Inputs;
 use super::memory;
-use super::student::{ENCODER_KEY, SHIPPED_STUDENT, Student, adapter_file};
+use super::metadata::AdapterMetadata;
+use super::student::{SHIPPED_STUDENT, Student, adapter_file};
 use crate::numbers::VaeNumbers;
 
-/// Longer sides than this are a typing error: attention alone would need terabytes.
-const MAX_SIDE: i64 = 8192;
 /// Share of the memory that is free now which decoding may take.
 const MEMORY_SHARE: f64 = 0.5;
-/// Side of a tile in latents, where pictures are decoded tile by tile.
-const TILE: i64 = 64;
 
 /// Why nothing can be drawn with these files and options, found without loading a model.
 #[derive(Debug, thiserror::Error)]
@@ -132,8 +136,8 @@ impl Files {
             return Vec::new();
         }
         // What is wrong with an adapter is said when it is opened.
-        let named = |adapter: &PathBuf| adapter::metadata(&adapter_file(adapter).ok()?).ok()?.get(ENCODER_KEY).cloned();
-        self.adapters.iter().filter_map(|adapter| Some((adapter.as_path(), named(adapter)?.into()))).collect()
+        let named = |adapter: &PathBuf| AdapterMetadata::read(&adapter_file(adapter).ok()?).ok()?.encoder;
+        self.adapters.iter().filter_map(|adapter| Some((adapter.as_path(), named(adapter)?))).collect()
     }
 }
 
@@ -270,7 +274,7 @@ impl Setup {
         match options.batch_size {
             batch if bytes_each * batch as f64 <= free => Decoding::Whole,
             _ if bytes_each <= free => Decoding::OneByOne,
-            _ => Decoding::Tiled(TILE),
+            _ => Decoding::BY_TILES,
         }
     }
 }

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use peapod_model::{
-    adapter::{self, Adapter},
+    adapter::{ADAPTER_FILE, Adapter, PYTORCH_FILE},
     hub,
     source::ModelSource,
     text::{StudentEncoder, StudentOptions},
@@ -11,25 +11,11 @@ use peapod_model::{
 };
 use tch::{Device, Kind};
 
+use super::metadata::AdapterMetadata;
 use super::setup::{Files, SetupError, present};
 
-/// File name of the adapter in a checkpoint.
-const ADAPTER_FILE: &str = "adapter.safetensors";
-/// File name of the adapter in the folders that the published trainer saves.
-pub(super) const PUBLISHED_FILE: &str = "pytorch_model.bin";
-/// How the names of those folders begin: `proj_STEP`, or `proj_0_STEP`, as its own scripts look for them.
+/// How the names of the folders begin that the published trainer saves: `proj_STEP`, or `proj_0_STEP`, as its own scripts look for them.
 const PUBLISHED_FOLDER: &str = "proj_";
-/// Adapter metadata: the folder of the text encoder it was trained for.
-pub const ENCODER_KEY: &str = "encoder";
-/// Adapter metadata: the number of tokens its prompts were padded to.
-pub const CONTEXT_LENGTH_KEY: &str = "context_length";
-/// Adapter metadata: `false` if curly quotes in its prompts were left as they are.
-pub const NORMALIZE_QUOTES_KEY: &str = "normalize_quotes";
-/// Adapter metadata: `true` if the token states of Chinese-CLIP were projected.
-pub const PROJECT_KEY: &str = "project";
-/// Adapter metadata: `true` if padding was left out of the pooled mean and hidden from cross-attention.
-pub const MASK_PADS_KEY: &str = "mask_pads";
-
 /// The student encoder's folder inside a model folder that ships one.
 pub(super) const SHIPPED_STUDENT: &str = "text_encoder_zh";
 
@@ -50,7 +36,7 @@ pub(super) struct Student {
 pub(super) fn adapter_file(path: &Path) -> Result<PathBuf, SetupError> {
     let found = hub::locate(path);
     let path = found.as_deref().unwrap_or(path);
-    let own = |folder: &Path| [ADAPTER_FILE, PUBLISHED_FILE].map(|name| folder.join(name)).into_iter().find(|file| file.is_file());
+    let own = |folder: &Path| [ADAPTER_FILE, PYTORCH_FILE].map(|name| folder.join(name)).into_iter().find(|file| file.is_file());
     if !path.is_dir() {
         return Ok(path.to_owned());
     }
@@ -92,19 +78,19 @@ impl Student {
     /// Errors: [`SetupError`], which names both sides of what does not fit.
     pub(super) fn check(files: &Files, path: &Path, model: &ModelSource, unet: &UNet) -> Result<Self, SetupError> {
         present("the adapter", path, ADAPTER_HINT)?;
-        let metadata = adapter::metadata(path)?;
+        let metadata = AdapterMetadata::read(path)?;
         let shipped = model.path().join(SHIPPED_STUDENT);
-        let encoder = match (&files.student, metadata.get(ENCODER_KEY)) {
+        let encoder = match (&files.student, &metadata.encoder) {
             (Some(given), _) => given.clone(),
-            (None, Some(named)) if Path::new(named).exists() || !shipped.exists() => named.into(),
+            (None, Some(named)) if named.exists() || !shipped.exists() => named.clone(),
             (None, _) if shipped.exists() => shipped,
             (None, _) => return Err(SetupError::Encoder(path.into())),
         };
-        let told = metadata.get(CONTEXT_LENGTH_KEY).and_then(|length| length.parse().ok());
-        let context_length = files.context_length.or(told).ok_or_else(|| SetupError::ContextLength(path.into()))?;
+        let context_length =
+            files.context_length.or(metadata.context_length.map(i64::from)).ok_or_else(|| SetupError::ContextLength(path.into()))?;
         let options = StudentOptions {
-            normalize_quotes: metadata.get(NORMALIZE_QUOTES_KEY).is_none_or(|told| told != "false"),
-            project: metadata.get(PROJECT_KEY).is_some_and(|told| told == "true"),
+            normalize_quotes: metadata.normalize_quotes.unwrap_or(true),
+            project: metadata.project.unwrap_or(false),
             ..StudentOptions::new(Kind::Float, Device::Cpu)
         };
         let student = StudentEncoder::check(&encoder, context_length, options)?;
@@ -127,8 +113,8 @@ impl Student {
             encoder,
             context_length,
             options,
-            mask_pads: metadata.get(MASK_PADS_KEY).is_some_and(|told| told == "true"),
-            origin: metadata.get("job").zip(metadata.get("step")).map(|(job, step)| format!("{job}, step {step}")),
+            mask_pads: metadata.mask_pads.unwrap_or(false),
+            origin: metadata.origin(),
         })
     }
 }

@@ -1,10 +1,10 @@
 use std::path::{Path, PathBuf};
 
-use peapod_model::adapter::AdapterConfig;
+use peapod_model::adapter::{ADAPTER_FILE, AdapterConfig, PYTORCH_FILE};
 use tch::Kind;
 
 use super::setup::Files;
-use super::student::{PUBLISHED_FILE, adapter_file};
+use super::student::adapter_file;
 use super::*;
 
 /// The demo's model: 64x64 pixels, UNet of three levels, cross-attention 80, pooled 48, student encoder 64.
@@ -13,8 +13,8 @@ fn demo() -> PathBuf {
 }
 
 fn files(dir: &tempfile::TempDir, config: AdapterConfig) -> Files {
-    let path = dir.path().join("adapter.safetensors");
-    let metadata = [(CONTEXT_LENGTH_KEY.to_owned(), "24".to_owned())].into();
+    let path = dir.path().join(ADAPTER_FILE);
+    let metadata = AdapterMetadata { context_length: Some(24), ..AdapterMetadata::default() }.to_map();
     std::fs::write(&path, Adapter::fresh(config, 0, Device::Cpu).unwrap().to_safetensors(&metadata).unwrap()).unwrap();
     Files { model: demo(), adapters: vec![path], ..Files::default() }
 }
@@ -64,12 +64,12 @@ fn adapters_of_the_published_trainer_are_found_by_their_highest_step() {
     let bytes = Adapter::fresh(FITTING, 0, Device::Cpu).unwrap().to_pytorch(Kind::Half).unwrap();
     for folder in ["proj_9", "proj_0_41999", "proj_1009", "projector"] {
         std::fs::create_dir(root.path().join(folder)).unwrap();
-        std::fs::write(root.path().join(folder).join(PUBLISHED_FILE), &bytes).unwrap();
+        std::fs::write(root.path().join(folder).join(PYTORCH_FILE), &bytes).unwrap();
     }
     std::fs::create_dir(root.path().join("proj_50000")).unwrap();
-    let newest = root.path().join("proj_0_41999").join(PUBLISHED_FILE);
+    let newest = root.path().join("proj_0_41999").join(PYTORCH_FILE);
     assert_eq!(adapter_file(root.path()).unwrap(), newest);
-    assert_eq!(adapter_file(&root.path().join("proj_9")).unwrap(), root.path().join("proj_9").join(PUBLISHED_FILE));
+    assert_eq!(adapter_file(&root.path().join("proj_9")).unwrap(), root.path().join("proj_9").join(PYTORCH_FILE));
     let files = Files { model: demo(), adapters: vec![root.path().into()], context_length: Some(24), ..Files::default() };
     assert_eq!(Setup::check(&files).unwrap().students[0].adapter, newest);
     assert!(adapter_file(&root.path().join("proj_50000")).unwrap_err().to_string().contains("an adapter in that folder is missing"));

@@ -26,6 +26,7 @@ use peapod_collective::tcp::Listener;
 use peapod_data::{Loader, Share};
 use peapod_model::adapter::{Adapter, AdapterConfig};
 use peapod_model::distill::Distiller;
+use peapod_model::panics;
 use peapod_model::schedule::LrSchedule;
 use peapod_proto::ids::{Generation, LeaseId, Step};
 use peapod_proto::job::Job;
@@ -130,10 +131,7 @@ pub fn run(context: Context, commands: Receiver<Command>) {
 
 /// Turns a panic, which is how libtorch's errors reach Rust, into its message.
 pub(crate) fn guarded<T>(body: impl FnOnce() -> T) -> Result<T, String> {
-    catch_unwind(AssertUnwindSafe(body)).map_err(|panic| {
-        let text = panic.downcast_ref::<String>().cloned().or_else(|| panic.downcast_ref::<&str>().map(|&text| text.to_owned()));
-        text.unwrap_or_else(|| "a panic without a message".into())
-    })
+    catch_unwind(AssertUnwindSafe(body)).map_err(|panic| panics::message(panic.as_ref()).to_owned())
 }
 
 /// Why a job cannot be loaded.

@@ -15,7 +15,7 @@ use std::sync::mpsc::Sender;
 use peapod_data::{LoaderConfig, ValidationSet};
 use peapod_model::adapter::Adapter;
 use peapod_model::distill::{Distiller, LossSums};
-use peapod_model::sample::SampleOptions;
+use peapod_model::sample::{MAX_SIDE, SampleOptions};
 use peapod_proto::PROGRAM_VERSION;
 use peapod_proto::ids::{Generation, MemberIndex, Step};
 use peapod_proto::job::{Job, PicturesSection};
@@ -26,9 +26,6 @@ use super::Unloaded;
 use super::tensors::to_tensors;
 use crate::picture::Picture;
 use crate::tail::{LossTotals, ValidationTotals};
-
-/// Longest side that is drawn: beyond it attention alone would need terabytes.
-const MAX_SIDE: i64 = 8192;
 
 /// The rounds of a job.
 pub struct Rounds {

@@ -1,6 +1,6 @@
 //! What training changes: adapter, optimiser moments, moving average, step. Everything else is frozen.
 
-use peapod_model::adapter::{Adapter, AdapterConfig};
+use peapod_model::adapter::{ADAPTER_FILE, Adapter, AdapterConfig, PYTORCH_FILE};
 use peapod_model::optim::{AdamW, AdamWConfig, Ema};
 use peapod_model::{Error, Result};
 use peapod_proto::ids::{Generation, Step};
@@ -217,7 +217,7 @@ impl View {
 
 impl Snapshot {
     /// File of the adapter in a checkpoint.
-    pub const ADAPTER: &str = "adapter.safetensors";
+    pub const ADAPTER: &str = ADAPTER_FILE;
     /// File of the optimiser's moments.
     pub const OPTIMIZER: &str = "optimizer.safetensors";
     /// File of the moving average.
@@ -225,7 +225,7 @@ impl Snapshot {
     /// File of the loss scale, where there is one.
     pub const LOSS_SCALE: &str = "loss_scale.json";
     /// File of the adapter as the Python implementation saves and loads it, in f16: the average's where there is one.
-    pub const PYTORCH: &str = "pytorch_model.bin";
+    pub const PYTORCH: &str = PYTORCH_FILE;
 
     /// The checkpoint's files. `metadata` is asked for the adapter's (false) and the average's (true).
     ///

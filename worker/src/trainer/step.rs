@@ -91,11 +91,6 @@ impl Pass<'_> {
     }
 }
 
-/// Whether a device has failed for want of memory alone, after which it can be used as before.
-pub fn is_out_of_memory(problem: &str) -> bool {
-    problem.contains("out of memory")
-}
-
 #[cfg(test)]
 mod tests {
     use std::path::Path;

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use peapod_collective::{AbortHandle, Collective};
 use peapod_model::distill::MicroBatch;
 use peapod_model::optim::clip_grad_norm;
+use peapod_model::panics::is_out_of_memory;
 use peapod_proto::ids::{Generation, MemberIndex, Step};
 use peapod_proto::message::{Assignment, Phase, StepLosses, StepRecord, StepReport, StepTimings, StopCause};
 use tch::Tensor;
@@ -16,7 +17,7 @@ use super::rounds::{Drawn, Due, Unfinished, means};
 use super::state::TrainState;
 use super::step::{Ahead, Pass};
 use super::wire::Wire;
-use super::{Output, Trainer, guarded, step};
+use super::{Output, Trainer, guarded};
 use crate::lifecycle::TrainerEvent;
 use crate::loss_scale::LossScale;
 use crate::tail::{Contribution, Outcome, TailLayout, ValidationTotals, share_of};
@@ -163,7 +164,7 @@ impl Trainer {
             match self.pass(place, step, std::mem::take(&mut first), wire) {
                 Ok(Some(contribution)) => return Ok(contribution),
                 Ok(None) => return Err(Ended::broken(place.abort.reason().unwrap_or("aborted").to_owned())),
-                Err(problem) if step::is_out_of_memory(&problem) && self.parts < self.context.job.train.micro_batch as usize => {
+                Err(problem) if is_out_of_memory(&problem) && self.parts < self.context.job.train.micro_batch as usize => {
                     self.parts *= 2;
                     tracing::warn!(
                         "out of memory: micro-batches of {} are computed in {} parts from here on, with the same result; a smaller \

@@ -15,8 +15,12 @@ use crate::{Error, Result};
 
 /// What bytes that came from no file are called in errors.
 pub(super) const ADAPTER: &str = "adapter";
-/// What an adapter's file is called in a folder of its own, in the order it is looked for.
-const FILE_NAMES: [&str; 2] = ["adapter.safetensors", "pytorch_model.bin"];
+/// What an adapter's file is called, in a checkpoint or a folder of its own.
+pub const ADAPTER_FILE: &str = "adapter.safetensors";
+/// What the Python implementation calls it.
+pub const PYTORCH_FILE: &str = "pytorch_model.bin";
+/// The order in which they are looked for.
+const FILE_NAMES: [&str; 2] = [ADAPTER_FILE, PYTORCH_FILE];
 /// No safetensors header is longer than this: the format's own limit.
 const MAX_HEADER_BYTES: u64 = 100_000_000;
 /// Most keys of a file that is no adapter which its error lists.

@@ -34,6 +34,17 @@ pub struct ControlResiduals {
     pub mid: Tensor,
 }
 
+/// What a ControlNet is told beside its UNet's input.
+#[derive(Debug, Clone, Copy)]
+pub struct ControlOptions<'a> {
+    /// `[B, conditioning_channels, H, W]` in [0, 1], where H and W are [`ControlNetConfig::downscale`] times the sample's h and w.
+    pub image: &'a Tensor,
+    /// What the residuals are multiplied by.
+    pub scale: f64,
+    /// The text states that are attended to, bool `[B, L]`, as the UNet has it; `None`: all.
+    pub mask: Option<&'a Tensor>,
+}
+
 impl ControlNet {
     /// Loads a folder with `config.json` and weights.
     ///
@@ -110,12 +121,9 @@ impl ControlNet {
         self.trunk.pooled_width()
     }
 
-    /// Computes what is to be added to a UNet's skip connections and mid block, times `scale`.
+    /// Computes what is to be added to a UNet's skip connections and mid block, times `scale`: [`ControlNet::forward_with`] all of the text.
     ///
-    /// The first four arguments are those of [`UNet::forward`](crate::unet::UNet::forward), the text included.
-    /// Shapes: `image` `[B, conditioning_channels, H, W]` in [0, 1], where H and W are [`ControlNetConfig::downscale`] times the sample's
-    /// h and w; inputs of another kind are converted, residuals are of the network's kind.
-    /// Errors: [`Error::Shape`] if the shapes do not fit each other or the network, or if `added` is missing or superfluous.
+    /// Errors: those of [`ControlNet::forward_with`].
     pub fn forward(
         &self,
         sample: &Tensor,
@@ -125,7 +133,23 @@ impl ControlNet {
         image: &Tensor,
         scale: f64,
     ) -> Result<ControlResiduals> {
-        let what = "ControlNet::forward";
+        self.forward_with(sample, timesteps, text, added, &ControlOptions { image, scale, mask: None })
+    }
+
+    /// Computes what is to be added to a UNet's skip connections and mid block.
+    ///
+    /// The first four arguments are those of [`UNet::forward`](crate::unet::UNet::forward), the text included.
+    /// Shapes: inputs of another kind are converted, residuals are of the network's kind.
+    /// Errors: [`Error::Shape`] if the shapes do not fit each other or the network, or if `added` is missing or superfluous.
+    pub fn forward_with(
+        &self,
+        sample: &Tensor,
+        timesteps: &Tensor,
+        text: &Tensor,
+        added: Option<&Added>,
+        options: &ControlOptions,
+    ) -> Result<ControlResiduals> {
+        let (what, &ControlOptions { image, scale, mask }) = ("ControlNet::forward", options);
         self.trunk.check(what, sample, timesteps, text, added)?;
         let (size, factor) = (sample.size(), self.config.downscale());
         let wanted = [size[0], self.config.conditioning_channels, factor * size[2], factor * size[3]];
@@ -135,9 +159,9 @@ impl ControlNet {
         let kind = self.kind();
         let [sample, text, image] = [sample, text, image].map(|tensor| tensor.to_kind(kind));
 
-        let time = self.trunk.time(timesteps, added);
+        let (time, bias) = (self.trunk.time(timesteps, added), self.trunk.attention_bias(what, &text, mask)?);
         let hidden = self.trunk.input(&sample) + self.hint.forward(&image);
-        let mut pass = Pass::new(Condition { time: &time, text: &text, projected: &[], bias: None }, hidden);
+        let mut pass = Pass::new(Condition { time: &time, text: &text, projected: &[], bias: bias.as_ref() }, hidden);
         self.trunk.walk(&mut pass);
         let down = self.down.iter().zip(pass.skips()).map(|(conv, skip)| conv.forward(skip) * scale).collect();
         Ok(ControlResiduals { down, mid: self.mid.forward(pass.hidden()) * scale })

@@ -86,4 +86,8 @@ fn there_is_one_residual_for_each_skip_connection_and_one_for_the_middle() {
         assert!(error.contains("ControlNet::forward") && error.contains("wanted [2, 3, 14, 12]"), "{error}");
     }
     assert!(forward(&[2, 3, 14, 12], None).unwrap_err().to_string().contains("needs pooled text"));
+    let (image, mask) = (zeros(&[2, 3, 14, 12]), zeros(&[2, 4]).gt(0));
+    let options = ControlOptions { image: &image, scale: 1.0, mask: Some(&mask) };
+    let error = network.forward_with(&zeros(&[2, 4, 7, 6]), &zeros(&[2]), &zeros(&[2, 5, 12]), Some(&added), &options).unwrap_err();
+    assert!(error.to_string().contains("ControlNet::forward") && error.to_string().contains("a mask of Bool [2, 4]"), "{error}");
 }

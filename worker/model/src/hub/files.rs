@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use crate::adapter::ADAPTER_FILE;
 use crate::text::own_weights;
 use crate::weights::{only_safetensors, preferred};
 
@@ -14,9 +15,6 @@ const PAIR_FOLDERS: [&str; 2] = ["xlm_roberta", "chinese_clip"];
 
 /// Endings of configurations, vocabularies and the like, which are small.
 const SMALL: [&str; 3] = [".json", ".txt", ".model"];
-
-/// Peapod's own adapter.
-const ADAPTER: &str = "adapter.safetensors";
 
 /// What a tokenizer is made of, in the layouts that are read.
 const VOCABULARIES: [&str; 5] = ["sentencepiece.bpe.model", "spiece.model", "tokenizer.json", "vocab.json", "vocab.txt"];
@@ -69,7 +67,7 @@ fn files_of_folder<'a>(files: &BTreeSet<&'a str>) -> BTreeSet<&'a str> {
 /// The weights that a folder's loader would take. An adapter of Peapod's is no network's, and never lies beside one.
 fn weights_of_folder<'a>(files: &BTreeSet<&'a str>) -> Option<&'a str> {
     let known = || files.get(preferred(|name| files.contains(name))?).copied();
-    own_weights(files).or_else(|| files.get(ADAPTER).copied()).or_else(known).or_else(|| only_safetensors(files.iter().copied()))
+    own_weights(files).or_else(|| files.get(ADAPTER_FILE).copied()).or_else(known).or_else(|| only_safetensors(files.iter().copied()))
 }
 
 /// Whether what a cache has of a repository can be a whole model: each network with its weights, and what reads texts with a vocabulary.

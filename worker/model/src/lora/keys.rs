@@ -47,6 +47,9 @@ const ENDS: &[(&str, Half)] = &[
     (".alpha", Half::Alpha),
 ];
 
+/// How keys begin that PEFT wrote: it wraps a model twice.
+pub(super) const PEFT_BEGINNING: &str = "base_model.model.";
+
 /// How keys begin.
 const BEGINNINGS: &[(&str, Part, Spelling)] = &[
     ("lora_unet_", Part::Unet, Spelling::Underscored),
@@ -56,7 +59,7 @@ const BEGINNINGS: &[(&str, Part, Spelling)] = &[
     ("unet.", Part::Unet, Spelling::Dotted),
     ("text_encoder.", Part::TextEncoder, Spelling::Dotted),
     ("text_encoder_2.", Part::TextEncoder2, Spelling::Dotted),
-    ("base_model.model.", Part::Unet, Spelling::Dotted),
+    (PEFT_BEGINNING, Part::Unet, Spelling::Dotted),
     ("diffusion_model.", Part::Unet, Spelling::Dotted),
 ];
 

@@ -5,21 +5,18 @@
 
 mod keys;
 mod names;
+mod peft;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use serde_json::Value;
-
-use self::keys::{Half, Key, Spelling};
+use self::keys::{Half, Key, PEFT_BEGINNING, Spelling};
 use self::names::Names;
+use self::peft::{PeftStrengths, Strength};
 use crate::hub::locate;
 use crate::source::Part;
 use crate::weights::{Addition, Additions, Stored, Weights};
 use crate::{Error, Result};
-
-/// Where PEFT says in a file's metadata what its factors are to be multiplied by.
-const PEFT_METADATA: &str = "lora_adapter_metadata";
 
 /// An opened LoRA file.
 pub struct Lora {
@@ -40,35 +37,45 @@ struct Module {
     down: Option<Stored>,
     up: Option<Stored>,
     /// What the product is multiplied by, beside the scale asked for; `None`: by 1.
-    alpha: Option<f64>,
+    strength: Option<Strength>,
 }
 
 impl Lora {
-    /// Opens a file (`.safetensors`, or what `torch.save` wrote) whose effect is multiplied by `scale`.
+    /// Opens a file (`.safetensors`, or what `torch.save` wrote) whose effect is multiplied by `scale`. How strong it is by itself is said by
+    /// the alphas in it, by its metadata, or, where PEFT wrote it, by the `adapter_config.json` beside it.
     ///
-    /// Errors: those of [`Weights::open`]; [`Error::Unsupported`] for variants whose product is scaled in another way.
+    /// Errors: those of [`Weights::open`]; [`Error::Unsupported`] for variants that cannot be merged; [`Error::Invalid`] if PEFT wrote it and
+    /// nothing says how strong it is.
     pub fn open(path: &Path, scale: f64) -> Result<Self> {
         let path = locate(path)?;
         let weights = Weights::open(&path)?;
-        let peft = PeftScales::read(&path, &weights)?;
-        let mut modules: BTreeMap<(&'static str, String), Module> = BTreeMap::new();
+        let peft = PeftStrengths::read(&path, &weights)?;
+        let mut modules: BTreeMap<(Part, String), Module> = BTreeMap::new();
         let mut unknown = Vec::new();
         for key in weights.keys() {
             let (Some(Key { part, name, spelling, half }), Some(stored)) = (Key::parse(key), weights.stored_entry(key)) else {
                 unknown.push(key.to_owned());
                 continue;
             };
-            let fresh = || Module { part, name: name.clone(), spelling, key: key.into(), down: None, up: None, alpha: None };
-            let module = modules.entry((part.name(), name.clone())).or_insert_with(fresh);
+            let fresh = || Module { part, name: name.clone(), spelling, key: key.into(), down: None, up: None, strength: None };
+            let module = modules.entry((part, name.clone())).or_insert_with(fresh);
             match half {
                 Half::Down => module.down = Some(stored),
                 Half::Up => module.up = Some(stored),
-                Half::Alpha => module.alpha = weights.stored(key).filter(|alpha| alpha.numel() == 1).map(|alpha| alpha.double_value(&[])),
+                Half::Alpha => {
+                    let alpha = weights.stored(key).filter(|alpha| alpha.numel() == 1).map(|alpha| alpha.double_value(&[]));
+                    module.strength = alpha.map(Strength::ByRank);
+                }
             }
         }
         let mut modules: Vec<Module> = modules.into_values().collect();
         for module in &mut modules {
-            module.alpha = module.alpha.or_else(|| peft.alpha(module.part, &module.name));
+            if module.strength.is_none() {
+                module.strength = peft.of(module.part, &module.name)?;
+            }
+            if module.strength.is_none() && module.key.starts_with(PEFT_BEGINNING) {
+                return Err(PeftStrengths::missing(&path));
+            }
         }
         Ok(Self { path, scale, modules, unknown })
     }
@@ -88,8 +95,8 @@ impl Lora {
 ///
 /// Errors: one [`Error::Lora`] for the first file with keys of no known layout, of no weight of this model or of other shapes, all listed;
 /// those of `open`.
-pub(crate) fn additions(loras: &[Lora], open: impl Fn(Part) -> Result<Option<Weights>>) -> Result<BTreeMap<&'static str, Additions>> {
-    let mut additions: BTreeMap<&'static str, Additions> = BTreeMap::new();
+pub(crate) fn additions(loras: &[Lora], open: impl Fn(Part) -> Result<Option<Weights>>) -> Result<BTreeMap<Part, Additions>> {
+    let mut additions: BTreeMap<Part, Additions> = BTreeMap::new();
     let mut unknown: Vec<Vec<String>> = loras.iter().map(|lora| lora.unknown.clone()).collect();
     for part in [Part::Unet, Part::TextEncoder, Part::TextEncoder2] {
         if !loras.iter().any(|lora| lora.concerns(part)) {
@@ -104,7 +111,7 @@ pub(crate) fn additions(loras: &[Lora], open: impl Fn(Part) -> Result<Option<Wei
                     _ => Err(format!("{} (the model has no {part})", module.key)),
                 };
                 match found {
-                    Ok((key, addition)) => additions.entry(part.name()).or_default().entry(key).or_default().push(addition),
+                    Ok((key, addition)) => additions.entry(part).or_default().entry(key).or_default().push(addition),
                     Err(problem) => unknown.push(problem),
                 }
             }
@@ -119,7 +126,7 @@ pub(crate) fn additions(loras: &[Lora], open: impl Fn(Part) -> Result<Option<Wei
 impl Module {
     /// The weight it belongs to and what is added, or what is wrong with it.
     fn fit(&self, weights: &Weights, names: &Names, scale: f64) -> Result<(String, Addition), String> {
-        let Self { key, name, spelling, down, up, alpha, .. } = self;
+        let Self { key, name, spelling, down, up, strength, .. } = self;
         let module = names.find(name, *spelling).ok_or_else(|| key.clone())?;
         let weight = format!("{module}.weight");
         let (Some(down), Some(up)) = (down, up) else { return Err(format!("{key} (without its other half)")) };
@@ -135,34 +142,8 @@ impl Module {
             return Err(format!("{key} ({down_shape:?} and {up_shape:?} for {weight} of {shape:?})"));
         }
         let rank = down_shape.first().copied().unwrap_or(1).max(1) as f64;
-        let scale = scale * alpha.map_or(1.0, |alpha| alpha / rank);
+        let scale = scale * strength.map_or(1.0, |strength| strength.at(rank));
         Ok((weight, Addition { down: down.clone(), up: up.clone(), scale }))
-    }
-}
-
-/// What PEFT's metadata say of alphas.
-struct PeftScales(serde_json::Map<String, Value>);
-
-impl PeftScales {
-    fn read(path: &Path, weights: &Weights) -> Result<Self> {
-        let settings = weights.metadata(PEFT_METADATA).and_then(|text| serde_json::from_str::<Value>(&text).ok());
-        let Some(Value::Object(settings)) = settings else { return Ok(Self(serde_json::Map::new())) };
-        for (name, value) in &settings {
-            if (name.ends_with("use_dora") || name.ends_with("use_rslora")) && value == &Value::Bool(true) {
-                let hint = format!("{}: plain LoRA can be merged", path.display());
-                return Err(Error::Unsupported { what: format!("{name} = true"), hint });
-            }
-        }
-        Ok(Self(settings))
-    }
-
-    /// The alpha of a module: its own, or that of all.
-    fn alpha(&self, part: Part, module: &str) -> Option<f64> {
-        let setting = |name: &str| self.0.get(&format!("{part}.{name}")).or_else(|| self.0.get(name));
-        let own = setting("alpha_pattern").and_then(Value::as_object).and_then(|pattern| {
-            pattern.iter().find(|(name, _)| module == name.as_str() || module.ends_with(&format!(".{name}"))).map(|(_, alpha)| alpha)
-        });
-        own.or_else(|| setting("lora_alpha"))?.as_f64()
     }
 }
 

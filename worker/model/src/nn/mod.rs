@@ -106,8 +106,13 @@ pub struct LayerNorm {
 impl LayerNorm {
     /// Takes `weight` and `bias`, both `[width]`.
     pub fn new<'a>(scope: impl Borrow<Scope<'a>>, width: i64, eps: f64) -> Self {
+        Self::named(scope, ["weight", "bias"], width, eps)
+    }
+
+    /// As [`LayerNorm::new`], where a file calls scale and shift otherwise.
+    pub(crate) fn named<'a>(scope: impl Borrow<Scope<'a>>, [weight, bias]: [&str; 2], width: i64, eps: f64) -> Self {
         let scope = scope.borrow();
-        Self { weight: scope.tensor("weight", &[width]), bias: scope.tensor("bias", &[width]), eps, kernels: scope.kernels() }
+        Self { weight: scope.tensor(weight, &[width]), bias: scope.tensor(bias, &[width]), eps, kernels: scope.kernels() }
     }
 
     /// Shapes: `[.., width]`, kept.

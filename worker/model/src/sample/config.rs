@@ -5,7 +5,7 @@ use std::path::Path;
 use serde::Deserialize;
 use serde_json::Value;
 
-use crate::config::{Supported, parse_config, read_config};
+use crate::config::{Supported, parse_config, read_config, unsupported_setting};
 use crate::schedule::{
     BetaSchedule, FinalSigma, ImpossiblePlan, NoiseConfig, NoiseSchedule, Plan, Prediction, Scheduler, SolverConfig, TimestepSpacing,
 };
@@ -28,6 +28,21 @@ const SUPPORTED: &[Supported] = &[
     ("use_lu_lambdas", "[false, null]"),
 ];
 
+/// Likewise of DPM-Solver alone, with the values that make DPM-Solver++ 2M of it; diffusers takes two names of other solvers' for the first
+/// and the third of these.
+const DPM_SUPPORTED: &[Supported] = &[
+    ("algorithm_type", r#"["dpmsolver++", "deis"]"#),
+    ("solver_order", "[2]"),
+    ("solver_type", r#"["midpoint", "logrho", "bh1", "bh2"]"#),
+    ("lower_order_final", "[true]"),
+    ("euler_at_final", "[false, null]"),
+    // A limit leaves out the timesteps of least signal.
+    ("lambda_min_clipped", "[null]"),
+];
+
+/// How the names of the classes begin that read [`DPM_SUPPORTED`].
+const DPM_CLASSES: &str = "DPMSolverMultistep";
+
 /// The noise schedule a model was trained with, and how it asks to be sampled.
 ///
 /// The file may have been written for any scheduler of diffusers; what it says serves all that are computed here.
@@ -39,6 +54,8 @@ pub struct SchedulerConfig {
     pub solver: SolverConfig,
     /// Whether the file asks for data predictions to be clipped, which only some schedulers do.
     clips: bool,
+    /// The first setting of the scheduler that the file was written for which makes another solver of it than is computed here.
+    other_solver: Option<String>,
 }
 
 /// What is asked of a solver instead of what the model's configuration says.
@@ -119,6 +136,7 @@ impl SchedulerConfig {
 
     /// As [`SchedulerConfig::load`], of settings that were read already; `path` names them in errors.
     pub(crate) fn parse(path: &Path, settings: Value) -> Result<Self> {
+        let other = unsupported_setting(&settings, DPM_SUPPORTED);
         let file: File = parse_config(path, settings, SUPPORTED)?;
         let betas_are_sane = match &file.trained_betas {
             Some(betas) => !betas.is_empty() && betas.iter().all(|&beta| beta > 0.0 && beta < 1.0),
@@ -164,6 +182,7 @@ impl SchedulerConfig {
                 lcm_timestep_scaling: file.timestep_scaling,
             },
             clips: file.clip_sample.unwrap_or(false),
+            other_solver: other.map(|(setting, _)| setting).filter(|_| file.class.starts_with(DPM_CLASSES)),
         })
     }
 
@@ -182,11 +201,16 @@ impl SchedulerConfig {
     /// Plans `num_steps` steps.
     ///
     /// Errors: [`Error::Unsupported`] for a number of steps that the scheduler cannot make, for Karras' noise levels with a scheduler that
-    /// has none, or for DDIM and LCM where the configuration asks for clipping.
+    /// has none, for DDIM and LCM where the configuration asks for clipping, or for the model's own DPM-Solver where it is another than is
+    /// computed here.
     pub fn plan(&self, choice: SolverChoice, num_steps: usize) -> Result<Plan> {
         let config = self.solver_with(choice);
         let scheduler = config.scheduler;
         let unsupported = |what: String, hint: String| Err(Error::Unsupported { what, hint });
+        if let (None, Some(setting)) = (choice.scheduler, &self.other_solver) {
+            let names = Scheduler::ALL.map(Scheduler::name).join(", ");
+            return unsupported(format!("{setting} of the model's own scheduler"), format!("give --scheduler, one of {names}"));
+        }
         if choice.karras == Some(true) && !matches!(scheduler, Scheduler::DpmSolver | Scheduler::Euler) {
             let hint = format!("{} and {} can have them", Scheduler::DpmSolver.name(), Scheduler::Euler.name());
             return unsupported(format!("{scheduler} with Karras' noise levels"), hint);
@@ -257,6 +281,36 @@ mod tests {
         let ancestral = SolverChoice { scheduler: Some(Scheduler::EulerAncestral), ..choice };
         assert!(config.plan(ancestral, 10).unwrap_err().to_string().contains("Karras"));
         assert!(config.plan(choice, 1000).unwrap_err().to_string().contains("between 1 and 999"));
+    }
+
+    /// The first file is what diffusers 0.35 saves of `DPMSolverMultistepScheduler()`, but for what is common to all schedulers.
+    #[test]
+    fn another_dpm_solver_of_the_model_is_refused_unless_a_scheduler_is_asked_for() {
+        let own = r#"{"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "dpmsolver++", "dynamic_thresholding_ratio": 0.995,
+            "euler_at_final": false, "final_sigmas_type": "zero", "flow_shift": 1.0, "lambda_min_clipped": -Infinity,
+            "lower_order_final": true, "rescale_betas_zero_snr": false, "sample_max_value": 1.0, "solver_order": 2,
+            "solver_type": "midpoint", "thresholding": false, "use_lu_lambdas": false, "variance_type": null}"#;
+        let (as_is, chosen) = (SolverChoice::default(), SolverChoice::of(Scheduler::DpmSolver));
+        assert!(load(own).unwrap().plan(as_is, 10).is_ok());
+        assert!(load(&own.replace("midpoint", "bh2").replace("\"dpmsolver++\"", "\"deis\"")).unwrap().plan(as_is, 10).is_ok());
+        for (from, to) in [
+            ("\"algorithm_type\": \"dpmsolver++\"", "\"algorithm_type\": \"sde-dpmsolver++\""),
+            ("\"solver_order\": 2", "\"solver_order\": 3"),
+            ("\"solver_type\": \"midpoint\"", "\"solver_type\": \"heun\""),
+            ("\"lower_order_final\": true", "\"lower_order_final\": false"),
+            ("\"euler_at_final\": false", "\"euler_at_final\": true"),
+            ("\"lambda_min_clipped\": -Infinity", "\"lambda_min_clipped\": -5.1"),
+        ] {
+            let other = load(&own.replace(from, to)).unwrap();
+            let error = other.plan(as_is, 10).unwrap_err().to_string();
+            assert!(error.contains(&to.replacen("\":", " =", 1)[1..]) && error.contains("give --scheduler"), "{error}");
+            assert!(other.plan(chosen, 10).is_ok());
+        }
+        // Files written for other schedulers may have settings of the same names.
+        for class in ["EulerDiscreteScheduler", "PNDMScheduler", "UniPCMultistepScheduler", "LCMScheduler"] {
+            let config = format!(r#"{{"_class_name": "{class}", "solver_order": 3, "lower_order_final": false, "clip_sample": false}}"#);
+            assert!(load(&config).unwrap().plan(as_is, 10).is_ok(), "{class}");
+        }
     }
 
     #[test]

@@ -9,6 +9,7 @@ use super::options::SampleOptions;
 use super::pipeline::Sampler;
 use super::solver::Solver;
 use super::task::{Inpainting, Task};
+use crate::controlnet::ControlOptions;
 use crate::text::Conditioning;
 use crate::unet::{Added, ForwardOptions};
 use crate::{Error, Result};
@@ -97,8 +98,8 @@ impl Sampler<'_> {
             let input = solver.input(&latents)?.f_repeat([told.copies, 1, 1, 1])?;
             let residuals = match (&task.control, &control_image) {
                 (Some(control), Some(image)) => {
-                    let (text, added) = (&told.sequence, told.added.as_ref());
-                    Some(control.network.forward(&input, &timesteps, text, added, image, control.scale)?)
+                    let options = ControlOptions { image, scale: control.scale, mask: told.mask.as_ref() };
+                    Some(control.network.forward_with(&input, &timesteps, &told.sequence, told.added.as_ref(), &options)?)
                 }
                 _ => None,
             };
@@ -171,10 +172,15 @@ fn guide(predicted: &Tensor, scale: f64, rescale: f64) -> Result<Tensor> {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use tch::Device;
 
     use super::*;
-    use crate::sample::initial_latents;
+    use crate::controlnet::ControlNet;
+    use crate::sample::{Control, SchedulerConfig, initial_latents};
+    use crate::unet::UNet;
+    use crate::vae::Vae;
 
     #[test]
     fn rescaled_guidance_has_the_contrast_of_the_conditional_prediction() {
@@ -184,5 +190,33 @@ mod tests {
         let guided = guide(&predicted, 7.5, 1.0).unwrap();
         assert!((deviation(&guided) - deviation(&conditional)).abs().max().double_value(&[]) < 1e-5);
         assert!(guide(&predicted, 1.0, 0.0).unwrap().allclose(&conditional, 1e-5, 1e-6, false));
+    }
+
+    /// Text states of masked padding reach the picture neither through the UNet nor through the ControlNet.
+    #[test]
+    fn padding_that_is_masked_is_hidden_from_the_controlnet_too() {
+        tch::set_num_threads(1);
+        let (kind, device) = (Kind::Float, Device::Cpu);
+        let case = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/cases/draw_sd15");
+        let unet = UNet::load(&case.join("unet"), kind, device).unwrap();
+        let vae = Vae::load(&case.join("vae"), kind, device).unwrap();
+        let control = ControlNet::load(&case.join("controlnet"), kind, device).unwrap();
+        let scheduler = SchedulerConfig::load(&case).unwrap();
+        let sampler = Sampler { unet: &unet, vae: &vae, scheduler: &scheduler, device };
+        let side = 8 * control.config().downscale();
+        let image = Tensor::arange(3 * side * side, (kind, device)).sin().abs().view([1, 3, side, side]);
+        let task = Task { control: Some(Control { network: &control, image, scale: 1.0 }), ..Task::default() };
+        let draw = |padding: f64, is_masked: bool| {
+            let words = Tensor::arange(3 * unet.text_width(), (kind, device)).cos().view([1, 3, -1]);
+            let pads = Tensor::full([1, 2, unet.text_width()], padding, (kind, device));
+            let mask = is_masked.then(|| Tensor::from_slice(&[true, true, true, false, false]).unsqueeze(0));
+            let positive = Conditioning { sequence: Tensor::cat(&[words, pads], 1), pooled: None, mask };
+            let options = SampleOptions { num_steps: 2, ..SampleOptions::default() };
+            let initial = initial_latents(1, 0, 1, [4, 8, 8], device).unwrap();
+            let texts = Texts { positive: &positive, negative: None };
+            sampler.denoise(&initial, texts, &options, &task, &mut || panic!("no noise is added")).unwrap()
+        };
+        let apart = |is_masked| (draw(-3.0, is_masked) - draw(5.0, is_masked)).abs().max().double_value(&[]);
+        assert!(apart(false) > 1e-3 && apart(true) == 0.0, "{} and {}", apart(false), apart(true));
     }
 }

@@ -12,7 +12,7 @@ mod task;
 pub use config::{SchedulerConfig, SolverChoice};
 pub use denoise::Texts;
 pub use latents::{Noise, initial_latents};
-pub use options::{Progress, SampleOptions};
+pub use options::{MAX_SIDE, Progress, SampleOptions};
 pub use pipeline::{Drawn, Pipeline, PipelineOptions, Sampler};
 pub use prompter::Prompter;
 pub use solver::Solver;

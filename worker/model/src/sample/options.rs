@@ -4,6 +4,9 @@ use super::config::SolverChoice;
 use crate::schedule::Scheduler;
 use crate::vae::Decoding;
 
+/// Longest side of a picture in pixels: beyond it attention alone would need terabytes.
+pub const MAX_SIDE: i64 = 8192;
+
 /// What to draw, and how.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SampleOptions {

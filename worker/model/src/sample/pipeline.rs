@@ -12,6 +12,7 @@ use super::latents::Noise;
 use super::options::{Progress, SampleOptions};
 use super::prompter::Prompter;
 use super::task::Task;
+use crate::panics::{is_out_of_memory, message};
 use crate::source::ModelSource;
 use crate::unet::UNet;
 use crate::vae::{Decoding, Vae};
@@ -203,21 +204,15 @@ pub struct Drawn {
     pub latents: Tensor,
 }
 
-/// Side of a tile in latents, where memory did not suffice for more.
-const TILE: i64 = 64;
-
 /// Decodes as is asked for; where that runs out of memory, which is a panic of libtorch's, tile by tile.
 fn or_by_tiles(decoding: Decoding, decode: impl Fn(Decoding) -> Result<Tensor>) -> Result<Tensor> {
-    let is_short = |reason: &str| reason.contains("out of memory");
     let can_save = !matches!(decoding, Decoding::Tiled(_));
     // What is half done is dropped on the way out.
     match catch_unwind(AssertUnwindSafe(|| decode(decoding))) {
-        Ok(Err(error)) if can_save && is_short(&error.to_string()) => decode(Decoding::Tiled(TILE)),
+        Ok(Err(error)) if can_save && is_out_of_memory(&error.to_string()) => decode(Decoding::BY_TILES),
         Ok(decoded) => decoded,
-        Err(panic) => {
-            let reason = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
-            if can_save && reason.is_some_and(is_short) { decode(Decoding::Tiled(TILE)) } else { resume_unwind(panic) }
-        }
+        Err(panic) if can_save && is_out_of_memory(message(panic.as_ref())) => decode(Decoding::BY_TILES),
+        Err(panic) => resume_unwind(panic),
     }
 }
 
@@ -294,11 +289,11 @@ mod tests {
         let tried = std::cell::RefCell::new(Vec::new());
         let decode = |decoding| {
             tried.borrow_mut().push(decoding);
-            assert!(decoding == Decoding::Tiled(64), "CUDA out of memory. Tried to allocate 2.00 GiB");
+            assert!(decoding == Decoding::BY_TILES, "CUDA out of memory. Tried to allocate 2.00 GiB");
             Ok(Tensor::from(1.0_f32))
         };
         assert!(or_by_tiles(Decoding::OneByOne, decode).is_ok());
-        assert_eq!(*tried.borrow(), [Decoding::OneByOne, Decoding::Tiled(64)]);
+        assert_eq!(*tried.borrow(), [Decoding::OneByOne, Decoding::BY_TILES]);
         let fails = |decoding, reason: &'static str| catch_unwind(|| or_by_tiles(decoding, |_| panic!("{reason}"))).is_err();
         assert!(fails(Decoding::Tiled(32), "out of memory") && fails(Decoding::Whole, "an illegal instruction"));
     }

@@ -149,7 +149,7 @@ impl BertEncoder {
             device: model.device(),
             word_embeddings: Embedding::new(&embeddings / "word_embeddings", config.vocab_size, width),
             position_embeddings: Frozen::new(&*table("position_embeddings", config.max_position_embeddings) + first_type),
-            layer_norm: LayerNorm::new(&embeddings / "LayerNorm", width, config.layer_norm_eps),
+            layer_norm: layer_norm(&(&embeddings / "LayerNorm"), width, config.layer_norm_eps),
             layers: (0..config.num_hidden_layers).map(|index| Layer::new(model / "encoder" / "layer" / index, &config)).collect(),
             config,
         })
@@ -225,6 +225,12 @@ fn reached(tokens: &Tensor) -> Tensor {
     tokens.to_kind(Kind::Int64).flip([1]).cumsum(1, Kind::Int64).flip([1]).gt(0)
 }
 
+/// A layer norm, also of files converted from BERT's first code, which named scale and shift as its paper does.
+fn layer_norm(scope: &Scope<'_>, width: i64, eps: f64) -> LayerNorm {
+    let names = if scope.has("gamma") { ["gamma", "beta"] } else { ["weight", "bias"] };
+    LayerNorm::named(scope, names, width, eps)
+}
+
 impl Layer {
     fn new(scope: Scope<'_>, config: &BertConfig) -> Self {
         let (width, inner, eps) = (config.hidden_size, config.intermediate_size, config.layer_norm_eps);
@@ -232,10 +238,10 @@ impl Layer {
         Self {
             projections: Linear::stacked_with_bias(&(&attention / "self"), &["query", "key", "value"], width, width),
             attention_output: Linear::new(&attention / "output" / "dense", width, width, true),
-            attention_norm: LayerNorm::new(&attention / "output" / "LayerNorm", width, eps),
+            attention_norm: layer_norm(&(&attention / "output" / "LayerNorm"), width, eps),
             intermediate: Linear::new(&scope / "intermediate" / "dense", width, inner, true),
             output: Linear::new(&scope / "output" / "dense", inner, width, true),
-            output_norm: LayerNorm::new(&scope / "output" / "LayerNorm", width, eps),
+            output_norm: layer_norm(&(&scope / "output" / "LayerNorm"), width, eps),
         }
     }
 
@@ -308,6 +314,23 @@ mod tests {
         for pad in [7.into(), (-1).into(), serde_json::Value::Null] {
             assert!(matches!(read(pad).err().unwrap(), Error::Invalid { .. }));
         }
+    }
+
+    #[test]
+    fn norms_of_the_first_code_are_read_by_their_old_names() {
+        let demo = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/demo/model/text_encoder_zh");
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::copy(demo.join("config.json"), dir.path().join("config.json")).unwrap();
+        let renamed = |key: String| {
+            let old = key.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta");
+            format!("bert.{old}")
+        };
+        let tensors = Tensor::read_safetensors(demo.join("model.safetensors")).unwrap();
+        let tensors: Vec<_> = tensors.into_iter().map(|(key, tensor)| (renamed(key), tensor)).collect();
+        assert!(tensors.iter().any(|(key, _)| key == "bert.encoder.layer.0.attention.output.LayerNorm.gamma"));
+        Tensor::write_safetensors(&tensors, dir.path().join("model.safetensors")).unwrap();
+        let states = |dir: &Path| BertEncoder::load(dir, Kind::Float, Device::Cpu).unwrap().forward(&[vec![2, 5, 8, 3]], 0).unwrap();
+        assert_eq!(states(dir.path()), states(&demo));
     }
 
     #[test]

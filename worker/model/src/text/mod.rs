@@ -23,5 +23,5 @@ pub use sdxl::{SdxlTextEncoders, TextStates};
 pub(crate) use source::own_weights;
 pub use student::{StudentEncoder, StudentOptions};
 pub use t5::T5Encoder;
-pub(crate) use tokenizer::fuzz_sentencepiece;
 pub use tokenizer::{TextTokenizer, TokenizerKind};
+pub(crate) use tokenizer::{fuzz_sentencepiece, sketch as sketch_tokenizer};

@@ -22,6 +22,9 @@ pub(super) struct Source {
 /// Names open_clip gives a model's weights, in the order they are looked for; the names of transformers come after them.
 const OPEN_CLIP_WEIGHTS: [&str; 3] = ["open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin"];
 
+/// Where a folder keeps what is not in its weights; the first says that they are open_clip's.
+pub(super) const CONFIGURATIONS: [&str; 2] = ["open_clip_config.json", "config.json"];
+
 /// How the file names of Chinese-CLIP's authors begin and end.
 const CHINESE_CLIP_WEIGHTS: (&str, [&str; 2]) = ("clip_cn_", [".pt", ".safetensors"]);
 
@@ -57,14 +60,13 @@ impl Source {
     /// published with.
     /// Errors: [`Error::Io`] and [`Error::Invalid`] for files that cannot be read, [`Error::Unsupported`] for models that cannot be loaded.
     pub(super) fn open(dir: &Path) -> Result<Self> {
-        let open_clip = dir.join("open_clip_config.json");
+        let [open_clip, config] = CONFIGURATIONS.map(|name| dir.join(name));
         if open_clip.is_file() {
             return Self::open_clip(dir, &open_clip);
         }
         if let Some(file) = chinese_clip_file(dir)? {
             return Self::chinese_clip(dir, &file);
         }
-        let config = dir.join("config.json");
         if !config.is_file() {
             let (start, _) = CHINESE_CLIP_WEIGHTS;
             let reason = format!("holds no text encoder; looked for open_clip_config.json, {start}*.pt and config.json");

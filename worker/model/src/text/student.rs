@@ -11,9 +11,9 @@ use super::clean::Cleaning;
 use super::clip::ClipTextEncoder;
 use super::config::{Architecture, TextSettings};
 use super::dropout::Dropout;
-use super::source::{CHINESE_CLIP_LAYERS, Source, chinese_clip_sizes};
+use super::source::{CHINESE_CLIP_LAYERS, CONFIGURATIONS, Source, chinese_clip_sizes};
 use super::t5::T5Encoder;
-use super::tokenizer::{TextTokenizer, TokenizerKind};
+use super::tokenizer::{TextTokenizer, TokenizerKind, sketch as sketch_tokenizer, sketch_files};
 use crate::hub::locate;
 use crate::weights::{Frozen, Survey, Weights};
 use crate::{Error, Result};
@@ -119,11 +119,22 @@ impl StudentEncoder {
         Ok(Self { parts: vec![part], context_length, dropout: options.dropout, device: options.device })
     }
 
+    /// Hands over what tells a folder's encoders from others, always in the same order: configurations, tokenizers, and samples of the
+    /// weights (see [`Weights::sketch`]). It does not depend on where the folder lies.
+    ///
+    /// Errors: [`Error::Io`] and [`Error::Invalid`] for files that cannot be read, [`Error::Unsupported`] for models that cannot be loaded.
+    pub fn sketch(dir: &Path, take: &mut dyn FnMut(&[u8])) -> Result<()> {
+        for dir in folders(dir)? {
+            sketch_files(&dir, &CONFIGURATIONS, take)?;
+            sketch_tokenizer(&dir, take)?;
+            Source::open(&dir)?.weights.sketch(take);
+        }
+        Ok(())
+    }
+
     fn open(dir: &Path, context_length: i64, options: StudentOptions, shapes_only: bool) -> Result<Self> {
-        let dir = locate(dir)?;
-        let pair = PAIR.map(|name| dir.join(name));
         let load = |dir: &PathBuf| Part::load(dir, context_length, options, shapes_only);
-        let parts = if pair.iter().all(|part| part.is_dir()) { pair.iter().map(load).collect::<Result<_>>()? } else { vec![load(&dir)?] };
+        let parts = folders(dir)?.iter().map(load).collect::<Result<_>>()?;
         Ok(Self { parts, context_length, dropout: options.dropout, device: options.device })
     }
 
@@ -185,6 +196,13 @@ impl StudentEncoder {
     pub fn context_length(&self) -> i64 {
         self.context_length
     }
+}
+
+/// The folders of the encoders that a path or a name on the hub stands for: one, or a pair.
+fn folders(dir: &Path) -> Result<Vec<PathBuf>> {
+    let dir = locate(dir)?;
+    let pair = PAIR.map(|name| dir.join(name));
+    Ok(if pair.iter().all(|part| part.is_dir()) { pair.into() } else { vec![dir] })
 }
 
 impl Part {
@@ -521,6 +539,41 @@ mod tests {
         let last = alt_clip.iter().rposition(|&token| token).unwrap();
         assert!(alt_clip[..last].iter().all(|&token| token));
         assert!(xlm_roberta[..=last].iter().filter(|&&token| !token).count() == 1, "{xlm_roberta:?}");
+    }
+
+    #[test]
+    fn a_sketch_covers_both_encoders_of_a_pair() {
+        let folder = tempfile::tempdir().unwrap();
+        let sketch = || {
+            let mut pieces = Vec::new();
+            StudentEncoder::sketch(folder.path(), &mut |piece| pieces.push(piece.to_vec())).unwrap();
+            pieces
+        };
+        for part in PAIR {
+            let (from, to) = (golden("student_pair").join(part), folder.path().join(part));
+            std::fs::create_dir(&to).unwrap();
+            for entry in std::fs::read_dir(from).unwrap() {
+                let path = entry.unwrap().path();
+                std::fs::copy(&path, to.join(path.file_name().unwrap())).unwrap();
+            }
+        }
+        let same = sketch();
+        for part in PAIR {
+            for file in ["model.safetensors", "config.json"] {
+                let path = folder.path().join(part).join(file);
+                let bytes = std::fs::read(&path).unwrap();
+                let mut other = bytes.clone();
+                if file == "config.json" {
+                    other.push(b' ')
+                } else {
+                    *other.last_mut().unwrap() ^= 1
+                }
+                std::fs::write(&path, other).unwrap();
+                assert_ne!(sketch(), same, "{part}/{file}");
+                std::fs::write(&path, bytes).unwrap();
+            }
+        }
+        assert_eq!(sketch(), same);
     }
 
     #[test]

@@ -27,6 +27,35 @@ pub struct TextTokenizer {
     length: usize,
 }
 
+/// What makes a tokenizer of its own, whatever its kind.
+const WHOLE_FILE: &str = "tokenizer.json";
+/// What says how the others are meant.
+const CONFIG_FILE: &str = "tokenizer_config.json";
+/// What a tokenizer is read from where there is no [`WHOLE_FILE`], of all kinds.
+const VOCABULARY_FILES: [&str; 5] = ["merges.txt", "sentencepiece.bpe.model", "spiece.model", "vocab.json", "vocab.txt"];
+
+/// Hands over name and content of the files in a folder that decide token ids, always in the same order.
+///
+/// Errors: [`Error::Io`], naming the file.
+pub(crate) fn sketch(dir: &Path, take: &mut dyn FnMut(&[u8])) -> Result<()> {
+    let vocabulary: &[&str] = if dir.join(WHOLE_FILE).is_file() { &[WHOLE_FILE] } else { &VOCABULARY_FILES };
+    sketch_files(dir, &[vocabulary, &[CONFIG_FILE]].concat(), take)
+}
+
+/// Hands over name and content of those of the files that a folder has.
+///
+/// Errors: [`Error::Io`], naming the file.
+pub(super) fn sketch_files(dir: &Path, names: &[&str], take: &mut dyn FnMut(&[u8])) -> Result<()> {
+    for name in names {
+        let path = dir.join(name);
+        if path.is_file() {
+            take(name.as_bytes());
+            take(&std::fs::read(&path).map_err(|source| Error::Io { path, source })?);
+        }
+    }
+    Ok(())
+}
+
 /// The part of `tokenizer_config.json` that bears on token ids.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
@@ -48,7 +77,21 @@ struct TokenizerConfig {
     do_lower_case: Option<bool>,
     strip_accents: Option<bool>,
     tokenize_chinese_chars: Option<bool>,
+    /// What cuts a text into words before BERT's pieces; absent or "basic": spaces and punctuation.
+    word_tokenizer_type: Option<String>,
 }
+
+/// The part of a model's `config.json` that bears on its tokenizer.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct ModelConfig {
+    tokenizer_class: Option<String>,
+    /// Of a model of texts and images.
+    text_config: Option<Box<ModelConfig>>,
+}
+
+/// The one [`TokenizerConfig::word_tokenizer_type`] that is computed.
+const BASIC: &str = "basic";
 
 /// A special token as configurations write it: its text, or an object with matching options.
 #[derive(Debug, Clone, Deserialize)]
@@ -84,11 +127,12 @@ pub enum TokenizerKind {
 }
 
 impl TokenizerKind {
-    /// What reads the files of a class of transformers; `None` for the classes that leave it to `tokenizer.json`.
+    /// What reads the files of a class of transformers; `None` for the classes that can be read from a `tokenizer.json` alone.
     fn of_class(class: &str) -> Option<Self> {
         Some(match class.strip_suffix("Fast").unwrap_or(class) {
             "CLIPTokenizer" => Self::Clip,
-            "BertTokenizer" => Self::Bert,
+            // The others are copies of the first.
+            "BertTokenizer" | "DistilBertTokenizer" | "ElectraTokenizer" | "MobileBertTokenizer" => Self::Bert,
             "RobertaTokenizer" => Self::Roberta,
             "XLMRobertaTokenizer" => Self::XlmRoberta,
             "T5Tokenizer" | "MT5Tokenizer" => Self::T5,
@@ -115,13 +159,13 @@ impl SpecialToken {
 }
 
 impl TextTokenizer {
-    /// Reads the tokenizer of a folder: of the kind `tokenizer_config.json` names, else `usual`.
+    /// Reads the tokenizer of a folder: of the kind that `tokenizer_config.json` names, or an older `config.json`; else `usual`.
     ///
     /// Models are not tied to the tokenizer of their own kind: Korean RoBERTas, say, use BERT's.
-    /// Errors: [`Error::Io`] and [`Error::Invalid`], naming the file; [`Error::Unsupported`] for a sentencepiece of another algorithm.
+    /// Errors: [`Error::Io`] and [`Error::Invalid`], naming the file; [`Error::Unsupported`] for a sentencepiece of another algorithm, and
+    /// for a kind that is not known here (MeCab's words, say) where there is no `tokenizer.json`.
     pub fn open(dir: &Path, usual: TokenizerKind, length: usize) -> Result<Self> {
-        let named = TokenizerConfig::read(dir)?.tokenizer_class.as_deref().and_then(TokenizerKind::of_class);
-        match named.unwrap_or(usual) {
+        match TokenizerConfig::read(dir)?.kind(dir)?.unwrap_or(usual) {
             TokenizerKind::Clip => Self::clip(dir, length),
             TokenizerKind::Bert => Self::bert(dir, length),
             TokenizerKind::Roberta => Self::roberta(dir, length),
@@ -247,7 +291,7 @@ impl TextTokenizer {
         pad: &SpecialToken,
         other: impl FnOnce() -> Result<Tokenizer>,
     ) -> Result<Self> {
-        let path = dir.join("tokenizer.json");
+        let path = dir.join(WHOLE_FILE);
         let (path, inner) = if path.is_file() {
             let bytes = std::fs::read(&path).map_err(|source| Error::Io { path: path.clone(), source })?;
             let inner = Tokenizer::from_bytes(bytes).map_err(|error| not_a_tokenizer(&path, &error.to_string()))?;
@@ -373,8 +417,33 @@ fn bert_words(path: &Path, vocab: &BTreeMap<String, u32>, config: &TokenizerConf
 impl TokenizerConfig {
     /// Reads `tokenizer_config.json`; a folder without one uses the defaults of its kind.
     fn read(dir: &Path) -> Result<Self> {
-        let path = dir.join("tokenizer_config.json");
+        let path = dir.join(CONFIG_FILE);
         if path.is_file() { read_config(&path, &[]) } else { Ok(Self::default()) }
+    }
+
+    /// The kind of a folder's tokenizer; `None` if none is named, or one that is read from its `tokenizer.json` alone.
+    ///
+    /// Errors: as [`TextTokenizer::open`].
+    fn kind(&self, dir: &Path) -> Result<Option<TokenizerKind>> {
+        let class = match &self.tokenizer_class {
+            Some(class) => Some(class.clone()),
+            None => ModelConfig::read(dir)?.class(),
+        };
+        let kind = class.as_deref().and_then(TokenizerKind::of_class);
+        if dir.join(WHOLE_FILE).is_file() {
+            return Ok(kind);
+        }
+        let words =
+            self.word_tokenizer_type.as_deref().filter(|&words| words != BASIC).map(|words| format!("word_tokenizer_type {words:?}"));
+        let class = class.filter(|_| kind.is_none()).map(|class| format!("tokenizer_class {class:?}"));
+        match words.or(class) {
+            None => Ok(kind),
+            Some(what) => {
+                // The usual kind would read the vocabulary, too, and make other ids of the same texts.
+                let hint = format!("convert the tokenizer of {} to a {WHOLE_FILE}, or take an encoder that has one", dir.display());
+                Err(Error::Unsupported { what, hint })
+            }
+        }
     }
 
     /// RoBERTa's and XLM-R's special tokens, in the order of XLM-R's ids: start, pad, end, unknown, mask.
@@ -387,6 +456,19 @@ impl TokenizerConfig {
             token(&self.unk_token, "<unk>"),
             self.mask_token.clone().unwrap_or(mask),
         ]
+    }
+}
+
+impl ModelConfig {
+    /// Reads `config.json`; a folder without one says nothing.
+    fn read(dir: &Path) -> Result<Self> {
+        let path = dir.join("config.json");
+        if path.is_file() { read_config(&path, &[]) } else { Ok(Self::default()) }
+    }
+
+    /// The class it names for the whole model, or for its texts.
+    fn class(self) -> Option<String> {
+        self.tokenizer_class.or_else(|| self.text_config?.class())
     }
 }
 

@@ -38,6 +38,9 @@ pub struct UNet {
     text_projection: Option<TextProjection>,
 }
 
+/// What a forward pass is called in errors.
+const WHAT: &str = "UNet::forward";
+
 /// What SDXL's UNet is told beside the token states.
 #[derive(Debug)]
 pub struct Added {
@@ -174,9 +177,9 @@ impl UNet {
         added: Option<&Added>,
         options: &ForwardOptions,
     ) -> Result<UNetOutput> {
-        self.trunk.check("UNet::forward", sample, timesteps, text, added)?;
+        self.trunk.check(WHAT, sample, timesteps, text, added)?;
         let (sample, text) = (sample.to_kind(self.kind()), text.to_kind(self.kind()));
-        let (time, bias) = (self.trunk.time(timesteps, added), self.attention_bias(&text, options.mask)?);
+        let (time, bias) = (self.trunk.time(timesteps, added), self.trunk.attention_bias(WHAT, &text, options.mask)?);
         let projected = self.text_projection.as_ref().map_or_else(Vec::new, |projection| projection.forward(&text));
         let condition = Condition { time: &time, text: &text, projected: &projected, bias: bias.as_ref() };
         let mut pass = Pass::new(condition, self.trunk.input(&sample));
@@ -198,9 +201,9 @@ impl UNet {
         mask: Option<&Tensor>,
         loss: impl FnOnce(&UNetOutput) -> Result<(Tensor, T)>,
     ) -> Result<(TextGradients, T)> {
-        self.trunk.check("UNet::forward", sample, timesteps, text, added)?;
+        self.trunk.check(WHAT, sample, timesteps, text, added)?;
         let (sample, text) = (sample.to_kind(self.kind()), text.detach().to_kind(self.kind()));
-        let bias = self.attention_bias(&text, mask)?;
+        let bias = self.trunk.attention_bias(WHAT, &text, mask)?;
         let added =
             added.map(|added| Added { pooled: added.pooled.detach().set_requires_grad(true), time_ids: added.time_ids.shallow_clone() });
 
@@ -232,17 +235,6 @@ impl UNet {
             _ => None,
         };
         Ok((TextGradients { text, pooled }, rest))
-    }
-
-    /// What hides the unmasked text states from cross-attention, `[B, 1, 1, L]`.
-    fn attention_bias(&self, text: &Tensor, mask: Option<&Tensor>) -> Result<Option<Tensor>> {
-        let Some(mask) = mask else { return Ok(None) };
-        if mask.size() != text.size()[..2] || mask.kind() != Kind::Bool {
-            let detail = format!("a mask of {:?} {:?} for text of {:?}", mask.kind(), mask.size(), text.size());
-            return Err(Error::Shape { what: "UNet::forward", detail });
-        }
-        let shown = Tensor::zeros([], (self.kind(), text.device()));
-        Ok(Some(shown.where_scalarother(mask, f64::NEG_INFINITY).to_kind(self.kind()).unsqueeze(1).unsqueeze(1)))
     }
 
     /// Everything between the first convolution and the prediction.

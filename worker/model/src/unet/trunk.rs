@@ -113,6 +113,19 @@ impl Trunk {
         time.silu()
     }
 
+    /// What hides the unmasked text states from cross-attention, `[B, 1, 1, L]`; `what` names the forward pass in the error.
+    ///
+    /// Shapes: `text` `[B, L, D]`, of the network's kind; `mask` bool `[B, L]`. Errors: [`Error::Shape`] for another mask.
+    pub(crate) fn attention_bias(&self, what: &'static str, text: &Tensor, mask: Option<&Tensor>) -> Result<Option<Tensor>> {
+        let Some(mask) = mask else { return Ok(None) };
+        if mask.size() != text.size()[..2] || mask.kind() != Kind::Bool {
+            let detail = format!("a mask of {:?} {:?} for text of {:?}", mask.kind(), mask.size(), text.size());
+            return Err(Error::Shape { what, detail });
+        }
+        let shown = Tensor::zeros([], (self.kind, text.device()));
+        Ok(Some(shown.where_scalarother(mask, f64::NEG_INFINITY).to_kind(self.kind).unsqueeze(1).unsqueeze(1)))
+    }
+
     /// The input convolution.
     pub(crate) fn input(&self, sample: &Tensor) -> Tensor {
         self.conv_in.forward(sample)

@@ -21,6 +21,11 @@ pub enum Decoding {
     Tiled(i64),
 }
 
+impl Decoding {
+    /// Tiles of the usual side, which fit into the memory of any device.
+    pub const BY_TILES: Self = Self::Tiled(64);
+}
+
 impl Vae {
     /// Decodes as [`Vae::decode`] does, with as much memory as `decoding` takes.
     ///

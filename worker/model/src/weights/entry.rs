@@ -7,6 +7,9 @@ use tch::{Device, Kind, Tensor};
 /// Most bytes a tensor may have that repeats elements of its storage (an expanded view): such a file is small whatever it claims to hold.
 const MAX_EXPANDED_BYTES: i64 = 64 << 20;
 
+/// Bytes of each sample of a tensor that it is told from others by.
+const SAMPLE_BYTES: usize = 64;
+
 /// The tensors of a file, by name.
 pub(crate) type Entries = Vec<(String, Entry)>;
 
@@ -70,6 +73,15 @@ impl Entry {
     /// Bytes in the file that the tensor is made of.
     pub(super) fn num_bytes(&self) -> u64 {
         self.bytes.len() as u64
+    }
+
+    /// What the tensor is, in words, and the first bytes of it in `file`, those in its middle and its last.
+    pub(super) fn sketch<'a>(&self, file: &'a [u8]) -> (String, impl Iterator<Item = &'a [u8]> + use<'a>) {
+        let Self { bytes, kind, shape, strides } = self;
+        let length = bytes.len().min(SAMPLE_BYTES);
+        let last = bytes.end - length;
+        let samples = [bytes.start, bytes.start + (last - bytes.start) / 2, last];
+        (format!("{kind:?} {shape:?} {strides:?}"), samples.into_iter().filter_map(move |at| file.get(at..at + length)))
     }
 
     /// The part of the tensor between two rows: a look at the same bytes. `None` if it has fewer.

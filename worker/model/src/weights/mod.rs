@@ -166,6 +166,17 @@ impl Weights {
         self.entries.get(key).cloned()
     }
 
+    /// Hands over what tells these tensors from others, in the order of their keys: key, kind, shape and layout of each, and some of its bytes
+    /// as they are stored. Few pages of the files are read. Training changes nearly all weights; what was changed in few places may look the
+    /// same.
+    pub fn sketch(&self, take: &mut dyn FnMut(&[u8])) {
+        for (key, Stored { map, entry }) in &self.entries {
+            let (description, samples) = entry.sketch(map);
+            take(format!("{key} {description}").as_bytes());
+            samples.for_each(&mut *take);
+        }
+    }
+
     /// How many elements were asked for so far, and in which kinds they lie on disk.
     pub fn survey(&self) -> Survey {
         let mut kinds: Vec<(Kind, u64)> = Vec::new();

@@ -68,6 +68,28 @@ fn shapes_are_checked_as_strictly_without_reading_a_tensor() {
 }
 
 #[test]
+fn a_sketch_tells_names_shapes_and_numbers_apart_at_both_ends_and_in_the_middle() {
+    let sketch = |name: &str, shape: Vec<usize>, changed: Option<usize>| {
+        let mut bytes: Vec<u8> = half_bytes(&[0.5; 300]);
+        changed.into_iter().for_each(|at| bytes[2 * at] ^= 1);
+        let tensors = [(name, TensorView::new(Dtype::F16, shape, &bytes).unwrap())];
+        let mut pieces = Vec::new();
+        open_bytes(&serialize(tensors, None).unwrap()).unwrap().sketch(&mut |piece| pieces.push(piece.to_vec()));
+        assert!(pieces.len() == 4 && pieces.iter().all(|piece| piece.len() <= 64));
+        pieces
+    };
+    let same = sketch("a", vec![3, 100], None);
+    assert_eq!(sketch("a", vec![3, 100], None), same);
+    for other in [sketch("b", vec![3, 100], None), sketch("a", vec![100, 3], None)] {
+        assert_ne!(other, same);
+    }
+    for changed in [0, 150, 299] {
+        assert_ne!(sketch("a", vec![3, 100], Some(changed)), same, "number {changed}");
+    }
+    assert_eq!(sketch("a", vec![3, 100], Some(70)), same, "it is a sample");
+}
+
+#[test]
 fn truncated_and_lying_files_are_refused() {
     let whole = sample_file();
     let mut overlong_header = whole.clone();

@@ -20,8 +20,6 @@ use crate::args::{Args, Decode, Thresholds};
 const STRENGTH: f64 = 0.8;
 /// The same for an inpainting SDXL, as its published pipeline has it: a little less than all, so that the picture shows through.
 const INPAINT_STRENGTH: f64 = 0.9999;
-/// Side of a tile in latents.
-const TILE: i64 = 64;
 
 /// A prompt, with its English where that was given.
 #[derive(Debug, PartialEq, Eq)]
@@ -134,7 +132,7 @@ pub fn plan(args: Args, device: Device) -> anyhow::Result<Plan> {
         Decode::Auto => setup.decoding(&options, device),
         Decode::Whole => Decoding::Whole,
         Decode::Each => Decoding::OneByOne,
-        Decode::Tiles => Decoding::Tiled(TILE),
+        Decode::Tiles => Decoding::BY_TILES,
     };
     let noise = args.latents.as_deref().map(read_latents).transpose()?;
     if let Some(noise) = &noise {

@@ -119,6 +119,55 @@ fn bert_isolates_chinese_characters_and_lowers_case_unless_told_otherwise() {
     assert_eq!(encode("Cafes红"), [2, 9, 8, 5, 3, 0, 0, 0]);
 }
 
+/// A folder of BERT's vocabulary and the given files, and the ids that a tokenizer of the usual kind makes of a word.
+fn open_bert(files: &[(&str, &str)]) -> Result<Vec<i64>> {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("vocab.txt"), "[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\ncafe\n").unwrap();
+    for (name, content) in files {
+        std::fs::write(dir.path().join(name), content).unwrap();
+    }
+    TextTokenizer::open(dir.path(), TokenizerKind::Bert, 4)?.encode(&["Cafe"]).map(|mut ids| ids.remove(0))
+}
+
+#[test]
+fn tokenizers_of_unknown_classes_are_refused_without_tokenizer_json() {
+    let ids = [2, 5, 3, 0];
+    let (own, models) = ("tokenizer_config.json", "config.json");
+    for files in [
+        &[][..],
+        &[(own, r#"{"do_lower_case": true}"#), (models, r#"{"model_type": "bert"}"#)],
+        &[(own, r#"{"tokenizer_class": "BertTokenizerFast", "word_tokenizer_type": "basic"}"#)],
+        &[(own, r#"{"tokenizer_class": "ElectraTokenizer"}"#)],
+        &[(models, r#"{"tokenizer_class": "BertTokenizer"}"#)],
+        // What the tokenizer says of itself comes first.
+        &[(own, r#"{"tokenizer_class": "BertTokenizer"}"#), (models, r#"{"tokenizer_class": "BertJapaneseTokenizer"}"#)],
+        &[(models, r#"{"tokenizer_class": null, "text_config": {"tokenizer_class": "BertTokenizer"}}"#)],
+    ] {
+        assert_eq!(open_bert(files).unwrap(), ids, "{files:?}");
+    }
+    for (name, content, named) in [
+        (own, r#"{"tokenizer_class": "BertJapaneseTokenizer"}"#, "BertJapaneseTokenizer"),
+        (own, r#"{"tokenizer_class": "PreTrainedTokenizerFast"}"#, "PreTrainedTokenizerFast"),
+        (own, r#"{"tokenizer_class": "BertTokenizer", "word_tokenizer_type": "mecab"}"#, "word_tokenizer_type \"mecab\""),
+        (models, r#"{"tokenizer_class": "BertJapaneseTokenizer"}"#, "BertJapaneseTokenizer"),
+        (models, r#"{"text_config": {"tokenizer_class": "AlbertTokenizer"}}"#, "AlbertTokenizer"),
+    ] {
+        let error = open_bert(&[(name, content)]).unwrap_err();
+        let text = error.to_string();
+        assert!(matches!(error, Error::Unsupported { .. }) && text.contains(named) && text.contains("to a tokenizer.json"), "{text}");
+    }
+}
+
+#[test]
+fn a_tokenizer_json_is_read_whatever_its_class() {
+    let dir = copy_of("tokenizer", &["tokenizer.json"]);
+    let of = |config: &str| {
+        std::fs::write(dir.path().join("tokenizer_config.json"), config).unwrap();
+        TextTokenizer::open(dir.path(), TokenizerKind::Clip, 24).unwrap().encode(&TEXTS).unwrap()
+    };
+    assert_eq!(of(r#"{"tokenizer_class": "PreTrainedTokenizerFast"}"#), of(r#"{"tokenizer_class": "CLIPTokenizer"}"#));
+}
+
 #[test]
 fn broken_folders_are_refused_by_file_name() {
     let refuse = |files: &[(&str, &str)], clip: bool, length: usize| {
