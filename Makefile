@@ -1,6 +1,6 @@
 # `make demo` shows everything at once; `make help` lists the rest.
 SHELL := bash
-.PHONY: help setup build demo test test-all soak bench bench-gpu cold-start fuzz man lint lint-deps fmt clean
+.PHONY: help setup build demo test test-all full-size soak bench bench-gpu cold-start fuzz man lint lint-deps fmt clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -45,6 +45,10 @@ test-all: test lint-deps .libtorch/nvidia/cu13/lib/libnvrtc.so.13 ## all tests, 
 	cargo test -p peapod-proto --features otlp --test otlp
 	tests/stores/run.sh
 	tests/containers/run.sh
+
+full-size: setup .bench/.installed ## SDXL and Chinese-CLIP in full size (random weights, 8 GB of disk, 14 GB of memory): check, two steps on the CPU, a picture
+	cargo build --release --workspace
+	tests/full_size/run.sh target/release
 
 # The schemas that the manifests in deploy/ are checked against (140 MB), once. Without them those stories skip.
 .bench/manifests/.installed: tests/manifests/requirements.txt

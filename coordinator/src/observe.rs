@@ -431,7 +431,12 @@ impl Observer {
 impl std::fmt::Display for Summary {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let Self { steps, last_step, first, last, samples, native_share, samples_per_second } = self;
-        writeln!(f, "steps       {steps}, up to step {last_step}, {samples} samples at {} samples/s", rate(*samples_per_second))?;
+        write!(f, "steps       {steps}, up to step {last_step}, {samples} samples")?;
+        // Not known of a single step.
+        if *samples_per_second > 0.0 {
+            write!(f, " at {} samples/s", rate(*samples_per_second))?;
+        }
+        writeln!(f)?;
         writeln!(f, "native      {:.1} % of the samples; the others are parallel", 100.0 * native_share)?;
         writeln!(f, "losses      first step -> mean of the last tenth")?;
         writeln!(f, "  task      {:.4} -> {:.4}", first.task, last.task)?;

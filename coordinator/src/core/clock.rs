@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use peapod_proto::message::ToWorker;
 
-use super::{Core, Effect, JobPhase, Notice, Outcome, Timestamp};
+use super::{Core, Effect, JobPhase, Outcome, Timestamp};
 
 /// How often the waiting notice is repeated.
 pub(super) const ANNOUNCE_EVERY: Duration = Duration::from_secs(5);
@@ -70,7 +70,7 @@ impl Core {
                     self.fail(reason, out);
                 } else if self.next_announcement <= now {
                     self.next_announcement = now + ANNOUNCE_EVERY;
-                    out.push(Effect::Notice(Notice::Waiting { text: self.describe_missing(), left }));
+                    out.push(Effect::Notice(self.waiting(left)));
                 }
             }
             JobPhase::Running { members, .. } if self.checkpoint.next_due <= now && !self.checkpoint.asked => {

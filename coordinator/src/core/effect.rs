@@ -190,6 +190,8 @@ pub enum Notice {
         text: String,
         /// Until the job gives up.
         left: Duration,
+        /// Whether nobody is missing: all are here and load their models, which takes its time.
+        is_usual: bool,
     },
     /// A generation starts.
     Formed {

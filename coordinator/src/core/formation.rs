@@ -170,7 +170,7 @@ impl Core {
         self.checkpoint.farewell_until = None;
         self.next_announcement = now + ANNOUNCE_EVERY;
         if self.candidates().len() < self.config.min_world_size as usize {
-            out.push(Effect::Notice(Notice::Waiting { text: self.describe_missing(), left: self.config.join_timeout }));
+            out.push(Effect::Notice(self.waiting(self.config.join_timeout)));
         }
     }
 
@@ -188,6 +188,13 @@ impl Core {
     }
 
     /// Finds the words of [`Core::waiting_for`]: once an event, as every heartbeat asks for them.
+    /// That the job waits, for `left` at most.
+    pub(super) fn waiting(&self, left: Duration) -> Notice {
+        let is_there = |worker: &&Worker| worker.leaving.is_none();
+        let is_usual = self.workers.values().filter(is_there).count() >= self.config.world_size as usize;
+        Notice::Waiting { text: self.describe_missing(), left, is_usual }
+    }
+
     pub(super) fn describe_missing(&self) -> String {
         let Config { world_size, min_world_size, .. } = self.config;
         let phase = |worker: &Worker| (worker.state == WorkerState::Loading).then_some(worker.phase);

@@ -32,7 +32,10 @@ pub fn told(notice: &Notice) -> (Level, String) {
     match notice {
         Notice::Joined(worker) => info(format!("{worker} joined, training on {}", worker.device)),
         Notice::Ready(worker) => info(format!("{worker} is ready")),
-        Notice::Waiting { text, left } => warning(format!("{text}; giving up in {:.0} s (--join-timeout)", left.as_secs_f64())),
+        Notice::Waiting { text, left, is_usual } => {
+            let text = format!("{text}; giving up in {:.0} s (--join-timeout)", left.as_secs_f64());
+            if *is_usual { info(text) } else { warning(text) }
+        }
         Notice::Formed { generation, num_members, base_step, from_checkpoint } => {
             let from = if *from_checkpoint { " (from its checkpoint)" } else { "" };
             info(format!("{generation}: {num_members} workers train from step {base_step}{from}"))

@@ -12,7 +12,8 @@ pub fn message(payload: &(dyn Any + Send)) -> &str {
 /// Whether a device has failed for want of memory alone, after which it can be used as before.
 #[must_use]
 pub fn is_out_of_memory(problem: &str) -> bool {
-    problem.contains("out of memory")
+    // cuBLAS and cuDNN allocate beside libtorch, when a thread first computes with them, and have words of their own.
+    ["out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED"].iter().any(|words| problem.contains(words))
 }
 
 #[cfg(test)]
@@ -28,5 +29,6 @@ mod tests {
         assert_eq!(said(|| panic!("short")), "short");
         assert_eq!(said(|| panic_any(3)), "a panic without a message");
         assert!(is_out_of_memory("CUDA out of memory. Tried to allocate 2.00 GiB") && !is_out_of_memory("an illegal instruction"));
+        assert!(is_out_of_memory("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"));
     }
 }

@@ -152,12 +152,27 @@ fn incomplete_world_says_for_whom_it_waits_and_ends_with_the_first_failure() {
     world.die(workers[1]);
     world.stopped(workers[0], 0, StopCause::Aborted, vec![]);
     world.pass(59, &workers[..1]);
-    let waits = world.said.iter().filter(|effect| matches!(effect, Effect::Notice(Notice::Waiting { .. }))).count();
+    let waits = world.said.iter().filter(|effect| matches!(effect, Effect::Notice(Notice::Waiting { is_usual: false, .. }))).count();
     assert!((10..=14).contains(&waits), "said every five seconds, not {waits} times");
     world.pass(2, &workers[..1]);
     let Some(Outcome::Failed { reason }) = world.outcome() else { panic!("{:?}", world.outcome()) };
     assert!(reason.contains("rank 1 (pid 1 on host) lost") && reason.contains("waiting for rank 1 for 60 s (--join-timeout)"), "{reason}");
     assert!(matches!(world.sent(workers[0]).last(), Some(ToWorker::Stop { reason: StopReason::Failed, .. })));
+}
+
+#[test]
+fn wait_for_workers_that_are_all_here_and_load_is_no_warning() {
+    let mut world = World::new(config(2));
+    let workers = [world.join(None).unwrap()];
+    let waits = |world: &World| -> Vec<bool> {
+        let usual = |effect: &Effect| if let Effect::Notice(Notice::Waiting { is_usual, .. }) = effect { Some(*is_usual) } else { None };
+        world.said.iter().filter_map(usual).collect()
+    };
+    world.pass(6, &workers);
+    assert_eq!(waits(&world).last(), Some(&false));
+    let workers = [workers[0], world.join(None).unwrap()];
+    world.pass(6, &workers);
+    assert_eq!(waits(&world).last(), Some(&true));
 }
 
 #[test]
