@@ -9,7 +9,7 @@ use peapod_data::Outlook;
 use peapod_proto::ids::{Incarnation, Step, WorkerId};
 use peapod_proto::job::Job;
 use peapod_proto::message::{FromWorker, Hello, ToWorker};
-use peapod_proto::secure::{Access, Link};
+use peapod_proto::secure::Access;
 use peapod_proto::trace::Trace;
 use peapod_proto::{PROGRAM_VERSION, PROTOCOL_VERSION, v1, work_span};
 use tch::Device;
@@ -44,12 +44,11 @@ pub struct Exit {
     pub message: String,
 }
 
-/// The connection that the trainer's thread uses for downloads; it changes with every reconnect.
-type SharedChannel = Arc<Mutex<Option<Session>>>;
+/// What transfers say of themselves, those of the trainer's thread too; it changes with every reconnect.
+type SharedSession = Arc<Mutex<Option<Session>>>;
 
 #[derive(Clone)]
 struct Session {
-    channel: Link,
     worker: WorkerId,
     trace: Trace,
 }
@@ -64,7 +63,7 @@ struct Supervisor {
     control: Arc<Control>,
     outbound: Option<mpsc::Sender<FromWorker>>,
     inbound: Option<Streaming<v1::ToWorker>>,
-    channel: SharedChannel,
+    session: SharedSession,
     local_ip: Option<IpAddr>,
     heartbeat_interval: Duration,
     /// The coordinator's, once it is known.
@@ -109,7 +108,7 @@ pub async fn run(args: Args, device: Device) -> Exit {
         control: Arc::new(Control::default()),
         outbound: None,
         inbound: None,
-        channel: Arc::default(),
+        session: Arc::default(),
         local_ip: None,
         heartbeat_interval: FIRST_HEARTBEAT_INTERVAL,
         join_timeout: None,
@@ -225,7 +224,7 @@ impl Supervisor {
                 self.outbound = Some(stream.outbound);
                 self.inbound = Some(stream.inbound);
                 self.local_ip = stream.local_ip;
-                *lock(&self.channel) = Some(Session { channel: stream.channel, worker: WorkerId(0), trace: stream.trace });
+                *lock(&self.session) = Some(Session { worker: WorkerId(0), trace: stream.trace });
                 Ok(())
             }
             Err(error) => {
@@ -261,7 +260,7 @@ impl Supervisor {
     }
 
     fn remember_identity(&self) {
-        if let (Some(session), Some((worker, rank))) = (lock(&self.channel).as_mut(), self.life.identity()) {
+        if let (Some(session), Some((worker, rank))) = (lock(&self.session).as_mut(), self.life.identity()) {
             session.worker = worker;
             session.trace.span().record("rank", rank.0);
         }
@@ -343,7 +342,7 @@ impl Supervisor {
             // The loop sees that there is no stream.
             Action::Reconnect => {}
             Action::Log { text } => {
-                let session = lock(&self.channel).as_ref().map_or_else(Span::none, |session| session.trace.span().clone());
+                let session = lock(&self.session).as_ref().map_or_else(Span::none, |session| session.trace.span().clone());
                 session.in_scope(|| tracing::info!("{text}"));
             }
             Action::Exit { code, message } => return Some(Exit { code, message }),
@@ -365,7 +364,7 @@ impl Supervisor {
         let (commands, inbox) = std::sync::mpsc::channel();
         self.commands = Some(commands);
         let output = self.output.clone();
-        let (channel, runtime) = (self.channel.clone(), tokio::runtime::Handle::current());
+        let (access, session, runtime) = (self.access.clone(), self.session.clone(), tokio::runtime::Handle::current());
         let context = Context {
             job,
             device: self.device,
@@ -378,9 +377,9 @@ impl Supervisor {
             control: self.control.clone(),
             faults: self.faults.clone(),
             download: Box::new(move |step| {
-                let Session { channel, worker, trace } = lock(&channel).clone().ok_or("no connection to the coordinator")?;
+                let Session { worker, trace } = lock(&session).clone().ok_or("no connection to the coordinator")?;
                 let trace = trace.child(work_span!(parent: trace.span(), "download", step = step.0));
-                let files = client::download(channel, &trace, worker, step).instrument(trace.span().clone());
+                let files = client::download(&access, &trace, worker, step).instrument(trace.span().clone());
                 runtime.block_on(files).map_err(|error| error.to_string())
             }),
         };
@@ -392,16 +391,16 @@ impl Supervisor {
         Ok(())
     }
 
-    /// Sends a checkpoint on a call of its own, off both threads.
+    /// Sends a checkpoint on a connection of its own, off both threads.
     fn upload(&mut self, snapshot: Snapshot) {
-        let (Some(Session { channel, worker, trace }), Some(job)) = (lock(&self.channel).clone(), self.job.clone()) else { return };
-        let (generation, step) = (snapshot.generation, snapshot.step);
+        let (Some(Session { worker, trace }), Some(job)) = (lock(&self.session).clone(), self.job.clone()) else { return };
+        let (access, generation, step) = (self.access.clone(), snapshot.generation, snapshot.step);
         let trace = trace.child(work_span!(parent: trace.span(), "upload", step = step.0));
         let span = trace.span().clone();
         let upload = async move {
             let files = tokio::task::spawn_blocking(move || files_of(&job, &snapshot, step)).await;
             let result = match files {
-                Ok(Ok(files)) => client::upload(channel, &trace, worker, generation, step, files).await.map_err(|error| error.to_string()),
+                Ok(Ok(files)) => client::upload(&access, &trace, worker, generation, step, files).await.map_err(|error| error.to_string()),
                 Ok(Err(error)) => Err(error.to_string()),
                 Err(error) => Err(error.to_string()),
             };
@@ -413,14 +412,15 @@ impl Supervisor {
         self.uploads.spawn(upload.instrument(span));
     }
 
-    /// Sends a picture on a call of its own, off both threads. Nothing depends on its arrival.
+    /// Sends a picture on a connection of its own, off both threads. Nothing depends on its arrival.
     fn send_picture(&mut self, drawn: Drawn) {
-        let Some(Session { channel, trace, .. }) = lock(&self.channel).clone() else { return };
+        let Some(Session { trace, .. }) = lock(&self.session).clone() else { return };
+        let access = self.access.clone();
         let trace = trace.child(work_span!(parent: trace.span(), "picture", step = drawn.step.0, index = drawn.index));
         let span = trace.span().clone();
         let send = async move {
             let Drawn { generation, step, index, png, sent } = drawn;
-            match client::send_picture(channel, &trace, generation, step, index, png).await {
+            match client::send_picture(&access, &trace, generation, step, index, png).await {
                 Ok(location) => tracing::debug!("picture {index} of step {step} stored at {location}"),
                 Err(error) => tracing::warn!("picture {index} of step {step}: {error}"),
             }
@@ -441,7 +441,7 @@ impl Supervisor {
         }
         // Dropping the sender ends the stream once everything in it is sent; the coordinator closes its side in answer.
         self.outbound = None;
-        *lock(&self.channel) = None;
+        *lock(&self.session) = None;
         let drained = async { while next_message(&mut self.inbound, false).await.is_ok() {} };
         let _ = tokio::time::timeout(Duration::from_secs(1), drained).await;
         if let Some(trainer) = self.trainer.take() {
@@ -464,8 +464,8 @@ async fn next_message(inbound: &mut Option<Streaming<v1::ToWorker>>, cut: bool) 
     }
 }
 
-fn lock(channel: &SharedChannel) -> std::sync::MutexGuard<'_, Option<Session>> {
-    channel.lock().unwrap_or_else(PoisonError::into_inner)
+fn lock(session: &SharedSession) -> std::sync::MutexGuard<'_, Option<Session>> {
+    session.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn host_name() -> String {
