@@ -254,6 +254,36 @@ async fn connect_apart(access: &Access) -> Result<Link, String> {
     }
 }
 
+/// A checkpoint's files, and what an upload says of them before it sends them.
+pub struct Parts {
+    header: Vec<v1::CheckpointPart>,
+    files: Vec<Vec<u8>>,
+}
+
+impl Parts {
+    /// Hashes the files, which may take as long as to write them: nothing for a thread that others wait for.
+    #[must_use]
+    pub fn new(files: Vec<(&'static str, Vec<u8>)>) -> Self {
+        let part = |(name, bytes): &(&'static str, Vec<u8>)| v1::CheckpointPart {
+            name: (*name).into(),
+            num_bytes: bytes.len() as u64,
+            sha256: Sha256::digest(bytes).to_vec(),
+        };
+        Self { header: files.iter().map(part).collect(), files: files.into_iter().map(|(_, bytes)| bytes).collect() }
+    }
+
+    /// The messages of an upload. No more of them is in memory than is being sent, and no file that is sent.
+    fn messages(self, worker: WorkerId, generation: Generation, step: Step) -> impl Iterator<Item = v1::UploadMessage> {
+        use v1::upload_message::Message;
+        let header = v1::CheckpointHeader { worker_id: worker.0, generation: generation.0, step: step.0, parts: self.header };
+        let chunks = self.files.into_iter().flat_map(|file| {
+            let num = file.len().div_ceil(CHUNK);
+            (0..num).map(move |at| Message::Chunk(file[at * CHUNK..file.len().min((at + 1) * CHUNK)].to_vec()))
+        });
+        std::iter::once(Message::Header(header)).chain(chunks).map(|message| v1::UploadMessage { message: Some(message) })
+    }
+}
+
 /// Sends a checkpoint's files on a connection of their own, as the work of `trace`.
 ///
 /// # Errors
@@ -264,23 +294,9 @@ pub async fn upload(
     worker: WorkerId,
     generation: Generation,
     step: Step,
-    files: Vec<(&'static str, Vec<u8>)>,
+    parts: Parts,
 ) -> Result<String, ClientError> {
-    use v1::upload_message::Message;
-    let part = |(name, bytes): &(&'static str, Vec<u8>)| v1::CheckpointPart {
-        name: (*name).into(),
-        num_bytes: bytes.len() as u64,
-        sha256: Sha256::digest(bytes).to_vec(),
-    };
-    let header =
-        v1::CheckpointHeader { worker_id: worker.0, generation: generation.0, step: step.0, parts: files.iter().map(part).collect() };
-    let mut messages = vec![Message::Header(header)];
-    for (_, bytes) in &files {
-        messages.extend(bytes.chunks(CHUNK).map(|chunk| Message::Chunk(chunk.to_vec())));
-    }
-    drop(files);
-    let messages: Vec<v1::UploadMessage> = messages.into_iter().map(|message| v1::UploadMessage { message: Some(message) }).collect();
-    let messages = futures::stream::iter(messages);
+    let messages = futures::stream::iter(parts.messages(worker, generation, step));
     let failed = |message: String| ClientError::Transfer { what: "checkpoint not stored", message };
     let send = async {
         let mut client = v1::checkpoints_client::CheckpointsClient::new(connect_apart(access).await?);
@@ -444,6 +460,22 @@ mod tests {
         assert_eq!(last, "no answer within 0.05 s");
     }
 
+    #[test]
+    fn upload_is_its_header_and_its_files_in_pieces() {
+        use v1::upload_message::Message;
+        let files = [("a", vec![1; 2 * CHUNK + 3]), ("b", Vec::new()), ("c", vec![2; CHUNK])];
+        let mut messages = Parts::new(files.to_vec()).messages(WorkerId(1), Generation(2), Step(3)).map(|message| message.message.unwrap());
+        let Some(Message::Header(header)) = messages.next() else { panic!("it begins with its header") };
+        assert_eq!((header.worker_id, header.generation, header.step), (1, 2, 3));
+        for (part, (name, bytes)) in header.parts.iter().zip(&files) {
+            assert_eq!((part.name.as_str(), part.num_bytes, &part.sha256[..]), (*name, bytes.len() as u64, &Sha256::digest(bytes)[..]));
+        }
+        let chunk = |message| if let Message::Chunk(chunk) = message { chunk } else { panic!("a second header") };
+        let chunks: Vec<Vec<u8>> = messages.map(chunk).collect();
+        assert_eq!(chunks.iter().map(Vec::len).collect::<Vec<_>>(), [CHUNK, CHUNK, 3, CHUNK]);
+        assert_eq!(chunks.concat(), files.map(|(_, bytes)| bytes).concat());
+    }
+
     #[tokio::test]
     async fn upload_that_nobody_reads_holds_up_no_heartbeat() {
         let ((heard, mut messages), (transfers, mut calls)) = (mpsc::unbounded_channel(), mpsc::unbounded_channel());
@@ -454,8 +486,8 @@ mod tests {
         let access = serve(router).await;
         let stream = join(&access, hello(), Duration::from_secs(5), false).await.unwrap();
         // Far more than the windows of a stream and of a connection take.
-        let files = vec![("adapter.safetensors", vec![7; 8 << 20])];
-        let upload = async { upload(&access, &stream.trace, WorkerId(1), Generation(1), Step(1), files).await.unwrap_err() };
+        let parts = Parts::new(vec![("adapter.safetensors", vec![7; 8 << 20])]);
+        let upload = async { upload(&access, &stream.trace, WorkerId(1), Generation(1), Step(1), parts).await.unwrap_err() };
         let beat = async {
             assert_eq!(calls.recv().await, Some("upload"));
             // More than one: the first may have left before the window was full.

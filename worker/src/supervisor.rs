@@ -19,7 +19,7 @@ use tonic::Streaming;
 use tracing::{Instrument, Span};
 
 use crate::args::Args;
-use crate::client::{self, ClientError};
+use crate::client::{self, ClientError, Parts};
 use crate::device;
 use crate::faults::Faults;
 use crate::lifecycle::{Action, Input, Lifecycle, TRY_AGAIN};
@@ -398,9 +398,10 @@ impl Supervisor {
         let trace = trace.child(work_span!(parent: trace.span(), "upload", step = step.0));
         let span = trace.span().clone();
         let upload = async move {
-            let files = tokio::task::spawn_blocking(move || files_of(&job, &snapshot, step)).await;
+            // Hundreds of megabytes: to write and to hash them would hold up everything else that this thread does.
+            let files = tokio::task::spawn_blocking(move || files_of(&job, &snapshot, step).map(Parts::new)).await;
             let result = match files {
-                Ok(Ok(files)) => client::upload(&access, &trace, worker, generation, step, files).await.map_err(|error| error.to_string()),
+                Ok(Ok(parts)) => client::upload(&access, &trace, worker, generation, step, parts).await.map_err(|error| error.to_string()),
                 Ok(Err(error)) => Err(error.to_string()),
                 Err(error) => Err(error.to_string()),
             };
