@@ -22,7 +22,8 @@ use crate::args::Args;
 use crate::client::{self, ClientError, Parts};
 use crate::device;
 use crate::faults::Faults;
-use crate::lifecycle::{Action, Input, Lifecycle, TRY_AGAIN};
+use crate::lifecycle::{Action, Input, Lifecycle, TRY_AGAIN, TrainerEvent};
+use crate::outbox::Outbox;
 use crate::setup;
 use crate::trainer::{self, Command, Context, Control, Drawn, Output, Snapshot};
 
@@ -32,6 +33,8 @@ pub const BAD_ARGUMENTS: u8 = 2;
 const GRACE: Duration = Duration::from_secs(10);
 /// A stream that takes nothing for so long is given up.
 const SEND_TIMEOUT: Duration = Duration::from_secs(10);
+/// Checkpoints on their way at once when a generation stops: its last beside one before it.
+const MAX_CHECKPOINTS_AT_A_STOP: usize = 2;
 /// Until the coordinator says how often.
 const FIRST_HEARTBEAT_INTERVAL: Duration = Duration::from_millis(500);
 
@@ -73,12 +76,13 @@ struct Supervisor {
     trainer: Option<std::thread::JoinHandle<()>>,
     outputs: mpsc::UnboundedReceiver<Output>,
     output: mpsc::UnboundedSender<Output>,
-    uploads: JoinSet<()>,
+    checkpoints: Outbox<Box<Snapshot>>,
+    pictures: JoinSet<()>,
     faults: Arc<Faults>,
     /// Whether the current stream is given up.
     cut: bool,
-    /// The newest weights that were to be stored while there was no coordinator.
-    unsent: Option<Box<Snapshot>>,
+    /// Whether the coordinator has welcomed the current stream.
+    is_welcome: bool,
     /// Whether one keeps its heartbeats back.
     silent: bool,
 }
@@ -117,10 +121,11 @@ pub async fn run(args: Args, device: Device) -> Exit {
         trainer: None,
         outputs,
         output,
-        uploads: JoinSet::new(),
+        checkpoints: Outbox::default(),
+        pictures: JoinSet::new(),
         faults,
         cut: false,
-        unsent: None,
+        is_welcome: false,
         silent: false,
     };
     let exit = supervisor.run().await;
@@ -164,7 +169,7 @@ impl Supervisor {
                     Ok(message) if self.faults.lose(&message, self.control.heartbeat().step) => None,
                     Ok(message) => Some(Input::Said(message)),
                     Err(cause) => {
-                        (self.inbound, self.outbound) = (None, None);
+                        (self.inbound, self.outbound, self.is_welcome) = (None, None, false);
                         Some(Input::StreamLost { cause })
                     }
                 },
@@ -175,7 +180,11 @@ impl Supervisor {
                 }
                 _ = interrupt.recv() => Some(Input::Signal { name: "Ctrl-C" }),
                 _ = terminate.recv() => Some(Input::Signal { name: "SIGTERM" }),
-                Some(_) = self.uploads.join_next() => None,
+                Some(()) = self.checkpoints.sent() => {
+                    self.send_checkpoint(1);
+                    None
+                }
+                Some(_) = self.pictures.join_next() => None,
             };
             let Some(input) = input else { continue };
             if let Input::Said(ToWorker::Welcome { heartbeat_interval_ms, join_timeout_ms, .. }) = &input {
@@ -186,10 +195,16 @@ impl Supervisor {
                 heartbeat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
             }
             let is_welcome = matches!(input, Input::Said(ToWorker::Welcome { .. }));
+            let has_stopped = matches!(input, Input::Trainer(TrainerEvent::Stopped(_)));
             let mut actions: VecDeque<Action> = self.life.handle(input).into();
             self.remember_identity();
-            if let Some(snapshot) = self.unsent.take_if(|_| is_welcome) {
-                self.upload(*snapshot);
+            if is_welcome {
+                self.is_welcome = true;
+                self.send_checkpoint(1);
+            }
+            if has_stopped {
+                // It may be the job's last: the coordinator waits for that, and no longer than for another to be asked.
+                self.send_checkpoint(MAX_CHECKPOINTS_AT_A_STOP);
             }
             while let Some(action) = actions.pop_front() {
                 if let Some(exit) = self.act(action).await {
@@ -248,7 +263,7 @@ impl Supervisor {
     /// Takes what the trainer hands out while there is no coordinator.
     fn take_alone(&mut self, output: Output) -> Option<Exit> {
         if let Output::Snapshot(snapshot) = output {
-            self.unsent = Some(snapshot);
+            self.checkpoints.put(snapshot);
             return None;
         }
         let input = self.take(output)?;
@@ -285,7 +300,16 @@ impl Supervisor {
             Output::NeedLeases { num, is_idle } => Some(Input::NeedLeases { num, is_idle }),
             Output::GaveBack { lease, from } => Some(Input::GaveBack { lease, from }),
             Output::Snapshot(snapshot) => {
-                self.upload(*snapshot);
+                let (step, generation) = (snapshot.step, snapshot.generation);
+                if let Some(older) = self.checkpoints.put(snapshot) {
+                    tracing::warn!(
+                        "the checkpoint of step {} is not sent: it still waited when that of step {step} was due; where the coordinator's store is slow, raise checkpoint.every_steps",
+                        older.step
+                    );
+                }
+                // What is asked for between generations is waited for: it may be the job's last. It is asked for a few times at most.
+                let runs = self.control.heartbeat().generation == generation;
+                self.send_checkpoint(if runs { 1 } else { usize::MAX });
                 None
             }
             Output::Picture(drawn) => {
@@ -391,6 +415,15 @@ impl Supervisor {
         Ok(())
     }
 
+    /// Sends the newest copy of the weights, if there is one that waits and fewer than `limit` are on their way.
+    fn send_checkpoint(&mut self, limit: usize) {
+        if self.is_welcome
+            && let Some(snapshot) = self.checkpoints.take(limit)
+        {
+            self.upload(*snapshot);
+        }
+    }
+
     /// Sends a checkpoint on a connection of its own, off both threads.
     fn upload(&mut self, snapshot: Snapshot) {
         let (Some(Session { worker, trace }), Some(job)) = (lock(&self.session).clone(), self.job.clone()) else { return };
@@ -410,7 +443,7 @@ impl Supervisor {
                 Err(error) => tracing::error!("checkpoint of step {step}: {error}"),
             }
         };
-        self.uploads.spawn(upload.instrument(span));
+        self.checkpoints.send(upload.instrument(span));
     }
 
     /// Sends a picture on a connection of its own, off both threads. Nothing depends on its arrival.
@@ -427,16 +460,19 @@ impl Supervisor {
             }
             drop(sent);
         };
-        self.uploads.spawn(send.instrument(span));
+        self.pictures.spawn(send.instrument(span));
     }
 
     /// Ends what is under way, each part with its time.
     async fn close(&mut self) {
         self.control.abort(self.control.heartbeat().generation, "the worker ends");
         self.commands = None;
-        let mut uploads = std::mem::take(&mut self.uploads);
-        // What takes longer is cut off as the set is dropped.
-        let finish = async move { while uploads.join_next().await.is_some() {} };
+        let (mut checkpoints, mut pictures) = (std::mem::take(&mut self.checkpoints), std::mem::take(&mut self.pictures));
+        // What takes longer is cut off as the sets are dropped.
+        let finish = async move {
+            while checkpoints.sent().await.is_some() {}
+            while pictures.join_next().await.is_some() {}
+        };
         if self.life.left_in_order() && tokio::time::timeout(GRACE, finish).await.is_err() {
             tracing::warn!("a checkpoint or a picture was still being sent");
         }
