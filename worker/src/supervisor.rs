@@ -174,10 +174,7 @@ impl Supervisor {
                     }
                 },
                 Some(output) = self.outputs.recv() => self.take(output),
-                _ = heartbeat.tick() => {
-                    self.send(FromWorker::Heartbeat(self.control.heartbeat())).await;
-                    None
-                }
+                _ = heartbeat.tick() => Some(Input::Beat(self.control.heartbeat())),
                 _ = interrupt.recv() => Some(Input::Signal { name: "Ctrl-C" }),
                 _ = terminate.recv() => Some(Input::Signal { name: "SIGTERM" }),
                 Some(()) = self.checkpoints.sent() => {
