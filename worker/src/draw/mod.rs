@@ -24,6 +24,7 @@ use tch::{Device, Tensor};
 pub use self::inputs::{InputError, InputFiles, Inputs};
 pub use self::latents::{read_latents, write_latents};
 pub use self::setup::{Files, Precision, Setup, SetupError};
+pub(crate) use self::student::adapter_file;
 pub use self::student::{CONTEXT_LENGTH_KEY, ENCODER_KEY, MASK_PADS_KEY, NORMALIZE_QUOTES_KEY, PROJECT_KEY};
 use crate::picture::{Picture, PictureError};
 
