@@ -28,6 +28,8 @@ const LONGEST_WAIT: Duration = Duration::from_secs(2);
 const LONGEST_WAIT_OF_A_MEMBER: Duration = Duration::from_millis(400);
 /// Silence of the transport after which it is probed, and then given up.
 const KEEPALIVE: Duration = Duration::from_secs(3);
+/// The same on a connection of a transfer: on a slow line the answer to a probe comes after all that was sent before.
+const TRANSFER_KEEPALIVE: Duration = Duration::from_secs(20);
 /// One look-up of the coordinator's name, which has been found before.
 const LOOK_UP_TIMEOUT: Duration = Duration::from_secs(1);
 /// One picture.
@@ -82,8 +84,6 @@ pub struct Stream {
     pub outbound: mpsc::Sender<FromWorker>,
     /// Messages down.
     pub inbound: Streaming<v1::ToWorker>,
-    /// The connection, for other calls.
-    pub channel: Link,
     /// This host's address on the way to the coordinator.
     pub local_ip: Option<IpAddr>,
     /// What happens while it lasts.
@@ -105,13 +105,7 @@ async fn search(
     returning: bool,
     answer_timeout: Duration,
 ) -> Result<Stream, ClientError> {
-    let endpoint = access.endpoint().map_err(ClientError::Address)?;
-    let endpoint = endpoint
-        .connect_timeout(ATTEMPT_TIMEOUT)
-        .tcp_nodelay(true)
-        .http2_keep_alive_interval(KEEPALIVE)
-        .keep_alive_timeout(KEEPALIVE)
-        .keep_alive_while_idle(true);
+    let endpoint = endpoint(access, KEEPALIVE).map_err(ClientError::Address)?;
     let started = std::time::Instant::now();
     let mut wait = FIRST_WAIT;
     let mut taken_since = None;
@@ -155,6 +149,13 @@ async fn search(
     }
 }
 
+/// The coordinator's address with the timeouts of a connection that is probed after [`KEEPALIVE`] of silence, and given up if no answer to that
+/// comes in time either.
+fn endpoint(access: &Access, answer_timeout: Duration) -> Result<Endpoint, String> {
+    let endpoint = access.endpoint()?.connect_timeout(ATTEMPT_TIMEOUT).tcp_nodelay(true);
+    Ok(endpoint.http2_keep_alive_interval(KEEPALIVE).keep_alive_timeout(answer_timeout).keep_alive_while_idle(true))
+}
+
 enum Attempt {
     Over(String),
     Refused { message: String, bad_arguments: bool },
@@ -172,9 +173,9 @@ async fn attempt(access: &Access, endpoint: &Endpoint, hello: FromWorker) -> Res
     let _ = outbound.try_send(hello);
     let messages = ReceiverStream::new(messages).map(v1::FromWorker::from);
     let trace = Trace::begin(work_span!("session", rank = tracing::field::Empty));
-    let reply = v1::membership_client::MembershipClient::new(channel.clone()).join(trace.request(messages)).await;
+    let reply = v1::membership_client::MembershipClient::new(channel).join(trace.request(messages)).await;
     let status = match reply {
-        Ok(reply) => return Ok(Stream { outbound, inbound: reply.into_inner(), channel, local_ip: None, trace }),
+        Ok(reply) => return Ok(Stream { outbound, inbound: reply.into_inner(), local_ip: None, trace }),
         Err(status) => status,
     };
     if let Some(message) = refusal(&status) {
@@ -233,46 +234,85 @@ pub async fn next(inbound: &mut Streaming<v1::ToWorker>) -> Result<ToWorker, Str
     }
 }
 
-/// Sends a checkpoint's files, as the work of `trace`.
+/// Opens a connection for one transfer, which ends with it. What the coordinator has not read of a transfer fills its connection's window: on the
+/// one of the membership stream, heartbeats would wait behind it, and the worker be taken for dead.
+async fn connect_apart(access: &Access) -> Result<Link, String> {
+    let endpoint = endpoint(access, TRANSFER_KEEPALIVE)?;
+    let started = std::time::Instant::now();
+    let mut wait = FIRST_WAIT;
+    loop {
+        let last = match access.connect(&endpoint).await {
+            Ok(link) => return Ok(link),
+            Err(AccessError::Refused(message)) => return Err(message),
+            Err(AccessError::Failed(last)) => last,
+        };
+        if started.elapsed() + wait > ANSWER_TIMEOUT {
+            return Err(format!("no connection to {} within {} s ({last})", access.url(), ANSWER_TIMEOUT.as_secs()));
+        }
+        tokio::time::sleep(wait.mul_f64(jitter())).await;
+        wait = (wait * 2).min(LONGEST_WAIT);
+    }
+}
+
+/// A checkpoint's files, and what an upload says of them before it sends them.
+pub struct Parts {
+    header: Vec<v1::CheckpointPart>,
+    files: Vec<Vec<u8>>,
+}
+
+impl Parts {
+    /// Hashes the files, which may take as long as to write them: nothing for a thread that others wait for.
+    #[must_use]
+    pub fn new(files: Vec<(&'static str, Vec<u8>)>) -> Self {
+        let part = |(name, bytes): &(&'static str, Vec<u8>)| v1::CheckpointPart {
+            name: (*name).into(),
+            num_bytes: bytes.len() as u64,
+            sha256: Sha256::digest(bytes).to_vec(),
+        };
+        Self { header: files.iter().map(part).collect(), files: files.into_iter().map(|(_, bytes)| bytes).collect() }
+    }
+
+    /// The messages of an upload. No more of them is in memory than is being sent, and no file that is sent.
+    fn messages(self, worker: WorkerId, generation: Generation, step: Step) -> impl Iterator<Item = v1::UploadMessage> {
+        use v1::upload_message::Message;
+        let header = v1::CheckpointHeader { worker_id: worker.0, generation: generation.0, step: step.0, parts: self.header };
+        let chunks = self.files.into_iter().flat_map(|file| {
+            let num = file.len().div_ceil(CHUNK);
+            (0..num).map(move |at| Message::Chunk(file[at * CHUNK..file.len().min((at + 1) * CHUNK)].to_vec()))
+        });
+        std::iter::once(Message::Header(header)).chain(chunks).map(|message| v1::UploadMessage { message: Some(message) })
+    }
+}
+
+/// Sends a checkpoint's files on a connection of their own, as the work of `trace`.
 ///
 /// # Errors
 /// [`ClientError::Transfer`] with the coordinator's words, or when it takes more than ten minutes.
 pub async fn upload(
-    channel: Link,
+    access: &Access,
     trace: &Trace,
     worker: WorkerId,
     generation: Generation,
     step: Step,
-    files: Vec<(&'static str, Vec<u8>)>,
+    parts: Parts,
 ) -> Result<String, ClientError> {
-    use v1::upload_message::Message;
-    let part = |(name, bytes): &(&'static str, Vec<u8>)| v1::CheckpointPart {
-        name: (*name).into(),
-        num_bytes: bytes.len() as u64,
-        sha256: Sha256::digest(bytes).to_vec(),
-    };
-    let header =
-        v1::CheckpointHeader { worker_id: worker.0, generation: generation.0, step: step.0, parts: files.iter().map(part).collect() };
-    let mut messages = vec![Message::Header(header)];
-    for (_, bytes) in &files {
-        messages.extend(bytes.chunks(CHUNK).map(|chunk| Message::Chunk(chunk.to_vec())));
-    }
-    drop(files);
-    let messages: Vec<v1::UploadMessage> = messages.into_iter().map(|message| v1::UploadMessage { message: Some(message) }).collect();
-    let messages = futures::stream::iter(messages);
+    let messages = futures::stream::iter(parts.messages(worker, generation, step));
     let failed = |message: String| ClientError::Transfer { what: "checkpoint not stored", message };
-    let mut client = v1::checkpoints_client::CheckpointsClient::new(channel);
-    let reply = tokio::time::timeout(UPLOAD_TIMEOUT, client.upload(trace.request(messages))).await;
-    let reply = reply.map_err(|_| failed(format!("not done within {} s", UPLOAD_TIMEOUT.as_secs())))?;
-    Ok(reply.map_err(|status| failed(status.message().into()))?.into_inner().location)
+    let send = async {
+        let mut client = v1::checkpoints_client::CheckpointsClient::new(connect_apart(access).await?);
+        client.upload(trace.request(messages)).await.map_err(|status| status.message().to_owned())
+    };
+    let reply = tokio::time::timeout(UPLOAD_TIMEOUT, send).await;
+    let reply = reply.unwrap_or_else(|_| Err(format!("not done within {} s", UPLOAD_TIMEOUT.as_secs())));
+    Ok(reply.map_err(failed)?.into_inner().location)
 }
 
-/// Sends a picture, as the work of `trace`; returns where it is kept.
+/// Sends a picture on a connection of its own, as the work of `trace`; returns where it is kept.
 ///
 /// # Errors
 /// [`ClientError::Transfer`] with the coordinator's words, or when it does not answer in a minute.
 pub async fn send_picture(
-    channel: Link,
+    access: &Access,
     trace: &Trace,
     generation: Generation,
     step: Step,
@@ -281,21 +321,24 @@ pub async fn send_picture(
 ) -> Result<String, ClientError> {
     let failed = |message: String| ClientError::Transfer { what: "not stored", message };
     let picture = v1::KeepPicture { generation: generation.0, step: step.0, index, png };
-    let mut client = v1::pictures_client::PicturesClient::new(channel);
-    let reply = tokio::time::timeout(PICTURE_TIMEOUT, client.keep(trace.request(picture))).await;
-    let reply = reply.map_err(|_| failed(format!("no answer within {} s", PICTURE_TIMEOUT.as_secs())))?;
-    Ok(reply.map_err(|status| failed(status.message().into()))?.into_inner().location)
+    let send = async {
+        let mut client = v1::pictures_client::PicturesClient::new(connect_apart(access).await?);
+        client.keep(trace.request(picture)).await.map_err(|status| status.message().to_owned())
+    };
+    let reply = tokio::time::timeout(PICTURE_TIMEOUT, send).await;
+    let reply = reply.unwrap_or_else(|_| Err(format!("no answer within {} s", PICTURE_TIMEOUT.as_secs())));
+    Ok(reply.map_err(failed)?.into_inner().location)
 }
 
-/// Fetches a checkpoint's files, as the work of `trace`, and checks each against its SHA-256.
+/// Fetches a checkpoint's files on a connection of their own, as the work of `trace`, and checks each against its SHA-256.
 ///
 /// # Errors
 /// [`ClientError::Transfer`].
-pub async fn download(channel: Link, trace: &Trace, worker: WorkerId, step: Step) -> Result<Vec<(String, Vec<u8>)>, ClientError> {
+pub async fn download(access: &Access, trace: &Trace, worker: WorkerId, step: Step) -> Result<Vec<(String, Vec<u8>)>, ClientError> {
     use v1::download_message::Message;
     let failed = |message: String| ClientError::Transfer { what: "checkpoint not received", message };
     let request = v1::DownloadRequest { worker_id: worker.0, step: step.0 };
-    let mut client = v1::checkpoints_client::CheckpointsClient::new(channel);
+    let mut client = v1::checkpoints_client::CheckpointsClient::new(connect_apart(access).await.map_err(failed)?);
     let mut messages = in_time(client.download(trace.request(request))).await.map_err(failed)?.into_inner();
     let mut next = async || in_time(messages.message()).await.map(|message| message.and_then(|message| message.message));
     let header = match next().await.map_err(failed)? {
@@ -332,7 +375,7 @@ async fn in_time<T>(answer: impl Future<Output = Result<T, tonic::Status>>) -> R
 mod tests {
     use futures::stream::BoxStream;
     use peapod_proto::ids::Incarnation;
-    use peapod_proto::message::Hello;
+    use peapod_proto::message::{Heartbeat, Hello, Phase};
     use peapod_proto::secure::AccessArgs;
     use tonic::{Request, Response, Status};
 
@@ -350,15 +393,53 @@ mod tests {
         }
     }
 
-    #[tokio::test]
-    async fn coordinator_that_never_answers_is_given_up() {
+    /// One that reads its workers' streams, and of a transfer nothing: its store hangs.
+    struct Hung {
+        /// What came on a stream.
+        heard: mpsc::UnboundedSender<v1::FromWorker>,
+        /// Calls of transfers.
+        transfers: mpsc::UnboundedSender<&'static str>,
+    }
+
+    #[tonic::async_trait]
+    impl v1::membership_server::Membership for Hung {
+        type JoinStream = BoxStream<'static, Result<v1::ToWorker, Status>>;
+
+        async fn join(&self, request: Request<Streaming<v1::FromWorker>>) -> Result<Response<Self::JoinStream>, Status> {
+            let (mut inbound, heard) = (request.into_inner(), self.heard.clone());
+            tokio::spawn(
+                async move { while inbound.message().await.is_ok_and(|message| message.is_some_and(|it| heard.send(it).is_ok())) {} },
+            );
+            Ok(Response::new(futures::stream::pending().boxed()))
+        }
+    }
+
+    #[tonic::async_trait]
+    impl v1::checkpoints_server::Checkpoints for Hung {
+        type DownloadStream = BoxStream<'static, Result<v1::DownloadMessage, Status>>;
+
+        async fn upload(&self, unread: Request<Streaming<v1::UploadMessage>>) -> Result<Response<v1::UploadReceipt>, Status> {
+            let _ = self.transfers.send("upload");
+            let _unread = unread;
+            futures::future::pending().await
+        }
+
+        async fn download(&self, _: Request<v1::DownloadRequest>) -> Result<Response<Self::DownloadStream>, Status> {
+            Err(Status::unimplemented("it keeps nothing"))
+        }
+    }
+
+    /// Serves a router on a free port; the server ends with the runtime.
+    async fn serve(router: tonic::transport::server::Router) -> Access {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
         let incoming = tokio_stream::wrappers::TcpListenerStream::new(listener);
-        let server = v1::membership_server::MembershipServer::new(Mute);
-        let server = tokio::spawn(tonic::transport::Server::builder().add_service(server).serve_with_incoming(incoming));
-        let access = Access::new(Some(&url), &AccessArgs::default()).unwrap();
-        let hello = Hello {
+        tokio::spawn(router.serve_with_incoming(incoming));
+        Access::new(Some(&url), &AccessArgs::default()).unwrap()
+    }
+
+    fn hello() -> FromWorker {
+        FromWorker::Hello(Hello {
             protocol_version: 1,
             program_version: "1.0.0".into(),
             incarnation: Incarnation(1),
@@ -367,10 +448,60 @@ mod tests {
             host: "host".into(),
             pid: 1,
             device: "cpu".into(),
-        };
-        let answer = search(&access, FromWorker::Hello(hello), Duration::ZERO, false, Duration::from_millis(50)).await;
+        })
+    }
+
+    #[tokio::test]
+    async fn coordinator_that_never_answers_is_given_up() {
+        let server = v1::membership_server::MembershipServer::new(Mute);
+        let access = serve(tonic::transport::Server::builder().add_service(server)).await;
+        let answer = search(&access, hello(), Duration::ZERO, false, Duration::from_millis(50)).await;
         let Err(ClientError::Unreachable { last, .. }) = answer else { panic!("joined a coordinator that says nothing") };
         assert_eq!(last, "no answer within 0.05 s");
-        server.abort();
+    }
+
+    #[test]
+    fn upload_is_its_header_and_its_files_in_pieces() {
+        use v1::upload_message::Message;
+        let files = [("a", vec![1; 2 * CHUNK + 3]), ("b", Vec::new()), ("c", vec![2; CHUNK])];
+        let mut messages = Parts::new(files.to_vec()).messages(WorkerId(1), Generation(2), Step(3)).map(|message| message.message.unwrap());
+        let Some(Message::Header(header)) = messages.next() else { panic!("it begins with its header") };
+        assert_eq!((header.worker_id, header.generation, header.step), (1, 2, 3));
+        for (part, (name, bytes)) in header.parts.iter().zip(&files) {
+            assert_eq!((part.name.as_str(), part.num_bytes, &part.sha256[..]), (*name, bytes.len() as u64, &Sha256::digest(bytes)[..]));
+        }
+        let chunk = |message| if let Message::Chunk(chunk) = message { chunk } else { panic!("a second header") };
+        let chunks: Vec<Vec<u8>> = messages.map(chunk).collect();
+        assert_eq!(chunks.iter().map(Vec::len).collect::<Vec<_>>(), [CHUNK, CHUNK, 3, CHUNK]);
+        assert_eq!(chunks.concat(), files.map(|(_, bytes)| bytes).concat());
+    }
+
+    #[tokio::test]
+    async fn upload_that_nobody_reads_holds_up_no_heartbeat() {
+        let ((heard, mut messages), (transfers, mut calls)) = (mpsc::unbounded_channel(), mpsc::unbounded_channel());
+        let hung = std::sync::Arc::new(Hung { heard, transfers });
+        let router = tonic::transport::Server::builder()
+            .add_service(v1::membership_server::MembershipServer::from_arc(hung.clone()))
+            .add_service(v1::checkpoints_server::CheckpointsServer::from_arc(hung));
+        let access = serve(router).await;
+        let stream = join(&access, hello(), Duration::from_secs(5), false).await.unwrap();
+        // Far more than the windows of a stream and of a connection take.
+        let parts = Parts::new(vec![("adapter.safetensors", vec![7; 8 << 20])]);
+        let upload = async { upload(&access, &stream.trace, WorkerId(1), Generation(1), Step(1), parts).await.unwrap_err() };
+        let beat = async {
+            assert_eq!(calls.recv().await, Some("upload"));
+            // More than one: the first may have left before the window was full.
+            for num in 0..100 {
+                let heartbeat = Heartbeat { step: Step(num), phase: Phase::Compute, generation: Generation(1), reads: 0 };
+                stream.outbound.send(FromWorker::Heartbeat(heartbeat)).await.unwrap();
+                let heard =
+                    async { while FromWorker::try_from(messages.recv().await.unwrap()).unwrap() != FromWorker::Heartbeat(heartbeat) {} };
+                tokio::time::timeout(Duration::from_secs(20), heard).await.expect("the heartbeat waits behind the upload");
+            }
+        };
+        tokio::select! {
+            error = upload => panic!("{error}"),
+            () = beat => {}
+        }
     }
 }

@@ -1,7 +1,7 @@
 //! The worker: trains an adapter with others, or draws with one.
 //!
 //! [`lifecycle`] holds the rules of a worker's life, [`trainer`] the thread that owns the tensors, [`client`] the calls to the
-//! coordinator; [`supervisor`] joins them. [`device`] opens the device, [`bench`] times a step on it, [`vae_error`] and [`loss_error`] look at what
+//! coordinator, [`outbox`] the checkpoints that wait for theirs; [`supervisor`] joins them. [`device`] opens the device, [`bench`] times a step on it, [`vae_error`] and [`loss_error`] look at what
 //! fewer bits lose there, [`check`] at a job's models without loading them, [`hub`] and [`fetch`] fetch those that are not here, [`bandwidth`] at a host's links, [`shards`] into its data; [`precompute`] makes
 //! shards that hold what the frozen encoders say of them. [`draw`], [`grid`], [`picture`] and [`score`] serve the program `sample`. [`faults`] makes a worker
 //! fail on purpose.
@@ -21,6 +21,7 @@ pub mod lifecycle;
 pub mod loss_error;
 pub mod loss_scale;
 pub mod numbers;
+pub mod outbox;
 pub mod picture;
 pub mod precompute;
 pub mod score;

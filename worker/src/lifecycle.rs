@@ -11,8 +11,8 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use peapod_proto::ids::{Generation, LeaseId, MemberIndex, Rank, Step, WorkerId};
 use peapod_proto::message::{
-    Assignment, Continuing, FromWorker, Lease, ShardReport, SkipReason, SkippedSample, StepRecord, StepReport, StopReason, Stopped,
-    ToWorker,
+    Assignment, Continuing, FromWorker, Heartbeat, Lease, ShardReport, SkipReason, SkippedSample, StepRecord, StepReport, StopReason,
+    Stopped, ToWorker,
 };
 
 /// What happens to a worker.
@@ -43,6 +43,8 @@ pub enum Input {
         /// The first index they leave.
         from: u32,
     },
+    /// A heartbeat is due, and there is a stream.
+    Beat(Heartbeat),
     /// The user wants the worker to go.
     Signal {
         /// Its name.
@@ -192,7 +194,11 @@ pub struct Lifecycle {
     records: VecDeque<StepRecord>,
     /// What it said last that it holds.
     stopped: Stopped,
-    /// What it has read of the shards that it holds, without the words.
+    /// Heartbeats that it has sent on the current stream.
+    beats: u64,
+    /// How many of them were answered.
+    beats_answered: u64,
+    /// What it has read of the shards that it holds and is not known to be on disk, without the words.
     read: BTreeMap<LeaseId, Read>,
     /// From where on it has left the rest of a lease to others.
     gave_back: BTreeMap<LeaseId, u32>,
@@ -223,6 +229,8 @@ impl Lifecycle {
             applied: Step(0),
             records: VecDeque::new(),
             stopped: Stopped::empty_handed(Generation::NONE),
+            beats: 0,
+            beats_answered: 0,
             read: BTreeMap::new(),
             gave_back: BTreeMap::new(),
             leaving: None,
@@ -267,6 +275,10 @@ impl Lifecycle {
                 // Nobody to ask: the data threads are told to ask again when the next generation begins.
                 _ => Vec::new(),
             },
+            Input::Beat(heartbeat) => {
+                self.beats += 1;
+                vec![Action::Send(FromWorker::Heartbeat(heartbeat))]
+            }
             Input::Signal { name } => self.signal(name),
         }
     }
@@ -276,7 +288,10 @@ impl Lifecycle {
             ToWorker::Welcome { worker, rank, world_size, job_id, job_toml, continues, .. } => {
                 self.welcome((worker, rank), world_size, job_id, job_toml, continues)
             }
-            ToWorker::HeartbeatReply { generation, running, waiting_for } => self.heartbeat_reply(generation, running, waiting_for),
+            ToWorker::HeartbeatReply { generation, running, waiting_for } => {
+                self.beats_answered += 1;
+                self.heartbeat_reply(generation, running, waiting_for)
+            }
             ToWorker::MakeBootstrap { generation, num_members } => vec![Action::MakeBootstrap { generation, num_members }],
             ToWorker::Assignment(assignment) => {
                 self.state = State::Training(assignment.generation);
@@ -300,6 +315,7 @@ impl Lifecycle {
             ToWorker::Durable { generation, step } => {
                 if self.state == State::Training(generation) {
                     self.records.retain(|record| record.step > step);
+                    self.forget_what_is_on_disk();
                 }
                 Vec::new()
             }
@@ -350,6 +366,7 @@ impl Lifecycle {
         };
         let mut actions = vec![Action::Log { text }];
         if again {
+            self.read.values_mut().for_each(|read| read.beat = self.beats + 1);
             actions.extend(self.read.iter().map(|(&lease, read)| Action::Send(FromWorker::ShardReport(read.report(lease)))));
             let gave_back = self.gave_back.iter().map(|(&lease, &from)| Action::Send(FromWorker::GaveBack { lease, from }));
             actions.extend(gave_back);
@@ -410,6 +427,7 @@ impl Lifecycle {
             return vec![Action::Exit { code: code_after(signal), message: format!("left while the coordinator was away ({cause})") }];
         }
         (self.joined, self.returning) = (false, false);
+        (self.beats, self.beats_answered) = (0, 0);
         // Where the coordinator lives and takes this worker for dead, its peers leave it and its collective fails.
         let meanwhile = if let State::Training(_) = self.state {
             "training on and connecting again"
@@ -423,10 +441,22 @@ impl Lifecycle {
     /// Keeps what was read of a shard for a coordinator that will not have heard of it.
     fn remember(&mut self, report: &ShardReport) {
         let known = self.read.entry(report.lease).or_default();
+        known.beat = self.beats + 1;
         known.skipped.extend(report.skipped.iter().map(|sample| (sample.index, sample.reason)));
         known.num_samples = report.num_samples.or(known.num_samples);
         if !report.truncated.is_empty() {
             known.truncated.clone_from(&report.truncated);
+        }
+    }
+
+    /// What was read and said before a heartbeat that is answered has been heard, as a stream keeps the order; and what was heard is written down
+    /// before the coordinator says that steps are.
+    ///
+    /// That a step is final proves nothing of the kind: the others' words suffice for that. And one that is about to leave its generation may have
+    /// said it in vain, as its leases are in the name that it had before.
+    fn forget_what_is_on_disk(&mut self) {
+        if !self.returning {
+            self.read.retain(|_, read| read.beat > self.beats_answered);
         }
     }
 
@@ -491,9 +521,12 @@ impl Lifecycle {
     }
 }
 
-/// What was read of a shard, without the words: a generation may last for weeks, and skip millions of samples.
+/// What was read of a shard, without the words: a generation may last for weeks, and skip millions of samples. For that reason it is not kept for
+/// longer than it has to be, either.
 #[derive(Debug, Clone, Default)]
 struct Read {
+    /// The heartbeat that follows the last of it, counted on the stream.
+    beat: u64,
     skipped: Vec<(u32, SkipReason)>,
     num_samples: Option<u32>,
     truncated: String,

@@ -13,6 +13,7 @@ use serde::Serialize;
 use tch::{Device, Tensor};
 
 use crate::device::{self, ComputeArgs};
+use crate::draw::adapter_file;
 use crate::hub;
 use crate::loss_scale::LossScale;
 use crate::numbers::VaeNumbers;
@@ -26,7 +27,8 @@ pub struct Options {
     /// Which job
     #[command(flatten)]
     pub job: JobArgs,
-    /// Adapter whose gradient is looked at, of the job's shape [default: the one that the job begins with]
+    /// Adapter whose gradient is looked at, of the job's shape: a file or a folder, as `sample` takes them [default: the one that the job
+    /// begins with]
     #[arg(long)]
     pub adapter: Option<PathBuf>,
     /// Micro-batches, of the first samples of the job's shards
@@ -122,9 +124,10 @@ pub fn run(options: &Options, device: Device) -> Result<String, String> {
     let adapter = match &options.adapter {
         None => Adapter::fresh(config, job.seed, device).map_err(|error| error.to_string())?,
         Some(path) => {
-            let adapter = Adapter::load(path, device).map_err(|error| format!("--adapter: {error}"))?;
+            let file = adapter_file(path).map_err(|error| format!("--adapter: {error}"))?;
+            let adapter = Adapter::load(&file, device).map_err(|error| format!("--adapter: {error}"))?;
             if *adapter.config() != config {
-                return Err(format!("--adapter {}: it is {:?}, the job's is {config:?}", path.display(), adapter.config()));
+                return Err(format!("--adapter {}: it is {:?}, the job's is {config:?}", file.display(), adapter.config()));
             }
             adapter
         }
@@ -391,6 +394,11 @@ mod tests {
         let adapter = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/demo/adapter.safetensors");
         let other = run_on(&path, &format!("--adapter {adapter}")).unwrap_err();
         assert!(other.contains("the job's is AdapterConfig"), "{other}");
+        // Of a checkpoint the moving average is meant, as by `sample`.
+        std::fs::write(folder.path().join("adapter.safetensors"), b"not looked at").unwrap();
+        std::fs::copy(adapter, folder.path().join("adapter_ema.safetensors")).unwrap();
+        let other = run_on(&path, &format!("--adapter {}", folder.path().display())).unwrap_err();
+        assert!(other.contains("adapter_ema.safetensors: it is AdapterConfig"), "{other}");
         assert!(run_on(Path::new("nowhere.toml"), "").unwrap_err().starts_with("cannot read job file nowhere.toml"));
     }
 

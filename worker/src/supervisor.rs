@@ -9,7 +9,7 @@ use peapod_data::Outlook;
 use peapod_proto::ids::{Incarnation, Step, WorkerId};
 use peapod_proto::job::Job;
 use peapod_proto::message::{FromWorker, Hello, ToWorker};
-use peapod_proto::secure::{Access, Link};
+use peapod_proto::secure::Access;
 use peapod_proto::trace::Trace;
 use peapod_proto::{PROGRAM_VERSION, PROTOCOL_VERSION, v1, work_span};
 use tch::Device;
@@ -19,10 +19,11 @@ use tonic::Streaming;
 use tracing::{Instrument, Span};
 
 use crate::args::Args;
-use crate::client::{self, ClientError};
+use crate::client::{self, ClientError, Parts};
 use crate::device;
 use crate::faults::Faults;
-use crate::lifecycle::{Action, Input, Lifecycle, TRY_AGAIN};
+use crate::lifecycle::{Action, Input, Lifecycle, TRY_AGAIN, TrainerEvent};
+use crate::outbox::Outbox;
 use crate::setup;
 use crate::trainer::{self, Command, Context, Control, Drawn, Output, Snapshot};
 
@@ -32,6 +33,8 @@ pub const BAD_ARGUMENTS: u8 = 2;
 const GRACE: Duration = Duration::from_secs(10);
 /// A stream that takes nothing for so long is given up.
 const SEND_TIMEOUT: Duration = Duration::from_secs(10);
+/// Checkpoints on their way at once when a generation stops: its last beside one before it.
+const MAX_CHECKPOINTS_AT_A_STOP: usize = 2;
 /// Until the coordinator says how often.
 const FIRST_HEARTBEAT_INTERVAL: Duration = Duration::from_millis(500);
 
@@ -44,12 +47,11 @@ pub struct Exit {
     pub message: String,
 }
 
-/// The connection that the trainer's thread uses for downloads; it changes with every reconnect.
-type SharedChannel = Arc<Mutex<Option<Session>>>;
+/// What transfers say of themselves, those of the trainer's thread too; it changes with every reconnect.
+type SharedSession = Arc<Mutex<Option<Session>>>;
 
 #[derive(Clone)]
 struct Session {
-    channel: Link,
     worker: WorkerId,
     trace: Trace,
 }
@@ -64,7 +66,7 @@ struct Supervisor {
     control: Arc<Control>,
     outbound: Option<mpsc::Sender<FromWorker>>,
     inbound: Option<Streaming<v1::ToWorker>>,
-    channel: SharedChannel,
+    session: SharedSession,
     local_ip: Option<IpAddr>,
     heartbeat_interval: Duration,
     /// The coordinator's, once it is known.
@@ -74,12 +76,13 @@ struct Supervisor {
     trainer: Option<std::thread::JoinHandle<()>>,
     outputs: mpsc::UnboundedReceiver<Output>,
     output: mpsc::UnboundedSender<Output>,
-    uploads: JoinSet<()>,
+    checkpoints: Outbox<Box<Snapshot>>,
+    pictures: JoinSet<()>,
     faults: Arc<Faults>,
     /// Whether the current stream is given up.
     cut: bool,
-    /// The newest weights that were to be stored while there was no coordinator.
-    unsent: Option<Box<Snapshot>>,
+    /// Whether the coordinator has welcomed the current stream.
+    is_welcome: bool,
     /// Whether one keeps its heartbeats back.
     silent: bool,
 }
@@ -109,7 +112,7 @@ pub async fn run(args: Args, device: Device) -> Exit {
         control: Arc::new(Control::default()),
         outbound: None,
         inbound: None,
-        channel: Arc::default(),
+        session: Arc::default(),
         local_ip: None,
         heartbeat_interval: FIRST_HEARTBEAT_INTERVAL,
         join_timeout: None,
@@ -118,10 +121,11 @@ pub async fn run(args: Args, device: Device) -> Exit {
         trainer: None,
         outputs,
         output,
-        uploads: JoinSet::new(),
+        checkpoints: Outbox::default(),
+        pictures: JoinSet::new(),
         faults,
         cut: false,
-        unsent: None,
+        is_welcome: false,
         silent: false,
     };
     let exit = supervisor.run().await;
@@ -165,18 +169,19 @@ impl Supervisor {
                     Ok(message) if self.faults.lose(&message, self.control.heartbeat().step) => None,
                     Ok(message) => Some(Input::Said(message)),
                     Err(cause) => {
-                        (self.inbound, self.outbound) = (None, None);
+                        (self.inbound, self.outbound, self.is_welcome) = (None, None, false);
                         Some(Input::StreamLost { cause })
                     }
                 },
                 Some(output) = self.outputs.recv() => self.take(output),
-                _ = heartbeat.tick() => {
-                    self.send(FromWorker::Heartbeat(self.control.heartbeat())).await;
-                    None
-                }
+                _ = heartbeat.tick() => Some(Input::Beat(self.control.heartbeat())),
                 _ = interrupt.recv() => Some(Input::Signal { name: "Ctrl-C" }),
                 _ = terminate.recv() => Some(Input::Signal { name: "SIGTERM" }),
-                Some(_) = self.uploads.join_next() => None,
+                Some(()) = self.checkpoints.sent() => {
+                    self.send_checkpoint(1);
+                    None
+                }
+                Some(_) = self.pictures.join_next() => None,
             };
             let Some(input) = input else { continue };
             if let Input::Said(ToWorker::Welcome { heartbeat_interval_ms, join_timeout_ms, .. }) = &input {
@@ -187,10 +192,16 @@ impl Supervisor {
                 heartbeat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
             }
             let is_welcome = matches!(input, Input::Said(ToWorker::Welcome { .. }));
+            let has_stopped = matches!(input, Input::Trainer(TrainerEvent::Stopped(_)));
             let mut actions: VecDeque<Action> = self.life.handle(input).into();
             self.remember_identity();
-            if let Some(snapshot) = self.unsent.take_if(|_| is_welcome) {
-                self.upload(*snapshot);
+            if is_welcome {
+                self.is_welcome = true;
+                self.send_checkpoint(1);
+            }
+            if has_stopped {
+                // It may be the job's last: the coordinator waits for that, and no longer than for another to be asked.
+                self.send_checkpoint(MAX_CHECKPOINTS_AT_A_STOP);
             }
             while let Some(action) = actions.pop_front() {
                 if let Some(exit) = self.act(action).await {
@@ -225,7 +236,7 @@ impl Supervisor {
                 self.outbound = Some(stream.outbound);
                 self.inbound = Some(stream.inbound);
                 self.local_ip = stream.local_ip;
-                *lock(&self.channel) = Some(Session { channel: stream.channel, worker: WorkerId(0), trace: stream.trace });
+                *lock(&self.session) = Some(Session { worker: WorkerId(0), trace: stream.trace });
                 Ok(())
             }
             Err(error) => {
@@ -249,7 +260,7 @@ impl Supervisor {
     /// Takes what the trainer hands out while there is no coordinator.
     fn take_alone(&mut self, output: Output) -> Option<Exit> {
         if let Output::Snapshot(snapshot) = output {
-            self.unsent = Some(snapshot);
+            self.checkpoints.put(snapshot);
             return None;
         }
         let input = self.take(output)?;
@@ -261,7 +272,7 @@ impl Supervisor {
     }
 
     fn remember_identity(&self) {
-        if let (Some(session), Some((worker, rank))) = (lock(&self.channel).as_mut(), self.life.identity()) {
+        if let (Some(session), Some((worker, rank))) = (lock(&self.session).as_mut(), self.life.identity()) {
             session.worker = worker;
             session.trace.span().record("rank", rank.0);
         }
@@ -286,7 +297,16 @@ impl Supervisor {
             Output::NeedLeases { num, is_idle } => Some(Input::NeedLeases { num, is_idle }),
             Output::GaveBack { lease, from } => Some(Input::GaveBack { lease, from }),
             Output::Snapshot(snapshot) => {
-                self.upload(*snapshot);
+                let (step, generation) = (snapshot.step, snapshot.generation);
+                if let Some(older) = self.checkpoints.put(snapshot) {
+                    tracing::warn!(
+                        "the checkpoint of step {} is not sent: it still waited when that of step {step} was due; where the coordinator's store is slow, raise checkpoint.every_steps",
+                        older.step
+                    );
+                }
+                // What is asked for between generations is waited for: it may be the job's last. It is asked for a few times at most.
+                let runs = self.control.heartbeat().generation == generation;
+                self.send_checkpoint(if runs { 1 } else { usize::MAX });
                 None
             }
             Output::Picture(drawn) => {
@@ -343,7 +363,7 @@ impl Supervisor {
             // The loop sees that there is no stream.
             Action::Reconnect => {}
             Action::Log { text } => {
-                let session = lock(&self.channel).as_ref().map_or_else(Span::none, |session| session.trace.span().clone());
+                let session = lock(&self.session).as_ref().map_or_else(Span::none, |session| session.trace.span().clone());
                 session.in_scope(|| tracing::info!("{text}"));
             }
             Action::Exit { code, message } => return Some(Exit { code, message }),
@@ -365,7 +385,7 @@ impl Supervisor {
         let (commands, inbox) = std::sync::mpsc::channel();
         self.commands = Some(commands);
         let output = self.output.clone();
-        let (channel, runtime) = (self.channel.clone(), tokio::runtime::Handle::current());
+        let (access, session, runtime) = (self.access.clone(), self.session.clone(), tokio::runtime::Handle::current());
         let context = Context {
             job,
             device: self.device,
@@ -378,9 +398,9 @@ impl Supervisor {
             control: self.control.clone(),
             faults: self.faults.clone(),
             download: Box::new(move |step| {
-                let Session { channel, worker, trace } = lock(&channel).clone().ok_or("no connection to the coordinator")?;
+                let Session { worker, trace } = lock(&session).clone().ok_or("no connection to the coordinator")?;
                 let trace = trace.child(work_span!(parent: trace.span(), "download", step = step.0));
-                let files = client::download(channel, &trace, worker, step).instrument(trace.span().clone());
+                let files = client::download(&access, &trace, worker, step).instrument(trace.span().clone());
                 runtime.block_on(files).map_err(|error| error.to_string())
             }),
         };
@@ -392,16 +412,26 @@ impl Supervisor {
         Ok(())
     }
 
-    /// Sends a checkpoint on a call of its own, off both threads.
+    /// Sends the newest copy of the weights, if there is one that waits and fewer than `limit` are on their way.
+    fn send_checkpoint(&mut self, limit: usize) {
+        if self.is_welcome
+            && let Some(snapshot) = self.checkpoints.take(limit)
+        {
+            self.upload(*snapshot);
+        }
+    }
+
+    /// Sends a checkpoint on a connection of its own, off both threads.
     fn upload(&mut self, snapshot: Snapshot) {
-        let (Some(Session { channel, worker, trace }), Some(job)) = (lock(&self.channel).clone(), self.job.clone()) else { return };
-        let (generation, step) = (snapshot.generation, snapshot.step);
+        let (Some(Session { worker, trace }), Some(job)) = (lock(&self.session).clone(), self.job.clone()) else { return };
+        let (access, generation, step) = (self.access.clone(), snapshot.generation, snapshot.step);
         let trace = trace.child(work_span!(parent: trace.span(), "upload", step = step.0));
         let span = trace.span().clone();
         let upload = async move {
-            let files = tokio::task::spawn_blocking(move || files_of(&job, &snapshot, step)).await;
+            // Hundreds of megabytes: to write and to hash them would hold up everything else that this thread does.
+            let files = tokio::task::spawn_blocking(move || files_of(&job, &snapshot, step).map(Parts::new)).await;
             let result = match files {
-                Ok(Ok(files)) => client::upload(channel, &trace, worker, generation, step, files).await.map_err(|error| error.to_string()),
+                Ok(Ok(parts)) => client::upload(&access, &trace, worker, generation, step, parts).await.map_err(|error| error.to_string()),
                 Ok(Err(error)) => Err(error.to_string()),
                 Err(error) => Err(error.to_string()),
             };
@@ -410,38 +440,42 @@ impl Supervisor {
                 Err(error) => tracing::error!("checkpoint of step {step}: {error}"),
             }
         };
-        self.uploads.spawn(upload.instrument(span));
+        self.checkpoints.send(upload.instrument(span));
     }
 
-    /// Sends a picture on a call of its own, off both threads. Nothing depends on its arrival.
+    /// Sends a picture on a connection of its own, off both threads. Nothing depends on its arrival.
     fn send_picture(&mut self, drawn: Drawn) {
-        let Some(Session { channel, trace, .. }) = lock(&self.channel).clone() else { return };
+        let Some(Session { trace, .. }) = lock(&self.session).clone() else { return };
+        let access = self.access.clone();
         let trace = trace.child(work_span!(parent: trace.span(), "picture", step = drawn.step.0, index = drawn.index));
         let span = trace.span().clone();
         let send = async move {
             let Drawn { generation, step, index, png, sent } = drawn;
-            match client::send_picture(channel, &trace, generation, step, index, png).await {
+            match client::send_picture(&access, &trace, generation, step, index, png).await {
                 Ok(location) => tracing::debug!("picture {index} of step {step} stored at {location}"),
                 Err(error) => tracing::warn!("picture {index} of step {step}: {error}"),
             }
             drop(sent);
         };
-        self.uploads.spawn(send.instrument(span));
+        self.pictures.spawn(send.instrument(span));
     }
 
     /// Ends what is under way, each part with its time.
     async fn close(&mut self) {
         self.control.abort(self.control.heartbeat().generation, "the worker ends");
         self.commands = None;
-        let mut uploads = std::mem::take(&mut self.uploads);
-        // What takes longer is cut off as the set is dropped.
-        let finish = async move { while uploads.join_next().await.is_some() {} };
+        let (mut checkpoints, mut pictures) = (std::mem::take(&mut self.checkpoints), std::mem::take(&mut self.pictures));
+        // What takes longer is cut off as the sets are dropped.
+        let finish = async move {
+            while checkpoints.sent().await.is_some() {}
+            while pictures.join_next().await.is_some() {}
+        };
         if self.life.left_in_order() && tokio::time::timeout(GRACE, finish).await.is_err() {
             tracing::warn!("a checkpoint or a picture was still being sent");
         }
         // Dropping the sender ends the stream once everything in it is sent; the coordinator closes its side in answer.
         self.outbound = None;
-        *lock(&self.channel) = None;
+        *lock(&self.session) = None;
         let drained = async { while next_message(&mut self.inbound, false).await.is_ok() {} };
         let _ = tokio::time::timeout(Duration::from_secs(1), drained).await;
         if let Some(trainer) = self.trainer.take() {
@@ -464,8 +498,8 @@ async fn next_message(inbound: &mut Option<Streaming<v1::ToWorker>>, cut: bool) 
     }
 }
 
-fn lock(channel: &SharedChannel) -> std::sync::MutexGuard<'_, Option<Session>> {
-    channel.lock().unwrap_or_else(PoisonError::into_inner)
+fn lock(session: &SharedSession) -> std::sync::MutexGuard<'_, Option<Session>> {
+    session.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn host_name() -> String {

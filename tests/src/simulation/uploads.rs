@@ -63,7 +63,7 @@ impl World {
                 if cut || self.processes[process].life == Life::Gone {
                     self.say(|| format!("the copy of step {step} is cut off"));
                     if self.random.one_in(2) {
-                        // The stream runs over the same connection.
+                        // What cut it off may cut the stream off too.
                         if self.processes[process].is_running() {
                             self.break_off(process);
                         }

@@ -287,8 +287,10 @@ impl World {
         if !self.processes[process].is_running() || self.processes[process].beat != beat {
             return;
         }
-        let heartbeat = self.processes[process].control.heartbeat();
-        self.send(process, FromWorker::Heartbeat(heartbeat));
+        if let Link::Open(_) = self.processes[process].link {
+            let heartbeat = self.processes[process].control.heartbeat();
+            self.input(process, Input::Beat(heartbeat));
+        }
         self.queue.push(self.now + self.processes[process].heartbeat, Event::Beat { process, beat });
     }
 

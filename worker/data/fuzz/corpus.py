@@ -6,6 +6,7 @@ Only the standard library is needed: python3 corpus.py
 
 import io
 import json
+import math
 import shutil
 import struct
 import tarfile
@@ -140,7 +141,8 @@ write(
         "not-utf8": b'{"caption_en": "\xff"}',
         "lone-surrogate": '{"caption_en": "\\ud800"}',
         "deep": '{"caption_en": ' + "[" * 2000,
-        "not-a-number": '{"watermark": NaN}',
+        "not-a-number": '{"watermark": nan}',
+        "ok-not-a-number": json.dumps(captions | {"title": 'a \\"NaN', "watermark": math.nan, "other": [-math.inf, {"a": math.inf}]}),
     },
 )
 

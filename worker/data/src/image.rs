@@ -5,6 +5,7 @@ use std::panic::catch_unwind;
 use fast_image_resize::images::{Image, ImageRef};
 use fast_image_resize::{FilterType, PixelType, ResizeAlg, ResizeOptions, Resizer};
 use zune_jpeg::JpegDecoder;
+use zune_jpeg::errors::DecodeErrors;
 use zune_jpeg::zune_core::bytestream::ZCursor;
 use zune_jpeg::zune_core::colorspace::ColorSpace;
 use zune_jpeg::zune_core::options::DecoderOptions;
@@ -16,6 +17,9 @@ use crate::{Error, Result};
 
 /// A picture with more pixels is not decoded: a few bytes of header can claim gigabytes. Enough for any camera.
 pub const MAX_PIXELS: u64 = 1 << 26;
+
+/// What the decoder says of a header with bytes between its segments that belong to none.
+const STRAY_BYTES: &str = "[strict-mode]: Extra bytes between headers";
 
 type Decoder<'a> = JpegDecoder<ZCursor<&'a [u8]>>;
 
@@ -45,7 +49,7 @@ pub struct Cropped {
 /// [`MAX_PIXELS`].
 pub fn size(jpeg: &[u8]) -> Result<(u32, u32)> {
     guarded(|| match Format::of(jpeg) {
-        Format::Jpeg => open(jpeg).map(|(_, size)| size),
+        Format::Jpeg => open(jpeg, |_, size| Ok(size)),
         Format::Png => format::png_size(jpeg),
         Format::Other(name) => Err(Error::PictureFormat(name)),
     })
@@ -53,7 +57,7 @@ pub fn size(jpeg: &[u8]) -> Result<(u32, u32)> {
 
 /// The EXIF data of a JPEG, if there are any.
 pub(crate) fn exif(jpeg: &[u8]) -> Option<Vec<u8>> {
-    guarded(|| open(jpeg).map(|(decoder, _)| decoder.exif().cloned())).ok().flatten()
+    guarded(|| open(jpeg, |decoder, _| Ok(decoder.exif().cloned()))).ok().flatten()
 }
 
 /// Decodes a JPEG, or a PNG under its name; grayscale and CMYK become RGB. A rotation noted in its EXIF data is ignored, as by Pillow:
@@ -69,13 +73,14 @@ pub fn decode(jpeg: &[u8]) -> Result<Rgb> {
             Format::Png => return format::decode_png(jpeg),
             Format::Other(name) => return Err(Error::PictureFormat(name)),
         }
-        let (mut decoder, (width, height)) = open(jpeg)?;
-        let bytes = decoder.decode().map_err(|error| Error::Picture(error.to_string()))?;
-        let expected = u64::from(width) * u64::from(height) * 3;
-        if bytes.len() as u64 != expected {
-            return Err(Error::Picture(format!("{} bytes of pixels where {expected} were expected", bytes.len())));
-        }
-        Ok(Rgb { width, height, bytes })
+        open(jpeg, |mut decoder, (width, height)| {
+            let bytes = decoder.decode().map_err(|error| Error::Picture(error.to_string()))?;
+            let expected = u64::from(width) * u64::from(height) * 3;
+            if bytes.len() as u64 != expected {
+                return Err(Error::Picture(format!("{} bytes of pixels where {expected} were expected", bytes.len())));
+            }
+            Ok(Rgb { width, height, bytes })
+        })
     })
 }
 
@@ -175,13 +180,18 @@ fn source_span(source_len: f64, scaled_len: u64, start: u64, target_len: u32) ->
     (from, (f64::from(target_len) * scale).min(source_len - from))
 }
 
-/// A decoder that has read the header, and the size found there.
-fn open(jpeg: &[u8]) -> Result<(Decoder<'_>, (u32, u32))> {
-    let side = usize::from(u16::MAX);
-    let options =
-        DecoderOptions::default().set_strict_mode(true).set_max_width(side).set_max_height(side).jpeg_set_out_colorspace(ColorSpace::RGB);
-    let mut decoder = JpegDecoder::new_with_options(ZCursor::new(jpeg), options);
-    decoder.decode_headers().map_err(|error| Error::Picture(error.to_string()))?;
+/// Hands a decoder that has read the header, and the size found there, to `read`.
+fn open<T>(jpeg: &[u8], read: impl FnOnce(Decoder<'_>, (u32, u32)) -> Result<T>) -> Result<T> {
+    let tidied;
+    let decoder = match read_header(jpeg) {
+        // Not by a decoder that is less strict: it would fill up with grey what breaks off.
+        Err(DecodeErrors::FormatStatic(STRAY_BYTES)) => {
+            tidied = without_stray_bytes(jpeg);
+            read_header(&tidied)
+        }
+        decoder => decoder,
+    };
+    let decoder = decoder.map_err(|error| Error::Picture(error.to_string()))?;
     let info = decoder.info().ok_or_else(|| Error::Picture("no header".into()))?;
     let (width, height) = (u32::from(info.width), u32::from(info.height));
     if width == 0 || height == 0 {
@@ -190,7 +200,40 @@ fn open(jpeg: &[u8]) -> Result<(Decoder<'_>, (u32, u32))> {
     if u64::from(width) * u64::from(height) > MAX_PIXELS {
         return Err(Error::PictureSize { width, height, limit: MAX_PIXELS });
     }
-    Ok((decoder, (width, height)))
+    read(decoder, (width, height))
+}
+
+fn read_header(jpeg: &[u8]) -> std::result::Result<Decoder<'_>, DecodeErrors> {
+    let side = usize::from(u16::MAX);
+    let options =
+        DecoderOptions::default().set_strict_mode(true).set_max_width(side).set_max_height(side).jpeg_set_out_colorspace(ColorSpace::RGB);
+    let mut decoder = JpegDecoder::new_with_options(ZCursor::new(jpeg), options);
+    decoder.decode_headers()?;
+    Ok(decoder)
+}
+
+/// A JPEG without the bytes between the segments of its header, which libjpeg passes over with a warning. From its first scan on all is left as
+/// it is.
+///
+/// Source: ITU-T T.81, B.1.1.3 and table B.1, for markers and the segments that follow them.
+fn without_stray_bytes(jpeg: &[u8]) -> Vec<u8> {
+    let mut tidied = Vec::with_capacity(jpeg.len());
+    let mut rest = jpeg;
+    // 0xff is repeated to fill up, and followed by 0 where it is none of a marker's.
+    while let Some(at) = rest.windows(2).position(|pair| pair[0] == 0xff && !matches!(pair[1], 0 | 0xff)) {
+        rest = &rest[at..];
+        let len = match rest[1] {
+            // The scan begins.
+            0xda => rest.len(),
+            // These stand alone.
+            0x01 | 0xd0..=0xd9 => 2,
+            _ => 2 + rest.get(2..4).map_or(0, |len| usize::from(u16::from_be_bytes([len[0], len[1]]))),
+        };
+        let (segment, after) = rest.split_at(len.min(rest.len()));
+        tidied.extend_from_slice(segment);
+        rest = after;
+    }
+    tidied
 }
 
 /// Runs the decoder so that bytes which make it panic are an error like any other.
@@ -275,6 +318,44 @@ mod tests {
             assert!(difference <= largest, "{case}: {difference}");
             let sum: f64 = picture.bytes.iter().zip(&expected.bytes).map(|(a, b)| f64::from(a.abs_diff(*b))).sum();
             assert!(sum / picture.bytes.len() as f64 <= mean, "{case}: {} on average", sum / picture.bytes.len() as f64);
+        }
+    }
+
+    /// Where the segments of a JPEG's header begin, but for the first marker, which stands alone.
+    fn segments(jpeg: &[u8]) -> Vec<usize> {
+        let mut starts = vec![2];
+        while let Some(&at) = starts.last()
+            && jpeg[at + 1] != 0xda
+        {
+            starts.push(at + 2 + usize::from(u16::from_be_bytes([jpeg[at + 2], jpeg[at + 3]])));
+        }
+        starts
+    }
+
+    /// Pillow 13.0 gives the same pixels for all of these files as for those without the bytes, which libjpeg passes over with a warning
+    /// ("extraneous bytes before marker"), and refuses them where they break off. Only right after the first marker it takes none.
+    #[test]
+    fn bytes_between_the_segments_of_a_header_are_passed_over_as_pillow_does() {
+        let files: [&[u8]; 4] = [
+            include_bytes!("../testdata/progressive.jpg"),
+            include_bytes!("../testdata/gray.jpg"),
+            include_bytes!("../testdata/turn1.jpg"),
+            include_bytes!("../testdata/ycck.jpg"),
+        ];
+        for whole in files {
+            let expected = decode(whole).unwrap();
+            let starts = segments(whole);
+            assert!(starts.len() > 4, "{starts:?}");
+            for &at in &starts[1..] {
+                for stray in [&[0; 4][..], &[7; 300], &[1, 0xff, 0, 2, 3, 0xff, 0, 9, 9, 0xff]] {
+                    let jpeg = [&whole[..at], stray, &whole[at..]].concat();
+                    assert_eq!(size(&jpeg).unwrap(), (expected.width, expected.height), "at {at}");
+                    assert!(decode(&jpeg).unwrap() == expected, "{} bytes at {at}", stray.len());
+                    assert_eq!(format::turn(&jpeg), format::turn(whole), "at {at}");
+                    let cut = &jpeg[..jpeg.len() - whole.len() / 4];
+                    assert!(decode(cut).is_err(), "what breaks off is refused all the same");
+                }
+            }
         }
     }
 

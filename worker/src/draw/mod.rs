@@ -26,6 +26,7 @@ pub use self::inputs::{InputError, InputFiles, Inputs};
 pub use self::latents::{read_latents, write_latents};
 pub use self::metadata::AdapterMetadata;
 pub use self::setup::{Files, Precision, Setup, SetupError};
+pub(crate) use self::student::adapter_file;
 use crate::picture::{Picture, PictureError};
 
 /// Why drawing failed.

@@ -16,7 +16,7 @@ use tch::{Device, Kind};
 use super::inputs::Inputs;
 use super::memory;
 use super::metadata::AdapterMetadata;
-use super::student::{SHIPPED_STUDENT, Student, adapter_file};
+use super::student::{SHIPPED_STUDENT, Student, adapter_file, is_average};
 use crate::numbers::VaeNumbers;
 
 /// Share of the memory that is free now which decoding may take.
@@ -208,6 +208,11 @@ impl Setup {
     /// Job and step that an adapter comes from, if it says so.
     pub fn adapter_origin(&self, index: usize) -> Option<&str> {
         self.students.get(index)?.origin.as_deref()
+    }
+
+    /// Those of the adapters' files that are the moving average of a job's weights.
+    pub fn averages(&self) -> impl Iterator<Item = &Path> {
+        self.students.iter().map(|student| student.adapter.as_path()).filter(|file| is_average(file))
     }
 
     /// The width and height of a picture nobody gave a size for.

@@ -13,7 +13,10 @@ use tch::{Device, Kind};
 
 use super::metadata::AdapterMetadata;
 use super::setup::{Files, SetupError, present};
+use crate::trainer::Snapshot;
 
+/// File name of the moving average in a checkpoint, which a job that keeps one validates, shows in its pictures and exports.
+const AVERAGE_FILE: &str = Snapshot::EMA;
 /// How the names of the folders begin that the published trainer saves: `proj_STEP`, or `proj_0_STEP`, as its own scripts look for them.
 const PUBLISHED_FOLDER: &str = "proj_";
 /// The student encoder's folder inside a model folder that ships one.
@@ -32,11 +35,12 @@ pub(super) struct Student {
 }
 
 /// The adapter file meant by `path`: the file itself; in a folder the file there; else that of the newest whole checkpoint in it, or of the
-/// last step that the published trainer saved there.
-pub(super) fn adapter_file(path: &Path) -> Result<PathBuf, SetupError> {
+/// last step that the published trainer saved there. Where there is a moving average beside the weights, it is meant.
+pub(crate) fn adapter_file(path: &Path) -> Result<PathBuf, SetupError> {
     let found = hub::locate(path);
     let path = found.as_deref().unwrap_or(path);
-    let own = |folder: &Path| [ADAPTER_FILE, PYTORCH_FILE].map(|name| folder.join(name)).into_iter().find(|file| file.is_file());
+    let first = |folder: &Path, names: &[&str]| names.iter().map(|name| folder.join(name)).find(|file| file.is_file());
+    let own = |folder: &Path| first(folder, &[AVERAGE_FILE, ADAPTER_FILE, PYTORCH_FILE]);
     if !path.is_dir() {
         return Ok(path.to_owned());
     }
@@ -45,7 +49,8 @@ pub(super) fn adapter_file(path: &Path) -> Result<PathBuf, SetupError> {
     }
     let folders: Vec<PathBuf> = std::fs::read_dir(path).into_iter().flatten().filter_map(|entry| Some(entry.ok()?.path())).collect();
     // A checkpoint is whole once it has a manifest; names sort by step.
-    let newest = folders.iter().filter(|folder| folder.join("manifest.json").is_file()).max().map(|folder| folder.join(ADAPTER_FILE));
+    let newest = folders.iter().filter(|folder| folder.join("manifest.json").is_file()).max();
+    let newest = newest.map(|folder| first(folder, &[AVERAGE_FILE]).unwrap_or_else(|| folder.join(ADAPTER_FILE)));
     let published = || {
         let saved = folders.iter().filter_map(|folder| Some((published_step(folder)?, own(folder)?)));
         saved.max_by_key(|(step, _)| *step).map(|(_, file)| file)
@@ -53,6 +58,11 @@ pub(super) fn adapter_file(path: &Path) -> Result<PathBuf, SetupError> {
     let file = newest.or_else(published).unwrap_or_else(|| path.join(ADAPTER_FILE));
     present("an adapter in that folder", &file, ADAPTER_HINT)?;
     Ok(file)
+}
+
+/// Whether a file is a checkpoint's moving average, by its name.
+pub(super) fn is_average(file: &Path) -> bool {
+    file.file_name().is_some_and(|name| name == AVERAGE_FILE)
 }
 
 /// The step of a folder that the published trainer saved.

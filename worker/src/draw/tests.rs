@@ -75,6 +75,38 @@ fn adapters_of_the_published_trainer_are_found_by_their_highest_step() {
     assert!(adapter_file(&root.path().join("proj_50000")).unwrap_err().to_string().contains("an adapter in that folder is missing"));
 }
 
+/// A folder with these files, each an adapter drawn from another seed.
+fn checkpoint(folder: &Path, names: &[&str]) {
+    std::fs::create_dir(folder).unwrap();
+    for (seed, name) in (0..).zip(names) {
+        let bytes = Adapter::fresh(FITTING, seed, Device::Cpu).unwrap().to_safetensors(&Default::default()).unwrap();
+        std::fs::write(folder.join(name), bytes).unwrap();
+    }
+}
+
+#[test]
+fn the_moving_average_of_a_checkpoint_is_drawn_with_where_there_is_one() {
+    let root = tempfile::tempdir().unwrap();
+    let (with, without) = (root.path().join("step-2"), root.path().join("step-1"));
+    checkpoint(&without, &["adapter.safetensors", "manifest.json"]);
+    assert_eq!(adapter_file(root.path()).unwrap(), without.join("adapter.safetensors"));
+    checkpoint(&with, &["adapter.safetensors", "adapter_ema.safetensors", "manifest.json"]);
+    let average = with.join("adapter_ema.safetensors");
+    assert_eq!((adapter_file(root.path()).unwrap(), adapter_file(&with).unwrap()), (average.clone(), average.clone()));
+    assert_eq!(adapter_file(&without).unwrap(), without.join("adapter.safetensors"));
+    assert_eq!(adapter_file(&with.join("adapter.safetensors")).unwrap(), with.join("adapter.safetensors"), "a file is the file itself");
+    let setup = |adapter: &Path| {
+        let files = Files { model: demo(), adapters: vec![adapter.into()], context_length: Some(24), ..Files::default() };
+        Setup::check(&files).unwrap()
+    };
+    assert_eq!(setup(root.path()).averages().collect::<Vec<_>>(), [average.as_path()]);
+    assert_eq!(setup(&without).averages().count(), 0);
+    // Half a checkpoint, which the published trainer has not saved either.
+    std::fs::remove_file(&average).unwrap();
+    std::fs::remove_file(with.join("adapter.safetensors")).unwrap();
+    assert!(adapter_file(root.path()).unwrap_err().to_string().contains("an adapter in that folder is missing"));
+}
+
 /// A student encoder need not have a config.json at its root: its own layout decides.
 #[test]
 fn pairs_of_encoders_are_students_too() {

@@ -191,6 +191,71 @@ fn what_was_read_of_held_shards_is_said_again_to_a_coordinator_that_comes_back()
     assert_eq!(reports(life.handle(welcome("a"))), [report(5, &[], Some(9))]);
 }
 
+fn beat(life: &mut Lifecycle) {
+    let heartbeat = Heartbeat { step: Step(1), phase: peapod_proto::message::Phase::Compute, generation: Generation(3), reads: 0 };
+    assert_eq!(life.handle(Input::Beat(heartbeat)), [Action::Send(FromWorker::Heartbeat(heartbeat))]);
+}
+
+/// The coordinator answers a heartbeat, and says in which generation steps are on disk.
+fn answer(life: &mut Lifecycle, durable_in: u64) {
+    life.handle(Input::Said(ToWorker::HeartbeatReply { generation: Generation(3), running: true, waiting_for: String::new() }));
+    life.handle(Input::Said(ToWorker::Durable { generation: Generation(durable_in), step: Step(9) }));
+}
+
+#[test]
+fn what_was_read_is_forgotten_once_a_heartbeat_after_it_is_answered_and_what_was_heard_is_on_disk() {
+    let mut life = training(3);
+    life.handle(Input::Read(report(4, &[2], None)));
+    beat(&mut life);
+    life.handle(Input::Read(report(4, &[7], Some(9))));
+    life.handle(Input::Read(report(5, &[3], Some(9))));
+    // However far the steps are: the reports may still be on their way.
+    answer(&mut life, 3);
+    assert_eq!(life.read.len(), 2);
+    beat(&mut life);
+    beat(&mut life);
+    life.handle(Input::Read(report(6, &[], None)));
+    life.handle(Input::Said(ToWorker::HeartbeatReply { generation: Generation(3), running: true, waiting_for: String::new() }));
+    assert_eq!(life.read.len(), 3, "heard, and not on disk");
+    answer(&mut life, 3);
+    assert_eq!(life.read.keys().collect::<Vec<_>>(), [&LeaseId(6)]);
+}
+
+#[test]
+fn what_is_said_again_waits_for_a_heartbeat_of_the_new_stream() {
+    let mut life = training(3);
+    for _ in 0..5 {
+        beat(&mut life);
+        answer(&mut life, 3);
+    }
+    life.handle(Input::Read(report(4, &[2], None)));
+    life.handle(Input::StreamLost { cause: "reset".into() });
+    // One that was sent before the welcome, and so before what is said again.
+    beat(&mut life);
+    assert!(life.handle(welcome_to("a", Generation(3))).contains(&Action::Send(FromWorker::ShardReport(report(4, &[2], None)))));
+    answer(&mut life, 3);
+    assert_eq!(life.read.len(), 1);
+    beat(&mut life);
+    answer(&mut life, 2);
+    assert_eq!(life.read.len(), 1, "word of another generation");
+    beat(&mut life);
+    answer(&mut life, 3);
+    assert!(life.read.is_empty());
+}
+
+#[test]
+fn one_that_has_to_leave_its_generation_keeps_what_it_has_read() {
+    let mut life = training(3);
+    life.handle(Input::Read(report(4, &[2], None)));
+    life.handle(Input::StreamLost { cause: "reset".into() });
+    // This coordinator knows it by a new name, under which it holds no lease. Started again it may know it by the old one.
+    life.handle(welcome("a"));
+    beat(&mut life);
+    answer(&mut life, 3);
+    life.handle(Input::StreamLost { cause: "reset".into() });
+    assert!(life.handle(welcome("a")).contains(&Action::Send(FromWorker::ShardReport(report(4, &[2], None)))));
+}
+
 #[test]
 fn what_was_given_back_is_said_again_to_a_coordinator_that_comes_back() {
     let mut life = training(1);

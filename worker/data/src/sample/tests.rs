@@ -127,7 +127,14 @@ fn broken_json_says_what_is_broken() {
         (br#"{"caption_ori_zh": ["a"]}"#, "caption_ori_zh: invalid type: sequence, expected a string"),
         (br#"{"watermark": "0.1"}"#, "watermark: invalid type: string"),
         (br#"{"aesthetic_score": true}"#, "aesthetic_score: invalid type: boolean"),
-        (br#"{"watermark": NaN}"#, "watermark: expected"),
+        (br#"{"watermark": nan}"#, "watermark: expected"),
+        (br#"{"watermark": NaNs}"#, "watermark: expected"),
+        (br#"{"watermark": 1NaN}"#, "expected `,` or `}`"),
+        (br#"{"watermark": --Infinity}"#, "watermark: invalid number"),
+        (br#"{"watermark": +Infinity}"#, "watermark: expected value"),
+        (br#"{"other": NaN, "caption_en": 3}"#, "caption_en: invalid type: integer `3`, expected a string"),
+        (br#"{NaN: 1}"#, "key must be a string"),
+        (br#"{"other": [NaN}"#, "expected `,` or `]`"),
         (b"{} {}", "trailing characters"),
         (b"{\"caption_en\": \"\xff\"}", "caption_en: invalid unicode"),
         (b"", "EOF"),
@@ -135,6 +142,25 @@ fn broken_json_says_what_is_broken() {
         let skip = examine_by(&data_section(), LARGE, json).unwrap_err();
         assert!(skip.rule == Rule::BadJson && skip.words.starts_with(wanted), "{}", skip.detail());
         assert_eq!(skip.words.matches(" at line ").count(), 1, "{}", skip.words);
+    }
+}
+
+#[test]
+fn numbers_that_are_none_count_as_absent() {
+    for number in ["NaN", "Infinity", "-Infinity"] {
+        let json = |scores: &str| {
+            format!(
+                r#"{{"a": {number}, "b": [1, {number},{{"c":{number}}}], "caption_zh": "红", "caption_en": "NaN, \"Infinity", {scores}}}"#
+            )
+        };
+        let sample = examine_json(SMALL, &json(r#""other": NaN"#)).unwrap();
+        assert_eq!(sample.caption.english, "NaN, \"Infinity", "strings stay as they are");
+        let without = examine_json(SMALL, &json(&format!(r#""watermark": {number}, "aesthetic_score": 1"#)));
+        assert!(without.is_ok(), "without a watermark score nothing is filtered: {without:?}");
+        let (rule, words) = skipped(LARGE, &json(&format!(r#""watermark": 0.1, "aesthetic_score": {number}"#)));
+        assert_eq!((rule, words.as_str()), (Rule::NoAesthetic, "aesthetic_score is missing"));
+        // Python would make the text of a float of it.
+        assert_eq!(skipped(LARGE, &format!(r#"{{"caption_ori": {number}, "caption_zh": null}}"#)).0, Rule::NoCaption);
     }
 }
 

@@ -23,8 +23,8 @@ pub struct Args {
     #[arg(long, value_name = "DIR", help_heading = "Models")]
     pub model_config: Option<PathBuf>,
 
-    /// The adapter (.safetensors, pytorch_model.bin), or a folder of checkpoints: the newest; without it prompts are English. With --compare
-    /// it may be given again
+    /// The adapter (.safetensors, pytorch_model.bin), or a folder of checkpoints: the newest, and of a checkpoint the moving average if the
+    /// job keeps one; without it prompts are English. With --compare it may be given again
     #[arg(long = "adapter", value_name = "PATH", help_heading = "Models")]
     pub adapters: Vec<PathBuf>,
 

@@ -68,6 +68,9 @@ fn run(plan: &Plan, device: Device) -> anyhow::Result<()> {
     let reporter = Reporter::new(plan.num_steps());
     let painter = Painter::load(&plan.setup, device).context("cannot load the models")?;
     reporter.say(format!("models loaded in {:.1} s", started.elapsed().as_secs_f64()));
+    for file in plan.setup.averages() {
+        reporter.say(format!("adapter: the job's moving average, {}", file.display()));
+    }
     let seed = plan.options.seed.to_string();
     let took = match &plan.target {
         Target::Files(paths) => draw(plan, &painter, &reporter, |index, pictures| {
