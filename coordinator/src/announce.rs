@@ -10,22 +10,31 @@ use crate::config::RunArgs;
 use crate::observe::Bar;
 use crate::secrets::{JOIN, Secrets};
 
-/// File in the state folder with the address of the coordinator that uses it, for commands on this machine.
+/// File in the state folder with the address of the coordinator that uses it and the id of its run, a line each, for commands on this machine.
 const ADDRESS: &str = "address";
+
+/// What a coordinator has left in its state folder.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Left {
+    /// Where it listens.
+    pub url: String,
+    /// Its run: after its sudden end another may listen there. None from a program of before this was said.
+    pub job_id: Option<String>,
+}
 
 /// Leaves the address where commands look for it.
 ///
 /// # Errors
 /// Names the file that cannot be written.
-pub fn leave_address(state_dir: &Path, scheme: &str, listening: SocketAddr) -> Result<(), String> {
+pub fn leave_address(state_dir: &Path, scheme: &str, listening: SocketAddr, job_id: &str) -> Result<(), String> {
     let ip = match listening.ip() {
         IpAddr::V4(ip) if ip.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
         IpAddr::V6(ip) if ip.is_unspecified() => Ipv6Addr::LOCALHOST.into(),
         ip => ip,
     };
     let path = state_dir.join(ADDRESS);
-    let url = format!("{scheme}://{}\n", SocketAddr::new(ip, listening.port()));
-    std::fs::write(&path, url).map_err(|error| format!("cannot write {}: {error}", path.display()))
+    let text = format!("{scheme}://{}\n{job_id}\n", SocketAddr::new(ip, listening.port()));
+    std::fs::write(&path, text).map_err(|error| format!("cannot write {}: {error}", path.display()))
 }
 
 /// Takes it away again: nobody listens there any more.
@@ -36,9 +45,11 @@ pub fn take_address(state_dir: &Path) {
 
 /// The address that a coordinator has left in its state folder.
 #[must_use]
-pub fn address_in(state_dir: &Path) -> Option<String> {
+pub fn address_in(state_dir: &Path) -> Option<Left> {
     let text = std::fs::read_to_string(state_dir.join(ADDRESS)).ok()?;
-    Some(text.trim().to_owned()).filter(|url| !url.is_empty())
+    let mut lines = text.lines().map(|line| line.trim().to_owned());
+    let url = lines.next().filter(|url| !url.is_empty())?;
+    Some(Left { url, job_id: lines.next() })
 }
 
 /// Of the control port's address.
@@ -106,8 +117,8 @@ mod tests {
         for (listening, left) in
             [("0.0.0.0:7733", "http://127.0.0.1:7733"), ("[::]:1", "http://[::1]:1"), ("10.0.0.1:2", "http://10.0.0.1:2")]
         {
-            leave_address(folder.path(), "http", listening.parse().unwrap()).unwrap();
-            assert_eq!(address_in(folder.path()).as_deref(), Some(left));
+            leave_address(folder.path(), "http", listening.parse().unwrap(), "7").unwrap();
+            assert_eq!(address_in(folder.path()), Some(Left { url: left.into(), job_id: Some("7".into()) }));
         }
         take_address(folder.path());
         assert_eq!(address_in(folder.path()), None);

@@ -157,9 +157,9 @@ pub struct Target {
     /// Address of the coordinator [default: the one in --state-dir, or http://127.0.0.1:7733]
     #[arg(long, env = "PEAPOD_COORDINATOR")]
     pub coordinator: Option<String>,
-    /// Its --state-dir, where it leaves its address and its join string
-    #[arg(long, env = "PEAPOD_STATE_DIR", value_name = "DIR", default_value = "peapod-state")]
-    pub state_dir: PathBuf,
+    /// Its --state-dir, where it leaves its address and its join string [default: peapod-state]
+    #[arg(long, env = "PEAPOD_STATE_DIR", value_name = "DIR")]
+    pub state_dir: Option<PathBuf>,
     /// How to be let in
     #[command(flatten)]
     pub access: AccessArgs,

@@ -2,6 +2,7 @@
 
 use std::fmt::Write as _;
 use std::io::{self, IsTerminal, Write};
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::Result;
@@ -18,33 +19,59 @@ const WATCH_EVERY: Duration = Duration::from_secs(1);
 const TIMEOUT: Duration = Duration::from_secs(5);
 /// Where a coordinator listens that is told nothing else.
 const DEFAULT_ADDRESS: &str = "http://127.0.0.1:7733";
+/// Where it keeps its state then.
+const DEFAULT_STATE_DIR: &str = "peapod-state";
 
 type Client = v1::control_client::ControlClient<Link>;
 
+/// The coordinator that is meant.
+struct Meant {
+    access: Access,
+    /// The run that it must be of.
+    job_id: Option<String>,
+}
+
 /// Finds out which coordinator is meant and how to be let in: by the arguments, or by what it left in its state folder.
-fn access(target: &Target) -> Result<Access> {
+fn meant(target: &Target) -> Result<Meant> {
     let Target { coordinator, state_dir, access } = target;
     let (coordinator, mut access) = (coordinator.as_deref(), access.clone());
+    let folder = state_dir.as_deref().unwrap_or(Path::new(DEFAULT_STATE_DIR));
+    // Who names a folder means the coordinator that runs from it, and no other.
+    let is_told = coordinator.is_some() || access.join.is_some();
+    let left = if is_told { None } else { address_in(folder) };
+    if !is_told && left.is_none() && state_dir.is_some() {
+        anyhow::bail!("no coordinator runs from {}: there is no address in it", folder.display());
+    }
     let knows_certificate = access.join.is_some() || access.tls_ca.is_some();
     if !knows_certificate && coordinator.is_none_or(|address| address.starts_with("https://")) {
-        let left = join_string_in(state_dir).map_err(anyhow::Error::msg)?;
-        access.join = left.map(Into::into);
+        let join = join_string_in(folder).map_err(anyhow::Error::msg)?;
+        access.join = join.map(Into::into);
     }
     // The join string says where, too.
-    let left = access.join.is_none().then(|| address_in(state_dir).unwrap_or_else(|| DEFAULT_ADDRESS.to_owned()));
-    Access::new(coordinator.or(left.as_deref()), &access).map_err(anyhow::Error::msg)
+    let url = left.as_ref().map_or(DEFAULT_ADDRESS, |left| &left.url);
+    let url = access.join.is_none().then_some(url);
+    let job_id = left.as_ref().and_then(|left| left.job_id.clone());
+    Ok(Meant { access: Access::new(coordinator.or(url), &access).map_err(anyhow::Error::msg)?, job_id })
 }
 
 async fn connect(target: &Target) -> Result<Client> {
-    let access = access(target)?;
+    let Meant { access, job_id } = meant(target)?;
     let endpoint = access.endpoint().map_err(anyhow::Error::msg)?.connect_timeout(TIMEOUT).timeout(TIMEOUT);
-    match access.connect(&endpoint).await {
-        Ok(link) => Ok(v1::control_client::ControlClient::new(link)),
+    let mut client = match access.connect(&endpoint).await {
+        Ok(link) => v1::control_client::ControlClient::new(link),
         Err(AccessError::Refused(why)) => anyhow::bail!("{why}"),
         Err(AccessError::Failed(_)) => {
             anyhow::bail!("no coordinator answers at {}: is it running, and is --coordinator or --state-dir right?", access.url())
         }
+    };
+    if let Some(job_id) = job_id {
+        let other = client.status(v1::StatusRequest {}).await.map_err(said)?.into_inner();
+        if other.job_id != job_id {
+            let url = access.url();
+            anyhow::bail!("another job answers at {url} ({}): the coordinator that left this address there is gone", other.job_name);
+        }
     }
+    Ok(client)
 }
 
 fn said(status: tonic::Status) -> anyhow::Error {
@@ -84,8 +111,9 @@ pub async fn shards(target: &Target, source: Option<&str>, json: bool, out: &mut
     if let Some(name) = source
         && !sources.iter().any(|source| source.name == name)
     {
-        let names: Vec<&str> = sources.iter().map(|source| source.name.as_str()).collect();
-        anyhow::bail!("no source is named {name:?}; the job has: {}", names.join(", "));
+        let names: Vec<&str> = sources.iter().map(|source| source.name.as_str()).filter(|name| !name.is_empty()).collect();
+        let has = if names.is_empty() { "names none of its sources".to_owned() } else { format!("has: {}", names.join(", ")) };
+        anyhow::bail!("no source is named {name:?}; the job {has}");
     }
     for (index, of) in (0..).zip(&sources).filter(|(_, of)| source.is_none_or(|name| of.name == name)) {
         let mut skip = Some(0);
@@ -269,4 +297,29 @@ fn to_table(reply: &v1::StatusReply) -> String {
         );
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use peapod_proto::secure::AccessArgs;
+
+    use super::*;
+    use crate::announce::leave_address;
+
+    #[test]
+    fn who_names_a_state_folder_means_the_coordinator_that_runs_from_it_and_no_other() {
+        let folder = tempfile::tempdir().unwrap();
+        let target = |coordinator: Option<&str>, state_dir: bool| Target {
+            coordinator: coordinator.map(str::to_owned),
+            state_dir: state_dir.then(|| folder.path().to_owned()),
+            access: AccessArgs::default(),
+        };
+        let error = meant(&target(None, true)).err().unwrap().to_string();
+        assert!(error.starts_with("no coordinator runs from ") && error.ends_with(": there is no address in it"), "{error}");
+        let url = |target| meant(&target).map(|meant| (meant.access.url().to_owned(), meant.job_id)).unwrap();
+        assert_eq!(url(target(Some("http://host:1"), true)), ("http://host:1".into(), None));
+        leave_address(folder.path(), "http", "127.0.0.1:9".parse().unwrap(), "7").unwrap();
+        assert_eq!(url(target(None, true)), ("http://127.0.0.1:9".into(), Some("7".into())));
+        assert_eq!(url(target(Some("http://host:1"), true)), ("http://host:1".into(), None), "told otherwise");
+    }
 }

@@ -63,7 +63,8 @@ pub async fn run(args: RunArgs, bar: Bar) -> anyhow::Result<Exit> {
     let validation = (!job.validation.shards.is_empty()).then(|| args.state_dir.join("validation.jsonl"));
     let mut logs = Logs::open(&args.state_dir.join("steps.jsonl"), args.sample_log.as_deref(), validation.as_deref())?;
     let gallery = Gallery::new(&args.state_dir.join("pictures"), &job)?;
-    let listener = listen(args.listen_address()).with_context(|| format!("cannot listen on {}", args.listen_address()))?;
+    let listener = listen(args.listen_address())
+        .with_context(|| format!("cannot listen on {}, give another --listen ADDRESS:PORT", args.listen_address()))?;
     let http = web::listen(args.http_addr).await?;
     let listening = listener.local_addr()?;
     let secrets = match secrets(&args, listening) {
@@ -78,7 +79,7 @@ pub async fn run(args: RunArgs, bar: Bar) -> anyhow::Result<Exit> {
     {
         return Ok(exit);
     }
-    if let Err(problem) = leave_address(&args.state_dir, scheme(args.is_secure()), listening) {
+    if let Err(problem) = leave_address(&args.state_dir, scheme(args.is_secure()), listening, &run.job_id) {
         return Ok(Exit::Failed(problem));
     }
     announce(&args, &job, listening, num_shards, secrets.as_ref());

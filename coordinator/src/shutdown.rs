@@ -70,11 +70,10 @@ impl Signals {
         }
         tracing::info!("{name}: ending the job with a checkpoint; once more to end it at once");
         let _ = commands.send(Command::Tell(Event::Stop { reason: name.into() })).await;
-        tokio::spawn(async move {
-            self.next().await;
-            tracing::error!("ended at once, without a checkpoint");
-            std::process::exit(code.into());
-        });
+        // Part of this task, which ends with the job: a late second signal says nothing of a checkpoint that is stored.
+        self.next().await;
+        tracing::error!("ended at once, without a checkpoint");
+        std::process::exit(code.into());
     }
 
     /// The next one.

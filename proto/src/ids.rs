@@ -154,6 +154,13 @@ impl Bitmap {
         fresh
     }
 
+    /// One more than the highest bit that is set; 0 if none is.
+    #[must_use]
+    pub fn end(&self) -> u32 {
+        let last = self.0.iter().enumerate().rev().find(|&(_, &byte)| byte != 0);
+        last.map_or(0, |(at, byte)| at as u32 * 8 + 8 - byte.leading_zeros())
+    }
+
     /// Number of set bits.
     #[must_use]
     pub fn count(&self) -> u32 {
@@ -189,7 +196,8 @@ mod tests {
         assert!(bitmap.insert(0));
         assert_eq!((bitmap.count(), bitmap.contains(9), bitmap.contains(1000)), (2, true, false));
         assert_eq!(bitmap.iter().collect::<Vec<_>>(), [0, 9]);
-        assert_eq!(bitmap.as_bytes(), [1, 2]);
+        assert_eq!((bitmap.as_bytes(), bitmap.end()), ([1, 2].as_slice(), 10));
+        assert_eq!([vec![], vec![0, 0], vec![0, 128, 0]].map(|bytes| Bitmap::from_bytes(bytes).end()), [0, 0, 16]);
     }
 
     #[test]

@@ -71,8 +71,8 @@ def main():
         memory["diffusers"] = max(memory["diffusers"], float(lines[-2].split()[1]))
     medians = {name: statistics.median(values) for name, values in rates.items()}
     for name, values in rates.items():
-        rounds = ", ".join(f"{value:.2f}" for value in values)
-        print(f"{name:<10} {medians[name]:8.2f} samples/s  ({rounds}), {memory[name]:.2f} GB of memory")
+        rounds = ", ".join(f"{value:.3g}" for value in values)
+        print(f"{name:<10} {medians[name]:8.3g} samples/s  ({rounds}), {memory[name]:.2f} GB of memory")
     print(f"ratio {medians['worker'] / medians['diffusers']:.2f}, of memory {memory['worker'] / memory['diffusers']:.2f}")
 
 

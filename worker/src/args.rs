@@ -63,7 +63,7 @@ pub enum Shards {
 #[derive(Debug, Clone, clap::Args)]
 pub struct Args {
     /// Address of the coordinator, such as http://master:7733; with --join, in place of the one in the string
-    #[arg(long, env = "PEAPOD_COORDINATOR", required_unless_present = "join")]
+    #[arg(long, env = "PEAPOD_COORDINATOR")]
     pub coordinator: Option<String>,
     /// How to be let in
     #[command(flatten)]
@@ -101,6 +101,9 @@ impl Args {
     /// # Errors
     /// One line that says what is wrong.
     pub fn validate(&self) -> Result<Access, String> {
+        if self.coordinator.is_none() && self.access.join.is_none() {
+            return Err("give --join STRING, as the coordinator printed it, or --coordinator http://HOST:7733".into());
+        }
         let access = Access::new(self.coordinator.as_deref(), &self.access)?;
         if self.threads == Some(0) {
             return Err("--threads must be at least 1".into());
@@ -157,7 +160,7 @@ mod tests {
         assert!(
             matches!(check.command, Some(Command::Check(check::Options { job, partial: false, .. })) if job.job.as_os_str() == "a.toml")
         );
-        assert!(parse(&[]).unwrap_err().to_string().contains("--coordinator"));
+        assert!(parse(&[]).unwrap().run.validate().unwrap_err().starts_with("give --join STRING"));
         assert!(parse(&["--coordinator", "http://a:1", "check"]).is_err());
     }
 }

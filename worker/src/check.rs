@@ -26,7 +26,7 @@ pub struct Options {
     #[command(flatten)]
     pub job: JobArgs,
     /// Device they would be loaded on: auto, cpu, cuda or cuda:N
-    #[arg(long, default_value = "auto")]
+    #[arg(long, env = "PEAPOD_DEVICE", default_value = "auto")]
     pub device: Choice,
     /// What networks would compute with
     #[command(flatten)]

@@ -103,6 +103,10 @@ impl Plan {
     /// # Errors
     /// What is wrong with the job file or the arguments.
     pub fn new(options: &Options) -> Result<Self, String> {
+        let out = options.out.display().to_string();
+        if out.contains("://") {
+            return Err(format!("--out {out} must be a local folder: what is in it can be copied to a store afterwards"));
+        }
         let job = options.job.read()?.job;
         let (shards, sources) = setup::shards(&job)?;
         let places = match &options.shards {

@@ -70,7 +70,7 @@ impl Core {
                     self.fail(reason, out);
                 } else if self.next_announcement <= now {
                     self.next_announcement = now + ANNOUNCE_EVERY;
-                    out.push(Effect::Notice(self.waiting(left)));
+                    out.push(Effect::Notice(self.waiting(now, left)));
                 }
             }
             JobPhase::Running { members, .. } if self.checkpoint.next_due <= now && !self.checkpoint.asked => {

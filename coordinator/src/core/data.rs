@@ -276,10 +276,6 @@ impl Core {
             return self.fail(error, out);
         }
         out.push(Effect::Persist(fact));
-        if let Some(reason) = ends.and_then(|source| self.without_samples(source, epoch)) {
-            self.note_failure(reason.clone());
-            return self.fail(reason, out);
-        }
         let limit = self.config.max_bad_fraction;
         let (unreadable, shards) = (self.unreadable.len(), self.config.shards.len());
         if unreadable as f64 > limit * shards as f64 {
@@ -289,15 +285,22 @@ impl Core {
             self.note_failure(reason.clone());
             return self.fail(reason, out);
         }
-        let totals = self.ledger.totals();
-        let (bad, seen) = (totals.bad, totals.seen().max(BAD_BASE));
-        if bad as f64 > limit * seen as f64 {
-            let rules = self.ledger.rules();
-            let most = rules.most_often_bad().map_or_else(String::new, |(rule, count)| format!(", most often {rule} ({count})"));
-            let reason =
-                format!("{bad} of the first {seen} samples are broken{most}, more than data.max_bad_fraction = {limit}; the last in {url}");
+        if let Some(reason) = ends.and_then(|source| self.without_samples(source, epoch)) {
             self.note_failure(reason.clone());
             return self.fail(reason, out);
+        }
+        let bad = self.ledger.totals().bad;
+        // Rarely looked at closely.
+        if bad as f64 > limit * BAD_BASE as f64 {
+            let read = self.ledger.num_read();
+            if bad as f64 > limit * read.max(BAD_BASE) as f64 {
+                let rules = self.ledger.rules();
+                let most = rules.most_often_bad().map_or_else(String::new, |(rule, count)| format!(", most often {rule} ({count})"));
+                let reason =
+                    format!("{bad} of {read} samples are broken{most}, more than data.max_bad_fraction = {limit}; the last in {url}");
+                self.note_failure(reason.clone());
+                return self.fail(reason, out);
+            }
         }
         self.answer_lease_requests(out);
     }

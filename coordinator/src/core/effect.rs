@@ -192,6 +192,8 @@ pub enum Notice {
         left: Duration,
         /// Whether nobody is missing: all are here and load their models, which takes its time.
         is_usual: bool,
+        /// Until enough workers start without the others, if nobody else comes.
+        starts_in: Option<Duration>,
     },
     /// A generation starts.
     Formed {

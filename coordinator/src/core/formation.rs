@@ -170,7 +170,7 @@ impl Core {
         self.checkpoint.farewell_until = None;
         self.next_announcement = now + ANNOUNCE_EVERY;
         if self.candidates().len() < self.config.min_world_size as usize {
-            out.push(Effect::Notice(self.waiting(self.config.join_timeout)));
+            out.push(Effect::Notice(self.waiting(now, self.config.join_timeout)));
         }
     }
 
@@ -189,10 +189,11 @@ impl Core {
 
     /// Finds the words of [`Core::waiting_for`]: once an event, as every heartbeat asks for them.
     /// That the job waits, for `left` at most.
-    pub(super) fn waiting(&self, left: Duration) -> Notice {
+    pub(super) fn waiting(&self, now: Timestamp, left: Duration) -> Notice {
         let is_there = |worker: &&Worker| worker.leaving.is_none();
         let is_usual = self.workers.values().filter(is_there).count() >= self.config.world_size as usize;
-        Notice::Waiting { text: self.describe_missing(), left, is_usual }
+        let starts_in = self.starts_at().map(|at| at.saturating_sub(now)).filter(|starts_in| *starts_in < left);
+        Notice::Waiting { text: self.describe_missing(), left, is_usual, starts_in }
     }
 
     pub(super) fn describe_missing(&self) -> String {

@@ -442,6 +442,18 @@ impl Ledger {
         totals
     }
 
+    /// Samples that readers have come past: those that are accounted for, and those before them in the shards that are open. What is broken is told as
+    /// it is read, what is whole when it is trained. Takes time in the number of open shards.
+    #[must_use]
+    pub fn num_read(&self) -> u64 {
+        let ahead = |open: &OpenShard| {
+            let end = open.num_samples.unwrap_or_else(|| open.committed.end().max(open.skipped.end()));
+            u64::from(end.saturating_sub(open.num_seen()))
+        };
+        let open = self.sources.iter().flat_map(|source| source.epochs.values()).flat_map(|epoch| epoch.open.values());
+        self.totals().seen() + open.map(ahead).sum::<u64>()
+    }
+
     /// Whether no sample of a source has come to a step in `epoch` so far, as all that were read of it were passed over. Of an epoch that is
     /// complete nothing is known any more. Takes time in the number of its shards.
     #[must_use]

@@ -178,7 +178,7 @@ impl Core {
         if let JobPhase::Returning { deadline, .. } = &mut self.phase {
             *deadline = now + self.config.heartbeat_timeout.min(left);
         }
-        out.push(Effect::Notice(self.waiting(left)));
+        out.push(Effect::Notice(self.waiting(now, left)));
     }
 
     /// Where all members train on, the job goes on with them; else those who are back say what they hold, as after any end of a generation.

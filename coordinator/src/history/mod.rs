@@ -349,7 +349,10 @@ mod tests {
         let mut history = History::default();
         for second in 0..1000 {
             let left = Duration::from_secs(1000 - second);
-            history.notice(Duration::from_secs(second), &Notice::Waiting { text: "waiting for rank 1".into(), left, is_usual: false });
+            history.notice(
+                Duration::from_secs(second),
+                &Notice::Waiting { text: "waiting for rank 1".into(), left, is_usual: false, starts_in: None },
+            );
         }
         assert_eq!(history.events.len(), 1);
         for step in 0..1000 {

@@ -32,7 +32,8 @@ pub fn told(notice: &Notice) -> (Level, String) {
     match notice {
         Notice::Joined(worker) => info(format!("{worker} joined, training on {}", worker.device)),
         Notice::Ready(worker) => info(format!("{worker} is ready")),
-        Notice::Waiting { text, left, is_usual } => {
+        Notice::Waiting { text, starts_in: Some(starts_in), .. } => info(format!("{text}, for {:.0} s", starts_in.as_secs_f64().ceil())),
+        Notice::Waiting { text, left, is_usual, starts_in: None } => {
             let text = format!("{text}; giving up in {:.0} s (--join-timeout)", left.as_secs_f64());
             if *is_usual { info(text) } else { warning(text) }
         }

@@ -18,6 +18,18 @@ impl fmt::Display for JobError {
 impl std::error::Error for JobError {}
 
 impl JobError {
+    /// An error of a key's value, by the key's full name.
+    pub(super) fn of_key(text: &str, error: &serde_path_to_error::Error<toml::de::Error>) -> Self {
+        let (Self { problems }, path) = (Self::from_toml(text, error.inner()), error.path().to_string());
+        // An unknown key is in the message, and "." is the file itself.
+        let is_named = path == "." || error.inner().message().starts_with("unknown field");
+        let with_path = |problem: String| match problem.split_once(": ").filter(|(place, _)| place.starts_with("line ")) {
+            Some((place, rest)) => format!("{place}: {path}: {rest}"),
+            None => format!("{path}: {problem}"),
+        };
+        Self { problems: if is_named { problems } else { problems.into_iter().map(with_path).collect() } }
+    }
+
     pub(super) fn from_toml(text: &str, error: &toml::de::Error) -> Self {
         let place = error.span().map_or_else(String::new, |span| {
             let before = &text[..span.start.min(text.len())];

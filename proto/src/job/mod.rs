@@ -85,7 +85,8 @@ impl Job {
     /// # Errors
     /// [`JobError`] with one line for each thing that is wrong.
     pub fn parse(text: &str) -> Result<Self, JobError> {
-        let job: Self = toml::from_str(text).map_err(|error| JobError::from_toml(text, &error))?;
+        let toml = toml::Deserializer::parse(text).map_err(|error| JobError::from_toml(text, &error))?;
+        let job: Self = serde_path_to_error::deserialize(toml).map_err(|error| JobError::of_key(text, &error))?;
         let job = match job.preset.defaults() {
             None => job,
             // Parsed once more: only the text says which fields are the preset's to fill in.

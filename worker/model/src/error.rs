@@ -84,7 +84,14 @@ pub enum Error {
     Torch(#[from] tch::TchError),
 }
 
+/// Keys of a kind that are listed: another model's file has thousands that do not fit.
+const MAX_LISTED: usize = 8;
+
 fn list_problems(missing: &[String], misshapen: &[String], extra: &[String]) -> String {
-    let lines = |title: &'static str, keys: &[String]| keys.iter().map(|key| format!("  {title} {key}")).collect::<Vec<_>>();
+    let lines = |title: &'static str, keys: &[String]| {
+        let rest = keys.len().saturating_sub(MAX_LISTED);
+        let rest = (rest > 0).then(|| format!("  and {rest} more {title}"));
+        keys.iter().take(MAX_LISTED).map(|key| format!("  {title} {key}")).chain(rest).collect::<Vec<_>>()
+    };
     [lines("missing", missing), lines("misshapen", misshapen), lines("unknown", extra)].concat().join("\n")
 }

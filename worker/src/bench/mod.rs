@@ -40,7 +40,7 @@ pub struct Options {
     #[arg(long, default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..=65_536))]
     pub hidden: u32,
     /// Device: auto, cpu, cuda or cuda:N
-    #[arg(long, default_value = "auto")]
+    #[arg(long, env = "PEAPOD_DEVICE", default_value = "auto")]
     pub device: Choice,
     /// What networks compute with
     #[command(flatten)]

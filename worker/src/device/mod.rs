@@ -75,7 +75,7 @@ pub struct KernelArgs {
 #[derive(Debug, Clone, Copy, clap::Args)]
 pub struct ComputeArgs {
     /// Device: auto, cpu, cuda or cuda:N
-    #[arg(long, default_value = "auto")]
+    #[arg(long, env = "PEAPOD_DEVICE", default_value = "auto")]
     pub device: Choice,
     /// What networks compute with
     #[command(flatten)]

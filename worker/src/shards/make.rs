@@ -246,6 +246,9 @@ struct Pattern {
 impl Pattern {
     fn parse(text: &str) -> Result<Self, String> {
         let refuse = |what: &str| format!("--out '{text}' {what}: write it like 'DIR/{{00000..}}.tar'");
+        if text.contains("://") {
+            return Err(format!("--out '{text}' must be a local folder: what is in it can be copied to a store afterwards"));
+        }
         let (before, rest) = text.split_once('{').ok_or_else(|| refuse("has no number in braces"))?;
         let (number, after) = rest.split_once("..}").ok_or_else(|| refuse("has no `..}` behind its number"))?;
         let first = number.parse().ok().filter(|_| number.len() <= 9 && number.bytes().all(|byte| byte.is_ascii_digit()));

@@ -18,6 +18,23 @@ fn too_much_bad_data_ends_the_job_and_the_first_are_shown() {
     assert_eq!(shown, 10);
 }
 
+/// Readers are far ahead of training, and only what is broken is told as it is read.
+#[test]
+fn broken_samples_are_a_share_of_what_was_read_not_of_what_was_trained() {
+    let (mut world, workers) = World::running(1);
+    let (leases, _) = world.lease(workers[0], 1);
+    let bad = |index| SkippedSample { index, reason: SkipReason::Bad, key: String::new(), detail: "no_jpg: none".into() };
+    let mut report = |skipped, num_samples| {
+        let report = ShardReport { lease: leases[0].id, skipped, num_samples, truncated: String::new() };
+        world.say(workers[0], FromWorker::ShardReport(report)).unwrap();
+        world.outcome()
+    };
+    // Two of each hundred, and none trained yet.
+    assert_eq!(report((0..10).map(|at| bad(50 * at + 49)).collect(), None), None);
+    let Some(Outcome::Failed { reason }) = report((500..520).map(bad).collect(), Some(520)) else { panic!() };
+    assert!(reason.starts_with("30 of 520 samples are broken, most often no_jpg (30)"), "{reason}");
+}
+
 #[test]
 fn samples_that_the_method_leaves_out_are_not_shown_as_broken_and_none_is_shown_twice() {
     let (mut world, workers) = World::running(1);

@@ -15,7 +15,7 @@ use peapod_worker::numbers::{Numbers, VaeNumbers};
 #[derive(Debug, Parser)]
 #[command(name = "sample", version)]
 pub struct Args {
-    /// The model: a folder as diffusers saves it, a checkpoint that is one file, or ORG/NAME of the hub's local cache
+    /// The model: a folder as diffusers saves it, a checkpoint that is one file, or ORG/NAME on the model hub
     #[arg(long, value_name = "MODEL", help_heading = "Models")]
     pub model: PathBuf,
 
@@ -28,7 +28,7 @@ pub struct Args {
     #[arg(long = "adapter", value_name = "PATH", help_heading = "Models")]
     pub adapters: Vec<PathBuf>,
 
-    /// The adapter's text encoder: a folder, or ORG/NAME of the hub's local cache [default: MODEL/text_encoder_zh, else what the adapter names]
+    /// The adapter's text encoder: a folder, or ORG/NAME on the model hub [default: MODEL/text_encoder_zh, else what the adapter names]
     #[arg(long, value_name = "ENCODER", requires = "adapters", help_heading = "Models")]
     pub student: Option<PathBuf>,
 
@@ -132,7 +132,7 @@ pub struct Args {
     #[arg(long, value_name = "FILE", requires = "init_image", help_heading = "Pictures as input")]
     pub mask: Option<PathBuf>,
 
-    /// A ControlNet: a folder, or ORG/NAME of the hub's local cache
+    /// A ControlNet: a folder, or ORG/NAME on the model hub
     #[arg(long, value_name = "DIR", requires = "control_image", help_heading = "Pictures as input")]
     pub controlnet: Option<PathBuf>,
 

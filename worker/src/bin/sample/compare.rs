@@ -13,8 +13,7 @@ use crate::plan::Plan;
 
 /// Says for each column how alike its pictures are to the teacher's (the first column's) and, with a CLIP, how well they show what the
 /// English says (CLIPScore, 0 to 100) and how alike CLIP finds them to the teacher's (cosine).
-pub fn print(plan: &Plan, rows: &[Row]) -> anyhow::Result<()> {
-    let device = Device::cuda_if_available();
+pub fn print(plan: &Plan, rows: &[Row], device: Device) -> anyhow::Result<()> {
     let judge = plan.clip.as_deref().map(|path| ClipScorer::load(path, Kind::Float, device)).transpose().context("cannot load --clip")?;
     let english: Vec<&str> = plan.asked.iter().map(|asked| asked.english.as_deref().unwrap_or(&asked.prompt)).collect();
     let texts = judge.as_ref().map(|judge| judge.texts(&english)).transpose()?;
@@ -38,7 +37,6 @@ pub fn print(plan: &Plan, rows: &[Row]) -> anyhow::Result<()> {
         }
         if !scores.is_empty() {
             match writeln!(io::stdout(), "{title}\t{}", scores.join("\t")) {
-                // The sheet is still to be written.
                 Err(error) if nobody_reads(&error) => return Ok(()),
                 printed => printed.context("cannot print the scores")?,
             }

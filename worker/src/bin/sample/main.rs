@@ -87,19 +87,20 @@ fn run(plan: &Plan, device: Device) -> anyhow::Result<()> {
                 rows.push(Row { captions: std::iter::once(prompt).chain(english).cloned().collect(), pictures });
                 Ok(())
             })?;
-            if plan.roads.len() > 1 {
-                compare::print(plan, &rows)?;
-            }
             let subtitle = format!("{} · seed {seed}", plan.settings);
-            let sheet = Grid { title: title.clone(), subtitle, columns: plan.titles.clone(), rows }.compose(typeface)?;
+            let sheet = Grid { title: title.clone(), subtitle, columns: plan.titles.clone(), rows };
+            let picture = sheet.compose(typeface)?;
             let lines: Vec<&Road> = match &plan.roads[..] {
                 [english, adapter, ..] => vec![adapter, english],
                 roads => roads.iter().collect(),
             };
             let line = |asked: &Asked| lines.iter().map(|&&road| asked.text(road)).collect::<Vec<_>>().join("\t");
             let prompts = plan.asked.iter().map(line).collect::<Vec<_>>().join("\n");
-            write(&sheet, path, &[("prompt", &prompts), ("seed", &seed), ("settings", &plan.settings)])?;
+            write(&picture, path, &[("prompt", &prompts), ("seed", &seed), ("settings", &plan.settings)])?;
             reporter.say(format!("wrote {}", path.display()));
+            if plan.roads.len() > 1 {
+                compare::print(plan, &sheet.rows, device)?;
+            }
             took
         }
     };

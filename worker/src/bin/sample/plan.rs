@@ -112,6 +112,10 @@ pub fn plan(args: Args, device: Device) -> anyhow::Result<Plan> {
         hub::bring([encoder.as_path()], &Say).with_context(context)?;
     }
     let setup = Setup::check(&files)?;
+    if let Some(clip) = &args.clip {
+        // It is loaded when the pictures are there.
+        peapod_model::hub::locate(clip).context("cannot load --clip")?;
+    }
     let inputs = inputs(&args, &setup)?;
     let (width, height) = inputs.size().unwrap_or((setup.native_side(), setup.native_side()));
     let mut options = SampleOptions {
