@@ -12,7 +12,7 @@ use crate::ids::SampleName;
 pub enum Decay {
     /// Stays.
     Constant,
-    /// Half a cosine from `learning_rate` to `final_learning_rate`.
+    /// Half a cosine over all steps, those of the warm-up too, from `learning_rate` to `final_learning_rate`.
     Cosine,
     /// `(1 - progress)^power` between the two.
     Polynomial,
