@@ -1,5 +1,6 @@
 //! Running a job: everything put together, from the job file to the exit code.
 
+mod ownership;
 mod serve;
 mod start;
 
@@ -11,8 +12,9 @@ use std::time::Duration;
 use anyhow::Context;
 use tokio::sync::{mpsc, watch};
 
+use self::ownership::take_over;
 use self::serve::{listen, serve};
-use self::start::{Start, take_over};
+use self::start::Start;
 use crate::announce::{announce, authority_for_workers, host_name, leave_address, print_line, say_how_to_join, scheme, take_address};
 use crate::config::RunArgs;
 use crate::core::Outcome;

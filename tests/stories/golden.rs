@@ -12,7 +12,7 @@ mod weights;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use peapod_model::controlnet::ControlNet;
+use peapod_model::controlnet::{ControlNet, ControlOptions};
 use peapod_model::unet::{Added, ForwardOptions, UNet};
 use peapod_model::vae::Vae;
 use peapod_worker::device;
@@ -231,7 +231,8 @@ fn controlnet(case: &Case) -> Result<Tensors> {
     let control = ControlNet::load(&case.path("controlnet")?, kind, device)?;
     let (sample, timesteps, text, added) = (case.input("sample")?, case.input("timesteps")?, case.input("text")?, added(case)?);
     let _guard = no_grad_guard();
-    let residuals = control.forward(&sample, &timesteps, &text, added.as_ref(), &case.input("image")?, case.setting("scale")?)?;
+    let options = ControlOptions { image: &case.input("image")?, scale: case.setting("scale")?, mask: None };
+    let residuals = control.forward(&sample, &timesteps, &text, added.as_ref(), &options)?;
     let options = ForwardOptions { control: Some(&residuals), ..ForwardOptions::default() };
     let output = unet.forward_with(&sample, &timesteps, &text, added.as_ref(), &options)?;
     let down = residuals.down.into_iter().enumerate().map(|(index, residual)| (format!("down.{index}"), residual));

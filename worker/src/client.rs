@@ -254,6 +254,21 @@ async fn connect_apart(access: &Access) -> Result<Link, String> {
     }
 }
 
+/// Sends something on a connection of its own; `what` is said where it has not arrived within `limit`.
+async fn transfer<T>(
+    access: &Access,
+    what: &'static str,
+    limit: Duration,
+    send: impl AsyncFnOnce(Link) -> Result<tonic::Response<T>, tonic::Status>,
+) -> Result<T, ClientError> {
+    let sending = async {
+        let reply = send(connect_apart(access).await?).await;
+        reply.map(tonic::Response::into_inner).map_err(|status| status.message().to_owned())
+    };
+    let reply = tokio::time::timeout(limit, sending).await.unwrap_or_else(|_| Err(format!("not done within {} s", limit.as_secs())));
+    reply.map_err(|message| ClientError::Transfer { what, message })
+}
+
 /// A checkpoint's files, and what an upload says of them before it sends them.
 pub struct Parts {
     header: Vec<v1::CheckpointPart>,
@@ -297,14 +312,8 @@ pub async fn upload(
     parts: Parts,
 ) -> Result<String, ClientError> {
     let messages = futures::stream::iter(parts.messages(worker, generation, step));
-    let failed = |message: String| ClientError::Transfer { what: "checkpoint not stored", message };
-    let send = async {
-        let mut client = v1::checkpoints_client::CheckpointsClient::new(connect_apart(access).await?);
-        client.upload(trace.request(messages)).await.map_err(|status| status.message().to_owned())
-    };
-    let reply = tokio::time::timeout(UPLOAD_TIMEOUT, send).await;
-    let reply = reply.unwrap_or_else(|_| Err(format!("not done within {} s", UPLOAD_TIMEOUT.as_secs())));
-    Ok(reply.map_err(failed)?.into_inner().location)
+    let send = async |link| v1::checkpoints_client::CheckpointsClient::new(link).upload(trace.request(messages)).await;
+    Ok(transfer(access, "checkpoint not stored", UPLOAD_TIMEOUT, send).await?.location)
 }
 
 /// Sends a picture on a connection of its own, as the work of `trace`; returns where it is kept.
@@ -319,15 +328,9 @@ pub async fn send_picture(
     index: u32,
     png: Vec<u8>,
 ) -> Result<String, ClientError> {
-    let failed = |message: String| ClientError::Transfer { what: "not stored", message };
     let picture = v1::KeepPicture { generation: generation.0, step: step.0, index, png };
-    let send = async {
-        let mut client = v1::pictures_client::PicturesClient::new(connect_apart(access).await?);
-        client.keep(trace.request(picture)).await.map_err(|status| status.message().to_owned())
-    };
-    let reply = tokio::time::timeout(PICTURE_TIMEOUT, send).await;
-    let reply = reply.unwrap_or_else(|_| Err(format!("no answer within {} s", PICTURE_TIMEOUT.as_secs())));
-    Ok(reply.map_err(failed)?.into_inner().location)
+    let send = async |link| v1::pictures_client::PicturesClient::new(link).keep(trace.request(picture)).await;
+    Ok(transfer(access, "not stored", PICTURE_TIMEOUT, send).await?.location)
 }
 
 /// Fetches a checkpoint's files on a connection of their own, as the work of `trace`, and checks each against its SHA-256.

@@ -8,7 +8,6 @@ use std::time::Duration;
 use anyhow::Context;
 use peapod_proto::ids::{Generation, Step};
 use peapod_proto::job::Job;
-use serde::{Deserialize, Serialize};
 
 use super::Exit;
 use crate::check::{self, LoadedJob};
@@ -16,7 +15,7 @@ use crate::config::RunArgs;
 use crate::core::{Config, Core, Resume};
 use crate::journal::{Disk, Found, Run};
 use crate::shard_list::{self, ShardList};
-use crate::store::{Manifest, Owner, Store, StoreError, sha256};
+use crate::store::{Store, StoreError, sha256};
 
 /// A worker's own deadlines come first by this much.
 const MARGIN: Duration = Duration::from_secs(10);
@@ -274,74 +273,7 @@ async fn resume(store: &Store, job: &Job, lists: &[ShardList]) -> anyhow::Result
     Ok(Ok(Some(Resume { step: manifest.step, ledger: Arc::new(ledger), generation: manifest.generation })))
 }
 
-/// Takes a store that other machines reach, too, for the run whose state is in `state_dir`. `newest` is the checkpoint that was found there.
-pub(super) async fn take_over(store: &mut Store, state_dir: &Path, newest: Option<(Step, Generation)>) -> anyhow::Result<Result<(), Exit>> {
-    let held = Holding::read(state_dir)?.filter(|held| held.store == store.root());
-    let there = store.read_owner().await?;
-    if let (Some(held), Some(other)) = (&held, there.as_ref())
-        && held.id != other.id
-    {
-        return Ok(Err(Exit::Refused(format!(
-            "the coordinator on {} has taken over {} (at {}), and with it the job of --state-dir {}; to take it back, give another --state-dir",
-            other.host,
-            store.root(),
-            other.since,
-            state_dir.display()
-        ))));
-    }
-    let id = match held {
-        Some(held) => held.id,
-        None => format!("{:016x}", random()?),
-    };
-    store.take_over(Owner::this(id.clone())).await?;
-    match &there {
-        Some(before) if before.id != id => {
-            let root = store.root();
-            tracing::info!(
-                "{root} was the coordinator's on {} (since {}): if that lives, it ends at its next checkpoint",
-                before.host,
-                before.since
-            );
-        }
-        Some(_) | None => {}
-    }
-    // After the store knows: a start that fails between the two is as good as none.
-    Holding { id, store: store.root().to_owned() }.write(state_dir)?;
-    Ok(match store.newest_manifest().await? {
-        Some(Manifest { step, generation, .. }) if newest != Some((step, generation)) => {
-            let newer = store.location(step, generation);
-            Err(Exit::Failed(format!("another coordinator has just stored {newer}: start this one again to go on from there")))
-        }
-        Some(_) | None => Ok(()),
-    })
-}
-
-/// That a state folder's run has taken a store. Its starts share the id: one that finds another there has lost the store since.
-#[derive(Serialize, Deserialize)]
-struct Holding {
-    id: String,
-    store: String,
-}
-
-impl Holding {
-    const FILE: &str = "store.json";
-
-    fn read(state_dir: &Path) -> anyhow::Result<Option<Self>> {
-        let path = state_dir.join(Self::FILE);
-        match std::fs::read(&path) {
-            Ok(bytes) => Ok(Some(serde_json::from_slice(&bytes).with_context(|| format!("{} cannot be read: remove it", path.display()))?)),
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
-            Err(error) => Err(error).with_context(|| format!("cannot read {}", path.display())),
-        }
-    }
-
-    fn write(&self, state_dir: &Path) -> anyhow::Result<()> {
-        let path = state_dir.join(Self::FILE);
-        std::fs::write(&path, serde_json::to_vec_pretty(self)?).with_context(|| format!("cannot write {}", path.display()))
-    }
-}
-
-fn random() -> anyhow::Result<u64> {
+pub(super) fn random() -> anyhow::Result<u64> {
     let mut bytes = [0; 8];
     getrandom::fill(&mut bytes).map_err(|error| anyhow::anyhow!("no randomness from the system: {error}"))?;
     Ok(u64::from_le_bytes(bytes))

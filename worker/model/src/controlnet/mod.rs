@@ -121,27 +121,12 @@ impl ControlNet {
         self.trunk.pooled_width()
     }
 
-    /// Computes what is to be added to a UNet's skip connections and mid block, times `scale`: [`ControlNet::forward_with`] all of the text.
-    ///
-    /// Errors: those of [`ControlNet::forward_with`].
-    pub fn forward(
-        &self,
-        sample: &Tensor,
-        timesteps: &Tensor,
-        text: &Tensor,
-        added: Option<&Added>,
-        image: &Tensor,
-        scale: f64,
-    ) -> Result<ControlResiduals> {
-        self.forward_with(sample, timesteps, text, added, &ControlOptions { image, scale, mask: None })
-    }
-
     /// Computes what is to be added to a UNet's skip connections and mid block.
     ///
     /// The first four arguments are those of [`UNet::forward`](crate::unet::UNet::forward), the text included.
     /// Shapes: inputs of another kind are converted, residuals are of the network's kind.
     /// Errors: [`Error::Shape`] if the shapes do not fit each other or the network, or if `added` is missing or superfluous.
-    pub fn forward_with(
+    pub fn forward(
         &self,
         sample: &Tensor,
         timesteps: &Tensor,

@@ -72,7 +72,8 @@ fn there_is_one_residual_for_each_skip_connection_and_one_for_the_middle() {
     assert_eq!((network.text_width(), network.pooled_width(), network.config().downscale()), (12, Some(6), 2));
     let added = Added { pooled: zeros(&[2, 6]), time_ids: zeros(&[2, 6]) };
     let forward = |image: &[i64], added: Option<&Added>| {
-        network.forward(&zeros(&[2, 4, 7, 6]), &zeros(&[2]), &zeros(&[2, 5, 12]), added, &zeros(image), 1.0)
+        let options = ControlOptions { image: &zeros(image), scale: 1.0, mask: None };
+        network.forward(&zeros(&[2, 4, 7, 6]), &zeros(&[2]), &zeros(&[2, 5, 12]), added, &options)
     };
     // 7 is odd, and halved to 4.
     let residuals = forward(&[2, 3, 14, 12], Some(&added)).unwrap();
@@ -88,6 +89,6 @@ fn there_is_one_residual_for_each_skip_connection_and_one_for_the_middle() {
     assert!(forward(&[2, 3, 14, 12], None).unwrap_err().to_string().contains("needs pooled text"));
     let (image, mask) = (zeros(&[2, 3, 14, 12]), zeros(&[2, 4]).gt(0));
     let options = ControlOptions { image: &image, scale: 1.0, mask: Some(&mask) };
-    let error = network.forward_with(&zeros(&[2, 4, 7, 6]), &zeros(&[2]), &zeros(&[2, 5, 12]), Some(&added), &options).unwrap_err();
+    let error = network.forward(&zeros(&[2, 4, 7, 6]), &zeros(&[2]), &zeros(&[2, 5, 12]), Some(&added), &options).unwrap_err();
     assert!(error.to_string().contains("ControlNet::forward") && error.to_string().contains("a mask of Bool [2, 4]"), "{error}");
 }

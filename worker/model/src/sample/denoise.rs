@@ -99,7 +99,7 @@ impl Sampler<'_> {
             let residuals = match (&task.control, &control_image) {
                 (Some(control), Some(image)) => {
                     let options = ControlOptions { image, scale: control.scale, mask: told.mask.as_ref() };
-                    Some(control.network.forward_with(&input, &timesteps, &told.sequence, told.added.as_ref(), &options)?)
+                    Some(control.network.forward(&input, &timesteps, &told.sequence, told.added.as_ref(), &options)?)
                 }
                 _ => None,
             };
