@@ -287,9 +287,6 @@ impl Stored {
     }
 }
 
-/// Numbers that are no JSON, though Python's `json.dumps` writes them and its `json.loads` reads them.
-const NOT_NUMBERS: [&[u8]; 3] = [b"NaN", b"Infinity", b"-Infinity"];
-
 /// What is read of a sample's json. A key whose value is null counts as absent, as does one that is no number; of a key given twice the last
 /// counts.
 #[derive(Debug, Default)]
@@ -304,7 +301,7 @@ impl Metadata {
     fn parse(json: &[u8], rules: &Rules) -> Result<Self, serde_json::Error> {
         // Some programs begin UTF-8 with a mark of byte order.
         let json = json.strip_prefix(b"\xef\xbb\xbf").unwrap_or(json);
-        Self::parse_strictly(json, rules).or_else(|error| match without_not_numbers(json) {
+        Self::parse_strictly(json, rules).or_else(|error| match peapod_json::without_not_numbers(json) {
             Some(json) => Self::parse_strictly(&json, rules),
             None => Err(error),
         })
@@ -320,37 +317,6 @@ impl Metadata {
     fn caption(&self, key: &str) -> Option<&str> {
         self.captions.iter().rev().find(|(name, _)| name == key).map(|(_, text)| text.as_str())
     }
-}
-
-/// The json with null for each of [`NOT_NUMBERS`] outside of strings; `None` if there is none. Which of them stand where a value may is left to
-/// the parser.
-fn without_not_numbers(json: &[u8]) -> Option<Vec<u8>> {
-    let mut changed = Vec::with_capacity(json.len());
-    let (mut rest, mut in_string, mut num_found) = (json, false, 0);
-    while let Some(&byte) = rest.first() {
-        let len = match byte {
-            b'\\' if in_string => 2.min(rest.len()),
-            b'"' => {
-                in_string = !in_string;
-                1
-            }
-            // A word, or the part of a word that follows its sign, as a whole: a longer one that begins like this is another.
-            b'-' | b'A'..=b'Z' | b'a'..=b'z' if !in_string => {
-                let len = 1 + rest[1..].iter().take_while(|byte| byte.is_ascii_alphanumeric()).count();
-                if NOT_NUMBERS.contains(&&rest[..len]) {
-                    changed.extend_from_slice(b"null");
-                    (rest, num_found) = (&rest[len..], num_found + 1);
-                    continue;
-                }
-                len
-            }
-            _ => 1,
-        };
-        let (same, after) = rest.split_at(len);
-        changed.extend_from_slice(same);
-        rest = after;
-    }
-    (num_found > 0).then_some(changed)
 }
 
 /// Reads the keys that rules name and passes over the rest, however large that is.

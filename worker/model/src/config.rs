@@ -41,39 +41,10 @@ pub(crate) type Supported = (&'static str, &'static str);
 pub(crate) fn read_config<T: DeserializeOwned>(path: &Path, supported: &[Supported]) -> Result<T> {
     let bytes = std::fs::read(path).map_err(|source| Error::Io { path: path.to_path_buf(), source })?;
     let settings = serde_json::from_slice(&bytes)
-        .or_else(|error| serde_json::from_slice(&with_nulls_for_infinities(&bytes)).map_err(|_| error))
+        // No limit, to those who write it: published schedulers have a `lambda_min_clipped` of -Infinity.
+        .or_else(|error| peapod_json::without_not_numbers(&bytes).map_or(Err(error), |bytes| serde_json::from_slice(&bytes)))
         .map_err(|error| Error::Invalid { path: path.to_path_buf(), reason: error.to_string() })?;
     parse_config(path, settings, supported)
-}
-
-/// What Python writes for numbers that JSON has not.
-const NO_NUMBERS: [&[u8]; 3] = [b"-Infinity", b"Infinity", b"NaN"];
-
-/// A text of Python's JSON with `null` for what is no number outside of strings: there it means that there is no limit. Published schedulers
-/// have such a `lambda_min_clipped`.
-fn with_nulls_for_infinities(text: &[u8]) -> Vec<u8> {
-    let (mut result, mut rest, mut in_string) = (Vec::with_capacity(text.len()), text, false);
-    while let Some((&byte, tail)) = rest.split_first() {
-        let no_number = NO_NUMBERS.into_iter().find_map(|word| rest.strip_prefix(word)).filter(|_| !in_string);
-        match (no_number, byte, tail) {
-            (Some(behind), _, _) => {
-                result.extend_from_slice(b"null");
-                rest = behind;
-                continue;
-            }
-            // What is escaped ends no string.
-            (None, b'\\', &[escaped, ref behind @ ..]) if in_string => {
-                result.extend_from_slice(&[byte, escaped]);
-                rest = behind;
-                continue;
-            }
-            (None, b'"', _) => in_string = !in_string,
-            _ => {}
-        }
-        result.push(byte);
-        rest = tail;
-    }
-    result
 }
 
 /// As [`read_config`], of settings that were read from the file at `path` already.
