@@ -30,16 +30,13 @@ pub(super) async fn take_over(store: &mut Store, state_dir: &Path, newest: Optio
         None => format!("{:016x}", random()?),
     };
     store.take_over(Owner::this(id.clone())).await?;
-    match &there {
-        Some(before) if before.id != id => {
-            let root = store.root();
-            tracing::info!(
-                "{root} was the coordinator's on {} (since {}): if that lives, it ends at its next checkpoint",
-                before.host,
-                before.since
-            );
-        }
-        Some(_) | None => {}
+    if let Some(before) = there.filter(|before| before.id != id) {
+        let root = store.root();
+        tracing::info!(
+            "{root} was the coordinator's on {} (since {}): if that lives, it ends at its next checkpoint",
+            before.host,
+            before.since
+        );
     }
     // After the store knows: a start that fails between the two is as good as none.
     Holding { id, store: store.root().to_owned() }.write(state_dir)?;
