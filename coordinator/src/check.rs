@@ -1,17 +1,20 @@
 //! Reading a job file and its shard list, before anything starts.
 
+mod visibility;
+
+use std::collections::HashSet;
 use std::fmt::Write as _;
 use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
 
-use peapod_data::{Seen, SourceOptions, Sources};
 use peapod_proto::ids::SampleName;
 use peapod_proto::job::{Job, JobArgs, JobFile};
 
-use crate::store::Store;
+pub use visibility::Visibility;
 
 use crate::core::order::Source;
+use crate::store::Store;
 
 /// A job that can be started.
 #[derive(Debug, Clone)]
@@ -26,33 +29,21 @@ pub struct LoadedJob {
     pub sources: Arc<[Source]>,
     /// Which of them this machine sees.
     pub visible: Visibility,
+    /// The shards of its validation samples, or why this machine cannot list them; none without validation.
+    pub validation: Option<Result<Validation, String>>,
 }
 
-/// What this machine sees of the shards.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct Visibility {
-    /// Shards found here.
-    pub found: usize,
-    /// Their size.
-    pub num_bytes: u64,
-    /// Shards not found here.
-    pub missing: Vec<String>,
-    /// Shards of which a store does not say from here whether they exist.
-    pub unknown: usize,
-    /// The first of those, and why.
-    pub why_unknown: Option<String>,
-    /// Shards that were not looked at, because they are many and far away.
-    pub not_asked: usize,
+/// Shards of samples that are never trained. Workers list them for themselves.
+#[derive(Debug, Clone)]
+pub struct Validation {
+    /// Their addresses.
+    pub shards: Vec<String>,
+    /// Which of them this machine sees.
+    pub visible: Visibility,
 }
-
-/// Most shards behind a network that are asked for before a job: every one costs a request.
-const MAX_ASKED: usize = 1000;
 
 /// What is wrong with a list that is empty, or has comments only.
 const NO_SHARDS: &str = "no shard is named by its lists";
-
-/// Shards named in an error before the rest is counted.
-const MISSING_SHOWN: usize = 5;
 
 /// Reads and validates a job file and expands its shard list.
 ///
@@ -62,8 +53,61 @@ pub fn load(args: &JobArgs) -> Result<LoadedJob, String> {
     let JobFile { job, text: toml } = args.read()?;
     let path = &args.job;
     let (shards, sources) = expand(&job).map_err(|error| format!("{}: {error}", path.display()))?;
-    let visible = look(&shards);
-    Ok(LoadedJob { job, toml, shards: shards.into(), sources: sources.into(), visible })
+    let visible = Visibility::of(&shards);
+    let validation = (!job.validation.shards.is_empty()).then(|| Validation::list(&job));
+    Ok(LoadedJob { job, toml, shards: shards.into(), sources: sources.into(), visible, validation })
+}
+
+impl LoadedJob {
+    /// What is wrong with the shard lists as far as this machine can tell; `here` if the workers run on it too.
+    ///
+    /// # Errors
+    /// As [`Visibility::judge`].
+    pub fn judge(&self, here: bool) -> Result<(), String> {
+        self.visible.judge(here)?;
+        match &self.validation {
+            Some(Err(problem)) if here => Err(problem.clone()),
+            Some(Ok(validation)) => validation.visible.judge(here).map_err(|problem| format!("validation.shards: {problem}")),
+            _ => Ok(()),
+        }
+    }
+
+    /// What is allowed and hardly meant.
+    #[must_use]
+    pub fn oddities(&self) -> Vec<String> {
+        let mut found = self.job.oddities();
+        let mut trained = HashSet::with_capacity(self.shards.len());
+        let again: Vec<&String> = self.shards.iter().filter(|shard| !trained.insert(*shard)).collect();
+        if let Some(first) = again.first() {
+            let num = again.len();
+            found.push(format!("data: {num} shards are listed twice, such as {first}: their samples are trained twice an epoch"));
+        }
+        match &self.validation {
+            Some(Ok(Validation { shards, .. })) => {
+                let both: Vec<&String> = shards.iter().filter(|shard| trained.contains(shard)).collect();
+                if let Some(first) = both.first() {
+                    let (num, all) = (both.len(), shards.len());
+                    found.push(format!(
+                        "validation.shards: {num} of {all} are trained on too, such as {first}: their losses say nothing of new samples"
+                    ));
+                }
+            }
+            Some(Err(problem)) => found.push(format!("{problem}, as seen from this machine")),
+            None => {}
+        }
+        found
+    }
+}
+
+impl Validation {
+    fn list(job: &Job) -> Result<Self, String> {
+        let shards = peapod_data::expand_shards(&job.validation.shards).map_err(|error| format!("validation.shards: {error}"))?;
+        if shards.is_empty() {
+            return Err(format!("validation.shards: {NO_SHARDS}"));
+        }
+        let visible = Visibility::of(&shards);
+        Ok(Self { shards, visible })
+    }
 }
 
 /// The shards of all sources, and how many each of these has.
@@ -93,85 +137,25 @@ fn expand(job: &Job) -> Result<(Vec<String>, Vec<Source>), String> {
     }
 }
 
-fn look(shards: &[String]) -> Visibility {
-    let is_far = |shard: &str| shard.contains("://") && !shard.starts_with("file://");
-    let num_far = shards.iter().filter(|shard| is_far(shard)).count();
-    // Spread over all of them: lists end too early, or one host of several is down.
-    let every = num_far.div_ceil(MAX_ASKED).max(1);
-    let mut far = 0..;
-    let asked: Vec<String> =
-        shards.iter().filter(|shard| !is_far(shard) || far.next().is_some_and(|at: usize| at.is_multiple_of(every))).cloned().collect();
-    let mut visible = Visibility { not_asked: shards.len() - asked.len(), ..Visibility::default() };
-    for (shard, seen) in asked.iter().zip(Sources::new(SourceOptions::impatient()).look(&asked)) {
-        match seen {
-            Seen::Bytes(len) => {
-                visible.found += 1;
-                visible.num_bytes += len;
-            }
-            Seen::Missing => visible.missing.push(shard.clone()),
-            Seen::Unknown(why) => {
-                visible.unknown += 1;
-                visible.why_unknown.get_or_insert_with(|| format!("{shard}: {why}"));
-            }
-        }
-    }
-    visible
-}
-
-impl Visibility {
-    /// What is wrong with the shard list as far as this machine can tell; `here` if the workers run on it too.
-    ///
-    /// A coordinator may run where no data is mounted: if it sees none of the shards it cannot judge them. If it sees some,
-    /// the others are missing.
-    ///
-    /// # Errors
-    /// Names the first missing shards.
-    pub fn judge(&self, here: bool) -> Result<(), String> {
-        // A store's answer is the same everywhere.
-        let is_local = |shard: &String| !shard.contains("://") || shard.starts_with("file://");
-        if self.missing.is_empty() || (self.found == 0 && !here && self.missing.iter().all(is_local)) {
-            return Ok(());
-        }
-        let mut text = format!("{} of {} shards do not exist:", self.missing.len(), self.missing.len() + self.found);
-        for shard in self.missing.iter().take(MISSING_SHOWN) {
-            let _ = write!(text, "\n  {shard}");
-        }
-        if self.missing.len() > MISSING_SHOWN {
-            let _ = write!(text, "\n  and {} more", self.missing.len() - MISSING_SHOWN);
-        }
-        Err(text)
-    }
-}
-
-impl Visibility {
-    /// The shard list in a line, with what could not be seen of it.
-    #[must_use]
-    pub fn describe(&self, num_shards: usize) -> String {
-        let mut text = format!("{num_shards} shards");
-        if self.found > 0 {
-            let about = if self.not_asked > 0 { format!("{} of them looked at, ", self.found) } else { String::new() };
-            let _ = write!(text, ", {about}{:.1} MB", self.num_bytes as f64 / 1e6);
-        } else if self.unknown == 0 {
-            text.push_str(", none of them visible from this machine: the workers must see them");
-        }
-        if let Some(why) = &self.why_unknown {
-            let _ = write!(text, "; {} cannot be looked at from this machine, such as {why}", self.unknown);
-        }
-        text
-    }
-}
-
 /// What `coordinator check` prints. The models are looked at by `worker`, the program that can read them.
 ///
 /// # Errors
 /// As [`load`], for shards that are missing, and with the worker's words for models that do not fit.
 pub fn report(args: &JobArgs, worker: &Path) -> Result<String, String> {
-    let LoadedJob { job, shards, sources, visible, .. } = load(args)?;
+    let loaded = load(args)?;
+    let LoadedJob { job, shards, sources, visible, validation, .. } = &loaded;
     let path = &args.job;
-    visible.judge(false)?;
-    if let Some(store) = job.checkpoint.store.as_ref().filter(|store| store.contains("://")) {
+    loaded.judge(false).map_err(|problem| format!("{}: {problem}", path.display()))?;
+    match job.checkpoint.store.as_deref().map(|store| store.strip_prefix("file://").unwrap_or(store)) {
         // Nobody is asked for anything.
-        Store::at(store).map_err(|error| format!("{}: {error}", path.display()))?;
+        Some(store) if store.contains("://") => drop(Store::at(store).map_err(|error| format!("{}: {error}", path.display()))?),
+        Some(store) if Path::new(store).is_file() => {
+            return Err(format!(
+                "{}: checkpoint.store: {store} is a file; it must be a folder, which need not be there yet",
+                path.display()
+            ));
+        }
+        _ => {}
     }
     let mut text = format!("{} is a valid job: {}\n", path.display(), job.name);
     let length = match (job.train.steps, job.train.epochs) {
@@ -180,12 +164,15 @@ pub fn report(args: &JobArgs, worker: &Path) -> Result<String, String> {
         _ => String::new(),
     };
     let _ = writeln!(text, "  {length}, {} samples a step, in parts of {}", job.train.global_batch, job.train.micro_batch);
-    for oddity in job.oddities() {
+    for oddity in loaded.oddities() {
         let _ = writeln!(text, "  {oddity}");
     }
     let _ = writeln!(text, "  {}", visible.describe(shards.len()));
     for Source { name, num_shards, weight } in sources.iter().filter(|source| !source.name.is_empty()) {
         let _ = writeln!(text, "    {name}: {num_shards} shards, weight {weight}");
+    }
+    if let Some(Ok(Validation { shards, visible })) = validation {
+        let _ = writeln!(text, "  validation: {}", visible.describe(shards.len()));
     }
     match Shapes::check(args, worker) {
         Shapes::Fit(lines) => text.extend(lines.lines().map(|line| format!("  {line}\n"))),
@@ -283,6 +270,7 @@ mod tests {
         std::fs::write(folder.path().join("00.tar"), b"x").unwrap();
         let path = job(folder.path(), "{00..07}.tar");
         let error = report(&path, Path::new("nobody")).unwrap_err();
+        let error = error.split_once("job.toml: ").unwrap().1;
         assert!(error.starts_with("7 of 8 shards do not exist") && error.contains("01.tar") && error.contains("and 2 more"), "{error}");
     }
 
@@ -294,16 +282,51 @@ mod tests {
         assert!(load(&path).unwrap().visible.judge(true).is_err(), "unless the workers run here too");
     }
 
+    /// A job with this added to it, in a folder with the shards 00 to 03.
+    fn with(folder: &Path, more: &str) -> JobArgs {
+        (0..4).for_each(|shard| std::fs::write(folder.join(format!("{shard:02}.tar")), b"x").unwrap());
+        let path = job(folder, "{00..02}.tar");
+        let text = std::fs::read_to_string(&path.job).unwrap();
+        std::fs::write(&path.job, text + &more.replace("DIR", &folder.display().to_string())).unwrap();
+        path
+    }
+
     #[test]
-    fn shards_behind_a_network_are_looked_at_too() {
-        // Nobody listens at this port.
-        let seen = look(&["http://127.0.0.1:1/{00}.tar".to_owned()]);
-        assert_eq!((seen.found, seen.missing.len(), seen.unknown), (0, 0, 1));
-        assert!(seen.judge(true).is_ok());
-        let line = seen.describe(1);
-        assert!(line.starts_with("1 shards; 1 cannot be looked at from this machine, such as http://127.0.0.1:1/"), "{line}");
-        let missing = Visibility { missing: vec!["http://host/0.tar".into()], ..Visibility::default() };
-        assert!(missing.judge(false).is_err(), "a server's answer is the same everywhere");
+    fn validation_shards_are_looked_at_before_any_worker_does() {
+        let said = |more: &str| {
+            let folder = tempfile::tempdir().unwrap();
+            report(&with(folder.path(), more), Path::new("nobody"))
+        };
+        let text = said("[validation]\nshards = [\"DIR/03.tar\"]").unwrap();
+        assert!(text.contains("\n  validation: 1 shards, 0.0 MB\n") && !text.contains("trained on too"), "{text}");
+        let error = said("[validation]\nshards = [\"DIR/{03..04}.tar\"]").unwrap_err();
+        assert!(error.contains("job.toml: validation.shards: 1 of 2 shards do not exist:") && error.contains("04.tar"), "{error}");
+        let text = said("[validation]\nshards = [\"DIR/{02..03}.tar\"]").unwrap();
+        assert!(text.contains("validation.shards: 1 of 2 are trained on too, such as ") && text.contains("02.tar"), "{text}");
+        // Workers may see what this machine does not.
+        let text = said("[validation]\nshards = [\"/nowhere/*.tar\"]").unwrap();
+        assert!(text.contains("`/nowhere/*.tar` matches no file, as seen from this machine"), "{text}");
+        let folder = tempfile::tempdir().unwrap();
+        let loaded = load(&with(folder.path(), "[validation]\nshards = [\"/nowhere/*.tar\"]")).unwrap();
+        assert!(loaded.judge(true).unwrap_err().starts_with("validation.shards: "), "unless they run on it");
+    }
+
+    #[test]
+    fn shards_that_are_listed_twice_are_told() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = with(folder.path(), "");
+        let text = std::fs::read_to_string(&path.job).unwrap().replace("{00..02}.tar", "{00,01,00}.tar");
+        std::fs::write(&path.job, text).unwrap();
+        let odd = load(&path).unwrap().oddities();
+        assert!(odd.iter().any(|odd| odd.starts_with("data: 1 shards are listed twice, such as ")), "{odd:?}");
+    }
+
+    #[test]
+    fn file_is_no_store() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = with(folder.path(), "[checkpoint]\nstore = \"DIR/00.tar\"");
+        let error = report(&path, Path::new("nobody")).unwrap_err();
+        assert!(error.contains("checkpoint.store: ") && error.contains("00.tar is a file"), "{error}");
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! Command-line arguments, and what they come to once they are checked.
 
 use std::net::{IpAddr, SocketAddr};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
@@ -134,6 +134,12 @@ impl StoreArgs {
     #[must_use]
     pub fn address(&self) -> String {
         self.checkpoints.clone().unwrap_or_else(|| self.state_dir.join("checkpoints").display().to_string())
+    }
+
+    /// The folder with the job's logs, if the checkpoints are in it; those of a store that is named may be of any job.
+    #[must_use]
+    pub fn logs(&self) -> Option<&Path> {
+        self.checkpoints.is_none().then_some(&self.state_dir)
     }
 }
 

@@ -7,17 +7,19 @@
 mod announce;
 pub mod build;
 pub mod check;
+pub mod checkpoints;
 pub mod config;
 pub mod control;
 pub mod core;
 pub mod driver;
-pub mod export;
+
 pub mod gallery;
 pub mod gate;
 pub mod history;
 pub mod journal;
 pub mod limits;
 pub mod local;
+pub mod logs;
 mod losses;
 pub mod observe;
 mod oom;

@@ -9,7 +9,7 @@ use peapod_coordinator::config::{Checkpoints, Cli, Command};
 use peapod_coordinator::local::Local;
 use peapod_coordinator::observe::Bar;
 use peapod_coordinator::run::{Exit, run};
-use peapod_coordinator::{check, control, export};
+use peapod_coordinator::{check, checkpoints, control};
 use peapod_proto::job::{self, TEMPLATE};
 use peapod_proto::program;
 
@@ -56,12 +56,14 @@ async fn answer(command: Command, out: &mut impl Write) -> anyhow::Result<Exit> 
             Err(problem) => return Ok(Exit::Refused(problem)),
         },
         Command::Reference => write!(out, "{}", job::reference())?,
-        Command::Checkpoints { command: Checkpoints::List { store, json } } => match export::list(&store.address(), json).await {
-            Ok(list) => write!(out, "{list}")?,
-            Err(problem) => return Ok(Exit::Refused(problem)),
-        },
+        Command::Checkpoints { command: Checkpoints::List { store, json } } => {
+            match checkpoints::list(&store.address(), store.logs(), json).await {
+                Ok(list) => write!(out, "{list}")?,
+                Err(problem) => return Ok(Exit::Refused(problem)),
+            }
+        }
         Command::Checkpoints { command: Checkpoints::Export(args) } | Command::Export(args) => {
-            match export::export(&args.store.address(), args.step, &args.out).await {
+            match checkpoints::export(&args.store.address(), args.step, &args.out).await {
                 Ok(path) => writeln!(out, "wrote {}", path.display())?,
                 Err(problem) => return Ok(Exit::Refused(problem)),
             }

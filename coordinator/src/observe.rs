@@ -1,8 +1,8 @@
-//! What people see of a job: log lines, a progress bar on a terminal, the step log, and the summary at the end.
+//! What people see of a job: log lines, a progress bar on a terminal, and the summary at the end.
 
-use std::io::{self, BufWriter, IsTerminal, Read, Seek, Write};
+use std::io::{self, IsTerminal, Write};
 use std::path::Path;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use indicatif::{HumanDuration, ProgressBar, ProgressStyle};
 use peapod_proto::ids::{Step, WorkerId};
@@ -11,6 +11,7 @@ use peapod_proto::message::{StepLosses, StepRecord, StepTimings, ValidationLosse
 
 use crate::core::{Activity, Notice};
 use crate::history::{History, Level, restore, told};
+use crate::logs::{Logs, unix_now};
 use crate::losses::Losses;
 use crate::tensorboard::EventFile;
 
@@ -59,82 +60,6 @@ impl<'a> tracing_subscriber::fmt::MakeWriter<'a> for Bar {
     fn make_writer(&'a self) -> Self::Writer {
         self
     }
-}
-
-/// Files that an observer writes. The first two hold each final step once: what is trained again is taken out of them first.
-#[derive(Debug, Default)]
-pub struct Logs {
-    /// One line of JSON a final step.
-    steps: Option<BufWriter<std::fs::File>>,
-    /// One line a trained sample: step, epoch, shard, index.
-    samples: Option<BufWriter<std::fs::File>>,
-    /// One line of JSON a validation.
-    validation: Option<BufWriter<std::fs::File>>,
-}
-
-impl Logs {
-    /// Opens the files for appending.
-    ///
-    /// # Errors
-    /// Names the file that cannot be opened.
-    pub fn open(steps: &Path, samples: Option<&Path>, validation: Option<&Path>) -> anyhow::Result<Self> {
-        let open = |path: &Path| {
-            let file = std::fs::OpenOptions::new().create(true).read(true).append(true).open(path);
-            file.map(BufWriter::new).map_err(|error| anyhow::anyhow!("cannot write {}: {error}", path.display()))
-        };
-        Ok(Self { steps: Some(open(steps)?), samples: samples.map(open).transpose()?, validation: validation.map(open).transpose()? })
-    }
-
-    /// Takes out the lines of steps after `last`: of a coordinator that was killed before the journal had them, or that the job goes back behind.
-    ///
-    /// # Errors
-    /// From the files.
-    pub fn go_back_to(&mut self, last: Step) -> io::Result<()> {
-        if let Some(steps) = &mut self.steps {
-            let step = |line: &str| serde_json::from_str::<serde_json::Value>(line).ok()?.get("step")?.as_u64();
-            cut(steps, |line| step(line).is_some_and(|step| step <= last.0))?;
-        }
-        if let Some(samples) = &mut self.samples {
-            cut(samples, |line| line.split('\t').next().and_then(|step| step.parse().ok()).is_some_and(|step: u64| step <= last.0))?;
-        }
-        Ok(())
-    }
-}
-
-/// What is read at once from the end of a log.
-const CUT_BYTES: u64 = 64 << 10;
-
-/// Cuts a file off behind its last line that stays; half a line at the end does not. Read from the end: a log of weeks is long, and what does not
-/// stay is short.
-fn cut(file: &mut BufWriter<std::fs::File>, stays: impl Fn(&str) -> bool) -> io::Result<()> {
-    file.flush()?;
-    let file = file.get_mut();
-    let mut start = file.seek(io::SeekFrom::End(0))?;
-    // The file from `start` on, without what is cut off already.
-    let mut kept: Vec<u8> = Vec::new();
-    loop {
-        let before = |end: usize| kept[..end].iter().rposition(|byte| *byte == b'\n').map(|at| at + 1);
-        let begin = match kept.last() {
-            Some(b'\n') => before(kept.len() - 1),
-            _ => before(kept.len()),
-        };
-        let Some(begin) = begin.or((start == 0).then_some(0)) else {
-            let from = start.saturating_sub(CUT_BYTES);
-            let mut block = vec![0; usize::try_from(start - from).unwrap_or_default()];
-            file.seek(io::SeekFrom::Start(from))?;
-            file.read_exact(&mut block)?;
-            block.append(&mut kept);
-            (start, kept) = (from, block);
-            continue;
-        };
-        let line = &kept[begin..];
-        if line.is_empty() || (line.ends_with(b"\n") && stays(String::from_utf8_lossy(line).trim_end())) {
-            break;
-        }
-        kept.truncate(begin);
-    }
-    // Opened for appending: whatever is written next goes to the end that is left.
-    file.set_len(start + kept.len() as u64)
 }
 
 /// What of a job is needed to show its validation.
@@ -238,9 +163,7 @@ impl Observer {
         let folder = state_dir.join("tensorboard");
         let events = EventFile::create(&folder, step).map_err(|error| anyhow::anyhow!("cannot write {}: {error}", folder.display()))?;
         self.tensorboard = Some(events);
-        let logs = [state_dir.join("steps.jsonl"), state_dir.join("validation.jsonl")];
-        restore::from_logs(&mut self.history, &logs[0], &logs[1], step)
-            .map_err(|error| anyhow::anyhow!("cannot read {}: {error}", logs[0].display()))?;
+        restore::from_logs(&mut self.history, state_dir, step)?;
         Ok(self)
     }
 
@@ -260,7 +183,7 @@ impl Observer {
             self.losses.push(record.step, record.losses);
             self.shown = smooth(self.shown, record.losses, self.losses.num_steps());
         }
-        self.write_logs(record, timings);
+        self.logs.committed(record, timings);
         self.history.committed(self.started.elapsed(), record, timings);
         self.step_to_tensorboard(record);
         let line = self.line(record.step);
@@ -306,34 +229,6 @@ impl Observer {
         self.tell_tensorboard(|events| events.scalars(record.step, &scalars));
     }
 
-    fn write_logs(&mut self, record: &StepRecord, timings: StepTimings) {
-        let result = (|| -> io::Result<()> {
-            if let Some(steps) = &mut self.logs.steps {
-                let line = serde_json::json!({
-                    "step": record.step.0, "unix_s": (unix_now() * 1e3).round() / 1e3, "generation": record.generation.0, "samples": record.names.len(), "native": record.native, "skipped": record.skipped,
-                    "task": record.losses.task, "logit": record.losses.logit, "feature": record.losses.feature,
-                    "grad_norm": record.losses.grad_norm, "learning_rate": record.losses.learning_rate,
-                    "data_s": timings.data, "compute_s": timings.compute, "collective_s": timings.collective, "update_s": timings.update,
-                    "validation_s": timings.validation, "sampling_s": timings.sampling,
-                });
-                writeln!(steps, "{line}")?;
-                steps.flush()?;
-            }
-            if let Some(samples) = self.logs.samples.as_mut().filter(|_| !record.skipped) {
-                for name in &record.names {
-                    writeln!(samples, "{}\t{}\t{}\t{}", record.step, name.epoch, name.shard, name.index)?;
-                }
-                samples.flush()?;
-            }
-            Ok(())
-        })();
-        if let Err(error) = result {
-            // These files explain a run; the run itself does not need them.
-            tracing::error!("step and sample logs stop here: {error}");
-            self.logs = Logs::default();
-        }
-    }
-
     /// The weights of a final step were validated.
     pub fn validated(&mut self, losses: &ValidationLosses) {
         let ValidationLosses { step, samples, task, logit, feature } = *losses;
@@ -346,14 +241,7 @@ impl Observer {
         tracing::info!(
             "validation at step {step}: total {total:.4}  task {task:.4}  logit {logit:.4}  feature {feature:.3}  ({samples} samples, {weights} weights)"
         );
-        let line = serde_json::json!({
-            "step": step.0, "samples": samples, "weights": weights, "task": task, "logit": logit, "feature": feature, "total": total,
-        });
-        let Some(file) = &mut self.logs.validation else { return };
-        if let Err(error) = writeln!(file, "{line}").and_then(|()| file.flush()) {
-            tracing::error!("the validation log stops here: {error}");
-            self.logs.validation = None;
-        }
+        self.logs.validated(losses, total, weights);
     }
 
     fn samples_per_second(&self) -> f64 {
@@ -375,8 +263,7 @@ impl Observer {
         if let Notice::RolledBack { to, .. } = notice {
             self.losses.go_back_to(*to);
             if let Err(error) = self.logs.go_back_to(*to) {
-                tracing::error!("step and sample logs stop here: {error}");
-                self.logs = Logs::default();
+                self.logs.stop(&error);
             }
             self.tell_tensorboard(|events| events.go_back_to(*to));
         }
@@ -451,10 +338,6 @@ fn rate(per_second: f64) -> String {
     format!("{per_second:.decimals$}")
 }
 
-fn unix_now() -> f64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64())
-}
-
 /// An average that follows the last twenty steps or so.
 fn smooth(shown: StepLosses, new: StepLosses, count: u64) -> StepLosses {
     let share = (1.0 / count as f32).max(0.05);
@@ -471,6 +354,7 @@ fn smooth(shown: StepLosses, new: StepLosses, count: u64) -> StepLosses {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::logs;
     use peapod_proto::ids::{Epoch, Generation, SampleName, ShardId};
 
     const PLAIN: Validation = Validation { feature_weight: 0.1, of_average: false };
@@ -483,8 +367,8 @@ mod tests {
     #[test]
     fn summary_compares_the_first_step_with_the_last_tenth() {
         let folder = tempfile::tempdir().unwrap();
-        let (steps, samples) = (folder.path().join("steps.jsonl"), folder.path().join("samples.tsv"));
-        let logs = Logs::open(&steps, Some(&samples), None).unwrap();
+        let (steps, samples) = (folder.path().join(logs::STEPS), folder.path().join("samples.tsv"));
+        let logs = Logs::open(folder.path(), Some(&samples), false).unwrap();
         let mut observer = Observer::new(Bar(ProgressBar::hidden()), logs, PLAIN, Step(0), Some(20));
         for step in 1..=20u32 {
             let record = StepRecord {
@@ -507,55 +391,5 @@ mod tests {
         let samples = std::fs::read_to_string(samples).unwrap();
         assert_eq!(samples.lines().next(), Some("1\t0\t1\t1"));
         assert_eq!(samples.lines().count(), 19, "samples of a skipped step were not trained");
-    }
-
-    #[test]
-    fn logs_go_back_with_the_job_and_half_a_line_goes_with_them() {
-        let folder = tempfile::tempdir().unwrap();
-        let (steps, samples) = (folder.path().join("steps.jsonl"), folder.path().join("samples.tsv"));
-        std::fs::write(&steps, "{\"step\":1}\n{\"step\":2}\n{\"step\":3}\n").unwrap();
-        std::fs::write(&samples, "1\t0\t0\t0\n2\t0\t0\t1\n2\t0\t0").unwrap();
-        let mut logs = Logs::open(&steps, Some(&samples), None).unwrap();
-        logs.go_back_to(Step(2)).unwrap();
-        assert_eq!(std::fs::read_to_string(&samples).unwrap(), "1\t0\t0\t0\n2\t0\t0\t1\n");
-        writeln!(logs.steps.as_mut().unwrap(), "{{\"step\":3}}").unwrap();
-        drop(logs);
-        assert_eq!(std::fs::read_to_string(&steps).unwrap(), "{\"step\":1}\n{\"step\":2}\n{\"step\":3}\n");
-    }
-
-    #[test]
-    fn log_is_cut_from_its_end_however_long_it_and_its_lines_are() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("log");
-        let line = |number: usize| format!("{number} {}\n", "x".repeat(number * 7919 % 200_000));
-        for (num, keep) in [(0, 0), (1, 0), (1, 1), (40, 0), (40, 1), (40, 39), (40, 40)] {
-            let all: Vec<String> = (0..num).map(line).collect();
-            for half in ["", "17 xx"] {
-                std::fs::write(&path, all.concat() + half).unwrap();
-                let file = std::fs::OpenOptions::new().read(true).append(true).open(&path).unwrap();
-                let number = |line: &str| line.split(' ').next().unwrap().parse::<usize>().unwrap();
-                cut(&mut BufWriter::new(file), |line| number(line) < keep).unwrap();
-                assert!(std::fs::read_to_string(&path).unwrap() == all[..keep].concat(), "{keep} of {num} lines, and {half:?}");
-            }
-        }
-    }
-
-    #[test]
-    fn validation_is_a_line_of_json_and_what_is_not_finite_is_null() {
-        let folder = tempfile::tempdir().unwrap();
-        let [steps, path] = ["steps.jsonl", "validation.jsonl"].map(|name| folder.path().join(name));
-        let logs = Logs::open(&steps, None, Some(&path)).unwrap();
-        let kind = Validation { feature_weight: 0.5, of_average: true };
-        let mut observer = Observer::new(Bar(ProgressBar::hidden()), logs, kind, Step(0), None);
-        let losses = ValidationLosses { step: Step(8), samples: 5, task: 0.25, logit: 1.0, feature: 3.0 };
-        observer.validated(&losses);
-        observer.validated(&ValidationLosses { task: f32::NAN, ..losses });
-        let text = std::fs::read_to_string(path).unwrap();
-        let lines: Vec<serde_json::Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
-        let first = serde_json::json!({
-            "step": 8, "samples": 5, "weights": "average", "task": 0.25, "logit": 1.0, "feature": 3.0, "total": 2.75,
-        });
-        assert_eq!(lines[0], first);
-        assert!(lines[1]["task"].is_null() && lines[1]["total"].is_null() && lines[1]["logit"] == 1.0);
     }
 }

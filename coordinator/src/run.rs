@@ -21,7 +21,8 @@ use crate::core::Outcome;
 use crate::driver::{Driver, Ending};
 use crate::gallery::Gallery;
 use crate::local::Local;
-use crate::observe::{Bar, Logs, Observer, Summary};
+use crate::logs::Logs;
+use crate::observe::{Bar, Observer, Summary};
 use crate::secrets::{JOIN, Secrets, write_secret};
 use crate::service::{JobFacts, Service};
 use crate::shutdown::Signals;
@@ -62,8 +63,7 @@ pub async fn run(args: RunArgs, bar: Bar) -> anyhow::Result<Exit> {
     let Start { job, run, num_shards, mut store, stored, mut journal, core, goes_back, is_finished, _lock, .. } = start;
     let signals = Signals::catch()?;
     open_files::raise_limit(args.world_size);
-    let validation = (!job.validation.shards.is_empty()).then(|| args.state_dir.join("validation.jsonl"));
-    let mut logs = Logs::open(&args.state_dir.join("steps.jsonl"), args.sample_log.as_deref(), validation.as_deref())?;
+    let mut logs = Logs::open(&args.state_dir, args.sample_log.as_deref(), !job.validation.shards.is_empty())?;
     let gallery = Gallery::new(&args.state_dir.join("pictures"), &job)?;
     let listener = listen(args.listen_address())
         .with_context(|| format!("cannot listen on {}, give another --listen ADDRESS:PORT", args.listen_address()))?;

@@ -116,6 +116,14 @@ impl From<ValidationLosses> for Validation {
     }
 }
 
+impl From<Validation> for ValidationLosses {
+    fn from(kept: Validation) -> Self {
+        let Validation { step, samples, task, logit, feature } = kept;
+        let [task, logit, feature] = [task, logit, feature].map(|loss| loss.unwrap_or(f32::NAN));
+        Self { step, samples, task, logit, feature }
+    }
+}
+
 impl Manifest {
     /// Layout this program writes and reads.
     pub const FORMAT: u32 = 2;

@@ -6,10 +6,12 @@
 use std::fs::File;
 use std::io::{self, BufWriter, Write};
 use std::path::Path;
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::Instant;
 
 use peapod_proto::ids::Step;
 use prost::Message;
+
+use crate::logs::unix_now;
 
 /// How long what was written may stay in memory.
 const FLUSH_EVERY: std::time::Duration = std::time::Duration::from_secs(1);
@@ -161,10 +163,6 @@ impl Drop for EventFile {
 /// The checksum of a record: turned and shifted, so that the checksum of data with checksums in it stays a good one.
 fn masked(bytes: &[u8]) -> u32 {
     crc32c::crc32c(bytes).rotate_right(15).wrapping_add(0xa282_ead8)
-}
-
-fn unix_now() -> f64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64())
 }
 
 #[cfg(test)]

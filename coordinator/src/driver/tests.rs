@@ -6,7 +6,8 @@ use super::*;
 use crate::core::order::Source;
 use crate::core::tests::config;
 use crate::core::{Config, Fact, State};
-use crate::observe::{Bar, Logs, Validation};
+use crate::logs::Logs;
+use crate::observe::{Bar, Validation};
 
 /// Forgets everything.
 struct Nowhere;

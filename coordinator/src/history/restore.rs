@@ -1,20 +1,19 @@
 //! The curves of earlier runs, out of their logs.
 
-use std::io::{self, BufRead, BufReader};
 use std::path::Path;
 
 use peapod_proto::ids::Step;
-use peapod_proto::message::ValidationLosses;
 
 use super::{History, Point};
+use crate::logs;
 
-/// Reads the curves up to `step` back from the logs of earlier runs. Half a line at an end is passed over.
+/// Reads the curves up to `step` back from the logs of earlier runs in `state_dir`.
 ///
 /// # Errors
-/// From the files.
-pub fn from_logs(history: &mut History, steps: &Path, validations: &Path, step: Step) -> io::Result<()> {
+/// Names the file.
+pub fn from_logs(history: &mut History, state_dir: &Path, step: Step) -> anyhow::Result<()> {
     let mut before: Option<(u64, f64)> = None;
-    for_lines(steps, |line: StepLine| {
+    logs::for_lines(&state_dir.join(logs::STEPS), |line: StepLine| {
         let seconds = line.unix_s.zip(before).and_then(|(at, (generation, before))| (generation == line.generation).then_some(at - before));
         before = line.unix_s.map(|at| (line.generation, at));
         if line.step <= step.0 && !line.skipped {
@@ -31,11 +30,9 @@ pub fn from_logs(history: &mut History, steps: &Path, validations: &Path, step: 
             });
         }
     })?;
-    for_lines(validations, |line: ValidationLine| {
-        if line.step <= step.0 {
-            let [task, logit, feature] = [line.task, line.logit, line.feature].map(|loss| loss.unwrap_or(f32::NAN));
-            let losses = ValidationLosses { step: Step(line.step), samples: line.samples, task, logit, feature };
-            history.restore_validation(losses, line.total.unwrap_or(f64::NAN));
+    logs::for_validations(state_dir, |losses, total| {
+        if losses.step <= step {
+            history.restore_validation(losses, total);
         }
     })
 }
@@ -57,34 +54,6 @@ struct StepLine {
     data_s: Option<f64>,
 }
 
-#[derive(serde::Deserialize)]
-struct ValidationLine {
-    step: u64,
-    samples: u32,
-    task: Option<f32>,
-    logit: Option<f32>,
-    feature: Option<f32>,
-    total: Option<f64>,
-}
-
-/// Hands on the lines of a log that can be read; a file that is not there has none.
-fn for_lines<T: serde::de::DeserializeOwned>(path: &Path, mut each: impl FnMut(T)) -> io::Result<()> {
-    let file = match std::fs::File::open(path) {
-        Ok(file) => file,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        Err(error) => return Err(error),
-    };
-    let mut lines = BufReader::new(file);
-    let mut line = String::new();
-    while lines.read_line(&mut line)? > 0 {
-        if let Ok(read) = serde_json::from_str(&line) {
-            each(read);
-        }
-        line.clear();
-    }
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -92,7 +61,7 @@ mod tests {
     #[test]
     fn curves_come_back_up_to_where_the_job_goes_on() {
         let folder = tempfile::tempdir().unwrap();
-        let [steps, validations] = ["steps.jsonl", "validation.jsonl"].map(|name| folder.path().join(name));
+        let [steps, validations] = [logs::STEPS, logs::VALIDATIONS].map(|name| folder.path().join(name));
         let line = |step: u64, generation: u64, unix_s: f64, skipped: bool| {
             format!(
                 "{{\"step\":{step},\"generation\":{generation},\"unix_s\":{unix_s},\"samples\":8,\"skipped\":{skipped},\"task\":0.5}}\n"
@@ -106,7 +75,7 @@ mod tests {
         };
         std::fs::write(&validations, [validation(2, 1.0), validation(4, 2.0), validation(4, 3.0), validation(6, 4.0)].concat()).unwrap();
         let mut history = History::default();
-        from_logs(&mut history, &steps, &validations, Step(4)).unwrap();
+        from_logs(&mut history, folder.path(), Step(4)).unwrap();
         let columns = history.series.columns(0, 0);
         assert_eq!(columns.step, [1, 2, 4]);
         assert_eq!(columns.samples_per_s[1], 16.0);

@@ -117,7 +117,7 @@ fn load(args: &RunArgs) -> Result<LoadedJob, String> {
     args.validate()?;
     let loaded = check::load(&args.job)?;
     let LoadedJob { job, shards, visible, .. } = &loaded;
-    visible.judge(args.local).map_err(|problem| format!("{}: {problem}", args.job.job.display()))?;
+    loaded.judge(args.local).map_err(|problem| format!("{}: {problem}", args.job.job.display()))?;
     if visible.found == 0 || visible.unknown > 0 {
         tracing::warn!("{}", visible.describe(shards.len()));
     }
@@ -125,7 +125,7 @@ fn load(args: &RunArgs) -> Result<LoadedJob, String> {
     if batch < world {
         return Err(format!("train.global_batch ({batch}) must be at least --world-size ({world}): every worker trains part of it"));
     }
-    job.oddities().iter().for_each(|oddity| tracing::warn!("{}: {oddity}", args.job.job.display()));
+    loaded.oddities().iter().for_each(|oddity| tracing::warn!("{}: {oddity}", args.job.job.display()));
     Ok(loaded)
 }
 

@@ -58,6 +58,10 @@ fn expand_one(sources: &Sources, pattern: &str, shards: &mut Vec<String>) -> Res
         for url in webdataset::braceexpand(part).map_err(|error| fail(error.to_string()))? {
             match Location::of(&url)? {
                 Location::Local(path) if has_wildcard(path) => shards.extend(matching_files(path).map_err(&fail)?),
+                Location::Local(path) if is_folder(path) => {
+                    let folder = path.trim_end_matches('/');
+                    return Err(fail(format!("`{path}` is a folder; `{folder}/*.tar` names the shards in it")));
+                }
                 Location::Http if has_wildcard_in_path(&url) => {
                     return Err(fail(format!("`{url}`: http has no listing, so wildcards cannot be matched; give a range or an @list")));
                 }
@@ -107,6 +111,12 @@ fn has_wildcard_in_path(url: &str) -> bool {
     let Some((scheme, rest)) = url.split_once("://") else { return false };
     let path = rest.find('/').map_or("", |slash| &rest[slash..]);
     if scheme.starts_with("http") { has_wildcard(path.split('?').next().unwrap_or_default()) } else { has_wildcard(path) }
+}
+
+/// Whether a path is a folder's. What has an extension is not looked at: each of a list of many shards would cost a request to a shared disk.
+fn is_folder(path: &str) -> bool {
+    let path = std::path::Path::new(path);
+    path.extension().is_none() && path.is_dir()
 }
 
 /// The files that match `path`'s wildcards, in alphabetical order.
@@ -231,6 +241,8 @@ mod tests {
         let root = folder.path().to_str().unwrap();
         assert_eq!(expand(&format!("{root}/*.tar")).unwrap(), [format!("{root}/a.tar"), format!("{root}/b.tar")]);
         assert!(expand(&format!("{root}/*.tgz")).unwrap_err().to_string().contains("matches no file"));
+        let error = expand(&format!("{root}/")).unwrap_err().to_string();
+        assert!(error.ends_with(&format!("is a folder; `{root}/*.tar` names the shards in it")), "{error}");
     }
 
     #[test]
