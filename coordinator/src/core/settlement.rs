@@ -116,9 +116,8 @@ impl Core {
         let members = members.clone();
         let broken = self.broken_link(&members, stopped);
         let mut stopped: BTreeMap<WorkerId, Stopped> = stopped.iter().map(|(&id, said)| (id, self.on_the_line(said.clone()))).collect();
-        let base = self.truth.step;
         // An honest survivor holds every final step; whatever it holds beyond becomes the truth.
-        let least = base.max(self.progress.final_step());
+        let least = self.truth.step.max(self.progress.final_step());
         // Most advanced first; the lowest id among equals.
         let source = members.iter().copied().max_by_key(|id| (stopped[id].applied, std::cmp::Reverse(*id)));
         let source = source.and_then(|id| stopped.remove(&id).map(|said| (id, said))).filter(|(_, said)| said.applied >= least);
@@ -129,50 +128,65 @@ impl Core {
         if is_broken && let Some(reason) = self.note_breakage() {
             return self.fail(reason, out);
         }
-        let Some((source, said)) = source else {
-            self.truth.holders.clear();
-            self.release_leases_of_the_gone(out);
-            self.gather(now, out);
-            self.forget_truth_without_holders(out);
-            if let Some(reason) = self.stop_requested.clone() {
-                return self.ask_for_last_checkpoint(now, Outcome::Stopped { reason }, 1, out);
-            }
-            return self.try_form(now, out);
-        };
+        match source {
+            Some((source, said)) => self.settle_on(now, source, &said, &stopped, out),
+            None => self.settle_on_nobody(now, out),
+        }
+    }
+
+    /// No survivor holds all final steps.
+    fn settle_on_nobody(&mut self, now: Timestamp, out: &mut Vec<Effect>) {
+        self.truth.holders.clear();
+        self.release_leases_of_the_gone(out);
+        self.gather(now, out);
+        self.forget_truth_without_holders(out);
+        if let Some(reason) = self.stop_requested.clone() {
+            return self.ask_for_last_checkpoint(now, Outcome::Stopped { reason }, 1, out);
+        }
+        self.try_form(now, out);
+    }
+
+    /// What the source `said` it has applied is the truth, and whoever of the `others` holds as much holds it too.
+    fn settle_on(&mut self, now: Timestamp, source: WorkerId, said: &Stopped, others: &BTreeMap<WorkerId, Stopped>, out: &mut Vec<Effect>) {
         out.push(Effect::Void { generation: self.generation, after: said.applied });
         let stands = |&(step, generation): &(Step, Generation)| generation != self.generation || step <= said.applied;
         self.checkpoint.frozen.retain(|key, _| stands(key));
         self.checkpoint.senders.retain(|key, _| stands(key));
-        self.commit_source(now, &said, out);
+        let base = self.truth.step;
+        self.commit_source(now, said, out);
         if matches!(self.phase, JobPhase::Done(_)) {
             return;
         }
+        let equals: BTreeMap<WorkerId, &Stopped> = others
+            .iter()
+            .filter(|(_, other)| other.applied == said.applied)
+            .map(|(&id, other)| (id, other))
+            .chain([(source, said)])
+            .collect();
         // Whoever holds the source's step may know more about it: that it was the last one, or its losses on the validation samples.
-        let equals = || stopped.values().filter(|other| other.applied == said.applied).chain([&said]);
-        let is_over = |cause| equals().any(|other| other.cause == cause);
-        let (steps_done, is_dry) = (is_over(StopCause::StepsDone), is_over(StopCause::DataDone));
-        if let Some(losses) = equals().find_map(|other| other.validation) {
+        if let Some(losses) = equals.values().find_map(|equal| equal.validation) {
             self.validated(losses, out);
         }
-        let mut holders: BTreeSet<WorkerId> =
-            stopped.iter().filter(|(_, other)| other.applied == said.applied).map(|(&id, _)| id).collect();
-        holders.insert(source);
-        if said.applied == Step(0) {
-            // Nothing is trained, and some may never have received the fresh weights: the next source makes the same ones.
-            holders.clear();
-        }
+        // With nothing trained, some may never have received the fresh weights: the next source makes the same ones.
+        let holders = if said.applied == Step(0) { BTreeSet::new() } else { equals.keys().copied().collect() };
         let generation = if said.applied > base { self.generation } else { self.truth.generation };
         self.truth = Truth { step: said.applied, generation, holders };
         self.cut_off.clear();
         out.push(Effect::Persist(Fact::Settled { step: said.applied, generation }));
         self.release_leases_of_the_gone(out);
 
+        let is_over = |cause| equals.values().any(|equal| equal.cause == cause);
+        self.end_or_gather(now, is_over(StopCause::StepsDone), is_over(StopCause::DataDone), out);
+    }
+
+    /// Ends the job if it is at its goal or was asked to stop, or waits for the next generation's members.
+    fn end_or_gather(&mut self, now: Timestamp, steps_done: bool, is_dry: bool, out: &mut Vec<Effect>) {
         // A member that leaves is given nothing more: what is left because of that is for the next generation. A coordinator that was started again may
         // know less than its members have done: whoever has not asked it yet reads once more what it is believed to hold.
         let is_left = self.leases.any_left() || self.grant_again.iter().any(|member| self.workers.contains_key(member));
         let is_short = self.config.epochs.is_none() || self.unaccounted().is_some();
         let data_done = is_dry && !(is_left && is_short);
-        let done = steps_done || data_done || self.config.last_step.is_some_and(|last| said.applied >= last);
+        let done = steps_done || data_done || self.config.last_step.is_some_and(|last| self.truth.step >= last);
         if data_done && let Some(reason) = self.unaccounted() {
             self.note_failure(reason.clone());
             return self.fail(reason, out);
