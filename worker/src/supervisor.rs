@@ -390,6 +390,7 @@ impl Supervisor {
             job,
             device: self.device,
             allow_shared_gpu: self.args.allow_shared_gpu,
+            encode_ahead: self.args.encode_ahead,
             advertise: self.args.advertise.or(self.local_ip).unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST)),
             output: Arc::new(move |message| {
                 // The supervisor outlives the trainer but for the last moments of the process.
