@@ -23,6 +23,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::mpsc::Receiver;
 
+use peapod_collective::AbortHandle;
 use peapod_collective::nccl::NcclDevice;
 use peapod_collective::tcp::Listener;
 use peapod_data::{Loader, Share};
@@ -93,8 +94,17 @@ pub enum Output {
     },
 }
 
-/// Fetches the files of a checkpoint from the coordinator. Called on the trainer's thread.
-pub type Download = Box<dyn Fn(Step) -> Result<Vec<(String, Vec<u8>)>, String> + Send>;
+/// Fetches the files of a checkpoint from the coordinator, unless the generation is aborted meanwhile. Called on the trainer's thread.
+pub type Download = Box<dyn Fn(Step, &AbortHandle) -> Result<Vec<(String, Vec<u8>)>, NotFetched> + Send>;
+
+/// Why there are no files.
+#[derive(Debug)]
+pub struct NotFetched {
+    /// What was said.
+    pub message: String,
+    /// Whether it would be the same another time.
+    pub is_over: bool,
+}
 
 /// What a trainer is started with and keeps.
 pub struct Context {
