@@ -16,7 +16,7 @@ use peapod_proto::ids::Bitmap;
 use peapod_proto::job::{DataSection, OptionalJobArgs};
 use serde::Serialize;
 
-use super::{progress_bar, size};
+use super::{Report, progress_bar, size};
 use crate::setup;
 
 /// Broken samples that are named; all are counted.
@@ -104,15 +104,6 @@ pub struct BadSample {
     pub key: String,
     /// What is wrong.
     pub reason: String,
-}
-
-/// What an inspection has to say.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Report {
-    /// As text or JSON.
-    pub text: String,
-    /// Why nothing should be trained on these shards as they are, in one line.
-    pub problem: Option<String>,
 }
 
 /// Inspects a shard list; the report's text.
