@@ -2,6 +2,7 @@
 
 pub mod inspect;
 pub mod make;
+mod table;
 pub(crate) mod whole;
 
 use indicatif::{ProgressBar, ProgressStyle};
