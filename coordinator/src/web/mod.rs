@@ -25,6 +25,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 
+use crate::config::address;
 use crate::driver::{Command, Status};
 use crate::history::History;
 
@@ -54,7 +55,7 @@ impl FromStr for HttpAddr {
     fn from_str(text: &str) -> Result<Self, String> {
         match text {
             "off" => Ok(Self::Off),
-            text => text.parse().map(Self::At).map_err(|_| format!("{text:?} is neither ADDRESS:PORT nor `off`")),
+            text => address(text).map(Self::At).map_err(|error| format!("{error}; or `off` for none")),
         }
     }
 }
@@ -252,7 +253,8 @@ mod tests {
     fn address_is_an_address_or_off() {
         assert_eq!("off".parse(), Ok(HttpAddr::Off));
         assert_eq!("127.0.0.1:0".parse(), Ok(HttpAddr::At("127.0.0.1:0".parse().unwrap())));
-        assert!("7734".parse::<HttpAddr>().unwrap_err().contains("neither"));
+        assert_eq!("localhost:0".parse(), Ok(HttpAddr::At("127.0.0.1:0".parse().unwrap())));
+        assert!("7734".parse::<HttpAddr>().unwrap_err().ends_with("0.0.0.0:7734 for other hosts too; or `off` for none"));
     }
 
     #[tokio::test]
