@@ -21,16 +21,20 @@ use axum::routing::get;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
 use hyper_util::service::TowerToHyperService;
+use peapod_proto::secure::PAGE_ONLY;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 
 use crate::config::address;
 use crate::driver::{Command, Status};
+use crate::gate::answer_and_close;
 use crate::history::History;
 
 /// Where the page is, unless it is said.
 pub const DEFAULT_HTTP_PORT: u16 = 7734;
+/// What a client of gRPC says first: it takes this port for the coordinator's.
+const HTTP2: &[u8] = b"PRI";
 /// How long the driver may take to answer.
 const PATIENCE: Duration = Duration::from_secs(5);
 /// Connections at once; more wait to be taken.
@@ -135,7 +139,13 @@ async fn accept(listener: &TcpListener, places: &Arc<Semaphore>) -> (TcpStream, 
 }
 
 /// Answers one client for as long as it asks.
-async fn converse(stream: TcpStream, router: Router, _place: Option<OwnedSemaphorePermit>, asking: Duration) {
+async fn converse(mut stream: TcpStream, router: Router, _place: Option<OwnedSemaphorePermit>, asking: Duration) {
+    let mut first = [0; HTTP2.len()];
+    match tokio::time::timeout(asking, stream.peek(&mut first)).await {
+        Ok(Ok(_)) if first == HTTP2 => return answer_and_close(&mut stream, PAGE_ONLY).await,
+        Ok(Ok(_)) => {}
+        _ => return,
+    }
     let mut builder = Builder::new(TokioExecutor::new()).http1_only();
     builder.http1().timer(TokioTimer::new()).header_read_timeout(asking);
     // However it ends, the client has seen it too.
