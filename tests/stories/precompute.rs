@@ -75,6 +75,13 @@ fn precomputed_shards_of_another_job_end_it_with_what_differs() {
     let made = cluster.folder().join("made");
     precompute(&cluster, &made, &[]).expect_exit(0);
     cluster.job.set("data.shards", vec![format!("{}/{{00000..00001}}.tar", made.display())]).set("data.min_aesthetic", 5.0);
+    // An inspection needs no model to see it.
+    let job = cluster.folder().join("other.toml");
+    fs::write(&job, cluster.job.to_string()).unwrap();
+    let mut inspect = Process::start("inspect", "worker", &["shards", "inspect", "--job", job.to_str().unwrap()]);
+    inspect.expect_exit(1);
+    inspect.assert_said("worker: 2 of 2 shards cannot be used as they are; the first is ");
+    inspect.assert_said("data.min_aesthetic was `6`, is `5`");
     let mut coordinator = cluster.coordinator(1, &["--local"]);
     coordinator.expect_exit(1);
     for words in ["in phase data: ", "made/0000", "data.min_aesthetic was `6`, is `5`", "run `worker precompute` with this job"] {
