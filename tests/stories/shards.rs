@@ -45,7 +45,7 @@ fn shards_are_made_inspected_and_trained_on() {
     // What a look at the table shows is told before anything is written.
     let mut refused = make_with(&out("a"), &[]);
     refused.expect_exit(2);
-    refused.assert_said("table.csv: 2 of 43 rows cannot be used (1 missing picture, 1 no number); nothing was written. Mend them, or leave them out with --skip-bad:");
+    refused.assert_said("table.csv: 2 of 43 rows cannot be used (missing picture 1, no number 1); nothing was written. Mend them, or leave them out with --skip-bad:");
     refused.assert_said("  line 43: ");
     refused.assert_said("missing.jpg: No such file or directory");
     refused.assert_said("  line 44: watermark `high` is no number");
