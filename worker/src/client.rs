@@ -6,7 +6,7 @@ use std::time::Duration;
 use futures::StreamExt;
 use peapod_proto::ids::{Generation, Step, WorkerId};
 use peapod_proto::message::{FromWorker, ToWorker};
-use peapod_proto::secure::{Access, AccessError, Link, refusal};
+use peapod_proto::secure::{Access, AccessError, Link, failure, refusal};
 use peapod_proto::trace::Trace;
 use peapod_proto::{JOB_IS_OVER, MAX_MESSAGE_BYTES, RETRY_FOR_MS, v1, work_span};
 use sha2::{Digest, Sha256};
@@ -183,7 +183,7 @@ async fn attempt(access: &Access, endpoint: &Endpoint, hello: FromWorker) -> Res
         (Code::AlreadyExists, Some(retry_for)) => Attempt::Taken { message: status.message().into(), retry_for },
         (Code::InvalidArgument | Code::AlreadyExists, _) => Attempt::Refused { message: status.message().into(), bad_arguments: true },
         (Code::FailedPrecondition | Code::Unimplemented, _) => Attempt::Refused { message: status.message().into(), bad_arguments: false },
-        _ => Attempt::Failed(status.message().into()),
+        _ => Attempt::Failed(failure(&status)),
     })
 }
 
@@ -532,6 +532,34 @@ mod tests {
         if socket.connect("192.0.2.1:9").is_ok() {
             let found = address_for_others("https://master:7733", Ipv4Addr::new(127, 0, 1, 1).into());
             assert_eq!(found, socket.local_addr().unwrap().ip());
+        }
+    }
+
+    /// Answers every connection with these bytes, whatever comes on it.
+    async fn stranger(answer: &'static [u8]) -> Access {
+        use tokio::io::{AsyncReadExt, AsyncWriteExt};
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        tokio::spawn(async move {
+            while let Ok((mut stream, _)) = listener.accept().await {
+                let _ = stream.read(&mut [0; 24]).await;
+                let _ = stream.write_all(answer).await;
+                // The answer would be lost with bytes that nobody has read.
+                let _ = stream.shutdown().await;
+                let _ = tokio::io::copy(&mut stream, &mut tokio::io::sink()).await;
+            }
+        });
+        Access::new(Some(&url), &AccessArgs::default()).unwrap()
+    }
+
+    #[tokio::test]
+    async fn another_service_at_the_address_is_told_from_a_coordinator() {
+        // A web server of HTTP/1 alone, and the alert of one that speaks TLS.
+        for answer in [&b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n"[..], b"\x15\x03\x03\x00\x02\x02\x46"] {
+            let access = stranger(answer).await;
+            let answer = search(&access, hello(), Duration::ZERO, false, Duration::from_secs(10)).await;
+            let Err(ClientError::Unreachable { last, .. }) = answer else { panic!("joined what is no coordinator") };
+            assert!(last.starts_with("what answers there is no coordinator, or speaks TLS; a coordinator listens on port 7733"), "{last}");
         }
     }
 

@@ -20,7 +20,8 @@ use tonic::{Code, Request, Status};
 use tower::Service as _;
 
 use super::trust::{Trust, client_config, explain, read_certificates};
-use super::{AUTHORIZATION, BEARER, NEEDS_TLS, Pasted, Token};
+use super::{AUTHORIZATION, BEARER, NEEDS_TLS, PAGE_ONLY, Pasted, Token};
+use crate::DEFAULT_PORT;
 
 /// How to be let in by a coordinator that other machines can reach.
 #[derive(Debug, Clone, Default, Args)]
@@ -211,10 +212,25 @@ pub fn refusal(status: &Status) -> Option<String> {
     }
 }
 
+/// Why a call failed that may go well another time.
+#[must_use]
+pub fn failure(status: &Status) -> String {
+    // What an older HTTP or TLS says first is taken for the length of a frame.
+    if all_words(status).contains(NO_FRAME) {
+        return format!(
+            "what answers there is no coordinator, or speaks TLS; a coordinator listens on port {DEFAULT_PORT} unless it is told otherwise"
+        );
+    }
+    status.message().to_owned()
+}
+
+/// What h2 says of bytes that are no HTTP/2.
+const NO_FRAME: &str = "frame with invalid size";
+
 /// What the words of a broken connection say about why it was refused, if it was.
 fn refusal_in(words: &str) -> Option<String> {
-    if words.contains(NEEDS_TLS) {
-        return Some(format!("the coordinator refuses: {NEEDS_TLS}"));
+    if let Some(why) = [NEEDS_TLS, PAGE_ONLY].into_iter().find(|why| words.contains(why)) {
+        return Some(format!("the coordinator refuses: {why}"));
     }
     // In TLS 1.3 a client is done before its certificate is looked at: the refusal comes with the first read.
     let (_, alert) = words.split_once("received fatal alert: ")?;
