@@ -385,10 +385,14 @@ fn units_and_compose_start_the_programs_with_arguments_they_take() {
         let text = read(unit);
         let line = text.lines().find_map(|line| line.strip_prefix("ExecStart=")).unwrap();
         let line = line.replace("${WORLD_SIZE}", "8").replace("${MIN_WORLD_SIZE}", "4").replace("%i", "3");
+        let defaults = text.lines().filter_map(|line| line.strip_prefix("Environment=")?.split_once('='));
+        let line = defaults.fold(line, |line, (name, value)| line.replace(&format!("${{{name}}}"), value));
         line.split(' ').map(str::to_owned).collect::<Vec<_>>()
     };
     let run = Coordinator::try_parse_from(command("systemd/coordinator.service")).unwrap().run;
     assert_eq!((run.validate(), run.world_size, run.min_world_size()), (Ok(()), 8, 4));
+    // Workers that are started with their machine find it after the end of the job.
+    assert!(run.stay);
     let mut line = command("systemd/worker@.service");
     line.push("--coordinator=http://a:1".into());
     assert_eq!(Worker::try_parse_from(line).unwrap().run.device, Choice::Cuda(Some(3)));
