@@ -46,6 +46,7 @@ impl Batch {
             format!("PEAPOD_STATE_DIR={}", state.display()),
             format!("PEAPOD_JOB={}", job_file.display()),
             "PEAPOD_DEVICE=cpu".into(),
+            "PEAPOD_STOP_WITHIN=6".into(),
             "PEAPOD_GRACE=3".into(),
             "SLURM_NTASKS=2".into(),
             format!("SLURM_JOB_ID={id}"),
@@ -137,6 +138,28 @@ fn slurm_script_is_queued_again_without_a_worker_that_is_away() {
     assert!(batch.is_queued_again());
     batch.script.assert_said("tasks are still there 3 s after the coordinator's end");
     assert!(!is_alive(away));
+}
+
+#[test]
+fn slurm_job_that_does_not_stop_in_time_goes_on_when_it_is_queued_again() {
+    let cluster = endless();
+    let mut batch = Batch::submit(&cluster, 4);
+    batch.script.wait_for("checkpoint of step 2 stored");
+    // Nobody gets to the step after which all would meet.
+    for rank in 0..2 {
+        signal(batch.pid_of_rank(rank), Signal::STOP);
+    }
+    batch.script.signal(Signal::USR1);
+    batch.script.expect_exit(0);
+    assert!(batch.is_queued_again());
+    drop(batch);
+
+    let step = cluster.newest_checkpoint().step;
+    let mut batch = Batch::submit(&cluster, 4);
+    batch.script.wait_for(&format!(": 2 workers train from step {step}"));
+    batch.script.signal(Signal::USR1);
+    batch.script.expect_exit(0);
+    assert!(batch.is_queued_again());
 }
 
 #[test]
