@@ -289,6 +289,7 @@ fn rounds_that_cannot_work_are_refused_before_training_begins() {
     let mut cluster = validated(5, 2);
     cluster.job.set("validation.shards", vec!["/nowhere/00000.tar"]);
     let mut coordinator = cluster.coordinator(1, &["--local"]);
-    coordinator.expect_exit(1);
-    coordinator.assert_said("validation.shards: open /nowhere/00000.tar: No such file or directory");
+    coordinator.expect_exit(2);
+    coordinator.assert_said("validation.shards: 1 of 1 shards do not exist:");
+    coordinator.assert_said("/nowhere/00000.tar");
 }
