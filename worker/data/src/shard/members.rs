@@ -132,7 +132,9 @@ impl<R: Read> Members<R> {
         // A size beyond what the header holds; where both are there, this one counts for every reader.
         let size = pax.and_then(|pax| pax_value(pax, "size")).and_then(|size| std::str::from_utf8(size).ok()?.parse().ok()).unwrap_or(size);
         self.begin(size)?;
-        let name = match (long_name, pax.and_then(|pax| pax_value(pax, "path"))) {
+        // Of a sparse member the header holds a name that nobody gave it.
+        let path = pax.and_then(|pax| pax_value(pax, "GNU.sparse.name").or_else(|| pax_value(pax, "path")));
+        let name = match (long_name, path) {
             (Some(mut name), _) => {
                 name.pop_if(|last| *last == 0);
                 name
@@ -140,6 +142,8 @@ impl<R: Read> Members<R> {
             (None, Some(path)) => path.to_vec(),
             (None, None) => header.path_bytes().into_owned(),
         };
+        // The header of one that is described like this says that it is an ordinary file; where its parts belong may lie among its bytes.
+        let kind = if pax.is_some_and(is_sparse) { EntryType::GNUSparse } else { kind };
         Ok(Member { name, kind, size })
     }
 
@@ -216,6 +220,11 @@ fn checksum(header: &[u8]) -> u32 {
 /// The value of a key in a member's extended header.
 fn pax_value<'a>(pax: &'a [u8], key: &str) -> Option<&'a [u8]> {
     PaxExtensions::new(pax).flatten().find(|extension| extension.key_bytes() == key.as_bytes()).map(|extension| extension.value_bytes())
+}
+
+/// Whether a member's extended header says that it is sparse, in any of GNU's three ways.
+fn is_sparse(pax: &[u8]) -> bool {
+    PaxExtensions::new(pax).flatten().any(|extension| extension.key_bytes().starts_with(b"GNU.sparse."))
 }
 
 #[cfg(test)]
@@ -342,6 +351,19 @@ mod tests {
         let name = [header(EntryType::GNULongName, "x", 4).as_bytes(), &b"name"[..], &[0; 508]].concat();
         let described = [&name[..], &[0; 1024], &second].concat();
         assert_eq!(error(&described), "it breaks off between a member's name and the member");
+    }
+
+    #[test]
+    fn sparse_members_of_an_extended_header_have_their_own_name() {
+        let mut builder = tar::Builder::new(Vec::new());
+        let records = [("GNU.sparse.major", "1"), ("GNU.sparse.minor", "0"), ("GNU.sparse.name", "a.jpg"), ("GNU.sparse.realsize", "4")];
+        builder.append_pax_extensions(records.map(|(key, value)| (key, value.as_bytes()))).unwrap();
+        builder.append(&header(EntryType::Regular, "GNUSparseFile.1/a.jpg", 512), &[7; 512][..]).unwrap();
+        builder.append(&header(EntryType::Regular, "b.jpg", 1), &b"1"[..]).unwrap();
+        let (members, end) = read_all(&builder.into_inner().unwrap());
+        assert!(end.is_ok());
+        let found: Vec<_> = members.iter().map(|(name, kind, _)| (&name[..], kind.is_gnu_sparse())).collect();
+        assert_eq!(found, [(&b"a.jpg"[..], true), (b"b.jpg", false)]);
     }
 
     #[test]
