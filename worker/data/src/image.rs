@@ -1,6 +1,7 @@
 //! Pictures: JPEG bytes to the RGB crop a model sees.
 
 mod markers;
+mod room;
 
 use std::panic::catch_unwind;
 
@@ -17,6 +18,7 @@ use crate::draws::SampleRng;
 use crate::format::{self, Format, Turn};
 use crate::{Error, Result};
 use markers::{Layout, Segments};
+use room::ROOM;
 
 /// A picture with more pixels is not decoded: a few bytes of header can claim gigabytes. Enough for any camera.
 pub const MAX_PIXELS: u64 = 1 << 26;
@@ -169,7 +171,7 @@ pub fn cover(resizer: &mut Resizer, picture: &Rgb, bucket: Bucket, rng: &SampleR
 }
 
 /// What a model is shown of a picture: decodes it, turns it, and cuts a bucket out of it where `rng` says. With `fast_shrink`, as
-/// [`decode_shrunk`] does. `size` is the turned picture's.
+/// [`decode_shrunk`] does. `size` is the turned picture's. Waits where other threads decode very large pictures.
 ///
 /// Errors: as [`decode`].
 pub fn cut(
@@ -181,6 +183,7 @@ pub fn cut(
     fast_shrink: bool,
     rng: &SampleRng,
 ) -> Result<Cropped> {
+    let _room = ROOM.take(size);
     // What a shrunk picture lacks at its right and lower edges would lie elsewhere once it is turned.
     let (picture, by) = match fast_shrink && turn == Turn::NONE {
         true => decode_shrunk(jpeg, size, bucket)?,
