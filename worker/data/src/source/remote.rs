@@ -16,6 +16,7 @@ use reqwest::header::{AUTHORIZATION, HeaderMap, HeaderValue};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinHandle;
 
+use super::expand::NOT_HIDDEN;
 use super::patience::{Patience, pause};
 use super::pieces::{Pieces, within};
 use super::{Halt, Location, Seen, SourceOptions, http};
@@ -294,8 +295,7 @@ pub fn matching_objects(remote: &Remote, url: &str, _options: &SourceOptions) ->
     let folder = url[..end].rfind('/').map_or(url, |slash| &url[..=slash]);
     let Location::Store(kind) = Location::of(url)? else { return Err(fail("not in a store".into())) };
     let all = remote.list(remote.stores.object(kind, folder)?).map_err(|failure| failure.into_error(url))?;
-    let options = glob::MatchOptions { require_literal_separator: true, ..glob::MatchOptions::default() };
-    let mut matching: Vec<String> = all.into_iter().filter(|object| wildcard.matches_with(object, options)).collect();
+    let mut matching: Vec<String> = all.into_iter().filter(|object| wildcard.matches_with(object, NOT_HIDDEN)).collect();
     matching.sort_unstable();
     if matching.is_empty() { Err(fail(format!("`{url}` matches no object"))) } else { Ok(matching) }
 }
