@@ -90,6 +90,8 @@ pub struct Answer {
     /// Where in the object the body begins.
     pub start: u64,
     /// Whether it is what was asked for, rather than the whole object.
+    /// Where it ends, as far as the server says: that may be before the end of what was asked for.
+    pub end: Option<u64>,
     pub is_part: bool,
     pub body: BoxStream<'static, Result<Bytes, Failure>>,
 }

@@ -115,6 +115,15 @@ fn stalled_or_broken_reads_go_on_at_the_byte_where_they_stopped() {
 }
 
 #[test]
+fn server_that_answers_less_than_it_is_asked_for_is_asked_for_the_rest() {
+    let (server, url) = serving(&content(0)[..1000]);
+    server.set_habits(Habits { max_part: Some(400), ..Habits::default() });
+    let impatient = Sources::new(SourceOptions { retries: 0, ..options() });
+    assert!(read_with(&impatient, &url).unwrap() == content(0)[..1000]);
+    assert_eq!(server.take_requests(), ["GET /0.tar 0-999", "GET /0.tar 400-999", "GET /0.tar 800-999"]);
+}
+
+#[test]
 fn any_number_of_breaks_is_outlived_as_long_as_bytes_come() {
     let (server, url) = serving(&content(0));
     // More of them than there are retries.
