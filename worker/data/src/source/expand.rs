@@ -4,7 +4,7 @@ use std::io::Read;
 
 use peapod_proto::ids::SampleName;
 
-use super::{Location, Sources};
+use super::{Location, Sources, shown_url};
 use crate::{Error, Result};
 
 /// Most digits of a number in a range: enough for every shard a job may have, and far from overflow.
@@ -69,6 +69,7 @@ fn expand_one(sources: &Sources, pattern: &str, shards: &mut Vec<String>) -> Res
                     return Err(fail(format!("`{path}` is a folder; `{folder}/*.tar` names the shards in it")));
                 }
                 Location::Http if has_wildcard_in_path(&url) => {
+                    let url = shown_url(&url);
                     return Err(fail(format!("`{url}`: http has no listing, so wildcards cannot be matched; give a range or an @list")));
                 }
                 Location::Store(_) if has_wildcard_in_path(&url) => {
@@ -249,8 +250,8 @@ mod tests {
         }
         let root = folder.path().to_str().unwrap();
         assert_eq!(expand(&format!("{root}/*.tar")).unwrap(), [format!("{root}/a.tar"), format!("{root}/b.tar")]);
-        assert!(expand(&format!("{root}/*.tgz")).unwrap_err().to_string().contains("matches no file"));
         assert_eq!(expand(&format!("{root}/.*.tar")).unwrap(), [format!("{root}/._a.tar"), format!("{root}/.b.tar")]);
+        assert!(expand(&format!("{root}/*.tgz")).unwrap_err().to_string().contains("matches no file"));
         let error = expand(&format!("{root}/")).unwrap_err().to_string();
         assert!(error.ends_with(&format!("is a folder; `{root}/*.tar` names the shards in it")), "{error}");
     }
@@ -272,10 +273,10 @@ mod tests {
         std::fs::write(&list, "# the first part\nb-{0..1}.tar\n\n  http://host/c.tar::d.tar\n").unwrap();
         std::fs::write(&nested, format!("@{}\n", list.display())).unwrap();
         let patterns = ["a.tar".to_owned(), format!("@{}", list.display())];
-        assert_eq!(expand_shards(&patterns).unwrap(), ["a.tar", "b-0.tar", "b-1.tar", "http://host/c.tar", "d.tar"]);
         let marked = folder.path().join("marked.txt");
         std::fs::write(&marked, "\u{feff}e.tar\r\nf.tar\r\n").unwrap();
         assert_eq!(expand(&format!("@{}", marked.display())).unwrap(), ["e.tar", "f.tar"]);
+        assert_eq!(expand_shards(&patterns).unwrap(), ["a.tar", "b-0.tar", "b-1.tar", "http://host/c.tar", "d.tar"]);
         assert!(expand(&format!("@{}", nested.display())).unwrap_err().to_string().contains("a list within a list"));
         assert!(expand("@/no/such/list").unwrap_err().to_string().starts_with("open /no/such/list: "));
     }

@@ -309,6 +309,29 @@ fn num_reads(server: &FileServer) -> usize {
 }
 
 #[test]
+fn shard_of_a_list_that_is_signed_anew_is_read_from_the_cache() {
+    let folder = tempfile::tempdir().unwrap();
+    let (server, url) = serving(&content(0));
+    for (query, reads) in [("X-Amz-Date=1&X-Amz-Signature=a", 11), ("X-Amz-Date=2&X-Amz-Signature=b", 0), ("part=1", 11), ("part=2", 11)] {
+        assert!(read_with(&cached(folder.path(), 1 << 20), &format!("{url}?{query}")).unwrap() == content(0));
+        assert_eq!(num_reads(&server), reads, "{query}");
+    }
+}
+
+#[test]
+fn errors_do_not_show_how_an_address_is_signed() {
+    let (server, url) = serving(&content(0));
+    server.fail_next([Fault::Status(403)]);
+    let error = store_error(read(&format!("{url}?Signature=secret")));
+    assert_eq!(
+        (error.to_string(), error.url),
+        (format!("read {url}?...: the server answers 403 Forbidden"), format!("{url}?Signature=secret"))
+    );
+    let error = read(&server.url("1.tar?Signature=secret")).unwrap_err().to_string();
+    assert!(error.starts_with(&format!("open {}?...: ", server.url("1.tar"))), "{error}");
+}
+
+#[test]
 fn shard_is_fetched_once_and_read_from_the_cache_by_others() {
     let folder = tempfile::tempdir().unwrap();
     let (server, url) = serving(&content(0));
