@@ -68,7 +68,8 @@ pub(crate) fn exif(jpeg: &[u8]) -> Option<Vec<u8>> {
 /// Decodes a JPEG, or a PNG under its name; grayscale and CMYK become RGB. A rotation noted in its EXIF data is ignored, as by Pillow:
 /// [`Turn::apply`] is for that.
 ///
-/// A picture that breaks off or is damaged is refused rather than filled up with grey.
+/// A picture whose bytes end too soon, or make no sense, is refused rather than filled up with grey. Not all damage shows: what is cut and has
+/// an end marker (`ff d9`) behind the cut is filled up, and bits that are others are other pixels. Pillow takes such pictures, too.
 ///
 /// Errors: as [`size`].
 pub fn decode(jpeg: &[u8]) -> Result<Rgb> {
@@ -476,7 +477,7 @@ mod tests {
     }
 
     #[test]
-    fn a_picture_that_breaks_off_is_refused() {
+    fn a_picture_whose_bytes_end_too_soon_is_refused() {
         let jpeg = noisy_jpeg(64, 64, 1);
         for part in [0, 10, jpeg.len() / 2, jpeg.len() * 9 / 10] {
             assert!(decode(&jpeg[..part]).is_err(), "cut at {part} of {}", jpeg.len());
@@ -541,7 +542,7 @@ mod tests {
     }
 
     #[test]
-    fn a_large_picture_that_breaks_off_is_refused_too() {
+    fn a_large_picture_whose_bytes_end_too_soon_is_refused_too() {
         let jpeg = noisy_jpeg(256, 256, 1);
         let bucket = Bucket { width: 16, height: 16 };
         assert_eq!(decode_shrunk(&jpeg, (256, 256), bucket).unwrap().1, 8);
