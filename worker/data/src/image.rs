@@ -17,14 +17,11 @@ use crate::bucket::{Bucket, covering_size};
 use crate::draws::SampleRng;
 use crate::format::{self, Format, Turn};
 use crate::{Error, Result};
-use markers::{Layout, Segments};
+use markers::{Layout, tidied, without_trailing_segments};
 use room::ROOM;
 
 /// A picture with more pixels is not decoded: a few bytes of header can claim gigabytes. Enough for any camera.
 pub const MAX_PIXELS: u64 = 1 << 26;
-
-/// What the decoder says of a header with bytes between its segments that belong to none.
-const STRAY_BYTES: &str = "[strict-mode]: Extra bytes between headers";
 
 type Decoder<'a> = JpegDecoder<ZCursor<&'a [u8]>>;
 
@@ -84,7 +81,11 @@ pub fn decode(jpeg: &[u8]) -> Result<Rgb> {
             if is_misread(&decoder, &layout) {
                 return decode_at(jpeg, &layout, (width, height), 1);
             }
-            let bytes = decoder.decode().map_err(|error| Error::Picture(error.to_string()))?;
+            let bytes = decoder.decode().or_else(|error| {
+                let ended = if layout.is_in_several_scans() { None } else { without_trailing_segments(jpeg) };
+                ended.map_or(Err(error), |ended| read_header(&ended)?.decode())
+            });
+            let bytes = bytes.map_err(|error| Error::Picture(error.to_string()))?;
             let expected = u64::from(width) * u64::from(height) * 3;
             if bytes.len() as u64 != expected {
                 return Err(Error::Picture(format!("{} bytes of pixels where {expected} were expected", bytes.len())));
@@ -222,12 +223,13 @@ fn source_span(source_len: f64, scaled_len: u64, start: u64, target_len: u32) ->
 
 /// Hands a decoder that has read the header, the bytes it reads, and the size found there, to `read`.
 fn open<T>(jpeg: &[u8], read: impl FnOnce(Decoder<'_>, &[u8], (u32, u32)) -> Result<T>) -> Result<T> {
-    let tidied;
+    let tidy;
     let (decoder, jpeg) = match read_header(jpeg) {
         // Not by a decoder that is less strict: it would fill up with grey what breaks off.
-        Err(DecodeErrors::FormatStatic(STRAY_BYTES)) => {
-            tidied = without_stray_bytes(jpeg);
-            (read_header(&tidied), &tidied[..])
+        // What does not begin as a picture may still hold one, small, of what it is.
+        Err(_) if jpeg.starts_with(&[0xff, 0xd8]) => {
+            tidy = tidied(jpeg);
+            (read_header(&tidy), &tidy[..])
         }
         decoder => (decoder, jpeg),
     };
@@ -250,11 +252,6 @@ fn read_header(jpeg: &[u8]) -> std::result::Result<Decoder<'_>, DecodeErrors> {
     let mut decoder = JpegDecoder::new_with_options(ZCursor::new(jpeg), options);
     decoder.decode_headers()?;
     Ok(decoder)
-}
-
-/// A JPEG without the bytes between the segments of its header. From its first scan on all is left as it is.
-fn without_stray_bytes(jpeg: &[u8]) -> Vec<u8> {
-    Segments::of(jpeg).flatten().copied().collect()
 }
 
 /// Runs the decoder so that bytes which make it panic are an error like any other.
@@ -416,6 +413,49 @@ mod tests {
                 }
             }
         }
+    }
+
+    fn segment(marker: u8, body: &[u8]) -> Vec<u8> {
+        [&[0xff, marker][..], &(body.len() as u16 + 2).to_be_bytes(), body].concat()
+    }
+
+    /// Pillow 13.0 gives the same pixels for all of these files as for those without the segments.
+    #[test]
+    fn metadata_that_are_broken_are_no_reason_to_refuse_a_picture() {
+        for whole in [&include_bytes!("../testdata/turn1.jpg")[..], include_bytes!("../testdata/adobe_rgb.jpg")] {
+            let expected = decode(whole).unwrap();
+            for broken in
+                [segment(0xee, b"Adobe\0\x64\0\0\0\0"), segment(0xe1, b"http://ns.adobe.com/xmp/extension/\0short"), segment(0xcc, b"")]
+            {
+                let jpeg = [&whole[..2], &broken, &whole[2..]].concat();
+                assert_eq!(size(&jpeg).unwrap(), (expected.width, expected.height));
+                assert!(decode(&jpeg).unwrap() == expected, "{broken:?}");
+                assert_eq!(format::turn(&jpeg), format::turn(whole), "{broken:?}");
+                assert!(decode(&jpeg[..jpeg.len() * 3 / 4]).is_err(), "what breaks off is refused all the same");
+                assert!(size(&[b"\n", &jpeg[..]].concat()).is_err(), "what begins otherwise is no picture");
+            }
+        }
+    }
+
+    /// Pillow 13.0 gives the same pixels for all of these files as for those without the segments.
+    #[test]
+    fn segments_behind_the_scan_are_no_reason_to_refuse_a_picture() {
+        for whole in [jpeg_of(200, 200, [1, 100, 200]), noisy_jpeg(64, 48, 2), include_bytes!("../testdata/scans.jpg").to_vec()] {
+            let expected = decode(&whole).unwrap();
+            let (start, end) = whole.split_at(whole.len() - 2);
+            for segments in [segment(0xe5, b"abc"), [segment(0xfe, b"\xff\xd9"), segment(0xe0, b"")].concat()] {
+                let jpeg = [start, &segments, end].concat();
+                assert!(decode(&jpeg).unwrap() == expected, "{segments:?}");
+            }
+        }
+        // In the middle of a scan they are damage.
+        let whole = noisy_jpeg(64, 48, 2);
+        let middle = whole.len() / 2;
+        assert!(decode(&[&whole[..middle], &segment(0xe5, b"abc"), &whole[middle..]].concat()).is_err());
+        // How many lines there are is said once more behind the scan.
+        let end = whole.len() - 2;
+        let repeated = [&whole[..end], &segment(0xdc, &[0, 48]), &whole[end..]].concat();
+        assert!(decode(&repeated).unwrap() == decode(&whole).unwrap());
     }
 
     /// Files by testdata/make_pillow_cases.py: what its `exif_transpose` gives for each orientation.

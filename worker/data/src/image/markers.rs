@@ -6,9 +6,19 @@
 const SOF0: u8 = 0xc0;
 const SOF1: u8 = 0xc1;
 const SOF2: u8 = 0xc2;
+const DAC: u8 = 0xcc;
+const RST0: u8 = 0xd0;
+const RST7: u8 = 0xd7;
+const EOI: u8 = 0xd9;
 const SOS: u8 = 0xda;
+const DNL: u8 = 0xdc;
 const APP0: u8 = 0xe0;
+const APP1: u8 = 0xe1;
+const APP2: u8 = 0xe2;
+const APP13: u8 = 0xed;
 const APP14: u8 = 0xee;
+const APP15: u8 = 0xef;
+const COM: u8 = 0xfe;
 
 /// The segments of a JPEG, each from its marker to its end. The first scan is the last of them, with all that follows it.
 ///
@@ -31,13 +41,49 @@ impl<'a> Iterator for Segments<'a> {
         let len = match rest[1] {
             SOS => rest.len(),
             // These stand alone.
-            0x01 | 0xd0..=0xd9 => 2,
-            _ => 2 + rest.get(2..4).map_or(0, |len| usize::from(u16::from_be_bytes([len[0], len[1]]))),
+            0x01 | RST0..=EOI => 2,
+            _ => segment_len(rest),
         };
         let (segment, after) = rest.split_at(len.min(rest.len()));
         self.0 = after;
         Some(segment)
     }
+}
+
+/// The bytes of a segment that has a length, which its marker is not counted in.
+fn segment_len(segment: &[u8]) -> usize {
+    2 + segment.get(2..4).map_or(0, |len| usize::from(u16::from_be_bytes([len[0], len[1]])))
+}
+
+/// A JPEG without what the decoder may stumble over in its header, and libjpeg does not: bytes between the segments, metadata, and an empty list of
+/// conditions for arithmetic coding. Its EXIF data and what is said of its colours stay. From its first scan on all is left as it is.
+pub fn tidied(jpeg: &[u8]) -> Vec<u8> {
+    let is_needed = |segment: &&[u8]| {
+        let body = segment.get(4..).unwrap_or_default();
+        match segment[1] {
+            APP1 => body.starts_with(b"Exif\0\0"),
+            APP2..=APP13 => false,
+            APP14 => body.len() >= 12 && body.starts_with(b"Adobe") && body[11] <= 2,
+            DAC => !body.is_empty(),
+            _ => true,
+        }
+    };
+    Segments::of(jpeg).filter(is_needed).flatten().copied().collect()
+}
+
+/// A JPEG of one scan without the segments that lie between the scan and its end, where the decoder takes none; `None` if there are none, or
+/// anything else than they.
+pub fn without_trailing_segments(jpeg: &[u8]) -> Option<Vec<u8>> {
+    let scan = Segments::of(jpeg).last().filter(|segment| segment[1] == SOS)?;
+    let bits = segment_len(scan);
+    let is_end = |pair: &[u8]| pair[0] == 0xff && !matches!(pair[1], 0 | 0xff | RST0..=RST7);
+    let end = bits + scan.get(bits..)?.windows(2).position(is_end)?;
+    let mut rest = scan.get(end..)?;
+    while let [0xff, APP0..=APP15 | DNL | COM, ..] = rest {
+        rest = rest.get(segment_len(rest)..)?;
+    }
+    let start = jpeg.len() - scan.len();
+    (rest.starts_with(&[0xff, EOI]) && rest.len() < scan.len() - end).then(|| [&jpeg[..start + end], rest].concat())
 }
 
 /// One component of the frame.
