@@ -25,6 +25,8 @@ pub enum Fault {
 pub struct Habits {
     /// Answers whole files whatever range is asked for.
     pub ignores_ranges: bool,
+    /// Answers no more than so many bytes of a range.
+    pub max_part: Option<usize>,
     /// Refuses HEAD.
     pub refuses_head: bool,
     /// Gives weak tags, which no `If-Match` matches.
@@ -201,7 +203,8 @@ fn answer(shared: &Shared, mut connection: TcpStream) -> std::io::Result<()> {
 
     let range = range.filter(|_| is_read && !habits.ignores_ranges).and_then(|range| {
         let (first, last) = range.split_once('-')?;
-        Some((first.parse::<usize>().ok()?, last.parse::<usize>().ok()?.saturating_add(1).min(bytes.len())))
+        let (first, end) = (first.parse::<usize>().ok()?, last.parse::<usize>().ok()?.saturating_add(1).min(bytes.len()));
+        Some((first, end.min(first.saturating_add(habits.max_part.unwrap_or(usize::MAX)))))
     });
     let (code, start, end) = match range {
         Some((start, _)) if start >= bytes.len() => {

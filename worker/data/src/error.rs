@@ -3,6 +3,7 @@
 use std::io;
 
 use crate::cached::RecipeError;
+use crate::source::shown_url;
 
 /// This crate's result.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -11,7 +12,7 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// An entry of `data.shards` cannot be expanded.
-    #[error("shard pattern `{pattern}`: {reason}")]
+    #[error("shard pattern `{}`: {reason}", shown_url(.pattern))]
     Pattern {
         /// The entry as written.
         pattern: String,
@@ -19,7 +20,7 @@ pub enum Error {
         reason: String,
     },
     /// A shard lies where nothing can read it.
-    #[error("`{url}`: {scheme}:// is none of file, http, https, s3, gs, az")]
+    #[error("`{}`: {scheme}:// is none of file, http, https, s3, gs, az", shown_url(.url))]
     UnsupportedScheme {
         /// The shard.
         url: String,
@@ -43,7 +44,7 @@ pub enum Error {
         url: String,
     },
     /// There is no such shard, or it begins as none does.
-    #[error("open {url}: {source}")]
+    #[error("open {}: {source}", shown_url(.url))]
     Open {
         /// The shard.
         url: String,
@@ -121,9 +122,9 @@ impl From<Failure> for Error {
 
 /// A shard that could not be had, though nothing is known to be wrong with it.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("read {url}: {reason}")]
+#[error("read {}: {reason}", shown_url(.url))]
 pub struct StoreError {
-    /// The shard.
+    /// The shard; it is shown without what may be secret of it.
     pub url: String,
     /// What its store or the system said last, and what to do.
     pub reason: String,

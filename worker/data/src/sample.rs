@@ -332,9 +332,10 @@ impl Metadata {
     fn parse(json: &[u8], rules: &Rules) -> Result<Self, serde_json::Error> {
         // Some programs begin UTF-8 with a mark of byte order.
         let json = json.strip_prefix(b"\xef\xbb\xbf").unwrap_or(json);
-        Self::parse_strictly(json, rules).or_else(|error| match peapod_json::without_not_numbers(json) {
-            Some(json) => Self::parse_strictly(&json, rules),
-            None => Err(error),
+        Self::parse_strictly(json, rules).or_else(|error| {
+            let numbers = peapod_json::without_not_numbers(json);
+            let text = peapod_json::without_half_characters(numbers.as_deref().unwrap_or(json));
+            text.or(numbers).map_or(Err(error), |json| Self::parse_strictly(&json, rules))
         })
     }
 

@@ -459,6 +459,28 @@ mod tests {
     }
 
     #[test]
+    fn checksums_of_compressed_shards_are_compared_though_the_tar_ends_before_them() {
+        let folder = tempfile::tempdir().unwrap();
+        let tar = tar_of(&[("a.jpg", b"1"), ("b.jpg", b"2")]);
+        let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+        gzip.write_all(&tar).unwrap();
+        let zstd = ruzstd::encoding::compress_to_vec(&tar[..], ruzstd::encoding::CompressionLevel::Fastest);
+        // The last eight bytes of gzip are a checksum and the size; the last four of zstd are a checksum.
+        for (compressed, from_end) in [(gzip.finish().unwrap(), 8), (zstd, 1)] {
+            let path = folder.path().join("shard");
+            let read = |compressed: &[u8]| {
+                std::fs::write(&path, compressed).unwrap();
+                read_shard(crate::source::open(path.to_str().unwrap()).unwrap(), &Bitmap::default(), |_| ControlFlow::Continue(())).unwrap()
+            };
+            assert_eq!(read(&compressed), ShardEnd { num_samples: 2, truncated: None });
+            let mut damaged = compressed.clone();
+            damaged[compressed.len() - from_end] ^= 0xff;
+            let end = read(&damaged);
+            assert!(end.num_samples == 2 && end.truncated.is_some(), "{end:?}");
+        }
+    }
+
+    #[test]
     fn a_cached_shard_gives_its_stamp_then_samples_and_why_others_are_not_trained() {
         let members: [(&str, &[u8]); 9] = [
             (cached::STAMP, b"stamp"),

@@ -8,6 +8,7 @@
 //! A stream ends early in one of two ways, and they are kept apart. What is *damaged* is read as far as it goes: its rest is lost, and counted.
 //! What *cannot be had* is nobody's loss: the stream waits for its store, disk or mount, and in the end [`Halt`] says that it was given up.
 
+mod address;
 mod cache;
 mod compress;
 pub(crate) mod expand;
@@ -30,6 +31,7 @@ use peapod_proto::job::DataSection;
 use crate::error::StoreError;
 use crate::shard::{Found, RawSample, ShardEnd, read_shard};
 use crate::{Error, Result};
+pub use address::shown_url;
 use cache::{Cache, Tee};
 use local::LocalReader;
 pub use object::{folder_at, one_line};

@@ -13,7 +13,7 @@ use crate::cached::{Stamp, TextShapes};
 use crate::caption::Cleaner;
 use crate::loader::{Batch, LoaderConfig, Prepared, prepare};
 use crate::sample::{Encoded, Reason, Rules, examine};
-use crate::source::{SourceOptions, Sources, expand_shards};
+use crate::source::{SourceOptions, Sources, expand_shards, shown_url};
 use crate::{Error, Result};
 
 /// The epoch under which validation samples draw: names of trained samples stay below it.
@@ -74,7 +74,7 @@ impl ValidationSet {
                             samples.push(Kept { name: SampleName { epoch: EPOCH, shard, index }, key, encoded });
                         }
                         Err(skip) if skip.rule.reason() == Reason::Bad => {
-                            warn(&format!("validation sample {} in {url}: {}", skip.key, skip.detail()));
+                            warn(&format!("validation sample {} in {}: {}", skip.key, shown_url(url), skip.detail()));
                         }
                         Err(_) => {}
                     }
@@ -82,7 +82,7 @@ impl ValidationSet {
                 },
             )?;
             if let Some(broken_off) = end.and_then(|end| end.truncated) {
-                warn(&format!("validation shard {url}: {broken_off}; the rest of it is lost"));
+                warn(&format!("validation shard {}: {broken_off}; the rest of it is lost", shown_url(url)));
             }
         }
         if num_bytes > MAX_BYTES {

@@ -1,7 +1,9 @@
 """Writes the pictures that the tests of image.rs compare with: what Pillow makes of a small picture and of several kinds of JPEG.
 
-usage: make_pillow_cases.py FOLDER        (Pillow 13; the sizes are those that bucket::covering_size gives for the test's buckets)"""
+usage: make_pillow_cases.py FOLDER ENCODER
+(Pillow 13; the sizes are those that bucket::covering_size gives for the test's buckets; ENCODER is make_jpeg_cases.c, compiled)"""
 import os
+import subprocess
 import sys
 
 import numpy as np
@@ -55,5 +57,19 @@ for orientation in range(1, 9):
     if orientation > 1:
         os.remove(f"{folder}/turn{orientation}.jpg")
 
-for name in ["cmyk_plain", "ycck"]:
+# A scan for each component; luma with a quarter of chroma's samples.
+for name, options in {"scans": "2 1 1 0", "scans_restarted": "2 1 1 2", "coarse_luma": "1 2 0 0"}.items():
+    jpeg = subprocess.run([sys.argv[2], *f"{smooth.width} {smooth.height} {options}".split()], input=smooth.tobytes(), stdout=subprocess.PIPE, check=True)
+    open(f"{folder}/{name}.jpg", "wb").write(jpeg.stdout)
+
+# Red, green and blue as Adobe's programs store them: nothing but their marker says so.
+smooth.save(f"{folder}/adobe_rgb.jpg", quality=90, keep_rgb=True)
+rgb = open(f"{folder}/adobe_rgb.jpg", "rb").read()
+for header, width in ((rgb.index(b"\xff\xc0") + 10, 3), (rgb.index(b"\xff\xda") + 5, 2)):
+    for number, at in enumerate(range(header, header + 3 * width, width)):
+        assert rgb[at] == b"RGB"[number]
+        rgb = rgb[:at] + bytes([number + 1]) + rgb[at + 1 :]
+open(f"{folder}/adobe_rgb.jpg", "wb").write(rgb)
+
+for name in ["cmyk_plain", "ycck", "scans", "scans_restarted", "coarse_luma", "adobe_rgb"]:
     Image.open(f"{folder}/{name}.jpg").convert("RGB").save(f"{folder}/{name}.ppm")

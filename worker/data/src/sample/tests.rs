@@ -165,6 +165,13 @@ fn numbers_that_are_none_count_as_absent() {
 }
 
 #[test]
+fn half_a_character_costs_no_sample() {
+    let json = r#"{"a\ud83d": "\ude00", "b": NaN, "caption_zh": "红", "caption_en": "red \ud83d"}"#;
+    let sample = examine_json(SMALL, json).unwrap();
+    assert_eq!((sample.caption.prompt.as_str(), sample.caption.english.as_str()), ("红", "red \u{fffd}"));
+}
+
+#[test]
 fn json_may_hold_anything_under_other_keys_and_a_key_twice() {
     let nested =
         format!(r#"{{"other": {}1{}, "caption_zh": "绿", "caption_en": "red", "caption_zh": "红"}}"#, "[".repeat(60), "]".repeat(60));

@@ -15,6 +15,9 @@ const MAX_DESCRIPTION_BYTES: u64 = 1 << 20;
 /// Bytes reserved for a member before any of it has come.
 const RESERVED_BYTES: u64 = 1 << 20;
 
+/// Zeros behind a tar's end that are read, in search of another tar: those who write tars fill up with some 10 KiB at most.
+const MAX_ZERO_BYTES: u64 = 1 << 20;
+
 /// Bytes that are shown of what is no tar.
 const SHOWN_BYTES: usize = 32;
 
@@ -44,10 +47,12 @@ impl<R: Read> Members<R> {
 
     /// Goes on to the next member, whatever is left of the current one; `None` at the end of the tar.
     ///
-    /// The end is a block of zeros. A tar without one, which ends where a member does, is in use and is whole.
+    /// The end is a block of zeros. A tar without one, which ends where a member does, is in use and is whole. What follows the zeros is read too:
+    /// another tar where several were joined (`cat a.tar b.tar`, which `tar --ignore-zeros` reads), or the end of the stream, where a checksum
+    /// is compared.
     pub fn advance(&mut self) -> io::Result<Option<Member>> {
         let (mut long_name, mut pax) = (None, None);
-        while let Some(header) = self.header()? {
+        while let Some(header) = self.header(long_name.is_some() || pax.is_some())? {
             let size = header.entry_size().map_err(|_| self.damaged("it has no size"))?;
             // What came before the two kinds of headers that have extensions gives these letters another meaning, or none.
             let is_extended = header.as_gnu().is_some() || header.as_ustar().is_some();
@@ -58,9 +63,6 @@ impl<R: Read> Members<R> {
                 EntryType::GNULongLink | EntryType::XGlobalHeader if is_extended => self.begin(size)?,
                 _ => return self.member(&header, size, long_name, pax.as_deref()).map(Some),
             }
-        }
-        if long_name.is_some() || pax.is_some() {
-            return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "it breaks off between a member's name and the member"));
         }
         Ok(None)
     }
@@ -82,22 +84,36 @@ impl<R: Read> Members<R> {
         Ok(bytes)
     }
 
-    /// The next header, behind what is left of the current member; `None` at the end of the tar.
-    fn header(&mut self) -> io::Result<Option<Header>> {
+    /// The next header, behind what is left of the current member; `None` at the end of the tar, which is an error while one `is_described`.
+    fn header(&mut self, is_described: bool) -> io::Result<Option<Header>> {
         self.skip()?;
-        let start = self.at;
         let mut header = Header::new_old();
-        let len = self.fill(header.as_mut_bytes())?;
+        let mut start = self.at;
+        let mut len = self.fill(header.as_mut_bytes())?;
+        let is_zero = |header: &Header, len: usize| len == BLOCK_BYTES && header.as_bytes().iter().all(|&byte| byte == 0);
+        let end = start;
+        if is_described && (len == 0 || is_zero(&header, len)) {
+            return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "it breaks off between a member's name and the member"));
+        }
+        while is_zero(&header, len) {
+            start = self.at;
+            if start - end > MAX_ZERO_BYTES {
+                return Ok(None);
+            }
+            len = self.fill(header.as_mut_bytes())?;
+        }
         let bytes = &header.as_bytes()[..len];
         let is_whole = len == BLOCK_BYTES;
+        let is_behind_end = start > end;
         match len {
             0 if start == 0 => Err(io::Error::other("it is no tar: it has no bytes")),
             0 => Ok(None),
-            _ if is_whole && bytes.iter().all(|&byte| byte == 0) => Ok(None),
+            _ if is_behind_end && bytes.iter().all(|&byte| byte == 0) => Ok(None),
             _ if is_whole && header.cksum().is_ok_and(|sum| sum == checksum(bytes)) => {
                 self.end = self.at;
                 Ok(Some(header))
             }
+            _ if is_behind_end => Err(io::Error::other(format!("what follows its end, at byte {start}, is no tar"))),
             _ if start == 0 => {
                 let shown = bytes[..len.min(SHOWN_BYTES)].trim_ascii_end().escape_ascii();
                 let what = if is_whole { "it is no tar" } else { "it is no tar, or breaks off within the first header" };
@@ -116,7 +132,9 @@ impl<R: Read> Members<R> {
         // A size beyond what the header holds; where both are there, this one counts for every reader.
         let size = pax.and_then(|pax| pax_value(pax, "size")).and_then(|size| std::str::from_utf8(size).ok()?.parse().ok()).unwrap_or(size);
         self.begin(size)?;
-        let name = match (long_name, pax.and_then(|pax| pax_value(pax, "path"))) {
+        // Of a sparse member the header holds a name that nobody gave it.
+        let path = pax.and_then(|pax| pax_value(pax, "GNU.sparse.name").or_else(|| pax_value(pax, "path")));
+        let name = match (long_name, path) {
             (Some(mut name), _) => {
                 name.pop_if(|last| *last == 0);
                 name
@@ -124,6 +142,8 @@ impl<R: Read> Members<R> {
             (None, Some(path)) => path.to_vec(),
             (None, None) => header.path_bytes().into_owned(),
         };
+        // The header of one that is described like this says that it is an ordinary file; where its parts belong may lie among its bytes.
+        let kind = if pax.is_some_and(is_sparse) { EntryType::GNUSparse } else { kind };
         Ok(Member { name, kind, size })
     }
 
@@ -200,6 +220,11 @@ fn checksum(header: &[u8]) -> u32 {
 /// The value of a key in a member's extended header.
 fn pax_value<'a>(pax: &'a [u8], key: &str) -> Option<&'a [u8]> {
     PaxExtensions::new(pax).flatten().find(|extension| extension.key_bytes() == key.as_bytes()).map(|extension| extension.value_bytes())
+}
+
+/// Whether a member's extended header says that it is sparse, in any of GNU's three ways.
+fn is_sparse(pax: &[u8]) -> bool {
+    PaxExtensions::new(pax).flatten().any(|extension| extension.key_bytes().starts_with(b"GNU.sparse."))
 }
 
 #[cfg(test)]
@@ -303,6 +328,42 @@ mod tests {
         let (members, end) = read_all(&tar);
         assert!(end.is_ok() && members.len() == 9);
         assert_eq!(members, read_by_library(&tar));
+    }
+
+    #[test]
+    fn joined_tars_are_read_to_the_end_of_the_last() {
+        let (first, second) = (tar_of(&[("a", b"1"), ("b", b"2")]), tar_of(&[("c", b"3")]));
+        let names = |tar: &[u8]| read_all(tar).0.into_iter().map(|(name, _, _)| String::from_utf8(name).unwrap()).collect::<Vec<_>>();
+        let error = |tar: &[u8]| read_all(tar).1.unwrap_err().to_string();
+        let padding = vec![0; 10_240];
+        let joined = [&first[..], &padding, &second, &padding].concat();
+        assert_eq!(names(&joined), ["a", "b", "c"]);
+        assert!(read_all(&joined).1.is_ok());
+        assert!(read_all(&[&first[..], &[0; 700]].concat()).1.is_ok(), "some zeros, and not a whole block");
+
+        let trailer = [&first[..], b"and a trailer"].concat();
+        assert_eq!((names(&trailer).len(), error(&trailer)), (2, format!("what follows its end, at byte {}, is no tar", first.len())));
+        // A file that was made larger than its tar is not read to its end.
+        let far = [&first[..], &vec![0; 2 << 20], &second].concat();
+        assert_eq!(names(&far), ["a", "b"]);
+        assert!(read_all(&far).1.is_ok());
+        // The name that is given in a tar is no other tar's member's.
+        let name = [header(EntryType::GNULongName, "x", 4).as_bytes(), &b"name"[..], &[0; 508]].concat();
+        let described = [&name[..], &[0; 1024], &second].concat();
+        assert_eq!(error(&described), "it breaks off between a member's name and the member");
+    }
+
+    #[test]
+    fn sparse_members_of_an_extended_header_have_their_own_name() {
+        let mut builder = tar::Builder::new(Vec::new());
+        let records = [("GNU.sparse.major", "1"), ("GNU.sparse.minor", "0"), ("GNU.sparse.name", "a.jpg"), ("GNU.sparse.realsize", "4")];
+        builder.append_pax_extensions(records.map(|(key, value)| (key, value.as_bytes()))).unwrap();
+        builder.append(&header(EntryType::Regular, "GNUSparseFile.1/a.jpg", 512), &[7; 512][..]).unwrap();
+        builder.append(&header(EntryType::Regular, "b.jpg", 1), &b"1"[..]).unwrap();
+        let (members, end) = read_all(&builder.into_inner().unwrap());
+        assert!(end.is_ok());
+        let found: Vec<_> = members.iter().map(|(name, kind, _)| (&name[..], kind.is_gnu_sparse())).collect();
+        assert_eq!(found, [(&b"a.jpg"[..], true), (b"b.jpg", false)]);
     }
 
     #[test]

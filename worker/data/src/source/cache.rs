@@ -20,6 +20,7 @@ use std::time::SystemTime;
 
 use sha2::{Digest, Sha256};
 
+use super::address::{shown_url, unsigned};
 use super::remote::Identity;
 use crate::{Error, Result};
 
@@ -89,7 +90,7 @@ impl Cache {
         match self.make_room(size).and_then(|lock| lock.map(|lock| self.create(key, size, &lock)).transpose()) {
             Ok(filling) => filling,
             Err(error) => {
-                tracing::warn!("cache {}: {error}; {url} is not kept", self.folder.display());
+                tracing::warn!("cache {}: {error}; {} is not kept", self.folder.display(), shown_url(url));
                 None
             }
         }
@@ -171,8 +172,9 @@ fn remove(path: &Path) -> io::Result<()> {
     }
 }
 
+/// A list that is signed anew names the same shards.
 fn address_of(url: &str) -> String {
-    hex::encode(&Sha256::digest(url)[..12])
+    hex::encode(&Sha256::digest(unsigned(url).as_bytes())[..12])
 }
 
 /// Names a version of a shard; `None` if its store does not tell versions apart.

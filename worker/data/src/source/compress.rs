@@ -1,9 +1,10 @@
 //! Undoing compression, told by the first bytes of a stream whatever its name.
 
 use std::io::{self, BufRead, BufReader, Cursor, Read};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use flate2::read::MultiGzDecoder;
-use ruzstd::decoding::errors::{FrameDecoderError, ReadFrameHeaderError};
+use ruzstd::decoding::errors::FrameDecoderError;
 use ruzstd::decoding::{BlockDecodingStrategy, FrameDecoder};
 
 /// Streams are read in pieces of this many bytes.
@@ -15,6 +16,9 @@ const ZSTD: [u8; 4] = [0x28, 0xb5, 0x2f, 0xfd];
 /// Zstandard's frames of data for others, which a decoder passes over: `184D2A5?`, little-endian.
 const ZSTD_SKIPPABLE: [u8; 3] = [0x2a, 0x4d, 0x18];
 
+/// A frame that refers back further is refused, as by zstd itself unless it is told otherwise: all of it is held in memory.
+const MAX_WINDOW_BYTES: u64 = 128 << 20;
+
 /// Gives the tar in `stream`: plain, gzip or zstd, the latter two in any number of parts.
 ///
 /// Errors: those of the first read; a header that cannot be read.
@@ -22,12 +26,13 @@ pub fn decompress<'a>(mut stream: impl Read + Send + 'a) -> io::Result<Box<dyn R
     let mut start = Vec::with_capacity(ZSTD.len());
     stream.by_ref().take(ZSTD.len() as u64).read_to_end(&mut start)?;
     let is_gzip = start.starts_with(&GZIP);
-    let is_zstd = start == ZSTD || (start.len() == 4 && start[0] & 0xf0 == 0x50 && start[1..] == ZSTD_SKIPPABLE);
+    let is_zstd = start == ZSTD || is_skippable(&start);
     let whole = BufReader::with_capacity(READ_BYTES, Cursor::new(start).chain(stream));
     if is_gzip {
-        Ok(Box::new(MultiGzDecoder::new(whole)))
+        Ok(Box::new(Guarded { decoder: MultiGzDecoder::new(whole), has_panicked: false }))
     } else if is_zstd {
-        Ok(Box::new(Zstd { source: whole, decoder: FrameDecoder::new(), is_within_frame: false }))
+        let decoder = Zstd { source: whole, decoder: FrameDecoder::new(), is_within_frame: false };
+        Ok(Box::new(Guarded { decoder, has_panicked: false }))
     } else {
         Ok(Box::new(whole))
     }
@@ -44,29 +49,60 @@ impl<R: BufRead> Zstd<R> {
     /// Goes to the next frame that holds data; false at the end of the stream.
     fn begin_frame(&mut self) -> io::Result<bool> {
         while !self.source.fill_buf()?.is_empty() {
-            match self.decoder.init(&mut self.source) {
-                Ok(()) => {
-                    self.is_within_frame = true;
-                    return Ok(true);
-                }
-                Err(FrameDecoderError::ReadFrameHeaderError(ReadFrameHeaderError::SkipFrame { length, .. })) => {
-                    let skipped = io::copy(&mut self.source.by_ref().take(length.into()), &mut io::sink())?;
-                    if skipped < u64::from(length) {
-                        return Err(io::ErrorKind::UnexpectedEof.into());
-                    }
-                }
-                Err(error) => return Err(damaged(error)),
+            if let Some(header) = self.read_header()? {
+                // One that has read a frame before allows the next a smaller window than the first.
+                self.decoder = FrameDecoder::new();
+                self.decoder.init(&header[..]).map_err(damaged)?;
+                self.is_within_frame = true;
+                return Ok(true);
             }
         }
         Ok(false)
     }
 
+    /// The header of a frame; `None` if the frame is for others, and passed over.
+    ///
+    /// The decoder takes any window on its word.
+    ///
+    /// Source: RFC 8878, sections 3.1.1.1 and 3.1.2.
+    fn read_header(&mut self) -> io::Result<Option<Vec<u8>>> {
+        let mut start = [0; 5];
+        self.source.read_exact(&mut start[..4])?;
+        if is_skippable(&start[..4]) {
+            let mut length = [0; 4];
+            self.source.read_exact(&mut length)?;
+            let length = u32::from_le_bytes(length).into();
+            let skipped = io::copy(&mut self.source.by_ref().take(length), &mut io::sink())?;
+            return if skipped < length { Err(io::ErrorKind::UnexpectedEof.into()) } else { Ok(None) };
+        }
+        if start[..4] != ZSTD {
+            return Err(invalid("what follows a frame is none"));
+        }
+        self.source.read_exact(&mut start[4..])?;
+        let descriptor = start[4];
+        let is_single_segment = descriptor & 0x20 != 0;
+        let window_len = usize::from(!is_single_segment);
+        let dictionary_len = [0, 1, 2, 4][usize::from(descriptor & 3)];
+        let size_len = [usize::from(is_single_segment), 2, 4, 8][usize::from(descriptor >> 6)];
+        let mut rest = vec![0; window_len + dictionary_len + size_len];
+        self.source.read_exact(&mut rest)?;
+        let window = if is_single_segment {
+            let size = rest[dictionary_len..].iter().rev().fold(0, |size, &byte| size << 8 | u64::from(byte));
+            size.saturating_add(if size_len == 2 { 256 } else { 0 })
+        } else {
+            let base = 1 << (10 + (rest[0] >> 3));
+            base + base / 8 * u64::from(rest[0] & 7)
+        };
+        if window > MAX_WINDOW_BYTES {
+            return Err(invalid(&format!("a window of {window} bytes, more than {MAX_WINDOW_BYTES}: compress with --long=27 at most")));
+        }
+        Ok(Some([&start[..], &rest].concat()))
+    }
+
     /// Compares a frame that has been read to its end with its checksum, if it has one.
     fn check_frame(&self) -> io::Result<()> {
         match self.decoder.get_checksum_from_data() {
-            Some(told) if self.decoder.get_calculated_checksum() != Some(told) => {
-                Err(io::Error::new(io::ErrorKind::InvalidData, "zstd: what was read does not fit its checksum"))
-            }
+            Some(told) if self.decoder.get_calculated_checksum() != Some(told) => Err(invalid("what was read does not fit its checksum")),
             _ => Ok(()),
         }
     }
@@ -89,8 +125,35 @@ impl<R: BufRead> Read for Zstd<R> {
     }
 }
 
+fn is_skippable(start: &[u8]) -> bool {
+    start.len() == 4 && start[0] & 0xf0 == 0x50 && start[1..] == ZSTD_SKIPPABLE
+}
+
 fn damaged(error: FrameDecoderError) -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidData, format!("zstd: {error}"))
+    invalid(&error.to_string())
+}
+
+fn invalid(what: &str) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, format!("zstd: {what}"))
+}
+
+/// Makes of a decoder that panics one that fails: bytes which make it do so are damaged ones, and no reason to end a job.
+struct Guarded<R> {
+    decoder: R,
+    has_panicked: bool,
+}
+
+impl<R: Read> Read for Guarded<R> {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        if !self.has_panicked {
+            // It is not used again once it has panicked, whatever state it is in.
+            match catch_unwind(AssertUnwindSafe(|| self.decoder.read(buf))) {
+                Ok(read) => return read,
+                Err(_) => self.has_panicked = true,
+            }
+        }
+        Err(io::Error::new(io::ErrorKind::InvalidData, "the decoder panicked"))
+    }
 }
 
 #[cfg(test)]
@@ -168,6 +231,42 @@ mod tests {
         let compressed = zstd(&text());
         assert!(undo(&compressed[..compressed.len() / 2]).is_err());
         assert!(undo(&[zstd(b"abc"), b"no frame".to_vec()].concat()).unwrap_err().to_string().starts_with("zstd: "));
+    }
+
+    /// A frame of this text, uncompressed, with a window of `(8 + mantissa) / 8 * 2^(10 + exponent)` bytes.
+    fn frame(exponent: u8, mantissa: u8, text: &[u8]) -> Vec<u8> {
+        let block = ((text.len() as u32) << 3 | 1).to_le_bytes();
+        [&ZSTD[..], &[0, exponent << 3 | mantissa], &block[..3], text].concat()
+    }
+
+    #[test]
+    fn window_of_128_mib_is_the_largest() {
+        let largest = [frame(17, 0, b"abc"), frame(17, 0, b"def"), frame(0, 0, b"ghi")].concat();
+        assert_eq!(undo(&largest).unwrap(), b"abcdefghi", "also in the frames after the first");
+        let single_segment = |size: u64| [&ZSTD[..], &[0xe0], &size.to_le_bytes(), &[1, 0, 0]].concat();
+        for (too_large, window) in [
+            (frame(17, 1, b"abc"), 150_994_944_u64),
+            (frame(31, 7, b"abc"), 4_123_168_604_160),
+            (single_segment(134_217_729), 134_217_729),
+            (single_segment(u64::MAX), u64::MAX),
+        ] {
+            let error = undo(&too_large).unwrap_err().to_string();
+            assert!(error.starts_with(&format!("zstd: a window of {window} bytes, more than 134217728")), "{error}");
+        }
+    }
+
+    #[test]
+    fn decoder_that_panics_is_an_error_from_then_on() {
+        struct Panics;
+        impl Read for Panics {
+            fn read(&mut self, _: &mut [u8]) -> io::Result<usize> {
+                panic!("a test's");
+            }
+        }
+        let mut decoder = Guarded { decoder: Panics, has_panicked: false };
+        for _ in 0..2 {
+            assert_eq!(decoder.read(&mut [0; 4]).unwrap_err().to_string(), "the decoder panicked");
+        }
     }
 
     proptest! {

@@ -4,7 +4,7 @@ use std::io::Read;
 
 use peapod_proto::ids::SampleName;
 
-use super::{Location, Sources};
+use super::{Location, Sources, shown_url};
 use crate::{Error, Result};
 
 /// Most digits of a number in a range: enough for every shard a job may have, and far from overflow.
@@ -34,6 +34,11 @@ pub fn expand(sources: &Sources, patterns: &[String]) -> Result<Vec<String>> {
     Ok(shards)
 }
 
+/// Files whose names begin with a dot are matched by a pattern that says so alone, as in a shell: other systems leave their own there beside a
+/// shard (`._00000.tar`).
+pub const NOT_HIDDEN: glob::MatchOptions =
+    glob::MatchOptions { case_sensitive: true, require_literal_separator: true, require_literal_leading_dot: true };
+
 /// The text of a list of shards, which may lie anywhere a shard may.
 fn read_list(sources: &Sources, pattern: &str, url: &str) -> Result<String> {
     let mut text = String::new();
@@ -42,7 +47,8 @@ fn read_list(sources: &Sources, pattern: &str, url: &str) -> Result<String> {
     if text.len() as u64 == MAX_LIST_BYTES {
         return Err(Error::Pattern { pattern: pattern.into(), reason: format!("a list of {MAX_LIST_BYTES} bytes or more") });
     }
-    Ok(text)
+    // Some programs begin UTF-8 with a mark of byte order.
+    Ok(text.strip_prefix('\u{feff}').map(str::to_owned).unwrap_or(text))
 }
 
 fn expand_one(sources: &Sources, pattern: &str, shards: &mut Vec<String>) -> Result<()> {
@@ -63,6 +69,7 @@ fn expand_one(sources: &Sources, pattern: &str, shards: &mut Vec<String>) -> Res
                     return Err(fail(format!("`{path}` is a folder; `{folder}/*.tar` names the shards in it")));
                 }
                 Location::Http if has_wildcard_in_path(&url) => {
+                    let url = shown_url(&url);
                     return Err(fail(format!("`{url}`: http has no listing, so wildcards cannot be matched; give a range or an @list")));
                 }
                 Location::Store(_) if has_wildcard_in_path(&url) => {
@@ -121,7 +128,10 @@ fn is_folder(path: &str) -> bool {
 
 /// The files that match `path`'s wildcards, in alphabetical order.
 fn matching_files(path: &str) -> Result<Vec<String>, String> {
-    let matches = glob::glob(path).map_err(|error| error.to_string())?;
+    // The library never gives such files where they are left out, not even for a pattern that begins with a dot.
+    let means_hidden = path.split('/').any(|part| part.starts_with('.') && has_wildcard(part));
+    let options = glob::MatchOptions { require_literal_leading_dot: !means_hidden, ..NOT_HIDDEN };
+    let matches = glob::glob_with(path, options).map_err(|error| error.to_string())?;
     let files = matches
         .map(|entry| {
             let file = entry.map_err(|error| error.to_string())?;
@@ -235,11 +245,12 @@ mod tests {
     #[test]
     fn wildcards_match_in_alphabetical_order() {
         let folder = tempfile::tempdir().unwrap();
-        for name in ["b.tar", "a.tar", "c.txt"] {
+        for name in ["b.tar", "a.tar", "c.txt", "._a.tar", ".b.tar"] {
             std::fs::write(folder.path().join(name), b"").unwrap();
         }
         let root = folder.path().to_str().unwrap();
         assert_eq!(expand(&format!("{root}/*.tar")).unwrap(), [format!("{root}/a.tar"), format!("{root}/b.tar")]);
+        assert_eq!(expand(&format!("{root}/.*.tar")).unwrap(), [format!("{root}/._a.tar"), format!("{root}/.b.tar")]);
         assert!(expand(&format!("{root}/*.tgz")).unwrap_err().to_string().contains("matches no file"));
         let error = expand(&format!("{root}/")).unwrap_err().to_string();
         assert!(error.ends_with(&format!("is a folder; `{root}/*.tar` names the shards in it")), "{error}");
@@ -262,6 +273,9 @@ mod tests {
         std::fs::write(&list, "# the first part\nb-{0..1}.tar\n\n  http://host/c.tar::d.tar\n").unwrap();
         std::fs::write(&nested, format!("@{}\n", list.display())).unwrap();
         let patterns = ["a.tar".to_owned(), format!("@{}", list.display())];
+        let marked = folder.path().join("marked.txt");
+        std::fs::write(&marked, "\u{feff}e.tar\r\nf.tar\r\n").unwrap();
+        assert_eq!(expand(&format!("@{}", marked.display())).unwrap(), ["e.tar", "f.tar"]);
         assert_eq!(expand_shards(&patterns).unwrap(), ["a.tar", "b-0.tar", "b-1.tar", "http://host/c.tar", "d.tar"]);
         assert!(expand(&format!("@{}", nested.display())).unwrap_err().to_string().contains("a list within a list"));
         assert!(expand("@/no/such/list").unwrap_err().to_string().starts_with("open /no/such/list: "));

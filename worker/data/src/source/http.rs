@@ -23,25 +23,25 @@ pub async fn get(client: &Client, url: &str, range: Option<Range<u64>>, identity
     let response = request.send().await.map_err(|error| failure_of(&error))?;
     let mut found = Identity { size: None, etag: header(&response, ETAG), modified: header(&response, LAST_MODIFIED) };
     let content_range = header(&response, CONTENT_RANGE).as_deref().and_then(parse_content_range);
-    let start = match (response.status(), content_range) {
+    let part = match (response.status(), content_range) {
         (StatusCode::OK, _) => {
             found.size = content_length(response.headers());
-            return Ok(Answer { identity: found, start: 0, is_part: false, body: body_of(response) });
+            return Ok(Answer { start: 0, end: found.size, identity: found, is_part: false, body: body_of(response) });
         }
-        (StatusCode::PARTIAL_CONTENT, Some((Some(start), size))) => {
+        (StatusCode::PARTIAL_CONTENT, Some((Some(part), size))) => {
             found.size = size;
-            start
+            part
         }
         // The first bytes of nothing.
         (StatusCode::RANGE_NOT_SATISFIABLE, Some((None, Some(0)))) => {
             found.size = Some(0);
-            return Ok(Answer { identity: found, start: 0, is_part: true, body: futures::stream::empty().boxed() });
+            return Ok(Answer { identity: found, start: 0, end: Some(0), is_part: true, body: futures::stream::empty().boxed() });
         }
         (StatusCode::PARTIAL_CONTENT, _) => return Err(Failure::Lasting("answers a part without saying which".into())),
         (StatusCode::PRECONDITION_FAILED, _) => return Err(Failure::Changed),
         _ => return Err(failure_of_answer(&response, url)),
     };
-    Ok(Answer { identity: found, start, is_part: true, body: body_of(response) })
+    Ok(Answer { identity: found, start: part.start, end: Some(part.end), is_part: true, body: body_of(response) })
 }
 
 /// Asks which version is there and how large it is.
@@ -73,14 +73,14 @@ fn content_length(headers: &HeaderMap) -> Option<u64> {
     headers.get(CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
 }
 
-/// The first byte and the whole size of `bytes 0-99/1234`, `bytes 0-99/*` or `bytes */1234`.
-fn parse_content_range(text: &str) -> Option<(Option<u64>, Option<u64>)> {
+/// The part and the whole size of `bytes 0-99/1234`, `bytes 0-99/*` or `bytes */1234`.
+fn parse_content_range(text: &str) -> Option<(Option<Range<u64>>, Option<u64>)> {
     let (part, size) = text.strip_prefix("bytes ")?.split_once('/')?;
-    let start = match part.split_once('-') {
-        Some((start, _)) => Some(start.trim().parse().ok()?),
+    let part = match part.split_once('-') {
+        Some((first, last)) => Some(first.trim().parse().ok()?..last.trim().parse::<u64>().ok()?.checked_add(1)?),
         None => None,
     };
-    Some((start, size.trim().parse().ok()))
+    Some((part, size.trim().parse().ok()))
 }
 
 /// What some servers say beside the status, in a word.
@@ -130,10 +130,11 @@ mod tests {
     #[test]
     fn content_ranges_are_read() {
         for (text, wanted) in [
-            ("bytes 0-99/1234", Some((Some(0), Some(1234)))),
-            ("bytes 100-199/*", Some((Some(100), None))),
+            ("bytes 0-99/1234", Some((Some(0..100), Some(1234)))),
+            ("bytes 100-199/*", Some((Some(100..200), None))),
             ("bytes */0", Some((None, Some(0)))),
             ("bytes x-9/10", None),
+            ("bytes 0-18446744073709551615/*", None),
             ("items 0-9/10", None),
         ] {
             assert_eq!(parse_content_range(text), wanted, "{text}");

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use super::patience::{Failing, Patience};
 use super::remote::{CANCEL_POLL, Failure, IsCancelled};
-use super::{Halt, SourceOptions};
+use super::{Halt, SourceOptions, shown_url};
 use crate::{Error, Result};
 
 /// What tells one version of a file from another.
@@ -112,7 +112,7 @@ impl<F: Read + Seek> Read for LocalReader<'_, F> {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
         // Whoever reads on behind a failure meets it again.
         if self.halt.is_set() {
-            return Err(io::Error::other(format!("read {}: given up", self.patience.url)));
+            return Err(io::Error::other(format!("read {}: given up", shown_url(&self.patience.url))));
         }
         match self.try_until_it_is_over(buf) {
             Ok(read) => {

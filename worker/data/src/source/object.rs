@@ -97,14 +97,14 @@ impl Stored {
         if identity.size.is_none() {
             let found = self.identify().await?;
             if found.size == Some(0) {
-                return Ok(Answer { identity: found, start: 0, is_part: true, body: futures::stream::empty().boxed() });
+                return Ok(Answer { identity: found, start: 0, end: Some(0), is_part: true, body: futures::stream::empty().boxed() });
             }
         }
         let options = GetOptions { range: range.map(Into::into), if_match: identity.etag.clone(), ..GetOptions::default() };
         let answer = self.store.get_opts(&self.path, options).await.map_err(|error| failure_of(&error))?;
-        let (identity, start) = (identity_of(&answer.meta), answer.range.start);
+        let (identity, range) = (identity_of(&answer.meta), answer.range.clone());
         let body = answer.into_stream().map_err(|error| failure_of(&error)).boxed();
-        Ok(Answer { identity, start, is_part: true, body })
+        Ok(Answer { identity, start: range.start, end: Some(range.end), is_part: true, body })
     }
 
     /// Asks which version is there and how large it is.

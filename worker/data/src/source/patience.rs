@@ -7,6 +7,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::SourceOptions;
+use super::address::shown_url;
 use super::remote::Failure;
 
 /// Longest pause between two attempts.
@@ -57,7 +58,7 @@ impl Patience {
                 *warned = Some(Instant::now());
                 tracing::warn!(
                     "{} cannot be read for {:.0} s: {reason}; it is tried for up to {:.0} s",
-                    self.url,
+                    shown_url(&self.url),
                     lasted.as_secs_f64(),
                     give_up_after.as_secs_f64()
                 );

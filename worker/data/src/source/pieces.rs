@@ -21,9 +21,19 @@ pub struct Pieces {
     /// Behind the last byte; `None`: where the body ends.
     pub end: Option<u64>,
     pub in_parts: bool,
-    /// The open answer, and where its next byte lies.
-    pub answer: Option<(BoxStream<'static, Result<Bytes, Failure>>, u64)>,
+    pub answer: Option<OpenAnswer>,
     pub failing: Option<Failing>,
+}
+
+/// An answer that is being read.
+pub struct OpenAnswer {
+    body: BoxStream<'static, Result<Bytes, Failure>>,
+    /// Where its next byte lies.
+    position: u64,
+    /// Behind its last byte, as far as the server says.
+    end: Option<u64>,
+    /// The byte that it was asked for.
+    wanted: u64,
 }
 
 impl Pieces {
@@ -63,15 +73,15 @@ impl Pieces {
         if self.answer.is_none() {
             self.connect().await?;
         }
-        let Some((body, position)) = &mut self.answer else { return Err(Failure::Passing("no answer".into())) };
+        let Some(answer) = &mut self.answer else { return Err(Failure::Passing("no answer".into())) };
         let deadline = self.patience.options.read_timeout;
-        let next = timeout(deadline, body.next()).await;
+        let next = timeout(deadline, answer.body.next()).await;
         let next = next.map_err(|_| Failure::Passing(format!("no bytes came for {deadline:?} at byte {}", self.at)))?;
         match next {
             Some(piece) => {
                 let mut piece = piece?;
-                let known = self.at.saturating_sub(*position).min(piece.len() as u64);
-                *position += piece.len() as u64;
+                let known = self.at.saturating_sub(answer.position).min(piece.len() as u64);
+                answer.position += piece.len() as u64;
                 piece.advance(known as usize);
                 if let Some(end) = self.end {
                     piece.truncate(usize::try_from(end - self.at).unwrap_or(usize::MAX));
@@ -79,6 +89,11 @@ impl Pieces {
                 Ok(Some(piece))
             }
             None if self.end.is_none() => Ok(None),
+            // Less than was asked for, and all of what was promised: some servers have a limit, and are asked for the rest.
+            None if answer.end == Some(answer.position) && self.at > answer.wanted => {
+                self.answer = None;
+                Ok(Some(Bytes::new()))
+            }
             None => Err(Failure::Passing(format!("the answer breaks off at byte {}", self.at))),
         }
     }
@@ -93,7 +108,7 @@ impl Pieces {
         if answer.start > self.at {
             return Err(Failure::Lasting(format!("asked for byte {}, the server answers from byte {} on", self.at, answer.start)));
         }
-        self.answer = Some((answer.body, answer.start));
+        self.answer = Some(OpenAnswer { body: answer.body, position: answer.start, end: answer.end, wanted: self.at });
         Ok((answer.identity, answer.is_part))
     }
 }

@@ -16,6 +16,8 @@ use reqwest::header::{AUTHORIZATION, HeaderMap, HeaderValue};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinHandle;
 
+use super::address::shown_url;
+use super::expand::NOT_HIDDEN;
 use super::patience::{Patience, pause};
 use super::pieces::{Pieces, within};
 use super::{Halt, Location, Seen, SourceOptions, http};
@@ -88,6 +90,8 @@ pub struct Answer {
     pub identity: Identity,
     /// Where in the object the body begins.
     pub start: u64,
+    /// Where it ends, as far as the server says: that may be before the end of what was asked for.
+    pub end: Option<u64>,
     /// Whether it is what was asked for, rather than the whole object.
     pub is_part: bool,
     pub body: BoxStream<'static, Result<Bytes, Failure>>,
@@ -294,10 +298,9 @@ pub fn matching_objects(remote: &Remote, url: &str, _options: &SourceOptions) ->
     let folder = url[..end].rfind('/').map_or(url, |slash| &url[..=slash]);
     let Location::Store(kind) = Location::of(url)? else { return Err(fail("not in a store".into())) };
     let all = remote.list(remote.stores.object(kind, folder)?).map_err(|failure| failure.into_error(url))?;
-    let options = glob::MatchOptions { require_literal_separator: true, ..glob::MatchOptions::default() };
-    let mut matching: Vec<String> = all.into_iter().filter(|object| wildcard.matches_with(object, options)).collect();
+    let mut matching: Vec<String> = all.into_iter().filter(|object| wildcard.matches_with(object, NOT_HIDDEN)).collect();
     matching.sort_unstable();
-    if matching.is_empty() { Err(fail(format!("`{url}` matches no object"))) } else { Ok(matching) }
+    if matching.is_empty() { Err(fail(format!("`{}` matches no object", shown_url(url)))) } else { Ok(matching) }
 }
 
 /// From the runtime's thread to the one that reads.
@@ -358,7 +361,7 @@ impl Read for RemoteReader<'_> {
             self.permit = None;
             // Whoever reads on behind a failure meets it again.
             if self.halt.is_set() {
-                return Err(io::Error::other(format!("read {}: given up", self.url)));
+                return Err(io::Error::other(format!("read {}: given up", shown_url(&self.url))));
             }
             if self.has_ended {
                 return Ok(0);

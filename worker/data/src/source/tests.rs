@@ -115,6 +115,15 @@ fn stalled_or_broken_reads_go_on_at_the_byte_where_they_stopped() {
 }
 
 #[test]
+fn server_that_answers_less_than_it_is_asked_for_is_asked_for_the_rest() {
+    let (server, url) = serving(&content(0)[..1000]);
+    server.set_habits(Habits { max_part: Some(400), ..Habits::default() });
+    let impatient = Sources::new(SourceOptions { retries: 0, ..options() });
+    assert!(read_with(&impatient, &url).unwrap() == content(0)[..1000]);
+    assert_eq!(server.take_requests(), ["GET /0.tar 0-999", "GET /0.tar 400-999", "GET /0.tar 800-999"]);
+}
+
+#[test]
 fn any_number_of_breaks_is_outlived_as_long_as_bytes_come() {
     let (server, url) = serving(&content(0));
     // More of them than there are retries.
@@ -297,6 +306,29 @@ fn kept(folder: &Path) -> Vec<String> {
 
 fn num_reads(server: &FileServer) -> usize {
     server.take_requests().iter().filter(|request| request.starts_with("GET")).count()
+}
+
+#[test]
+fn shard_of_a_list_that_is_signed_anew_is_read_from_the_cache() {
+    let folder = tempfile::tempdir().unwrap();
+    let (server, url) = serving(&content(0));
+    for (query, reads) in [("X-Amz-Date=1&X-Amz-Signature=a", 11), ("X-Amz-Date=2&X-Amz-Signature=b", 0), ("part=1", 11), ("part=2", 11)] {
+        assert!(read_with(&cached(folder.path(), 1 << 20), &format!("{url}?{query}")).unwrap() == content(0));
+        assert_eq!(num_reads(&server), reads, "{query}");
+    }
+}
+
+#[test]
+fn errors_do_not_show_how_an_address_is_signed() {
+    let (server, url) = serving(&content(0));
+    server.fail_next([Fault::Status(403)]);
+    let error = store_error(read(&format!("{url}?Signature=secret")));
+    assert_eq!(
+        (error.to_string(), error.url),
+        (format!("read {url}?...: the server answers 403 Forbidden"), format!("{url}?Signature=secret"))
+    );
+    let error = read(&server.url("1.tar?Signature=secret")).unwrap_err().to_string();
+    assert!(error.starts_with(&format!("open {}?...: ", server.url("1.tar"))), "{error}");
 }
 
 #[test]
