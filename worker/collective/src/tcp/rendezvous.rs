@@ -10,12 +10,13 @@
 //! deadline ends it at once.
 
 use std::collections::BTreeMap;
-use std::io::{self, ErrorKind};
+use std::io;
 use std::net::{SocketAddr, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags};
+use rustix::io::Errno;
 use tracing::{debug, warn};
 
 use super::bootstrap::{Bootstrap, Key, Listener};
@@ -167,8 +168,10 @@ impl RingSide<'_> {
             let stream = match unless_blocked(|| self.listener.socket.accept()) {
                 Ok(None) => return Ok(()),
                 Ok(Some((stream, address))) => configure(stream).map(|stream| (stream, address)),
-                // The caller has left the queue again: no concern of the others.
-                Err(error) if error.kind() == ErrorKind::ConnectionAborted => continue,
+                Err(error) if concerns_one_caller(&error) => {
+                    debug!(%error, "a caller could not be accepted");
+                    continue;
+                }
                 Err(source) => return Err(Error::Io { doing: "accept a member", source }),
             };
             match stream {
@@ -345,6 +348,27 @@ impl Registrant {
     }
 }
 
+/// Whether accept(2) failed because of the connection that it took out of the queue: no concern of the other callers.
+///
+/// The caller has left again, or Linux hands on what the network has said of the connection meanwhile. What the system itself lacks, such as
+/// file descriptors, is none of these.
+fn concerns_one_caller(error: &io::Error) -> bool {
+    const OF_THE_CONNECTION: [Errno; 10] = [
+        Errno::CONNABORTED,
+        Errno::NETDOWN,
+        Errno::PROTO,
+        Errno::NOPROTOOPT,
+        Errno::HOSTDOWN,
+        Errno::NONET,
+        Errno::HOSTUNREACH,
+        Errno::OPNOTSUPP,
+        Errno::NETUNREACH,
+        // A firewall's rule.
+        Errno::PERM,
+    ];
+    Errno::from_io_error(error).is_some_and(|errno| OF_THE_CONNECTION.contains(&errno))
+}
+
 fn lost(member_index: u32, source: io::Error) -> Error {
     Error::PeerLost { member_index, during: Operation::Rendezvous, source }
 }
@@ -353,5 +377,24 @@ fn call_failed(member_index: u32, error: CallError) -> Error {
     match error {
         CallError::Lost(source) => lost(member_index, source),
         CallError::Refused(reason) => Error::Handshake { member_index, reason },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The numbers are Linux's: those that its manual page of accept lists as to be tried again, then those that are not.
+    #[test]
+    fn what_the_network_says_of_one_caller_is_no_error_of_the_listener() {
+        for code in [103, 100, 71, 92, 112, 64, 113, 95, 101, 1] {
+            let error = io::Error::from_raw_os_error(code);
+            assert!(concerns_one_caller(&error), "{error}");
+        }
+        for code in [24, 23, 12, 105, 9, 22] {
+            let error = io::Error::from_raw_os_error(code);
+            assert!(!concerns_one_caller(&error), "{error}");
+        }
+        assert!(!concerns_one_caller(&invalid("no number of the system's")));
     }
 }
