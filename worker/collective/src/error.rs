@@ -1,6 +1,7 @@
 //! Why a collective did not happen.
 
 use std::io;
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use crate::{Announcement, Operation};
@@ -28,6 +29,26 @@ pub enum Error {
         during: Operation,
         /// What the socket said.
         source: io::Error,
+    },
+
+    /// A member could not be reached while the communicator formed.
+    #[error("could not reach member {member_index} at {address} (workers need open ports between them: see --advertise)")]
+    Unreachable {
+        /// Who was called.
+        member_index: u32,
+        /// Where it says that it listens.
+        address: SocketAddr,
+        /// What the socket said.
+        source: io::Error,
+    },
+
+    /// The communicator did not form, for a reason that another member has seen, or by the deadline.
+    #[error("the members did not come together: {reason}")]
+    Unformed {
+        /// What is known of it here.
+        reason: String,
+        /// With whom this member has no connection, by its own word or that of the other; none if the fault lies elsewhere.
+        lost: Option<u32>,
     },
 
     /// The deadline passed.
@@ -59,10 +80,12 @@ pub enum Error {
     },
 
     /// A member and this one could not prove to each other that they belong to the same generation.
-    #[error("handshake with member {member_index} failed: {reason}")]
+    #[error("handshake with member {member_index} at {address} failed: {reason}")]
     Handshake {
         /// Who was called.
         member_index: u32,
+        /// Where.
+        address: SocketAddr,
         /// What went wrong.
         reason: String,
     },
@@ -124,6 +147,19 @@ pub enum Error {
 }
 
 impl Error {
+    /// With whom this member has no connection any more, as far as it can see itself. That member need not be the culprit; where it says the
+    /// same of this one, their connection is.
+    pub fn lost_member(&self) -> Option<u32> {
+        match self {
+            Self::PeerLost { member_index, .. } | Self::Unreachable { member_index, .. } | Self::Handshake { member_index, .. } => {
+                Some(*member_index)
+            }
+            Self::Timeout { waiting_for, .. } => waiting_for.first().copied(),
+            Self::Unformed { lost, .. } => *lost,
+            _ => None,
+        }
+    }
+
     /// Names what was tried when the operating system refused.
     pub(crate) fn io(doing: &'static str) -> impl FnOnce(io::Error) -> Self {
         move |source| Self::Io { doing, source }

@@ -37,6 +37,7 @@ mod handshake;
 mod links;
 mod rendezvous;
 mod socket;
+mod verdict;
 mod wire;
 
 use std::fmt;
@@ -107,9 +108,10 @@ impl TcpCollective {
     /// `listener` is this member's own; member 0 passes the one that `bootstrap` was made from. It is closed on return. `abort` breaks the
     /// forming as it later breaks collectives.
     ///
-    /// Errors: [`Error::Handshake`] if a member does not share the key or the generation; [`Error::PeerLost`] if one dies meanwhile;
-    /// [`Error::Timeout`] naming whom it waits for; [`Error::Aborted`]; [`Error::InvalidArgument`] for an index outside the world or a
-    /// listener that does not fit the bootstrap.
+    /// Errors: [`Error::Unreachable`] if a member does not answer where it says that it listens; [`Error::Handshake`] if one does not share the
+    /// key or the generation; [`Error::PeerLost`] if one dies meanwhile; [`Error::Unformed`] for what another has met, and at the deadline,
+    /// naming who has not come; [`Error::Aborted`]; [`Error::InvalidArgument`] for an index outside the world or a listener that does not fit
+    /// the bootstrap.
     pub fn connect(
         bootstrap: &Bootstrap,
         membership: Membership,
