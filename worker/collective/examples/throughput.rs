@@ -6,7 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, TcpListener, TcpStream};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use peapod_collective::tcp::{Listener, Membership, TcpCollective};
+use peapod_collective::tcp::{Listener, Membership, Ports, TcpCollective};
 use peapod_collective::{AbortHandle, Collective, Error};
 
 const LOCAL: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
@@ -21,14 +21,14 @@ fn main() -> Result<(), Box<dyn StdError>> {
     let num_bytes = args.next().map_or(Ok(24.0), |text| text.parse::<f64>())? * 1e6;
     let num_members = args.next().map_or(Ok(2), |text| text.parse::<u32>())?;
 
-    let at_zero = Listener::open(LOCAL, LOCAL)?;
+    let at_zero = Listener::open(LOCAL, LOCAL, Ports::ANY)?;
     let bootstrap = at_zero.bootstrap()?;
     let others: Vec<_> = (1..num_members)
         .map(|index| {
             let bootstrap = bootstrap.clone();
             thread::spawn(move || {
                 let us = Membership { generation: 0, member_index: index, num_members };
-                let listener = Listener::open(LOCAL, LOCAL)?;
+                let listener = Listener::open(LOCAL, LOCAL, Ports::ANY)?;
                 time_all_reduce(TcpCollective::connect(&bootstrap, us, listener, AbortHandle::new(), soon())?, num_bytes as usize)
             })
         })

@@ -4,6 +4,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use crate::tcp::Ports;
 use crate::{Announcement, Operation};
 
 /// Errors of building or using a communicator. Each of them ends it: the caller drops it and waits for the next generation.
@@ -32,7 +33,7 @@ pub enum Error {
     },
 
     /// A member could not be reached while the communicator formed.
-    #[error("could not reach member {member_index} at {address} (workers need open ports between them: see --advertise)")]
+    #[error("could not reach member {member_index} at {address} (workers need open ports between them: see --advertise and --ports)")]
     Unreachable {
         /// Who was called.
         member_index: u32,
@@ -95,6 +96,13 @@ pub enum Error {
     Bootstrap {
         /// What is wrong with them.
         reason: String,
+    },
+
+    /// None of the ports that this member may listen on is free.
+    #[error("no port of {ports} is free for other workers to call (--ports): a host needs one for each of its workers")]
+    NoPort {
+        /// Those that were tried.
+        ports: Ports,
     },
 
     /// A call that cannot be meant: a root outside the world, a member index outside it, a listener of another rendezvous.

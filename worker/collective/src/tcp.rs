@@ -2,18 +2,18 @@
 //!
 //! ```
 //! # use std::{net::{IpAddr, Ipv4Addr}, thread, time::{Duration, Instant}};
-//! use peapod_collective::tcp::{Listener, Membership, TcpCollective};
+//! use peapod_collective::tcp::{Listener, Membership, Ports, TcpCollective};
 //! use peapod_collective::{AbortHandle, Collective};
 //!
 //! # fn main() -> Result<(), peapod_collective::Error> {
 //! let local = IpAddr::from(Ipv4Addr::LOCALHOST);
 //! let soon = || Instant::now() + Duration::from_secs(10);
-//! let at_zero = Listener::open(local, local)?;
+//! let at_zero = Listener::open(local, local, Ports::ANY)?;
 //! let bootstrap = at_zero.bootstrap()?; // travels to the other members as bytes
 //!
 //! # let guest_bootstrap = bootstrap.clone();
 //! let other = thread::spawn(move || {
-//!     let (us, at_one) = (Membership { generation: 1, member_index: 1, num_members: 2 }, Listener::open(local, local)?);
+//!     let (us, at_one) = (Membership { generation: 1, member_index: 1, num_members: 2 }, Listener::open(local, local, Ports::ANY)?);
 //!     let mut one = TcpCollective::connect(&guest_bootstrap, us, at_one, AbortHandle::new(), soon())?;
 //!     one.all_reduce_sum(&mut [2.0], soon())
 //! });
@@ -44,7 +44,7 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Instant;
 
-pub use bootstrap::{Bootstrap, Listener};
+pub use bootstrap::{Bootstrap, Listener, Ports};
 
 use crate::solo::check_root;
 use crate::{AbortHandle, Announcement, Collective, Error, OnAbort, Operation, Stall, Values};

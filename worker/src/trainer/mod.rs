@@ -22,7 +22,7 @@ use std::sync::Arc;
 use std::sync::mpsc::Receiver;
 
 use peapod_collective::nccl::NcclDevice;
-use peapod_collective::tcp::Listener;
+use peapod_collective::tcp::{Listener, Ports};
 use peapod_data::{Loader, Share};
 use peapod_model::adapter::{Adapter, AdapterConfig};
 use peapod_model::distill::Distiller;
@@ -103,6 +103,8 @@ pub struct Context {
     pub allow_shared_gpu: bool,
     /// Address under which the other members reach this one.
     pub advertise: IpAddr,
+    /// Where it listens for them.
+    pub ports: Ports,
     /// Where its output goes.
     pub output: Arc<dyn Fn(Output) + Send + Sync>,
     /// What others ask of it in the middle of a step.

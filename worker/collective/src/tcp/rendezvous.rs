@@ -44,7 +44,7 @@ const GO: u8 = 3;
 const OVER: u8 = 4;
 
 /// What whoever cannot be reached should look at.
-const HINT: &str = "workers need open ports between them: see --advertise";
+const HINT: &str = "workers need open ports between them: see --advertise and --ports";
 
 /// Forms the ring of a membership with at least two members.
 pub(super) fn form(
