@@ -5,7 +5,7 @@
 //! 3. Each member calls the next one in the ring, and answers the previous one, with the same proof.
 //! 4. Each tells member 0 that both its links are up; when all have, member 0 tells everybody to go.
 //!
-//! Registrations stay open from step 1 to 4 and are watched: the death of any member ends the forming for all, through member 0. Whoever fails
+//! Registrations stay open, for barriers (`star`), and from step 1 to 4 are watched: the death of any member ends the forming for all, through member 0. Whoever fails
 //! says why before it leaves (`verdict`), so that the two ends of a broken connection name each other and the rest nobody. Everything runs on the calling thread with sockets that do not block, so no stranger and no slow member can hold up another, and an abort or the
 //! deadline ends it at once.
 
@@ -23,6 +23,7 @@ use super::bootstrap::{Bootstrap, Key, Listener};
 use super::handshake::{Answerer, CallError, Caller, Channel, Hello, Purpose};
 use super::links::{Link, Links};
 use super::socket::{configure, start_connect, unless_blocked, wait};
+use super::star::Star;
 use super::verdict::{VERDICT_BYTES, Verdict};
 use super::wire::{ADDRESS_BYTES, Fields, invalid, put_address};
 use super::{MEMBER_ZERO, Membership};
@@ -137,10 +138,11 @@ fn meet(ring: &mut RingSide<'_>, desk: &mut Desk, alarm: &Alarm, abort: &AbortHa
             Desk::Host(host) => host.advance(ring, registrations)?,
             Desk::Registrant(registrant) => registrant.advance(ring)?,
         };
-        if is_formed && let (Some(previous), Some(next)) = (ring.previous.take(), ring.next.take()) {
+        if is_formed && let (Some(previous), Some(next), Some(star)) = (ring.previous.take(), ring.next.take(), desk.take_star()) {
             return Ok(Links {
                 previous: Link { member_index: ring.us.previous(), stream: previous },
                 next: Link { member_index: ring.us.next(), stream: next },
+                star,
             });
         }
         // Members are few: after any event each connection is simply tried again.
@@ -287,6 +289,18 @@ enum Desk {
 }
 
 impl Desk {
+    /// The registrations, when all is said on them.
+    fn take_star(&mut self) -> Option<Star> {
+        let link = |member_index, line: Line| Link { member_index, stream: line.channel.into_stream() };
+        match self {
+            Self::Host(host) => {
+                let guests = std::mem::take(&mut host.registrants).into_iter();
+                Some(Star::Hub(guests.map(|(index, guest)| link(index, guest.line)).collect()))
+            }
+            Self::Registrant(registrant) => registrant.line.take().map(|line| Star::Spoke(link(MEMBER_ZERO, line))),
+        }
+    }
+
     /// What has been said of the end, if anything has.
     fn heard(&mut self, us: &Membership) -> Option<Verdict> {
         let over = |message| match message {
