@@ -527,10 +527,6 @@ impl Registrant {
         let Some(line) = &mut self.line else { return Ok(false) };
         let host_lost = |source| lost(MEMBER_ZERO, source);
         loop {
-            if self.stage == Stage::Ring && ring.is_linked() {
-                line.channel.send(&[LINKED]).map_err(host_lost)?;
-                self.stage = Stage::Go;
-            }
             match (line.hear(&ring.us).map_err(host_lost)?, self.stage) {
                 (None, _) => break,
                 (Some(Message::Over(verdict)), _) => return Err(verdict.into()),
@@ -542,6 +538,11 @@ impl Registrant {
                 (Some(Message::Go), Stage::Go) => return Ok(true),
                 _ => return Err(host_lost(invalid("another message than was due of member 0")).into()),
             }
+        }
+        // After listening: member 0 may have said why it has closed the line on which this fails.
+        if self.stage == Stage::Ring && ring.is_linked() {
+            line.channel.send(&[LINKED]).map_err(host_lost)?;
+            self.stage = Stage::Go;
         }
         line.channel.flush().map_err(host_lost)?;
         Ok(false)
