@@ -1,4 +1,4 @@
-//! Times all-reduce over loopback against a plain copy through one socket: `cargo run -p peapod-collective --example throughput [MB] [MEMBERS]`.
+//! Times all-reduce and barrier over loopback, and a plain copy through one socket beside them: `cargo run -p peapod-collective --example throughput [MB] [MEMBERS]`.
 
 use std::error::Error as StdError;
 use std::io::{Read, Write};
@@ -29,17 +29,19 @@ fn main() -> Result<(), Box<dyn StdError>> {
             thread::spawn(move || {
                 let us = Membership { generation: 0, member_index: index, num_members };
                 let listener = Listener::open(LOCAL, LOCAL, Ports::ANY)?;
-                time_all_reduce(TcpCollective::connect(&bootstrap, us, listener, AbortHandle::new(), soon())?, num_bytes as usize)
+                time_member(TcpCollective::connect(&bootstrap, us, listener, AbortHandle::new(), soon())?, num_bytes as usize)
             })
         })
         .collect();
     let us = Membership { generation: 0, member_index: 0, num_members };
     let zero = TcpCollective::connect(&bootstrap, us, at_zero, AbortHandle::new(), soon())?;
-    let times = time_all_reduce(zero, num_bytes as usize)?;
+    let (times, mut barriers) = time_member(zero, num_bytes as usize)?;
     for other in others {
         other.join().map_err(|_| "a member panicked")??;
     }
     println!("all_reduce of {:.1} MB, {num_members} members: {}", num_bytes / 1e6, describe(times, num_bytes));
+    barriers.sort();
+    println!("barrier, {num_members} members: median {:.2?}, best {:.2?}", barriers[barriers.len() / 2], barriers[0]);
     println!(
         "plain one-way copy of {:.1} MB through a socket: {}",
         num_bytes / 1e6,
@@ -48,7 +50,8 @@ fn main() -> Result<(), Box<dyn StdError>> {
     Ok(())
 }
 
-fn time_all_reduce(mut member: TcpCollective, num_bytes: usize) -> Result<Vec<Duration>, Error> {
+/// How long its all-reduces took, and its barriers.
+fn time_member(mut member: TcpCollective, num_bytes: usize) -> Result<(Vec<Duration>, Vec<Duration>), Error> {
     let mut data = vec![0.0; num_bytes / size_of::<f32>()];
     let mut round = || {
         member.barrier(soon())?;
@@ -56,7 +59,14 @@ fn time_all_reduce(mut member: TcpCollective, num_bytes: usize) -> Result<Vec<Du
         member.all_reduce_sum(&mut data, soon())?;
         Ok(began.elapsed())
     };
-    (0..NUM_ROUNDS).map(|_| round()).collect()
+    let sums: Vec<Duration> = (0..NUM_ROUNDS).map(|_| round()).collect::<Result<_, Error>>()?;
+    let mut barrier = || {
+        let began = Instant::now();
+        member.barrier(soon())?;
+        Ok(began.elapsed())
+    };
+    let barriers = (0..NUM_ROUNDS).map(|_| barrier()).collect::<Result<_, Error>>()?;
+    Ok((sums, barriers))
 }
 
 /// One thread writes, the other reads and answers with a byte.
