@@ -1,6 +1,6 @@
 # `make demo` shows everything at once; `make help` lists the rest.
 SHELL := bash
-.PHONY: help setup build demo test test-all full-size soak bench bench-gpu cold-start fuzz man lint lint-deps fmt clean
+.PHONY: help setup build install demo test test-all full-size soak bench bench-gpu cold-start fuzz man lint lint-deps fmt clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -10,6 +10,12 @@ setup: ## install libtorch into .libtorch (once)
 
 build: setup ## build every program
 	cargo build --workspace
+
+PREFIX := /opt/peapod
+
+install: ## install what `cargo build --release --workspace` built, and libtorch, for deploy/systemd and deploy/slurm: PREFIX (/opt/peapod), DESTDIR
+	@deploy/setup/install.sh programs target/release $(DESTDIR)$(PREFIX) coordinator worker sample
+	@deploy/setup/install.sh libtorch .libtorch $(DESTDIR)$(PREFIX)
 
 man: build ## write manual pages of all programs to target/man: MANPATH=target/man man coordinator
 	@for program in coordinator worker sample; do target/debug/$$program man --out target/man/man1; done && ls target/man/man1

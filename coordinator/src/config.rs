@@ -217,7 +217,7 @@ pub struct RunArgs {
     #[arg(long)]
     pub local: bool,
     /// Address to listen on [default: 127.0.0.1:7733; with --local a free port]
-    #[arg(long)]
+    #[arg(long, value_name = "ADDRESS:PORT", value_parser = address)]
     pub listen: Option<SocketAddr>,
     /// Where to serve the live page, /metrics, /healthz and /readyz, all of which anyone who reaches it can read; `off` for none
     /// [default: 127.0.0.1:7734, or a free port if that is taken]
@@ -244,6 +244,26 @@ pub struct RunArgs {
     /// Write one line for each trained sample: step, epoch, shard, index
     #[arg(long)]
     pub sample_log: Option<PathBuf>,
+}
+
+/// Reads an address of this machine to listen on. Names are not looked up: what they stand for, on this machine or on others, decides who reaches
+/// the port and whether TLS is asked for. But there is only one `localhost`.
+///
+/// # Errors
+/// What to write instead.
+pub fn address(text: &str) -> Result<SocketAddr, String> {
+    let (host, port) = text.rsplit_once(':').unwrap_or(("", text));
+    let port = port.parse::<u16>();
+    match (text.parse(), host, &port) {
+        (Ok(address), ..) => Ok(address),
+        (Err(_), "localhost", Ok(port)) => Ok(SocketAddr::new(IpAddr::from([127, 0, 0, 1]), *port)),
+        _ => {
+            let port = port.unwrap_or(DEFAULT_PORT);
+            Err(format!(
+                "write an IP address of this machine and a port: 127.0.0.1:{port} for this machine alone, 0.0.0.0:{port} for other hosts too"
+            ))
+        }
+    }
 }
 
 /// Most workers a job can have.
@@ -349,6 +369,19 @@ mod tests {
         ] {
             let all: Vec<&str> = ["--world-size", "2"].iter().chain(arguments).copied().collect();
             assert_eq!(run(&all).unwrap().is_secure(), is_secure, "{arguments:?}");
+        }
+    }
+
+    #[test]
+    fn listening_wants_an_address_and_knows_localhost() {
+        let listen =
+            |text: &str| run(&["--world-size", "2", "--listen", text]).map(|args| (args.listen_address().to_string(), args.is_secure()));
+        assert_eq!(listen("localhost:9"), Ok(("127.0.0.1:9".into(), false)));
+        assert_eq!(listen("[::1]:9"), Ok(("[::1]:9".into(), false)));
+        for (text, port) in [("master:7000", 7000), ("7000", 7000), (":7000", 7000), ("10.0.0.1", 7733), ("localhost", 7733), ("::1", 1)] {
+            let error = listen(text).unwrap_err();
+            let words = format!("127.0.0.1:{port} for this machine alone, 0.0.0.0:{port} for other hosts too");
+            assert!(error.contains(&format!("'{text}' for '--listen <ADDRESS:PORT>'")) && error.contains(&words), "{error}");
         }
     }
 

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::Result;
-use peapod_proto::secure::{Access, AccessError, Link, refusal};
+use peapod_proto::secure::{Access, AccessError, Link, failure, refusal};
 use peapod_proto::v1;
 
 use crate::announce::address_in;
@@ -75,7 +75,7 @@ async fn connect(target: &Target) -> Result<Client> {
 }
 
 fn said(status: tonic::Status) -> anyhow::Error {
-    anyhow::anyhow!("{}", refusal(&status).unwrap_or_else(|| status.message().to_owned()))
+    anyhow::anyhow!("{}", refusal(&status).unwrap_or_else(|| failure(&status)))
 }
 
 /// Prints what the job is doing.

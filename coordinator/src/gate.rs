@@ -297,8 +297,8 @@ async fn shake_hands(mut stream: TcpStream, tls: Option<TlsAcceptor>) -> Result<
     }
 }
 
-/// Tells a peer why it is sent away.
-async fn answer_and_close(stream: &mut TcpStream, words: &str) {
+/// Tells a peer that speaks HTTP/2 why it is sent away.
+pub async fn answer_and_close(stream: &mut TcpStream, words: &str) {
     if stream.write_all(&http2_goaway(words)).await.is_ok() {
         close_gently(stream).await;
     }

@@ -5,6 +5,7 @@ use std::task::{Context, Poll, ready};
 
 use bytes::Bytes;
 use http_body::{Body as HttpBody, Frame, SizeHint};
+use peapod_proto::MAX_MESSAGE_BYTES;
 use tonic::Status;
 use tonic::body::Body;
 use tonic::codegen::Service;
@@ -17,9 +18,6 @@ const JOIN_PATH: &str = "/peapod.v1.Membership/Join";
 const PREFIX_BYTES: usize = 5;
 /// The first message of a stream: nobody knows yet who sends it.
 const MAX_HELLO_BYTES: u32 = 16 << 10;
-/// A worker that was without a coordinator for long says every step of that time in one message: ten bytes or so a sample, so millions of samples. In
-/// memory a message can be fifty times as large, so that a larger one would be a danger.
-pub const MAX_MESSAGE_BYTES: usize = 64 << 20;
 
 /// The largest message of a kind, which is told by the field of `FromWorker.message` that it begins with.
 fn largest(field: u8) -> (&'static str, u32) {
@@ -29,6 +27,8 @@ fn largest(field: u8) -> (&'static str, u32) {
         3 => ("heartbeat", 4 << 10),
         4 => ("bootstrap", 64 << 10),
         5 => ("step report", 64 << 20),
+        // Whoever was long without a coordinator says every step of that time at once: ten bytes or so a sample, so millions of samples. In memory a
+        // message can be fifty times as large, so that a larger one would be a danger.
         6 => ("stopped", MAX_MESSAGE_BYTES as u32),
         7 => ("lease request", 4 << 10),
         8 => ("shard report", 64 << 20),

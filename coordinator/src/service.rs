@@ -320,7 +320,11 @@ impl TryFrom<v1::CheckpointHeader> for Header {
 }
 
 fn store_failed(error: StoreError) -> Status {
-    Status::internal(error.to_string())
+    match error {
+        // It would be no better another time.
+        StoreError::Damaged { .. } => Status::data_loss(error.to_string()),
+        _ => Status::internal(error.to_string()),
+    }
 }
 
 impl Service {

@@ -9,24 +9,24 @@ set -eu
 # Where both kinds of images run as: nobody in particular, and the owner of what the coordinator writes.
 owner=10001:10001
 here=$(dirname "$0")
+certificates=/etc/ssl/certs/ca-certificates.crt
 
 programs() { # DIR PACKAGE NAME...: from DIR, or built
   from=$1 package=$2
   shift 2
-  mkdir -p /out/programs/opt/peapod/bin
   if [ -z "$from" ]; then
     bins=$(printf -- '--bin %s ' "$@")
     # shellcheck disable=SC2086
     cargo build --release --locked -p "$package" $bins ${FEATURES:+--features "$FEATURES"}
     from=target/release
   fi
-  for name; do
-    install -m 755 "$from/$name" /out/programs/opt/peapod/bin/
-  done
-  # What they talk HTTPS with, where the base image has none.
-  if [ -e /etc/ssl/certs/ca-certificates.crt ]; then
-    install -D -m 644 /etc/ssl/certs/ca-certificates.crt /out/programs/etc/ssl/certs/ca-certificates.crt
+  "$here/../setup/install.sh" programs "$from" /out/programs/opt/peapod "$@"
+  # What they talk HTTPS with: a slim base image has none, and no more has a slim builder.
+  if ! [ -s "$certificates" ]; then
+    { apt-get update -q && apt-get install -qy --no-install-recommends ca-certificates; } ||
+      { echo "assemble.sh: no $certificates, and ca-certificates cannot be installed: give a BUILDER that has them" >&2; exit 1; }
   fi
+  install -D -m 644 "$certificates" "/out/programs$certificates"
 }
 
 case $1 in
@@ -38,11 +38,7 @@ libtorch)
     [ "$kind" = cpu ] && size=slim || size=full
     "$here/../setup/libtorch.sh" "$from" "$size"
   fi
-  # Nothing but libraries: torch/ stays beside nvidia/, where libtorch's own RPATH looks for the latter.
-  mkdir -p /out/libtorch/torch
-  cp -a "$from/torch/lib" /out/libtorch/torch/
-  cp -a "$from/nvidia" /out/libtorch/
-  find /out/libtorch -name '*.a' -delete
+  "$here/../setup/install.sh" libtorch "$from" /out/libtorch/opt/peapod
   ;;
 coordinator)
   programs "${2:-}" peapod-coordinator coordinator
@@ -53,8 +49,6 @@ worker)
   kind=$2
   export LIBTORCH=/libtorch/torch
   programs "${3:-}" peapod-worker worker sample
-  # The programs look for libtorch in ../lib.
-  ln -s libtorch/torch/lib /out/programs/opt/peapod/lib
   # Models of the hub: for a volume, which takes its mode from here.
   install -d -m 1777 /out/programs/models
   if [ "$kind" = cpu ]; then

@@ -9,6 +9,7 @@
 #     --build-arg PROGRAMS=dist --build-arg LIBTORCH=dist/libtorch .
 
 ARG BUILDER=rust:1.89-bookworm
+# A Debian or an Ubuntu, for CUDA.
 ARG BASE=debian:bookworm-slim
 
 FROM ${BUILDER} AS build
@@ -30,7 +31,12 @@ COPY . .
 RUN deploy/images/assemble.sh worker "${VARIANT}" "${PROGRAMS}"
 
 FROM ${BASE}
-COPY --from=build /out/libtorch/ /opt/peapod/libtorch/
+ARG VARIANT=cuda
+# What NCCL loads to speak to InfiniBand and RoCE adapters. Without it, it takes sockets.
+RUN if [ "${VARIANT}" = cuda ]; then \
+      apt-get update -q && apt-get install -qy --no-install-recommends libibverbs1 ibverbs-providers && rm -rf /var/lib/apt/lists/*; \
+    fi
+COPY --from=build /out/libtorch/ /
 COPY --from=build /out/programs/ /
 ENV PATH=/opt/peapod/bin:/usr/local/bin:/usr/bin:/bin \
     SSL_CERT_FILE=/etc/ssl/certs/ca-certificates.crt \

@@ -52,7 +52,7 @@ make_base() {
   ln -s usr/lib "$root/lib"
   ln -s usr/lib64 "$root/lib64"
   chmod 1777 "$root/tmp"
-  for tool in sh install mkdir cp ln find chown dirname sleep; do
+  for tool in sh install mkdir cp ln mv rm find chown dirname sleep; do
     install -m 755 "$(command -v "$tool")" "$root/usr/bin/$tool"
   done
   { ldd "$root"/usr/bin/* "$programs"/{coordinator,worker}; } | grep -oE '/[^ ]+' | grep -vE ':$|/torch/|/nvidia/' | sort -u | while read -r file; do

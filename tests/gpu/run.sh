@@ -3,7 +3,7 @@
 #   1. the golden cases of networks in f32 and bf16; the conformance suite on NCCL, one member for each GPU; the fused operators compiled, and
 #      proved beside libtorch's, and FP8 products; what each kind of number costs the demo's losses and gradient;
 #   2. the demo for twenty steps in f32 by two workers: on the CPU over TCP, then on GPUs over NCCL (on one GPU, if there is only one), with
-#      fused operators and with libtorch's: the adapters must be alike to rounding;
+#      fused operators and with libtorch's, and with pictures encoded on a second stream: the adapters must be alike to rounding;
 #   3. the same from latents and text that the GPU has computed beforehand;
 #   4. three steps of the demo under compute-sanitizer, where that is installed;
 #   5. all-reduces of the demo's gradient among the GPUs, if there are several;
@@ -92,6 +92,8 @@ if wanted 2; then
   python3 tests/gpu/compare_adapters.py "$out/tcp" "$out/nccl" 1e-3
   train_on_gpu plain "$out/job.toml" PEAPOD_KERNELS=plain
   python3 tests/gpu/compare_adapters.py "$out/plain" "$out/nccl" 1e-3
+  train_on_gpu ahead "$out/job.toml" PEAPOD_ENCODE_AHEAD=true
+  python3 tests/gpu/compare_adapters.py "$out/ahead" "$out/nccl" 1e-3
 fi
 
 if wanted 3; then
@@ -139,6 +141,7 @@ if wanted 6; then
   step --attention flash
   step --attention efficient
   step --cudnn-benchmark
+  step --encode-ahead
   step --precomputed
   step --gradient-checkpointing
   step --fp8-linears
@@ -167,6 +170,7 @@ if wanted 7; then
     done
     failures=$before
     beside --batch 12 --native 3
+    beside --batch 10 --encode-ahead
     beside --batch 10 --vae-dtype bf16
     beside --batch 10 --precomputed
     beside --batch 10 --fp8-linears

@@ -23,8 +23,13 @@ def struct(required, **fields):
     return {"type": "object", "properties": fields, "required": required, "additionalProperties": False}
 
 
-# What is used of the custom resources, by their definitions (jobset.x-k8s.io/v1alpha2 and kueue.x-k8s.io/v1beta2): the schemas above do not
-# have them. A JobSet's jobs are checked as what they become, objects of batch/v1.
+TEXT = {"type": "string", "minLength": 1}
+TEXTS = {"type": "object", "additionalProperties": TEXT}
+# As Prometheus reads it.
+SPAN = {"type": "string", "pattern": "^[0-9]+(ms|s|m|h|d|w|y)$"}
+
+# What is used of the custom resources, by their definitions (jobset.x-k8s.io/v1alpha2, kueue.x-k8s.io/v1beta2, monitoring.coreos.com/v1): the
+# schemas above do not have them. A JobSet's jobs are checked as what they become, objects of batch/v1.
 CUSTOM = {
     ("jobset.x-k8s.io/v1alpha2", "JobSet"): struct(
         ["replicatedJobs"],
@@ -39,6 +44,26 @@ CUSTOM = {
     ),
     ("kueue.x-k8s.io/v1beta2", "LocalQueue"): struct(
         ["clusterQueue"], clusterQueue=NAME, stopPolicy={"enum": ["None", "Hold", "HoldAndDrain"]}
+    ),
+    ("monitoring.coreos.com/v1", "PodMonitor"): struct(
+        ["selector", "podMetricsEndpoints"],
+        selector=struct(["matchLabels"], matchLabels=TEXTS),
+        podMetricsEndpoints={"type": "array", "minItems": 1, "items": struct(["port"], port=NAME, path=TEXT, interval=SPAN)},
+    ),
+    ("monitoring.coreos.com/v1", "PrometheusRule"): struct(
+        ["groups"],
+        groups={
+            "type": "array",
+            "items": struct(
+                ["name", "rules"],
+                name=TEXT,
+                rules={
+                    "type": "array",
+                    "minItems": 1,
+                    "items": struct(["alert", "expr"], alert=TEXT, expr=TEXT, labels=TEXTS, annotations=TEXTS, **{"for": SPAN}),
+                },
+            ),
+        },
     ),
 }
 

@@ -34,6 +34,7 @@ def parse():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--reference", action="store_true", help="the peer as the published trainer does it")
     parser.add_argument("--fp8-linears", action="store_true", help="the worker with FP8 in its UNet's transformers")
+    parser.add_argument("--encode-ahead", action="store_true", help="the worker with the next step's pictures and captions encoded on a second stream")
     parser.add_argument("--precomputed", action="store_true", help="the worker with latents and text from its cache, which the peer has not")
     parser.add_argument("--compile", action="store_true", help="the peer under torch.compile")
     return parser.parse_args()
@@ -59,7 +60,7 @@ def main():
     worker = [options.worker, "bench", *alike]
     worker += [] if options.published else ["--model", options.model, "--student", f"{options.model}/text_encoder_zh"]
     worker += ["--batch", options.batch, "--size", *size, "--steps", str(options.steps), "--warmup", str(WARMUP)]
-    worker += [flag for flag, wanted in [("--fp8-linears", options.fp8_linears), ("--precomputed", options.precomputed)] if wanted]
+    worker += [flag for flag, wanted in [("--fp8-linears", options.fp8_linears), ("--precomputed", options.precomputed), ("--encode-ahead", options.encode_ahead)] if wanted]
     worker += ["--peak-time", "0s", "--json"]
 
     rates, memory = {"worker": [], "diffusers": []}, {"worker": 0.0, "diffusers": 0.0}

@@ -222,3 +222,16 @@ fn share_of_native_captions_is_reported_exactly() {
     assert!(steps.iter().all(|step| step.native <= step.samples));
     coordinator.assert_said("native      37.5 % of the samples; the others are parallel");
 }
+
+#[test]
+fn filters_that_leave_out_most_samples_are_said_while_training_goes_on() {
+    let mut cluster = Cluster::new();
+    cluster.deal_samples(&[256]);
+    cluster.job.set_steps(2).set("data.captions.parallel_key", "caption_ja").set("train.global_batch", 8).set("train.micro_batch", 4);
+    let mut coordinator = cluster.coordinator(1, &["--local"]);
+    coordinator.expect_exit(0);
+    let said = coordinator.lines_with("samples read so far are filtered out by the job's rules, most often one_sided ");
+    assert_eq!(said.len(), 1, "{said:?}");
+    assert!(said[0].contains("WARN") && said[0].ends_with("(data.captions.parallel_key and english_key)"), "{said:?}");
+    assert_eq!(cluster.trained_samples().len(), 16, "native ones");
+}

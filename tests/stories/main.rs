@@ -33,3 +33,4 @@ mod slurm;
 mod soak;
 mod sources;
 mod training;
+mod whole_node;

@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process;
+use std::time::Duration;
 
 use clap::{CommandFactory, Parser};
 use peapod_coordinator::config::{Cli as Coordinator, RunArgs};
@@ -24,6 +25,9 @@ const SENT_AWAY: i64 = 143;
 
 /// Where models of the hub are kept; no argument of ours.
 const HUB_HOME: &str = "HF_HOME";
+
+/// How many workers the script of a whole node starts; no argument of theirs.
+const NUM_GPUS: &str = "NUM_GPUS";
 
 fn deploy(path: &str) -> PathBuf {
     workspace().join("deploy").join(path)
@@ -91,6 +95,12 @@ impl Overlay {
         &self.worker_job()["template"]["spec"]
     }
 
+    /// Workers in a pod: one for each of its GPUs, or one without any.
+    fn workers_of_a_pod(&self) -> u64 {
+        let gpus = &self.worker_pod()["containers"][0]["resources"]["limits"]["nvidia.com/gpu"];
+        gpus.as_str().map_or(1, |gpus| gpus.parse().unwrap())
+    }
+
     /// What the coordinator makes of its arguments.
     fn run_args(&self) -> RunArgs {
         let container = &self.coordinator_pod()["containers"][0];
@@ -139,6 +149,48 @@ fn every_overlay_renders_into_what_kubernetes_takes() {
     assert_eq!(names, ["cpu-demo", "jobset", "kueue", "one-node", "three-nodes"]);
 }
 
+/// The objects of an overlay with a component; nothing where they cannot be rendered.
+fn with_component(overlay: &str, component: &str) -> Option<Overlay> {
+    let folder = tempfile::tempdir().unwrap();
+    // Kustomize takes relative paths only.
+    let folder_path = folder.path().canonicalize().unwrap();
+    let up = "../".repeat(folder_path.components().count() - 1);
+    let path = |path: &str| format!("{up}{}", deploy("kubernetes").join(path).strip_prefix("/").unwrap().display());
+    let (overlay, component) = (path(&format!("overlays/{overlay}")), path(&format!("components/{component}")));
+    let text = format!("resources: [{overlay}]\ncomponents: [{component}]\n");
+    std::fs::write(folder_path.join("kustomization.yaml"), text).unwrap();
+    let mut rendered = check(std::slice::from_ref(&folder_path))?.unwrap_or_else(|problems| panic!("{problems}"));
+    Some(Overlay { name: component, objects: rendered.remove(folder_path.to_str().unwrap()).unwrap() })
+}
+
+#[test]
+fn every_component_renders_into_what_kubernetes_takes() {
+    let mut names: Vec<String> = std::fs::read_dir(deploy("kubernetes/components"))
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    names.sort();
+    assert_eq!(names, ["prometheus", "rdma", "whole-node"]);
+    let Some(rdma) = with_component("one-node", "rdma") else { return };
+    let limits = &rdma.worker_pod()["containers"][0]["resources"]["limits"];
+    assert!(limits["rdma/hca_shared_devices_a"] == "1" && limits["nvidia.com/gpu"] == "8", "{limits}");
+    let nccl = rdma.of_kind("ConfigMap").find(|map| map["metadata"]["name"] == "peapod-nccl").unwrap();
+    assert_eq!(nccl["data"], serde_json::json!({"NCCL_DEBUG": "WARN", "NCCL_IB_HCA": "mlx5"}));
+
+    let prometheus = with_component("three-nodes", "prometheus").unwrap();
+    let monitor = &prometheus.only("PodMonitor")["spec"];
+    let labels = &prometheus.only("StatefulSet")["spec"]["template"]["metadata"]["labels"];
+    for (label, value) in monitor["selector"]["matchLabels"].as_object().unwrap() {
+        assert_eq!(&labels[label], value);
+    }
+    let ports = prometheus.coordinator_pod()["containers"][0]["ports"].as_array().unwrap();
+    assert!(ports.iter().any(|port| port["name"] == monitor["podMetricsEndpoints"][0]["port"]), "{ports:?}");
+
+    // A node's GPUs in one pod: as many pods as nodes.
+    let nodes = with_component("three-nodes", "whole-node").unwrap();
+    assert_eq!(nodes.workers_of_a_pod(), 8);
+}
+
 #[test]
 fn misspelled_field_is_found() {
     let folder = tempfile::tempdir().unwrap();
@@ -159,15 +211,26 @@ fn misspelled_field_is_found() {
 fn world_is_as_large_as_the_workers_job() {
     for overlay in all().unwrap_or_default() {
         let (run, job) = (overlay.run_args(), overlay.worker_job());
-        assert_eq!(job["completions"], run.world_size, "{}", overlay.name);
-        assert_eq!(job["parallelism"], run.world_size, "{}", overlay.name);
-        // Nobody evicts more than the job can be without.
-        assert_eq!(overlay.only("PodDisruptionBudget")["spec"]["minAvailable"], run.min_world_size(), "{}", overlay.name);
+        let (world, min) = (u64::from(run.world_size), u64::from(run.min_world_size()));
+        let (pods, workers_of_a_pod) = (job["completions"].as_u64().unwrap(), overlay.workers_of_a_pod());
+        assert_eq!(pods * workers_of_a_pod, world, "{}", overlay.name);
+        assert_eq!(job["parallelism"], pods, "{}", overlay.name);
+        // Nobody evicts more than the job can be without, or more than one at a time. One pod alone could only be kept from leaving.
+        let budgets: Vec<&Value> = overlay.of_kind("PodDisruptionBudget").map(|budget| &budget["spec"]["minAvailable"]).collect();
+        let least_pods = min.div_ceil(workers_of_a_pod);
+        let expected: Vec<u64> = if pods == 1 { Vec::new() } else { vec![least_pods.min(pods - 1)] };
+        assert_eq!(budgets, expected, "{}", overlay.name);
+        // When too few are left to train, those that are left wait for nobody; the number cannot be above that of the pods.
+        let mut spare = pods - least_pods;
         if let Some(least) =
             overlay.of_kind("Job").find_map(|job| job["metadata"]["annotations"]["kueue.x-k8s.io/job-min-parallelism"].as_str())
         {
-            assert_eq!(least, run.min_world_size().to_string(), "{}", overlay.name);
+            assert_eq!(least, least_pods.to_string(), "{}", overlay.name);
+            spare = spare.min(least_pods);
         }
+        assert_eq!(job["maxFailedIndexes"], spare, "{}", overlay.name);
+        // GPUs may be queued for: that is no failure.
+        assert!(run.join_timeout >= Duration::from_secs(3 * 86_400), "{}", overlay.name);
         let text = overlay.of_kind("ConfigMap").find_map(|map| map["data"]["job.toml"].as_str()).unwrap();
         let job = Job::parse(text).unwrap();
         assert!(job.train.global_batch >= run.world_size, "{}", overlay.name);
@@ -233,12 +296,16 @@ fn workers_take_the_arguments_and_variables_they_are_given() {
     for overlay in all().unwrap_or_default() {
         let container = &overlay.worker_pod()["containers"][0];
         let mut line = command_line(container);
+        if container["command"].is_array() {
+            // What the script of a whole node adds.
+            line.extend(["--device=cuda:7".to_owned(), "--rank=7".to_owned()]);
+        }
         for variable in container["env"].as_array().unwrap() {
             let name = variable["name"].as_str().unwrap();
             if line[1..].iter().any(|argument| *argument == format!("--device={}", variable["value"].as_str().unwrap_or_default())) {
                 continue;
             }
-            if name == HUB_HOME {
+            if [HUB_HOME, NUM_GPUS].contains(&name) {
                 continue;
             }
             let argument = command.get_arguments().find(|argument| argument.get_env().is_some_and(|env| env == name));
@@ -253,7 +320,7 @@ fn workers_take_the_arguments_and_variables_they_are_given() {
             .of_kind("Service")
             .find(|service| coordinator == format!("https://{}:{DEFAULT_PORT}", service["metadata"]["name"].as_str().unwrap()));
         assert!(service.is_some(), "{}: {coordinator} is no Service", overlay.name);
-        let has_gpu = container["resources"]["limits"]["nvidia.com/gpu"] == "1";
+        let has_gpu = container["resources"]["limits"]["nvidia.com/gpu"].is_string();
         assert_eq!(has_gpu, matches!(cli.run.device, Choice::Cuda(_)), "{}", overlay.name);
     }
 }
@@ -297,8 +364,8 @@ fn exit_codes_are_told_apart() {
         ] {
             assert_eq!(action(job, code), expected, "{}: exit code {code}", overlay.name);
         }
-        // No failure of one pod ends or restarts another.
-        assert!(job["backoffLimitPerIndex"].as_u64().unwrap() > 0 && job["maxFailedIndexes"].is_null(), "{}", overlay.name);
+        // No failure of one pod ends or restarts another that the job can go on with.
+        assert!(job["backoffLimitPerIndex"].as_u64().unwrap() > 0, "{}", overlay.name);
         let rules = job["podFailurePolicy"]["rules"].as_array().unwrap();
         assert!(rules.iter().all(|rule| rule["action"] != "FailJob"), "{}", overlay.name);
     }
@@ -318,10 +385,14 @@ fn units_and_compose_start_the_programs_with_arguments_they_take() {
         let text = read(unit);
         let line = text.lines().find_map(|line| line.strip_prefix("ExecStart=")).unwrap();
         let line = line.replace("${WORLD_SIZE}", "8").replace("${MIN_WORLD_SIZE}", "4").replace("%i", "3");
+        let defaults = text.lines().filter_map(|line| line.strip_prefix("Environment=")?.split_once('='));
+        let line = defaults.fold(line, |line, (name, value)| line.replace(&format!("${{{name}}}"), value));
         line.split(' ').map(str::to_owned).collect::<Vec<_>>()
     };
     let run = Coordinator::try_parse_from(command("systemd/coordinator.service")).unwrap().run;
     assert_eq!((run.validate(), run.world_size, run.min_world_size()), (Ok(()), 8, 4));
+    // Workers that are started with their machine find it after the end of the job.
+    assert!(run.stay);
     let mut line = command("systemd/worker@.service");
     line.push("--coordinator=http://a:1".into());
     assert_eq!(Worker::try_parse_from(line).unwrap().run.device, Choice::Cuda(Some(3)));

@@ -264,6 +264,30 @@ fn worker_that_finds_no_coordinator_says_where_it_looked() {
 }
 
 #[test]
+fn who_is_given_the_port_of_the_page_is_told_so() {
+    let cluster = twelve_steps();
+    let mut coordinator = cluster.coordinator(1, &[]);
+    let line = coordinator.wait_for("live page and metrics on http://");
+    let page = line.split_once("http://").unwrap().1.trim_end_matches('/');
+    let plain = format!("http://{page}");
+    let words = "the coordinator refuses: this is the port of the live page; workers and commands connect to the one of --listen";
+    let mut worker = Process::start("worker", "worker", &["--coordinator", &plain]);
+    worker.expect_exit(2);
+    worker.assert_said(&format!("worker: {words}"));
+    let mut status = Process::start("status", "coordinator", &["status", "--coordinator", &plain]);
+    status.expect_exit(1);
+    status.assert_said(words);
+    // With a join string whose port was changed.
+    let join = format!("peapod://0123456789abcdef@{page}/{}", "0".repeat(64));
+    let mut joining = Process::start("joining", "worker", &["--join", &join]);
+    joining.expect_exit(2);
+    joining.assert_said("it speaks without TLS: ");
+    joining.assert_said("(or the port is that of its live page)");
+    coordinator.worker("right", &[]).expect_exit(0);
+    coordinator.expect_exit(0);
+}
+
+#[test]
 fn worker_gives_up_on_a_coordinator_that_vanished() {
     let mut cluster = Cluster::new();
     cluster.job.set_steps(100_000);

@@ -209,6 +209,10 @@ fn metrics_keep_the_conventions_and_every_query_of_the_dashboard_names_one() {
     }
     queries.extend(dashboard["templating"]["list"].as_array().unwrap().iter().filter_map(|variable| variable["query"]["query"].as_str()));
     assert!(queries.len() > 20);
+    let rules = std::fs::read_to_string(workspace().join("deploy/kubernetes/components/prometheus/rules.yaml")).unwrap();
+    let alerts: Vec<&str> = rules.split("- alert: ").skip(1).collect();
+    assert!(alerts.len() > 5);
+    queries.extend(alerts);
     for query in queries {
         let names = names_in(query);
         assert!(!names.is_empty() && names.iter().all(|name| served.contains(name)), "{query}: {names:?}");

@@ -75,6 +75,13 @@ fn precomputed_shards_of_another_job_end_it_with_what_differs() {
     let made = cluster.folder().join("made");
     precompute(&cluster, &made, &[]).expect_exit(0);
     cluster.job.set("data.shards", vec![format!("{}/{{00000..00001}}.tar", made.display())]).set("data.min_aesthetic", 5.0);
+    // An inspection needs no model to see it.
+    let job = cluster.folder().join("other.toml");
+    fs::write(&job, cluster.job.to_string()).unwrap();
+    let mut inspect = Process::start("inspect", "worker", &["shards", "inspect", "--job", job.to_str().unwrap()]);
+    inspect.expect_exit(1);
+    inspect.assert_said("worker: 2 of 2 shards cannot be used as they are; the first is ");
+    inspect.assert_said("data.min_aesthetic was `6`, is `5`");
     let mut coordinator = cluster.coordinator(1, &["--local"]);
     coordinator.expect_exit(1);
     for words in ["in phase data: ", "made/0000", "data.min_aesthetic was `6`, is `5`", "run `worker precompute` with this job"] {
@@ -117,18 +124,25 @@ fn precompute_goes_on_where_it_was_killed_and_shares_its_list() {
 #[test]
 fn what_cannot_be_precomputed_is_named_and_the_rest_is_made() {
     let mut cluster = Cluster::new();
-    cluster.deal_samples(&[4, 4, 4]);
+    cluster.deal_samples(&[4, 4, 4, 4]);
     let shards = cluster.folder().join("shards");
     fs::remove_file(shards.join("00001.tar")).unwrap();
-    // The last breaks off: what precedes the break is made, and training is told of it.
-    let whole = fs::read(shards.join("00002.tar")).unwrap();
+    // Of the third what precedes the break is made, and training is told of it; the last is what a proxy sent in its place.
+    let [whole, last] = ["00002.tar", "00003.tar"].map(|name| fs::read(shards.join(name)).unwrap());
     fs::write(shards.join("00002.tar"), &whole[..whole.len() / 2]).unwrap();
+    fs::write(shards.join("00003.tar"), "<!DOCTYPE html>").unwrap();
     let made = cluster.folder().join("made");
     let mut process = precompute(&cluster, &made, &[]);
     process.expect_exit(1);
     process.assert_said("shard 1 is not made: open ");
-    process.assert_said("the rest of it is lost");
-    process.assert_said("1 of 3 shards are not made (1)");
+    process.assert_said("shard 3 is not made: ");
+    process.assert_said("00003.tar: it is no tar, or breaks off within the first header: it begins with `<!DOCTYPE html>`");
+    process.assert_said("the rest of it is lost, unless you mend it, remove ");
+    process.assert_said("shards     2 made (1 in part), 0 were there, 2 failed");
+    process.assert_said("2 of 4 shards are not made (1, 3); the first: open ");
+    process.assert_said("start the same command again: only what is missing is made then");
+    assert!(process.lines_with("for a job").is_empty(), "there is no whole list yet");
+    assert!(!made.join("00003.tar").exists());
     let list = format!("{}/*.tar", made.display());
     let mut inspect = Process::start("inspect", "worker", &["shards", "inspect", &list, "--json"]);
     inspect.expect_exit(1);
@@ -137,7 +151,15 @@ fn what_cannot_be_precomputed_is_named_and_the_rest_is_made() {
     let summary: serde_json::Value = serde_json::from_str(&lines.join("\n")).unwrap();
     assert_eq!((summary["num_shards"].as_u64(), summary["unreadable"].as_array().unwrap().len()), (Some(2), 1), "{summary}");
 
+    // Once they are there, they alone are made.
+    fs::write(shards.join("00001.tar"), &whole).unwrap();
+    fs::write(shards.join("00003.tar"), &last).unwrap();
+    let mut again = precompute(&cluster, &made, &[]);
+    again.expect_exit(0);
+    again.assert_said("shards     2 made, 2 were there");
+    again.assert_said("{00000..00003}.tar");
+
     let mut bad = precompute(&cluster, &made, &["--shards", "9"]);
     bad.expect_exit(2);
-    bad.assert_said("there is no shard 9: the job's list has 3, from 0");
+    bad.assert_said("there is no shard 9: the job's list has 4, from 0");
 }

@@ -37,17 +37,29 @@ fn shards_are_made_inspected_and_trained_on() {
     pictures_and_table(folder.path(), 40);
     let table = folder.path().join("table.csv");
     let out = |name: &str| format!("{}/{name}/{{00000..}}.tar", folder.path().display());
-    let make = |out: &str| {
+    let make_with = |out: &str, more: &[&str]| {
         let arguments = ["shards", "make", "--table", table.to_str().unwrap(), "--out", out, "--samples-per-shard", "16"];
-        Process::start("make", "worker", &arguments)
+        Process::start("make", "worker", &[&arguments, more].concat())
     };
+    let make = |out: &str| make_with(out, &["--skip-bad"]);
+    // What a look at the table shows is told before anything is written.
+    let mut refused = make_with(&out("a"), &[]);
+    refused.expect_exit(2);
+    refused.assert_said("table.csv: 2 of 43 rows cannot be used (missing picture 1, no number 1); nothing was written. Mend them, or leave them out with --skip-bad:");
+    refused.assert_said("  line 43: ");
+    refused.assert_said("missing.jpg: No such file or directory");
+    refused.assert_said("  line 44: watermark `high` is no number");
+    assert!(!folder.path().join("a").exists());
+
     let mut first = make(&out("a"));
     first.expect_exit(0);
-    first.assert_said("row 40 is left out: ");
+    first.assert_said("worker: left out: line 42: ");
     first.assert_said("broken.jpg: jpg: ");
-    first.assert_said("row 41 is left out: ");
-    first.assert_said("row 42 is left out: watermark `high` is no number");
+    first.assert_said("worker: left out: line 43: ");
+    first.assert_said("worker: left out: line 44: watermark `high` is no number");
     first.assert_said("samples    40, ");
+    first.assert_said("left out   3");
+    first.assert_said("1  unreadable picture");
     first.assert_said("a/{00000..00002}.tar");
     let files: Vec<_> = std::fs::read_dir(folder.path().join("a")).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     assert_eq!(files.len(), 3, "whole shards and nothing else: {files:?}");

@@ -79,6 +79,9 @@ pub struct Args {
     /// What networks compute with
     #[command(flatten)]
     pub kernels: KernelArgs,
+    /// On a GPU, encodes the next pictures and captions on a second stream, beside the step before theirs; takes more of its memory
+    #[arg(long, env = "PEAPOD_ENCODE_AHEAD")]
+    pub encode_ahead: bool,
     /// Lets two workers of a job train on the same GPU
     #[arg(long, env = "PEAPOD_ALLOW_SHARED_GPU")]
     pub allow_shared_gpu: bool,

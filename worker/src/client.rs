@@ -1,14 +1,14 @@
 //! Calls to the coordinator, each with its deadline.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket};
 use std::time::Duration;
 
 use futures::StreamExt;
 use peapod_proto::ids::{Generation, Step, WorkerId};
 use peapod_proto::message::{FromWorker, ToWorker};
-use peapod_proto::secure::{Access, AccessError, Link, refusal};
+use peapod_proto::secure::{Access, AccessError, Link, failure, refusal};
 use peapod_proto::trace::Trace;
-use peapod_proto::{JOB_IS_OVER, RETRY_FOR_MS, v1, work_span};
+use peapod_proto::{JOB_IS_OVER, MAX_MESSAGE_BYTES, RETRY_FOR_MS, v1, work_span};
 use sha2::{Digest, Sha256};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -26,18 +26,18 @@ const FIRST_WAIT: Duration = Duration::from_millis(100);
 const LONGEST_WAIT: Duration = Duration::from_secs(2);
 /// The longest wait of a worker that a coordinator knows: it waits for it no longer than its heartbeat timeout after it was started again.
 const LONGEST_WAIT_OF_A_MEMBER: Duration = Duration::from_millis(400);
-/// Silence of the transport after which it is probed, and then given up.
+/// Silence of a transfer's connection after which it is probed; and for how long an answer to that may be missing, which on a slow line comes after
+/// all that was sent before. (A membership stream is probed by its heartbeats.)
 const KEEPALIVE: Duration = Duration::from_secs(3);
-/// The same on a connection of a transfer: on a slow line the answer to a probe comes after all that was sent before.
-const TRANSFER_KEEPALIVE: Duration = Duration::from_secs(20);
-/// One look-up of the coordinator's name, which has been found before.
-const LOOK_UP_TIMEOUT: Duration = Duration::from_secs(1);
+const KEEPALIVE_ANSWER: Duration = Duration::from_secs(20);
 /// One picture.
 const PICTURE_TIMEOUT: Duration = Duration::from_secs(60);
 /// A whole checkpoint on its way to the coordinator's store. One that takes longer is older than the next.
 const UPLOAD_TIMEOUT: Duration = Duration::from_secs(600);
 /// Silence in the middle of a checkpoint that is being fetched.
 const DOWNLOAD_SILENCE: Duration = Duration::from_secs(60);
+/// What failed, where a download did.
+const NOT_RECEIVED: &str = "checkpoint not received";
 /// Bytes in one message of an upload.
 const CHUNK: usize = 1 << 20;
 
@@ -105,7 +105,7 @@ async fn search(
     returning: bool,
     answer_timeout: Duration,
 ) -> Result<Stream, ClientError> {
-    let endpoint = endpoint(access, KEEPALIVE).map_err(ClientError::Address)?;
+    let endpoint = endpoint(access).map_err(ClientError::Address)?;
     let started = std::time::Instant::now();
     let mut wait = FIRST_WAIT;
     let mut taken_since = None;
@@ -115,11 +115,7 @@ async fn search(
         let answer = tokio::time::timeout(answer_timeout, attempt(access, &endpoint, hello.clone())).await;
         let no_answer = || Err(Attempt::Failed(format!("no answer within {} s", answer_timeout.as_secs_f64())));
         let last = match answer.unwrap_or_else(|_| no_answer()) {
-            Ok(mut stream) => {
-                // The stream is up, and its heartbeats are waited for: a name service that is slow has to do without this worker.
-                stream.local_ip = tokio::time::timeout(LOOK_UP_TIMEOUT, local_ip(access.url())).await.ok().flatten();
-                return Ok(stream);
-            }
+            Ok(stream) => return Ok(stream),
             Err(Attempt::Over(message)) => return Err(ClientError::Over(message)),
             Err(Attempt::Refused { message, bad_arguments }) => return Err(ClientError::Refused { message, bad_arguments }),
             // Whoever had the rank may have died a moment ago, and this worker be the one in its place; unless it is the one that was replaced.
@@ -149,11 +145,9 @@ async fn search(
     }
 }
 
-/// The coordinator's address with the timeouts of a connection that is probed after [`KEEPALIVE`] of silence, and given up if no answer to that
-/// comes in time either.
-fn endpoint(access: &Access, answer_timeout: Duration) -> Result<Endpoint, String> {
-    let endpoint = access.endpoint()?.connect_timeout(ATTEMPT_TIMEOUT).tcp_nodelay(true);
-    Ok(endpoint.http2_keep_alive_interval(KEEPALIVE).keep_alive_timeout(answer_timeout).keep_alive_while_idle(true))
+/// The coordinator's address, with the time that an attempt may take.
+fn endpoint(access: &Access) -> Result<Endpoint, String> {
+    Ok(access.endpoint()?.connect_timeout(ATTEMPT_TIMEOUT))
 }
 
 enum Attempt {
@@ -164,7 +158,7 @@ enum Attempt {
 }
 
 async fn attempt(access: &Access, endpoint: &Endpoint, hello: FromWorker) -> Result<Stream, Attempt> {
-    let channel = access.connect(endpoint).await.map_err(|error| match error {
+    let (channel, local_ip) = access.connect_from(endpoint).await.map_err(|error| match error {
         AccessError::Refused(message) => Attempt::Refused { message, bad_arguments: true },
         AccessError::Failed(last) => Attempt::Failed(last),
     })?;
@@ -173,9 +167,9 @@ async fn attempt(access: &Access, endpoint: &Endpoint, hello: FromWorker) -> Res
     let _ = outbound.try_send(hello);
     let messages = ReceiverStream::new(messages).map(v1::FromWorker::from);
     let trace = Trace::begin(work_span!("session", rank = tracing::field::Empty));
-    let reply = v1::membership_client::MembershipClient::new(channel).join(trace.request(messages)).await;
-    let status = match reply {
-        Ok(reply) => return Ok(Stream { outbound, inbound: reply.into_inner(), local_ip: None, trace }),
+    let mut client = v1::membership_client::MembershipClient::new(channel).max_decoding_message_size(MAX_MESSAGE_BYTES);
+    let status = match client.join(trace.request(messages)).await {
+        Ok(reply) => return Ok(Stream { outbound, inbound: reply.into_inner(), local_ip, trace }),
         Err(status) => status,
     };
     if let Some(message) = refusal(&status) {
@@ -189,7 +183,7 @@ async fn attempt(access: &Access, endpoint: &Endpoint, hello: FromWorker) -> Res
         (Code::AlreadyExists, Some(retry_for)) => Attempt::Taken { message: status.message().into(), retry_for },
         (Code::InvalidArgument | Code::AlreadyExists, _) => Attempt::Refused { message: status.message().into(), bad_arguments: true },
         (Code::FailedPrecondition | Code::Unimplemented, _) => Attempt::Refused { message: status.message().into(), bad_arguments: false },
-        _ => Attempt::Failed(status.message().into()),
+        _ => Attempt::Failed(failure(&status)),
     })
 }
 
@@ -201,16 +195,28 @@ fn jitter() -> f64 {
     0.5 + f64::from(byte[0]) / 256.0
 }
 
-/// The address this host has towards the coordinator: what other workers can reach, in all but odd networks.
-async fn local_ip(address: &str) -> Option<IpAddr> {
-    let uri: tonic::codegen::http::Uri = address.parse().ok()?;
-    let host = uri.host()?.trim_matches(['[', ']']);
-    let coordinator = tokio::net::lookup_host((host, uri.port_u16().unwrap_or(80))).await.ok()?.next()?;
-    let any: IpAddr = if coordinator.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
-    // Connecting a datagram socket sends nothing; it only chooses a route.
-    let socket = tokio::net::UdpSocket::bind((any, 0)).await.ok()?;
-    socket.connect(coordinator).await.ok()?;
-    Some(socket.local_addr().ok()?.ip())
+/// The address under which the other workers reach this one, if it is connected to the coordinator at `url` from `local`.
+///
+/// Where the coordinator is called by a name, workers of other hosts may come by it; on the coordinator's own host that name often leads to the
+/// loopback, where they do not reach anybody: there it is the address of the route to everywhere else.
+#[must_use]
+pub fn address_for_others(url: &str, local: IpAddr) -> IpAddr {
+    let host = url.parse::<tonic::codegen::http::Uri>().ok().and_then(|uri| Some(uri.host()?.trim_matches(['[', ']']).to_owned()));
+    let is_name = host.is_some_and(|host| host.parse::<IpAddr>().is_err() && host != "localhost");
+    if !local.is_loopback() || !is_name {
+        return local;
+    }
+    // Networks of documentation, that nobody is in. Connecting a datagram socket sends nothing; it only chooses a route.
+    let elsewhere: [(IpAddr, IpAddr); 2] = [
+        (Ipv4Addr::UNSPECIFIED.into(), Ipv4Addr::new(192, 0, 2, 1).into()),
+        (Ipv6Addr::UNSPECIFIED.into(), Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1).into()),
+    ];
+    let on_the_way = |(any, there): (IpAddr, IpAddr)| {
+        let socket = UdpSocket::bind((any, 0)).ok()?;
+        socket.connect((there, 9)).ok()?;
+        Some(socket.local_addr().ok()?.ip()).filter(|ip| !ip.is_loopback() && !ip.is_unspecified())
+    };
+    elsewhere.into_iter().find_map(on_the_way).unwrap_or(local)
 }
 
 /// The deepest reason of an error: what the system said.
@@ -237,7 +243,8 @@ pub async fn next(inbound: &mut Streaming<v1::ToWorker>) -> Result<ToWorker, Str
 /// Opens a connection for one transfer, which ends with it. What the coordinator has not read of a transfer fills its connection's window: on the
 /// one of the membership stream, heartbeats would wait behind it, and the worker be taken for dead.
 async fn connect_apart(access: &Access) -> Result<Link, String> {
-    let endpoint = endpoint(access, TRANSFER_KEEPALIVE)?;
+    let endpoint = endpoint(access)?;
+    let endpoint = endpoint.http2_keep_alive_interval(KEEPALIVE).keep_alive_timeout(KEEPALIVE_ANSWER).keep_alive_while_idle(true);
     let started = std::time::Instant::now();
     let mut wait = FIRST_WAIT;
     loop {
@@ -333,18 +340,28 @@ pub async fn send_picture(
     Ok(transfer(access, "not stored", PICTURE_TIMEOUT, send).await?.location)
 }
 
-/// Fetches a checkpoint's files on a connection of their own, as the work of `trace`, and checks each against its SHA-256.
+/// Fetches a checkpoint's files on a connection of their own, as the work of `trace`, and checks each against its SHA-256. `moved` hears of each piece.
 ///
 /// # Errors
-/// [`ClientError::Transfer`].
-pub async fn download(access: &Access, trace: &Trace, worker: WorkerId, step: Step) -> Result<Vec<(String, Vec<u8>)>, ClientError> {
+/// [`ClientError::Transfer`] for what may go well another time, [`ClientError::Refused`] for what will not.
+pub async fn download(
+    access: &Access,
+    trace: &Trace,
+    worker: WorkerId,
+    step: Step,
+    moved: impl Fn(),
+) -> Result<Vec<(String, Vec<u8>)>, ClientError> {
     use v1::download_message::Message;
-    let failed = |message: String| ClientError::Transfer { what: "checkpoint not received", message };
+    let failed = |message: String| ClientError::Transfer { what: NOT_RECEIVED, message };
     let request = v1::DownloadRequest { worker_id: worker.0, step: step.0 };
     let mut client = v1::checkpoints_client::CheckpointsClient::new(connect_apart(access).await.map_err(failed)?);
-    let mut messages = in_time(client.download(trace.request(request))).await.map_err(failed)?.into_inner();
-    let mut next = async || in_time(messages.message()).await.map(|message| message.and_then(|message| message.message));
-    let header = match next().await.map_err(failed)? {
+    let mut messages = in_time(client.download(trace.request(request))).await?.into_inner();
+    let mut next = async || {
+        let message = in_time(messages.message()).await?;
+        moved();
+        Ok::<_, ClientError>(message.and_then(|message| message.message))
+    };
+    let header = match next().await? {
         Some(Message::Header(header)) => header,
         _ => return Err(failed("it does not begin with its header".into())),
     };
@@ -352,7 +369,7 @@ pub async fn download(access: &Access, trace: &Trace, worker: WorkerId, step: St
     let mut rest: Vec<u8> = Vec::new();
     for part in header.parts {
         while (rest.len() as u64) < part.num_bytes {
-            match next().await.map_err(failed)? {
+            match next().await? {
                 Some(Message::Chunk(chunk)) => rest.extend(chunk),
                 _ => return Err(failed(format!("it ended in the middle of {}", part.name))),
             }
@@ -369,9 +386,16 @@ pub async fn download(access: &Access, trace: &Trace, worker: WorkerId, step: St
 }
 
 /// What a download says next, or why it says nothing.
-async fn in_time<T>(answer: impl Future<Output = Result<T, tonic::Status>>) -> Result<T, String> {
+async fn in_time<T>(answer: impl Future<Output = Result<T, tonic::Status>>) -> Result<T, ClientError> {
+    let failed = |message: String| ClientError::Transfer { what: NOT_RECEIVED, message };
     let answer = tokio::time::timeout(DOWNLOAD_SILENCE, answer).await;
-    answer.map_err(|_| format!("nothing came for {} s", DOWNLOAD_SILENCE.as_secs()))?.map_err(|status| status.message().into())
+    let answer = answer.map_err(|_| failed(format!("nothing came for {} s", DOWNLOAD_SILENCE.as_secs())))?;
+    answer.map_err(|status| match status.code() {
+        Code::NotFound | Code::DataLoss | Code::Unauthenticated => {
+            ClientError::Refused { message: format!("{NOT_RECEIVED}: {}", status.message()), bad_arguments: false }
+        }
+        _ => failed(if status.message().is_empty() { innermost(&status) } else { status.message().into() }),
+    })
 }
 
 #[cfg(test)]
@@ -461,6 +485,82 @@ mod tests {
         let answer = search(&access, hello(), Duration::ZERO, false, Duration::from_millis(50)).await;
         let Err(ClientError::Unreachable { last, .. }) = answer else { panic!("joined a coordinator that says nothing") };
         assert_eq!(last, "no answer within 0.05 s");
+    }
+
+    /// A coordinator whose job file has a long list of shards.
+    struct Wordy;
+
+    #[tonic::async_trait]
+    impl v1::membership_server::Membership for Wordy {
+        type JoinStream = BoxStream<'static, Result<v1::ToWorker, Status>>;
+
+        async fn join(&self, _: Request<Streaming<v1::FromWorker>>) -> Result<Response<Self::JoinStream>, Status> {
+            let welcome = ToWorker::Welcome {
+                worker: WorkerId(1),
+                rank: peapod_proto::ids::Rank(0),
+                world_size: 1,
+                job_id: "job".into(),
+                job_toml: "x".repeat(6 << 20),
+                heartbeat_interval_ms: 500,
+                heartbeat_timeout_ms: 3000,
+                join_timeout_ms: 60_000,
+                continues: Generation::NONE,
+            };
+            Ok(Response::new(futures::stream::iter([Ok(v1::ToWorker::from(welcome))]).boxed()))
+        }
+    }
+
+    #[tokio::test]
+    async fn job_file_of_megabytes_arrives() {
+        let access = serve(tonic::transport::Server::builder().add_service(v1::membership_server::MembershipServer::new(Wordy))).await;
+        let mut stream = join(&access, hello(), Duration::from_secs(5), false).await.unwrap();
+        assert_eq!(stream.local_ip, Some(Ipv4Addr::LOCALHOST.into()));
+        let said = next(&mut stream.inbound).await;
+        assert!(matches!(&said, Ok(ToWorker::Welcome { job_toml, .. }) if job_toml.len() == 6 << 20));
+    }
+
+    #[test]
+    fn loopback_is_for_who_asks_for_it_and_not_for_a_name_that_leads_to_it() {
+        let local: IpAddr = Ipv4Addr::LOCALHOST.into();
+        for url in ["http://127.0.0.1:7733", "https://localhost:7733", "http://[::1]:7733"] {
+            assert_eq!(address_for_others(url, local), local);
+        }
+        let outer: IpAddr = Ipv4Addr::new(10, 0, 0, 3).into();
+        assert_eq!(address_for_others("https://master:7733", outer), outer);
+        // Where this machine has a route to anywhere else.
+        let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
+        if socket.connect("192.0.2.1:9").is_ok() {
+            let found = address_for_others("https://master:7733", Ipv4Addr::new(127, 0, 1, 1).into());
+            assert_eq!(found, socket.local_addr().unwrap().ip());
+        }
+    }
+
+    /// Answers every connection with these bytes, whatever comes on it.
+    async fn stranger(answer: &'static [u8]) -> Access {
+        use tokio::io::{AsyncReadExt, AsyncWriteExt};
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        tokio::spawn(async move {
+            while let Ok((mut stream, _)) = listener.accept().await {
+                let _ = stream.read(&mut [0; 24]).await;
+                let _ = stream.write_all(answer).await;
+                // The answer would be lost with bytes that nobody has read.
+                let _ = stream.shutdown().await;
+                let _ = tokio::io::copy(&mut stream, &mut tokio::io::sink()).await;
+            }
+        });
+        Access::new(Some(&url), &AccessArgs::default()).unwrap()
+    }
+
+    #[tokio::test]
+    async fn another_service_at_the_address_is_told_from_a_coordinator() {
+        // A web server of HTTP/1 alone, and the alert of one that speaks TLS.
+        for answer in [&b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n"[..], b"\x15\x03\x03\x00\x02\x02\x46"] {
+            let access = stranger(answer).await;
+            let answer = search(&access, hello(), Duration::ZERO, false, Duration::from_secs(10)).await;
+            let Err(ClientError::Unreachable { last, .. }) = answer else { panic!("joined what is no coordinator") };
+            assert!(last.starts_with("what answers there is no coordinator, or speaks TLS; a coordinator listens on port 7733"), "{last}");
+        }
     }
 
     #[test]

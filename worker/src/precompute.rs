@@ -22,6 +22,7 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
+use peapod_data::ShardEnd;
 use peapod_data::cached::{CachedSample, LATENTS, Recipe, SKIPPED, STAMP, Stamp, TRUNCATED, skipped};
 use peapod_data::shard::{Found, read_shard};
 use peapod_proto::ids::{Bitmap, ShardId};
@@ -36,13 +37,15 @@ use crate::hub;
 use crate::numbers::{self, Numbers};
 use crate::setup::{self, Source};
 use crate::shards::whole::WholeTar;
-use crate::shards::{progress_bar, size};
+use crate::shards::{Report, progress_bar, size};
 use crate::trainer::guarded;
 
 /// Batches that are read and decoded at once: of so many samples some fill a batch of each bucket.
 const BATCHES_A_WINDOW: usize = 4;
 /// Samples whose reason is told, of each shard; all are counted.
 const NUM_NAMED: usize = 3;
+/// Shards that the last line names among those that are not made. Each of them has had a line of its own.
+const NUM_FAILED_NAMED: usize = 10;
 
 /// What to make of which job.
 #[derive(Debug, Clone, clap::Args)]
@@ -126,11 +129,9 @@ impl Plan {
 
     /// Makes the shards that are not there yet. What cannot be made is told, and the others are made.
     ///
-    /// Returns what was made, as lines for people.
-    ///
     /// # Errors
-    /// One line: models that cannot be loaded, or the shards that could not be made.
-    pub fn run(&self, device: Device) -> Result<String, String> {
+    /// One line: models that cannot be loaded. Shards that could not be made are in the report.
+    pub fn run(&self, device: Device) -> Result<Report, String> {
         let Options { text, numbers, compute, batch, .. } = &self.options;
         let threads = compute.settle_threads();
         hub::bring(setup::model_paths(&self.job), &hub::Log).map_err(|error| error.to_string())?;
@@ -151,31 +152,39 @@ impl Plan {
             batch: *batch as usize,
         };
         let bar = progress_bar(Some(self.places.len() as u64), "shards");
-        let (mut total, mut failed) = (Made::default(), Vec::new());
+        let (mut total, mut failures) = (Made::default(), Vec::new());
         for &place in &self.places {
-            match maker.make(&self.shards[place], ShardId(place as u32), &self.target(place)) {
+            let url = &self.shards[place];
+            match maker.make(url, ShardId(place as u32), &self.target(place)) {
                 Ok(made) => {
                     for warning in &made.warnings {
-                        bar.suspend(|| say(format_args!("worker: {}: {warning}", self.shards[place])));
+                        bar.suspend(|| say(format_args!("worker: {url}: {warning}")));
                     }
                     total.add(made);
                 }
                 Err(problem) => {
                     bar.suspend(|| say(format_args!("worker: shard {place} is not made: {problem}")));
-                    failed.push(place.to_string());
+                    failures.push((place, problem));
                 }
             }
             bar.inc(1);
         }
         bar.finish_and_clear();
-        if failed.is_empty() {
-            return Ok(self.describe(&total));
+        Ok(Report { text: self.describe(&total, failures.len()), problem: self.problem(&failures) })
+    }
+
+    /// That shards are missing, which of them, and what to do.
+    fn problem(&self, failures: &[(usize, String)]) -> Option<String> {
+        let (_, first) = failures.first()?;
+        let mut places: Vec<String> = failures.iter().take(NUM_FAILED_NAMED).map(|(place, _)| place.to_string()).collect();
+        if failures.len() > places.len() {
+            places.push(format!("and {} more", failures.len() - places.len()));
         }
-        Err(format!(
-            "{} of {} shards are not made ({}): start it again to make them alone",
-            failed.len(),
+        Some(format!(
+            "{} of {} shards are not made ({}); the first: {first}. Put it right and start the same command again: only what is missing is made then",
+            failures.len(),
             self.places.len(),
-            failed.join(", ")
+            places.join(", ")
         ))
     }
 
@@ -188,17 +197,23 @@ impl Plan {
         self.options.out.join(format!("{place:0width$}.tar", width = self.width()))
     }
 
-    fn describe(&self, total: &Made) -> String {
-        let Made { num_shards, num_there, num_samples, num_bytes, ref skipped, .. } = *total;
+    fn describe(&self, total: &Made, num_failed: usize) -> String {
+        let Made { num_shards, num_partial, num_there, num_samples, num_bytes, ref skipped, .. } = *total;
         let mut text = String::new();
         let mut line = |name: &str, what: String| {
             let _ = writeln!(text, "{name:<11}{what}");
         };
-        line("shards", format!("{num_shards} made, {num_there} were there"));
+        let partial = if num_partial > 0 { format!(" ({num_partial} in part)") } else { String::new() };
+        let failed = if num_failed > 0 { format!(", {num_failed} failed") } else { String::new() };
+        line("shards", format!("{num_shards} made{partial}, {num_there} were there{failed}"));
         line("samples", format!("{num_samples}, {}", size(num_bytes)));
         line("skipped", skipped.values().sum::<u64>().to_string());
         for (rule, count) in skipped {
             line("", format!("{count:>9}  {rule}"));
+        }
+        if num_failed > 0 {
+            // The list would name shards that are not there.
+            return text;
         }
         let mut first = 0;
         for Source { name, len } in &self.sources {
@@ -216,6 +231,8 @@ impl Plan {
 #[derive(Debug, Default)]
 struct Made {
     num_shards: u64,
+    /// Those among them that were made of what precedes a break.
+    num_partial: u64,
     /// Shards that were there before.
     num_there: u64,
     /// Samples that train.
@@ -230,6 +247,7 @@ struct Made {
 impl Made {
     fn add(&mut self, other: Self) {
         self.num_shards += other.num_shards;
+        self.num_partial += other.num_partial;
         self.num_there += other.num_there;
         self.num_samples += other.num_samples;
         self.num_bytes += other.num_bytes;
@@ -270,9 +288,15 @@ impl Maker {
             let read = reading.join().unwrap_or_else(|_| Err(format!("the thread that reads {url} panicked")));
             written.and(encoded).and(read)
         })?;
-        if let Some(truncated) = end.and_then(|end| end.truncated) {
+        if let Some(ShardEnd { num_samples, truncated: Some(truncated) }) = end {
+            // Made of nothing it would be taken for done by the next run, and by training for a shard without samples.
+            if num_samples == 0 {
+                return Err(format!("{url}: {truncated}"));
+            }
             tar.append(TRUNCATED, truncated.as_bytes())?;
-            made.warnings.push(format!("{truncated}; the rest of it is lost"));
+            made.num_partial = 1;
+            made.warnings
+                .push(format!("{truncated}; the rest of it is lost, unless you mend it, remove {} and start again", target.display()));
         }
         made.num_bytes = tar.num_bytes();
         tar.finish()?;

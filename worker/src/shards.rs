@@ -2,9 +2,19 @@
 
 pub mod inspect;
 pub mod make;
+mod table;
 pub(crate) mod whole;
 
 use indicatif::{ProgressBar, ProgressStyle};
+
+/// What a command over shards has to say once it has gone through all of them.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Report {
+    /// As text or JSON.
+    pub text: String,
+    /// Why the shards are not to be used as they are, in one line.
+    pub problem: Option<String>,
+}
 
 /// A bar on a terminal, nothing elsewhere.
 pub(crate) fn progress_bar(len: Option<u64>, unit: &str) -> ProgressBar {

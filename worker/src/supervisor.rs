@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::net::{IpAddr, Ipv4Addr};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use peapod_collective::tcp::Ports;
 use peapod_data::Outlook;
@@ -26,7 +26,7 @@ use crate::faults::Faults;
 use crate::lifecycle::{Action, Input, Lifecycle, TRY_AGAIN, TrainerEvent};
 use crate::outbox::Outbox;
 use crate::setup;
-use crate::trainer::{self, Command, Context, Control, Drawn, Output, Snapshot};
+use crate::trainer::{self, Command, Context, Control, Drawn, NotFetched, Output, Snapshot};
 
 /// Exit code for arguments that cannot work.
 pub const BAD_ARGUMENTS: u8 = 2;
@@ -36,8 +36,15 @@ const GRACE: Duration = Duration::from_secs(10);
 const SEND_TIMEOUT: Duration = Duration::from_secs(10);
 /// Checkpoints on their way at once when a generation stops: its last beside one before it.
 const MAX_CHECKPOINTS_AT_A_STOP: usize = 2;
+/// How often a download that nobody waits for any more is noticed.
+const LOOK_EVERY: Duration = Duration::from_millis(50);
 /// Until the coordinator says how often.
 const FIRST_HEARTBEAT_INTERVAL: Duration = Duration::from_millis(500);
+/// A coordinator of which nothing is heard for its heartbeat timeout is looked for anew, but not after less than this: it may stand still for a moment.
+const SHORTEST_SILENCE: Duration = Duration::from_secs(6);
+/// Between streams that end before the coordinator has said a word: the first wait, doubled up to the longest.
+const FIRST_WAIT: Duration = Duration::from_millis(100);
+const LONGEST_WAIT: Duration = Duration::from_secs(5);
 
 /// How a worker ended: an exit code and a last line.
 #[derive(Debug)]
@@ -70,8 +77,15 @@ struct Supervisor {
     session: SharedSession,
     local_ip: Option<IpAddr>,
     heartbeat_interval: Duration,
+    /// How long nothing may be heard of the coordinator.
+    silence: Duration,
+    /// Heartbeats since something was heard of it. Counted, not timed: after a time in which this process stood still itself, answers are there.
+    unanswered: u32,
     /// The coordinator's, once it is known.
     join_timeout: Option<Duration>,
+    /// Streams in a row that ended before the coordinator said a word, and since when they do.
+    fruitless: u32,
+    fruitless_since: Option<Instant>,
     job: Option<Job>,
     commands: Option<std::sync::mpsc::Sender<Command>>,
     trainer: Option<std::thread::JoinHandle<()>>,
@@ -80,6 +94,8 @@ struct Supervisor {
     checkpoints: Outbox<Box<Snapshot>>,
     pictures: JoinSet<()>,
     faults: Arc<Faults>,
+    /// Whether the coordinator has said anything on the current stream.
+    has_spoken: bool,
     /// Whether the current stream is given up.
     cut: bool,
     /// Whether the coordinator has welcomed the current stream.
@@ -116,7 +132,11 @@ pub async fn run(args: Args, device: Device) -> Exit {
         session: Arc::default(),
         local_ip: None,
         heartbeat_interval: FIRST_HEARTBEAT_INTERVAL,
+        silence: SHORTEST_SILENCE,
+        unanswered: 0,
         join_timeout: None,
+        fruitless: 0,
+        fruitless_since: None,
         job: None,
         commands: None,
         trainer: None,
@@ -125,6 +145,7 @@ pub async fn run(args: Args, device: Device) -> Exit {
         checkpoints: Outbox::default(),
         pictures: JoinSet::new(),
         faults,
+        has_spoken: false,
         cut: false,
         is_welcome: false,
         silent: false,
@@ -165,17 +186,25 @@ impl Supervisor {
                 }
             }
             self.cut |= self.faults.cut_stream(self.control.heartbeat().step);
+            let silent = self.is_silent().then(|| format!("nothing was heard of it for {} s", self.silence.as_secs()));
+            let cut = self.cut.then(|| "this worker has cut it".to_owned()).or(silent);
             let input = tokio::select! {
-                message = next_message(&mut self.inbound, self.cut) => match message {
+                message = next_message(&mut self.inbound, cut) => match message {
                     Ok(message) if self.faults.lose(&message, self.control.heartbeat().step) => None,
-                    Ok(message) => Some(Input::Said(message)),
-                    Err(cause) => {
-                        (self.inbound, self.outbound, self.is_welcome) = (None, None, false);
-                        Some(Input::StreamLost { cause })
+                    Ok(message) => {
+                        (self.unanswered, self.fruitless, self.fruitless_since, self.has_spoken) = (0, 0, None, true);
+                        Some(Input::Said(message))
                     }
+                    Err(cause) => match self.lost(cause) {
+                        Ok(lost) => Some(lost),
+                        Err(exit) => return exit,
+                    },
                 },
                 Some(output) = self.outputs.recv() => self.take(output),
-                _ = heartbeat.tick() => Some(Input::Beat(self.control.heartbeat())),
+                _ = heartbeat.tick() => {
+                    self.unanswered += 1;
+                    Some(Input::Beat(self.control.heartbeat()))
+                }
                 _ = interrupt.recv() => Some(Input::Signal { name: "Ctrl-C" }),
                 _ = terminate.recv() => Some(Input::Signal { name: "SIGTERM" }),
                 Some(()) = self.checkpoints.sent() => {
@@ -185,9 +214,10 @@ impl Supervisor {
                 Some(_) = self.pictures.join_next() => None,
             };
             let Some(input) = input else { continue };
-            if let Input::Said(ToWorker::Welcome { heartbeat_interval_ms, join_timeout_ms, .. }) = &input {
+            if let Input::Said(ToWorker::Welcome { heartbeat_interval_ms, heartbeat_timeout_ms, join_timeout_ms, .. }) = &input {
                 self.join_timeout = Some(Duration::from_millis((*join_timeout_ms).into()));
                 self.heartbeat_interval = Duration::from_millis((*heartbeat_interval_ms).into());
+                self.silence = Duration::from_millis((*heartbeat_timeout_ms).into()).max(SHORTEST_SILENCE);
                 heartbeat = tokio::time::interval(self.heartbeat_interval);
                 // A beat that is late is sent once, not made up for.
                 heartbeat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -226,14 +256,40 @@ impl Supervisor {
         });
         self.attempt += 1;
         let (access, patience, returning) = (self.access.clone(), self.args.patience(self.join_timeout), self.join_timeout.is_some());
-        async move { client::join(&access, hello, patience, returning).await }
+        let wait = self.fruitless.checked_sub(1).map(|times| (FIRST_WAIT * 2_u32.saturating_pow(times)).min(LONGEST_WAIT));
+        async move {
+            tokio::time::sleep(wait.unwrap_or_default()).await;
+            client::join(&access, hello, patience, returning).await
+        }
+    }
+
+    /// The stream is over. Where one after the other ends before the coordinator has said a word, the worker ends too, in time.
+    fn lost(&mut self, cause: String) -> Result<Input, Exit> {
+        (self.inbound, self.outbound, self.is_welcome) = (None, None, false);
+        if !std::mem::take(&mut self.has_spoken) {
+            self.fruitless += 1;
+            let patience = self.args.patience(self.join_timeout);
+            if self.fruitless_since.get_or_insert_with(Instant::now).elapsed() > patience {
+                let (times, url) = (self.fruitless, self.access.url());
+                let message = format!(
+                    "the coordinator at {url} let this worker in {times} times and was lost each time before it said a word: {cause}"
+                );
+                return Err(Exit { code: TRY_AGAIN, message });
+            }
+        }
+        Ok(Input::StreamLost { cause })
+    }
+
+    /// Whether the coordinator has answered nothing for too long.
+    fn is_silent(&self) -> bool {
+        self.heartbeat_interval * self.unanswered > self.silence
     }
 
     /// Takes a stream over, or ends without one.
     fn joined(&mut self, found: Result<client::Stream, ClientError>) -> Result<(), Exit> {
         match found {
             Ok(stream) => {
-                (self.cut, self.silent) = (false, false);
+                (self.cut, self.silent, self.has_spoken, self.unanswered) = (false, false, false, 0);
                 self.outbound = Some(stream.outbound);
                 self.inbound = Some(stream.inbound);
                 self.local_ip = stream.local_ip;
@@ -387,11 +443,13 @@ impl Supervisor {
         self.commands = Some(commands);
         let output = self.output.clone();
         let (access, session, runtime) = (self.access.clone(), self.session.clone(), tokio::runtime::Handle::current());
+        let control = self.control.clone();
         let context = Context {
             job,
             device: self.device,
             allow_shared_gpu: self.args.allow_shared_gpu,
-            advertise: self.args.advertise.or(self.local_ip).unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST)),
+            encode_ahead: self.args.encode_ahead,
+            advertise: self.advertised(),
             ports: self.args.ports.unwrap_or(Ports::ANY),
             output: Arc::new(move |message| {
                 // The supervisor outlives the trainer but for the last moments of the process.
@@ -399,11 +457,24 @@ impl Supervisor {
             }),
             control: self.control.clone(),
             faults: self.faults.clone(),
-            download: Box::new(move |step| {
-                let Session { worker, trace } = lock(&session).clone().ok_or("no connection to the coordinator")?;
+            download: Box::new(move |step, abort| {
+                let failed = |message: String| NotFetched { message, is_over: false };
+                let Session { worker, trace } = lock(&session).clone().ok_or_else(|| failed("no connection to the coordinator".into()))?;
                 let trace = trace.child(work_span!(parent: trace.span(), "download", step = step.0));
-                let files = client::download(&access, &trace, worker, step).instrument(trace.span().clone());
-                runtime.block_on(files).map_err(|error| error.to_string())
+                let files = client::download(&access, &trace, worker, step, || control.fetched()).instrument(trace.span().clone());
+                let aborted = async {
+                    while abort.reason().is_none() {
+                        tokio::time::sleep(LOOK_EVERY).await;
+                    }
+                };
+                runtime.block_on(async {
+                    tokio::select! {
+                        files = files => files.map_err(|error| {
+                            NotFetched { is_over: matches!(error, ClientError::Refused { .. }), message: error.to_string() }
+                        }),
+                        () = aborted => Err(failed(abort.reason().unwrap_or("aborted").to_owned())),
+                    }
+                })
             }),
         };
         if let Some(threads) = self.args.threads {
@@ -412,6 +483,16 @@ impl Supervisor {
         let thread = std::thread::Builder::new().name("trainer".into()).spawn(move || trainer::run(context, inbox));
         self.trainer = Some(thread.map_err(|error| format!("cannot start the trainer's thread: {error}"))?);
         Ok(())
+    }
+
+    /// The address under which the other workers reach this one.
+    fn advertised(&self) -> IpAddr {
+        let local = self.local_ip.unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST));
+        let address = self.args.advertise.unwrap_or_else(|| client::address_for_others(self.access.url(), local));
+        if !address.is_loopback() {
+            tracing::info!("the other workers reach this one at {address}, or elsewhere with --advertise");
+        }
+        address
     }
 
     /// Sends the newest copy of the weights, if there is one that waits and fewer than `limit` are on their way.
@@ -478,7 +559,7 @@ impl Supervisor {
         // Dropping the sender ends the stream once everything in it is sent; the coordinator closes its side in answer.
         self.outbound = None;
         *lock(&self.session) = None;
-        let drained = async { while next_message(&mut self.inbound, false).await.is_ok() {} };
+        let drained = async { while next_message(&mut self.inbound, None).await.is_ok() {} };
         let _ = tokio::time::timeout(Duration::from_secs(1), drained).await;
         if let Some(trainer) = self.trainer.take() {
             // It may be deep in libtorch, which cannot be interrupted; the process ends all the same.
@@ -491,12 +572,12 @@ fn files_of(job: &Job, snapshot: &Snapshot, step: Step) -> peapod_model::Result<
     snapshot.to_files(setup::adamw_config(job), |average| setup::metadata(job, snapshot.adapter.config(), step, average))
 }
 
-/// The next message, or never while there is no stream.
-async fn next_message(inbound: &mut Option<Streaming<v1::ToWorker>>, cut: bool) -> Result<ToWorker, String> {
-    match inbound {
-        Some(_) if cut => Err("this worker has cut it".into()),
-        Some(inbound) => client::next(inbound).await,
-        None => std::future::pending().await,
+/// The next message, or why the stream is given up; never while there is none.
+async fn next_message(inbound: &mut Option<Streaming<v1::ToWorker>>, cut: Option<String>) -> Result<ToWorker, String> {
+    match (inbound, cut) {
+        (Some(_), Some(why)) => Err(why),
+        (Some(inbound), None) => client::next(inbound).await,
+        (None, _) => std::future::pending().await,
     }
 }
 
@@ -506,4 +587,49 @@ fn lock(session: &SharedSession) -> std::sync::MutexGuard<'_, Option<Session>> {
 
 fn host_name() -> String {
     std::fs::read_to_string("/proc/sys/kernel/hostname").map_or_else(|_| "unknown".into(), |name| name.trim().to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    use clap::Parser;
+    use futures::StreamExt;
+    use futures::stream::BoxStream;
+    use tonic::{Request, Response, Status};
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        args: Args,
+    }
+
+    /// A coordinator that lets everybody in and drops them at once.
+    struct Fickle(Arc<AtomicU32>);
+
+    #[tonic::async_trait]
+    impl v1::membership_server::Membership for Fickle {
+        type JoinStream = BoxStream<'static, Result<v1::ToWorker, Status>>;
+
+        async fn join(&self, _: Request<Streaming<v1::FromWorker>>) -> Result<Response<Self::JoinStream>, Status> {
+            self.0.fetch_add(1, Ordering::Relaxed);
+            Ok(Response::new(futures::stream::empty().boxed()))
+        }
+    }
+
+    #[tokio::test]
+    async fn streams_that_end_at_once_are_tried_ever_more_slowly_and_not_for_ever() {
+        let (times, listener) = (Arc::new(AtomicU32::new(0)), tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap());
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        let server = v1::membership_server::MembershipServer::new(Fickle(times.clone()));
+        let incoming = tokio_stream::wrappers::TcpListenerStream::new(listener);
+        tokio::spawn(tonic::transport::Server::builder().add_service(server).serve_with_incoming(incoming));
+        let line = Line::try_parse_from(["worker", "--coordinator", &url, "--connect-timeout", "1s"]).unwrap();
+        let exit = run(line.args, Device::Cpu).await;
+        assert!(exit.code == TRY_AGAIN && exit.message.contains("lost each time before it said a word: it closed"), "{exit:?}");
+        // A second of pauses that double from a tenth.
+        assert!((2..=8).contains(&times.load(Ordering::Relaxed)), "{times:?}");
+    }
 }

@@ -22,7 +22,7 @@ impl Core {
             JobPhase::Gathering { .. } if self.stop_requested.is_some() => Some(Duration::ZERO),
             JobPhase::Gathering { since } => {
                 let at = self.next_announcement.min(*since + self.config.join_timeout);
-                [self.starts_at(), self.checkpoint.farewell_until].into_iter().flatten().chain([at]).min()
+                [self.starts_at(), self.checkpoint.farewell_until, self.setbacks.pause()].into_iter().flatten().chain([at]).min()
             }
             JobPhase::Running { .. } => (!self.checkpoint.asked).then_some(self.checkpoint.next_due),
             JobPhase::Forming { deadline, .. } | JobPhase::Returning { deadline, .. } | JobPhase::Finishing { deadline, .. } => {

@@ -302,6 +302,7 @@ impl Core {
                 return self.fail(reason, out);
             }
         }
+        self.look_at_fit(out);
         self.answer_lease_requests(out);
     }
 

@@ -1,6 +1,6 @@
 //! What the driver is to do.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -277,6 +277,22 @@ pub enum Notice {
         key: String,
         /// Why.
         detail: String,
+    },
+    /// Most of what was read so far is filtered out.
+    MostlyFiltered {
+        /// How many samples.
+        num_filtered: u64,
+        /// Of how many.
+        num_read: u64,
+        /// By which rules.
+        rules: BTreeMap<String, u64>,
+    },
+    /// All samples that were trained so far have native captions: of the others each lacks one side of its pair.
+    NoPairs {
+        /// Those that lack it.
+        num_one_sided: u64,
+        /// Those that were trained.
+        num_native: u64,
     },
     /// The job is over: what was passed over in it, if anything was.
     Skipped(Rules),

@@ -57,6 +57,9 @@ impl Core {
     /// Starts the next generation if enough are there.
     pub(super) fn try_form(&mut self, now: Timestamp, out: &mut Vec<Effect>) {
         let JobPhase::Gathering { since } = self.phase else { return };
+        if self.setbacks.is_pausing(now) {
+            return;
+        }
         let members = self.candidates();
         let is_whole = members.len() >= self.config.world_size as usize;
         let is_patient = now < since + self.config.join_timeout;
@@ -187,7 +190,6 @@ impl Core {
         }
     }
 
-    /// Finds the words of [`Core::waiting_for`]: once an event, as every heartbeat asks for them.
     /// That the job waits, for `left` at most.
     pub(super) fn waiting(&self, now: Timestamp, left: Duration) -> Notice {
         let is_there = |worker: &&Worker| worker.leaving.is_none();
@@ -196,6 +198,7 @@ impl Core {
         Notice::Waiting { text: self.describe_missing(), left, is_usual, starts_in }
     }
 
+    /// The words of [`Core::waiting_for`]: they are found once an event, as every heartbeat asks for them.
     pub(super) fn describe_missing(&self) -> String {
         let Config { world_size, min_world_size, .. } = self.config;
         let phase = |worker: &Worker| (worker.state == WorkerState::Loading).then_some(worker.phase);
@@ -223,6 +226,9 @@ impl Core {
         }
         if let Some(last) = self.last_to_leave().and_then(|id| self.workers.get(&id)) {
             parts.push(format!("rank {} stores step {} before it leaves", last.rank, self.truth.step));
+        }
+        if let Some(times) = self.setbacks.pausing_after() {
+            parts.push(format!("a pause, as {times} generations in a row broke before their first step was done"));
         }
         parts.join(", ")
     }

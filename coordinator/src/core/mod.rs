@@ -16,6 +16,7 @@ mod effect;
 mod error;
 mod event;
 mod failure;
+mod fit;
 mod formation;
 mod hangs;
 pub mod leases;
@@ -47,6 +48,7 @@ pub use effect::{Effect, Fact, Notice, Outcome};
 pub use error::CoreError;
 pub use event::Event;
 pub use failure::{Failure, Process};
+use fit::Fit;
 use hangs::Pace;
 use leases::Leases;
 use ledger::Ledger;
@@ -199,6 +201,7 @@ pub struct Core {
     unreadable: BTreeSet<ShardId>,
     /// Sources of which a whole epoch went by without a sample, and nothing was trained since.
     barren: BTreeSet<usize>,
+    fit: Fit,
     skipped_in_a_row: u32,
 }
 
@@ -252,6 +255,7 @@ impl Core {
             bad_shown: 0,
             unreadable: BTreeSet::new(),
             barren: BTreeSet::new(),
+            fit: Fit::default(),
             skipped_in_a_row: 0,
             config,
         }

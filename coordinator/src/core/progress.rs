@@ -202,6 +202,7 @@ impl Core {
         } else {
             self.skipped_in_a_row = 0;
         }
+        self.fit.trained(&record);
         self.pace.step(now, timings);
         self.setbacks.progressed();
         self.mute.clear();

@@ -18,8 +18,13 @@ const WINDOW: Duration = Duration::from_secs(600);
 const HABIT: usize = 3;
 /// What has the habit is left out for this long.
 const ASIDE: Duration = Duration::from_secs(600);
-/// So many generations in a row may break before their first step is done.
+/// So many generations in a row may break before their first step is done: with the pauses, it takes a minute at least.
 const MAX_BARREN: u32 = 20;
+/// From so many on there is a pause before the next one, twice as long each time: what breaks them at once may be over soon, a firewall that is loaded anew
+/// say.
+const FREE_BARREN: u32 = 3;
+const FIRST_PAUSE: Duration = Duration::from_millis(100);
+const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 
 /// What has failed lately, and what is left out because of it.
 #[derive(Debug, Clone, Default)]
@@ -33,8 +38,9 @@ pub(super) struct Setbacks {
     /// Shards that were held at the last death, at how many in a row, and when.
     held: BTreeMap<(Epoch, ShardId), (usize, Timestamp)>,
     shards: BTreeMap<(Epoch, ShardId), Timestamp>,
-    /// Generations that broke since a step was final.
+    /// Generations that broke since a step was final, and until when no other begins because of it.
     barren: u32,
+    pause: Option<Timestamp>,
     /// Ranks whose last worker could not load what the job needs.
     unloaded: BTreeSet<Rank>,
 }
@@ -126,7 +132,31 @@ impl Setbacks {
 
     /// A step is final.
     pub fn progressed(&mut self) {
-        self.barren = 0;
+        (self.barren, self.pause) = (0, None);
+    }
+
+    /// A generation broke before its first step, or after it; says whether that was one too many.
+    fn broke_barren(&mut self, now: Timestamp) -> bool {
+        self.barren += 1;
+        let times = self.barren.checked_sub(FREE_BARREN);
+        self.pause = times.map(|times| now + (FIRST_PAUSE * 2_u32.saturating_pow(times)).min(LONGEST_PAUSE));
+        self.barren >= MAX_BARREN
+    }
+
+    /// Until when no generation begins.
+    pub fn pause(&self) -> Option<Timestamp> {
+        self.pause
+    }
+
+    /// After how many generations that bore nothing there is a pause now.
+    pub fn pausing_after(&self) -> Option<u32> {
+        self.pause.map(|_| self.barren)
+    }
+
+    /// Whether no generation may begin yet; a pause that is over is forgotten.
+    pub fn is_pausing(&mut self, now: Timestamp) -> bool {
+        self.pause = self.pause.filter(|&until| now < until);
+        self.pause.is_some()
     }
 }
 
@@ -210,11 +240,10 @@ impl Core {
     }
 
     /// A generation broke; says why the job ends if too many did so without a step in between.
-    pub(super) fn note_breakage(&mut self) -> Option<String> {
-        self.setbacks.barren += 1;
+    pub(super) fn note_breakage(&mut self, now: Timestamp) -> Option<String> {
+        let is_enough = self.setbacks.broke_barren(now);
         let first = self.first_failure().unwrap_or("see the log").to_owned();
-        (self.setbacks.barren >= MAX_BARREN)
-            .then(|| format!("{MAX_BARREN} generations in a row broke before their first step was done; the first failure: {first}"))
+        is_enough.then(|| format!("{MAX_BARREN} generations in a row broke before their first step was done; the first failure: {first}"))
     }
 }
 
@@ -250,6 +279,22 @@ mod tests {
         assert!(!setbacks.forgive(minutes(12) - SECOND) && setbacks.is_aside(WorkerId(1), "a"));
         assert!(setbacks.forgive(minutes(12)) && !setbacks.forgive(minutes(12)) && !setbacks.is_aside(WorkerId(1), "a"));
         assert_eq!(setbacks.next_end(), None);
+    }
+
+    #[test]
+    fn generations_that_bear_nothing_are_made_ever_more_slowly_until_a_step_is_done() {
+        let mut setbacks = Setbacks::default();
+        let mut now = minutes(0);
+        let mut pauses = Vec::new();
+        while !setbacks.broke_barren(now) {
+            let pause = setbacks.pause().map_or(Duration::ZERO, |until| until - now);
+            pauses.push(pause.as_millis());
+            now += pause;
+        }
+        assert_eq!(pauses[..9], [0, 0, 100, 200, 400, 800, 1600, 3200, 5000]);
+        assert!(pauses.len() == 19 && now >= minutes(1), "{pauses:?}");
+        setbacks.progressed();
+        assert!(!setbacks.broke_barren(now) && setbacks.pause().is_none());
     }
 
     #[test]

@@ -132,7 +132,7 @@ impl Core {
             self.note_broken(now, one, other, out);
         }
         // What of it becomes final below starts the count again.
-        if is_broken && let Some(reason) = self.note_breakage() {
+        if is_broken && let Some(reason) = self.note_breakage(now) {
             return self.fail(reason, out);
         }
         match source {

@@ -1,5 +1,7 @@
 //! Notices in words.
 
+use peapod_data::sample::most_often;
+
 use crate::core::Notice;
 
 /// How much a notice matters.
@@ -64,6 +66,16 @@ pub fn told(notice: &Notice) -> (Level, String) {
         Notice::StepSkipped { step, in_a_row } => warning(format!("step {step} is not finite and was skipped ({in_a_row} in a row)")),
         Notice::BadData { shard, key, detail } if key.is_empty() => warning(format!("shard {shard}: {detail}; the rest of it is lost")),
         Notice::BadData { shard, key, detail } => warning(format!("bad sample {key} in {shard}: {detail}")),
+        Notice::MostlyFiltered { num_filtered, num_read, rules } => {
+            let most = most_often(rules.iter().map(|(rule, &count)| (rule.as_str(), count)));
+            warning(format!("{num_filtered} of the {num_read} samples read so far are filtered out by the job's rules, most often {most}"))
+        }
+        Notice::NoPairs { num_one_sided, num_native } => {
+            let rule = most_often([("one_sided", *num_one_sided)]);
+            warning(format!(
+                "no sample so far has a pair of captions: {rule}; all {num_native} that were trained have a native one. `worker shards inspect` with this job shows the keys that they have"
+            ))
+        }
         Notice::Skipped(rules) => {
             let of = [(&rules.filtered, "filtered"), (&rules.bad, "broken")].into_iter().filter(|(counts, _)| !counts.is_empty());
             let parts: Vec<String> = of

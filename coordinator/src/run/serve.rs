@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 
-use peapod_proto::v1;
+use peapod_proto::{MAX_MESSAGE_BYTES, v1};
 use tokio::net::{TcpListener, TcpSocket};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
@@ -12,7 +12,7 @@ use tonic::transport::Server;
 use crate::config::RunArgs;
 use crate::gallery::MAX_PNG_BYTES;
 use crate::gate::{self, Guard, Refusals};
-use crate::limits::{MAX_MESSAGE_BYTES, SizeLimits};
+use crate::limits::SizeLimits;
 use crate::secrets::Secrets;
 use crate::service::Service;
 

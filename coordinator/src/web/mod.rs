@@ -21,15 +21,20 @@ use axum::routing::get;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
 use hyper_util::service::TowerToHyperService;
+use peapod_proto::secure::PAGE_ONLY;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 
+use crate::config::address;
 use crate::driver::{Command, Status};
+use crate::gate::answer_and_close;
 use crate::history::History;
 
 /// Where the page is, unless it is said.
 pub const DEFAULT_HTTP_PORT: u16 = 7734;
+/// What a client of gRPC says first: it takes this port for the coordinator's.
+const HTTP2: &[u8] = b"PRI";
 /// How long the driver may take to answer.
 const PATIENCE: Duration = Duration::from_secs(5);
 /// Connections at once; more wait to be taken.
@@ -54,7 +59,7 @@ impl FromStr for HttpAddr {
     fn from_str(text: &str) -> Result<Self, String> {
         match text {
             "off" => Ok(Self::Off),
-            text => text.parse().map(Self::At).map_err(|_| format!("{text:?} is neither ADDRESS:PORT nor `off`")),
+            text => address(text).map(Self::At).map_err(|error| format!("{error}; or `off` for none")),
         }
     }
 }
@@ -134,7 +139,13 @@ async fn accept(listener: &TcpListener, places: &Arc<Semaphore>) -> (TcpStream, 
 }
 
 /// Answers one client for as long as it asks.
-async fn converse(stream: TcpStream, router: Router, _place: Option<OwnedSemaphorePermit>, asking: Duration) {
+async fn converse(mut stream: TcpStream, router: Router, _place: Option<OwnedSemaphorePermit>, asking: Duration) {
+    let mut first = [0; HTTP2.len()];
+    match tokio::time::timeout(asking, stream.peek(&mut first)).await {
+        Ok(Ok(_)) if first == HTTP2 => return answer_and_close(&mut stream, PAGE_ONLY).await,
+        Ok(Ok(_)) => {}
+        _ => return,
+    }
     let mut builder = Builder::new(TokioExecutor::new()).http1_only();
     builder.http1().timer(TokioTimer::new()).header_read_timeout(asking);
     // However it ends, the client has seen it too.
@@ -252,7 +263,8 @@ mod tests {
     fn address_is_an_address_or_off() {
         assert_eq!("off".parse(), Ok(HttpAddr::Off));
         assert_eq!("127.0.0.1:0".parse(), Ok(HttpAddr::At("127.0.0.1:0".parse().unwrap())));
-        assert!("7734".parse::<HttpAddr>().unwrap_err().contains("neither"));
+        assert_eq!("localhost:0".parse(), Ok(HttpAddr::At("127.0.0.1:0".parse().unwrap())));
+        assert!("7734".parse::<HttpAddr>().unwrap_err().ends_with("0.0.0.0:7734 for other hosts too; or `off` for none"));
     }
 
     #[tokio::test]

@@ -1,9 +1,11 @@
 //! Connecting to a coordinator: plainly, or by TLS with a token.
 
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use clap::Args;
+use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioIo;
 use rustls::ClientConfig;
 use rustls::pki_types::ServerName;
@@ -15,9 +17,11 @@ use tonic::metadata::{Ascii, MetadataValue};
 use tonic::service::Interceptor;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Request, Status};
+use tower::Service as _;
 
 use super::trust::{Trust, client_config, explain, read_certificates};
-use super::{AUTHORIZATION, BEARER, NEEDS_TLS, Pasted, Token};
+use super::{AUTHORIZATION, BEARER, NEEDS_TLS, PAGE_ONLY, Pasted, Token};
+use crate::DEFAULT_PORT;
 
 /// How to be let in by a coordinator that other machines can reach.
 #[derive(Debug, Clone, Default, Args)]
@@ -143,11 +147,41 @@ impl Access {
     /// # Errors
     /// [`AccessError::Refused`] if the coordinator's certificate is not the right one, or one end speaks TLS and the other does not.
     pub async fn connect(&self, endpoint: &Endpoint) -> Result<Link, AccessError> {
+        Ok(self.connect_from(endpoint).await?.0)
+    }
+
+    /// As [`Self::connect`]; says too which of this machine's addresses the connection is from.
+    ///
+    /// # Errors
+    /// Those of [`Self::connect`].
+    pub async fn connect_from(&self, endpoint: &Endpoint) -> Result<(Link, Option<IpAddr>), AccessError> {
+        let from = Arc::new(OnceLock::new());
+        let tcp = {
+            let from = from.clone();
+            move |uri: Uri| {
+                let from = from.clone();
+                async move {
+                    let stream = tcp(uri).await?;
+                    let _ = from.set(stream.local_addr()?.ip());
+                    Ok::<_, tonic::codegen::StdError>(stream)
+                }
+            }
+        };
         let channel = match &self.tls {
-            None => endpoint.connect().await,
+            None => {
+                let connector = tower::service_fn(move |uri| {
+                    let stream = tcp(uri);
+                    async move { Ok::<_, tonic::codegen::StdError>(TokioIo::new(stream.await?)) }
+                });
+                endpoint.connect_with_connector(connector).await
+            }
             Some((config, trust)) => {
                 let (config, trust) = (config.clone(), trust.clone());
-                let connector = tower::service_fn(move |uri: Uri| handshake(uri, TlsConnector::from(config.clone()), trust.clone()));
+                let connector = tower::service_fn(move |uri: Uri| {
+                    let host = uri.host().unwrap_or_default().trim_matches(['[', ']']).to_owned();
+                    let (stream, connector, trust) = (tcp(uri), TlsConnector::from(config.clone()), trust.clone());
+                    async move { handshake(host, stream.await?, connector, &trust).await }
+                });
                 endpoint.connect_with_connector(connector).await
             }
         };
@@ -155,8 +189,18 @@ impl Access {
             Some(NotTrusted(why)) => AccessError::Refused(format!("the coordinator at {} is not trusted: {why}", self.url)),
             None => refusal_in(&all_words(&error)).map_or_else(|| AccessError::Failed(innermost(&error)), AccessError::Refused),
         })?;
-        Ok(InterceptedService::new(channel, Bearer(self.token.clone())))
+        Ok((InterceptedService::new(channel, Bearer(self.token.clone())), from.get().copied()))
     }
+}
+
+/// Connects to whichever of a host's addresses answers first, those of the other family a moment after the preferred one's; the time is limited by
+/// the endpoint's.
+async fn tcp(uri: Uri) -> Result<TcpStream, tonic::codegen::StdError> {
+    let mut connector = HttpConnector::new();
+    // It connects, and leaves to others what is said.
+    connector.enforce_http(false);
+    connector.set_nodelay(true);
+    Ok(connector.call(uri).await?.into_inner())
 }
 
 /// Why a call was refused for good by what guards the coordinator, if it was.
@@ -168,10 +212,25 @@ pub fn refusal(status: &Status) -> Option<String> {
     }
 }
 
+/// Why a call failed that may go well another time.
+#[must_use]
+pub fn failure(status: &Status) -> String {
+    // What an older HTTP or TLS says first is taken for the length of a frame.
+    if all_words(status).contains(NO_FRAME) {
+        return format!(
+            "what answers there is no coordinator, or speaks TLS; a coordinator listens on port {DEFAULT_PORT} unless it is told otherwise"
+        );
+    }
+    status.message().to_owned()
+}
+
+/// What h2 says of bytes that are no HTTP/2.
+const NO_FRAME: &str = "frame with invalid size";
+
 /// What the words of a broken connection say about why it was refused, if it was.
 fn refusal_in(words: &str) -> Option<String> {
-    if words.contains(NEEDS_TLS) {
-        return Some(format!("the coordinator refuses: {NEEDS_TLS}"));
+    if let Some(why) = [NEEDS_TLS, PAGE_ONLY].into_iter().find(|why| words.contains(why)) {
+        return Some(format!("the coordinator refuses: {why}"));
     }
     // In TLS 1.3 a client is done before its certificate is looked at: the refusal comes with the first read.
     let (_, alert) = words.split_once("received fatal alert: ")?;
@@ -183,21 +242,19 @@ fn refusal_in(words: &str) -> Option<String> {
     })
 }
 
-/// Connects and shakes hands; the time is limited by the endpoint's.
+/// Shakes hands with a host; the time is limited by the endpoint's.
 async fn handshake(
-    uri: Uri,
+    host: String,
+    stream: TcpStream,
     connector: TlsConnector,
-    trust: Arc<Trust>,
+    trust: &Trust,
 ) -> Result<TokioIo<tokio_rustls::client::TlsStream<TcpStream>>, tonic::codegen::StdError> {
-    let host = uri.host().unwrap_or_default().trim_matches(['[', ']']).to_owned();
-    let stream = TcpStream::connect((host.as_str(), uri.port_u16().unwrap_or(443))).await?;
-    stream.set_nodelay(true)?;
     let name = ServerName::try_from(host.clone()).map_err(|_| NotTrusted(format!("{host} cannot be the name of a certificate")))?;
     match connector.connect(name, stream).await {
         Ok(stream) => Ok(TokioIo::new(stream)),
         // A handshake that breaks off without a word of TLS is a network's doing: it is tried again.
         Err(error) => match error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>()) {
-            Some(why) => Err(NotTrusted(explain(why, &trust)).into()),
+            Some(why) => Err(NotTrusted(explain(why, trust)).into()),
             None => Err(error.into()),
         },
     }

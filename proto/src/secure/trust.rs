@@ -135,7 +135,7 @@ pub(super) fn explain(error: &Error, trust: &Trust) -> String {
             "its certificate was not issued by the authority in --tls-ca: give the one that issued the coordinator's --tls-cert".into()
         }
         (Error::InvalidMessage(_), _) => {
-            "it speaks without TLS: it was started on loopback or with --insecure; connect with --coordinator http://HOST:PORT and no join string".into()
+            "it speaks without TLS: it was started on loopback or with --insecure; connect with --coordinator http://HOST:PORT and no join string (or the port is that of its live page)".into()
         }
         (Error::AlertReceived(alert), _) => format!("it broke off the TLS handshake ({alert:?})"),
         _ => format!("TLS: {error}"),

@@ -13,6 +13,9 @@ use crate::shard::RawSample;
 use crate::words::shown;
 use crate::{Error, Result, cached, image};
 
+/// Rules that are named where samples are missing.
+const RULES_NAMED: usize = 3;
+
 /// Whether a sample that is not trained counts towards the broken ones.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Reason {
@@ -125,6 +128,22 @@ impl Rule {
         Self::ALL.into_iter().find(|rule| rule.as_str() == name)
     }
 
+    /// What of a job file decides on it; none of a sample that is broken for any job.
+    #[must_use]
+    pub fn setting(self) -> Option<&'static str> {
+        match self {
+            Self::TooSmall => Some("data.min_pixels"),
+            Self::NoAesthetic => Some("data.aesthetic_key, data.filter"),
+            Self::LowAesthetic => Some("data.min_aesthetic"),
+            Self::Watermark => Some("data.max_watermark"),
+            Self::Aspect => Some("data.buckets"),
+            Self::OneSided => Some("data.captions.parallel_key and english_key"),
+            Self::Emptied => Some("data.captions.script and keep"),
+            Self::NoCaption => Some("data.captions"),
+            _ => None,
+        }
+    }
+
     /// Whether it is a rule of the method or says that the sample is broken.
     #[must_use]
     pub fn reason(self) -> Reason {
@@ -152,6 +171,18 @@ impl fmt::Display for Rule {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.as_str())
     }
+}
+
+/// The rules that left out most of some samples, with their counts and where to look: `too_small 30 (data.min_pixels), emptied 2 (...)`.
+#[must_use]
+pub fn most_often<'a>(counts: impl IntoIterator<Item = (&'a str, u64)>) -> String {
+    let mut counts: Vec<(&str, u64)> = counts.into_iter().collect();
+    counts.sort_by_key(|(_, count)| std::cmp::Reverse(*count));
+    let told = |&(rule, count): &(&str, u64)| match Rule::named(rule).and_then(Rule::setting) {
+        Some(setting) => format!("{rule} {count} ({setting})"),
+        None => format!("{rule} {count}"),
+    };
+    counts.iter().take(RULES_NAMED).map(told).collect::<Vec<_>>().join(", ")
 }
 
 /// A sample that is not trained.

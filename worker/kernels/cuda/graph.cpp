@@ -3,6 +3,7 @@
 
 #include <ATen/Context.h>
 #include <c10/core/CachingDeviceAllocator.h>
+#include <c10/core/Event.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
@@ -127,6 +128,42 @@ bool peapod_current_stream(int device, void** stream, char* problem) {
   return guarded(problem, [&] {
     c10::impl::VirtualGuardImpl guard(c10::DeviceType::CUDA);
     *stream = guard.getStreamNativeHandle(guard.getStream(c10::Device(c10::DeviceType::CUDA, static_cast<c10::DeviceIndex>(device))));
+  });
+}
+
+// A stream of libtorch's pool, which waits for what the current one has been given so far.
+bool peapod_open_stream(int device, int64_t* id, char* problem) {
+  return guarded(problem, [&] {
+    c10::Device gpu(c10::DeviceType::CUDA, static_cast<c10::DeviceIndex>(device));
+    c10::impl::VirtualGuardImpl guard(c10::DeviceType::CUDA);
+    c10::Stream stream = guard.getStreamFromGlobalPool(gpu);
+    c10::Event event(c10::DeviceType::CUDA);
+    event.record(guard.getStream(gpu));
+    event.block(stream);
+    *id = stream.id();
+  });
+}
+
+// Makes a stream the one that this thread's work goes to, and says which it was before.
+bool peapod_exchange_stream(int device, int64_t id, int64_t* before, char* problem) {
+  return guarded(problem, [&] {
+    c10::Device gpu(c10::DeviceType::CUDA, static_cast<c10::DeviceIndex>(device));
+    *before = c10::impl::VirtualGuardImpl(c10::DeviceType::CUDA).exchangeStream(c10::Stream(c10::Stream::UNSAFE, gpu, id)).id();
+  });
+}
+
+// Has the current stream wait for what another was given so far, and keeps the memory of tensors that were made there until the current one,
+// too, is done with them.
+bool peapod_join_stream(int device, int64_t id, const at::Tensor* const* tensors, size_t num_tensors, char* problem) {
+  return guarded(problem, [&] {
+    c10::Device gpu(c10::DeviceType::CUDA, static_cast<c10::DeviceIndex>(device));
+    c10::Stream current = c10::impl::VirtualGuardImpl(c10::DeviceType::CUDA).getStream(gpu);
+    c10::Event event(c10::DeviceType::CUDA);
+    event.record(c10::Stream(c10::Stream::UNSAFE, gpu, id));
+    event.block(current);
+    for (size_t index = 0; index < num_tensors; ++index) {
+      if (tensors[index]->is_cuda()) tensors[index]->record_stream(current);
+    }
   });
 }
 

@@ -121,7 +121,7 @@ pub fn release_unused_memory(device: Device) {
     }
 }
 
-fn pointers(tensors: &[&Tensor]) -> Vec<*const C_tensor> {
+pub(crate) fn pointers(tensors: &[&Tensor]) -> Vec<*const C_tensor> {
     tensors.iter().map(|tensor| tensor.as_ptr()).collect()
 }
 

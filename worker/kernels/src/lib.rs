@@ -20,6 +20,7 @@ mod layer_norm;
 mod proof;
 mod registry;
 mod residual;
+mod side_stream;
 mod squared_difference;
 mod switches;
 
@@ -37,4 +38,5 @@ pub use group_norm::GroupNorm;
 pub use launch::Kernels;
 pub use layer_norm::LayerNorm;
 pub use registry::{Mode, of, set_mode};
+pub use side_stream::SideStream;
 pub use switches::{Attention, allow_tf32, prefer_attention};

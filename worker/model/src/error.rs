@@ -55,6 +55,9 @@ pub enum Error {
     /// A device has no products of eight bits, or computes something else.
     #[error("no linear layers in FP8 on this device, leave `train.fp8_linears` out: {0}")]
     Fp8(#[source] peapod_kernels::Error),
+    /// A GPU does not do what it was told.
+    #[error(transparent)]
+    Gpu(#[from] peapod_kernels::Error),
     /// Settings of a configuration contradict each other, or are beyond what any model has.
     #[error("{setting} of the configuration: {reason}")]
     Config {

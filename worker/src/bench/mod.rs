@@ -8,12 +8,13 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use peapod_collective::nccl;
+use peapod_kernels::SideStream;
 use peapod_model::adapter::Adapter;
-use peapod_model::distill::{DistillConfig, Distiller, English, Images, LoadOptions, MicroBatch, Prompts, Stage, encode_pixels};
+use peapod_model::distill::{DistillConfig, Distiller, English, Images, LoadOptions, MicroBatch, Prompts, Stage};
 use peapod_model::optim::{AdamW, AdamWConfig};
 use peapod_model::source::{ModelSource, Part};
 use peapod_model::text::{StudentEncoder, StudentOptions};
-use tch::{Device, Kind, Tensor, no_grad_guard};
+use tch::{Device, Kind, Tensor};
 
 pub use self::published::Published;
 use self::report::Report;
@@ -60,6 +61,9 @@ pub struct Options {
     /// Latents and states of the text are there before the clock starts, as in shards of `worker precompute`
     #[arg(long)]
     pub precomputed: bool,
+    /// On a GPU, latents and states of the next step are computed on a second stream, as `worker --encode-ahead` trains
+    #[arg(long, conflicts_with = "precomputed")]
+    pub encode_ahead: bool,
     /// Width and height of the pictures [default: the model's own; of a published model 640 640 (sdxl) or 512 512 (sd15)]
     #[arg(long, num_args = 2, value_names = ["WIDTH", "HEIGHT"])]
     pub size: Vec<i64>,
@@ -103,6 +107,9 @@ pub fn run(options: &Options, device: Device) -> Result<String, String> {
     }
     let default = if device.is_cuda() { Numbers::Bf16 } else { Numbers::F32 };
     let (kind, vae_numbers) = (options.dtype.unwrap_or(default).kind(), options.vae_dtype.unwrap_or(default.into()));
+    if options.encode_ahead && !device.is_cuda() {
+        return Err("--encode-ahead needs a GPU, which has streams".into());
+    }
     vae_numbers.settle();
     if options.published.is_none() {
         hub::bring([&options.model, &options.student].map(PathBuf::as_path), &hub::Log).map_err(|error| error.to_string())?;
@@ -172,21 +179,6 @@ fn synthetic(options: &Options, models: &Distiller, [width, height]: [i64; 2], d
     }
 }
 
-/// A batch with what the frozen encoders say of it in place of pictures and captions.
-fn encode(models: &Distiller, mut batch: MicroBatch) -> peapod_model::Result<MicroBatch> {
-    let _guard = no_grad_guard();
-    if let Images::Pixels(pixels) = &batch.images {
-        batch.images = Images::Moments(encode_pixels(models.vae(), pixels, false)?);
-    }
-    if let (English::Captions(captions), Some(teacher)) = (&batch.english, models.teacher()) {
-        batch.english = English::States(teacher.encode(captions)?);
-    }
-    if let Prompts::Captions(captions) = &batch.prompts {
-        batch.prompts = Prompts::States { sequence: models.student().encode(captions)?, mask: models.student().token_mask(captions)? };
-    }
-    Ok(batch)
-}
-
 /// What the clock said.
 struct Measured {
     /// Seconds of a step.
@@ -206,14 +198,36 @@ struct Run<'a> {
     gradient: Tensor,
     loss_scale: f64,
     device: Device,
+    /// Where batches are encoded, if not in their step; and the one of the next step.
+    side: Option<SideStream>,
+    encoded: Option<MicroBatch>,
 }
 
 impl Run<'_> {
     /// A step, whose stages are told as they end. Nothing waits for a GPU.
     fn step(&mut self, observe: &mut dyn FnMut(Stage)) -> peapod_model::Result<()> {
         let _ = self.gradient.zero_();
-        self.models.accumulate_observed(&self.adapter, &self.batch, &mut self.gradient, self.loss_scale, observe)?;
+        let encoded = match (self.side, self.encoded.take()) {
+            (Some(side), None) => Some(self.encode_on(side)?),
+            (_, encoded) => encoded,
+        };
+        if let (Some(side), Some(encoded)) = (self.side, &encoded) {
+            side.join(&encoded.tensors())?;
+        }
+        let batch = encoded.as_ref().unwrap_or(&self.batch);
+        self.models.accumulate_observed(&self.adapter, batch, &mut self.gradient, self.loss_scale, observe)?;
+        if let Some(side) = self.side {
+            self.encoded = Some(self.encode_on(side)?);
+            observe(Stage::Encode);
+        }
         self.optimizer.step(self.adapter.flat(), &self.gradient, 1e-5)
+    }
+
+    /// The batch as a step takes it that was encoded before.
+    fn encode_on(&self, side: SideStream) -> peapod_model::Result<MicroBatch> {
+        let mut batches = self.batch.split(1);
+        side.run(|| batches.iter_mut().try_for_each(|batch| self.models.encode_ahead(batch)))??;
+        Ok(batches.remove(0))
     }
 
     /// Seconds of so many steps, one behind the other as in training: a GPU has the next one before it is done with one.
@@ -245,12 +259,18 @@ impl Run<'_> {
 }
 
 fn measure(options: &Options, models: &Distiller, device: Device, kind: Kind, size: [i64; 2]) -> peapod_model::Result<Measured> {
-    let batch = synthetic(options, models, size, device);
-    let batch = if options.precomputed { encode(models, batch)? } else { batch };
+    let mut batch = synthetic(options, models, size, device);
+    if options.precomputed {
+        models.encode_ahead(&mut batch)?;
+    }
+    let side = match device {
+        Device::Cuda(ordinal) if options.encode_ahead => Some(SideStream::open(ordinal)?),
+        _ => None,
+    };
     let adapter = Adapter::fresh(models.adapter_config(options.hidden.into(), 3), 0, device)?;
     let optimizer = AdamW::new(AdamWConfig::default(), adapter.num_parameters() as i64, device);
     let (gradient, loss_scale) = (adapter.flat().zeros_like(), if kind == Kind::Half { 65_536.0 } else { 1.0 });
-    let mut run = Run { models, batch, adapter, optimizer, gradient, loss_scale, device };
+    let mut run = Run { models, batch, adapter, optimizer, gradient, loss_scale, device, side, encoded: None };
     run.steps(options.warmup)?;
     // The clock that tells stages apart holds a GPU up: a step is timed without it. On the CPU one pass says both.
     let undisturbed = if device.is_cuda() { Some(run.steps(options.steps)?) } else { None };
@@ -294,6 +314,7 @@ fn summarise(
         batch: options.batch,
         native: options.native,
         precomputed: options.precomputed,
+        encoded_ahead: options.encode_ahead,
         size,
         threads: options.threads,
         steps: options.steps,
@@ -383,9 +404,9 @@ mod tests {
             models.accumulate(&adapter, batch, &mut gradient).unwrap();
             gradient
         };
-        let batch = synthetic(&options, &models, [64; 2], Device::Cpu);
+        let mut batch = synthetic(&options, &models, [64; 2], Device::Cpu);
         let computed = gradient(&batch);
-        let batch = encode(&models, batch).unwrap();
+        models.encode_ahead(&mut batch).unwrap();
         assert!(matches!(batch.images, Images::Moments(_)) && matches!(batch.english, English::States(_)));
         assert!(matches!(batch.prompts, Prompts::States { .. }));
         let difference = (gradient(&batch) - &computed).norm().double_value(&[]) / computed.norm().double_value(&[]);
@@ -404,5 +425,6 @@ mod tests {
         let refused = |arguments| run(&options(arguments), Device::Cpu).unwrap_err();
         assert!(refused("--batch 2 --native 3").contains("--native 3"));
         assert!(refused("--size 65 64").contains("multiples of"));
+        assert!(refused("--encode-ahead").contains("needs a GPU"));
     }
 }

@@ -18,6 +18,8 @@ pub(super) struct Report {
     pub batch: u32,
     pub native: u32,
     pub precomputed: bool,
+    /// Whether the next step's pictures and captions were encoded beside the step.
+    pub encoded_ahead: bool,
     pub size: [i64; 2],
     pub threads: u32,
     pub steps: u32,
@@ -54,7 +56,11 @@ impl Report {
             self.device,
             self.batch,
             self.native,
-            if self.precomputed { ", precomputed" } else { "" },
+            match (self.precomputed, self.encoded_ahead) {
+                (true, _) => ", precomputed",
+                (_, true) => ", encoded beside the step before",
+                _ => "",
+            },
             self.dtype,
             if self.fp8_linears { " with linears in FP8" } else { "" },
             self.vae_dtype,

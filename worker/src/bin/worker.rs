@@ -8,7 +8,7 @@ use clap::{CommandFactory, Parser};
 use peapod_proto::program;
 use peapod_worker::args::{Cli, Command, Shards};
 use peapod_worker::device::{Sharing, nccl_settings};
-use peapod_worker::shards::{inspect, make};
+use peapod_worker::shards::{Report, inspect, make};
 use peapod_worker::{bench, check, device, fetch, loss_error, precompute, supervisor, vae_error};
 
 fn main() -> ExitCode {
@@ -62,26 +62,19 @@ fn main() -> ExitCode {
             Command::LossError(options) => loss_error::run(&options, device),
             Command::Precompute(options) => match precompute::Plan::new(&options).map(|plan| plan.run(device)) {
                 Ok(Err(problem)) => return fail(problem, 1),
-                Ok(report) => report,
+                Ok(Ok(report)) => return print(report),
                 Err(problem) => Err(problem),
             },
             Command::Shards(Shards::Inspect(options)) => match inspect::report(&options) {
-                Ok(inspect::Report { text, problem: Some(problem) }) => {
-                    // What was seen comes first.
-                    let _ = io::stdout().write_all(text.as_bytes());
-                    return fail(problem, 1);
-                }
-                report => report.map(|report| report.text),
+                Ok(report) => return print(report),
+                Err(problem) => Err(problem),
             },
             Command::Shards(Shards::Make(options)) => make::run(&options),
             // Answered above.
             Command::Pages(_) => Ok(String::new()),
         };
         return match report {
-            Ok(report) => match io::stdout().write_all(report.as_bytes()) {
-                Err(error) if !program::nobody_reads(&error) => fail(format_args!("cannot print: {error}"), 1),
-                _ => ExitCode::SUCCESS,
-            },
+            Ok(text) => print(Report { text, problem: None }),
             Err(problem) => fail(problem, supervisor::BAD_ARGUMENTS),
         };
     }
@@ -104,6 +97,16 @@ fn leave(code: u8) -> ! {
     let _ = io::stdout().flush();
     // SAFETY: ends the process, whatever its threads do.
     unsafe { libc::_exit(code.into()) }
+}
+
+/// What was seen comes first, and what is wrong with it last.
+fn print(Report { text, problem }: Report) -> ExitCode {
+    let printed = io::stdout().write_all(text.as_bytes());
+    match (problem, printed) {
+        (Some(problem), _) => fail(problem, 1),
+        (None, Err(error)) if !program::nobody_reads(&error) => fail(format_args!("cannot print: {error}"), 1),
+        (None, _) => ExitCode::SUCCESS,
+    }
 }
 
 fn fail(problem: impl Display, code: u8) -> ExitCode {

@@ -31,6 +31,16 @@ pub fn of_training(job: &Job, models: &Distiller) -> Result<Recipe> {
     Ok(recipe)
 }
 
+/// What a job file says of it: of its models nothing, nor of numbers that depend on the device.
+#[must_use]
+pub fn of_job(job: &Job) -> Recipe {
+    let mut recipe = Recipe::of_data(&job.data);
+    set(&mut recipe.settings, "model.vae_round_fp16", job.model.vae_round_fp16);
+    set(&mut recipe.settings, "loss.hybrid", job.loss.hybrid);
+    set_student(&mut recipe.settings, job);
+    recipe
+}
+
 /// The recipe of latents alone: which pictures, which part of them, and what the autoencoder makes of it.
 ///
 /// # Errors
@@ -59,11 +69,15 @@ pub fn add_english(recipe: &mut Recipe, job: &Job, kind: Kind, empty: &Tensor) {
 /// Adds what decides the student's states.
 pub fn add_student(recipe: &mut Recipe, job: &Job, kind: Kind, empty: &Tensor) {
     set(&mut recipe.settings, "train.dtype", name(kind));
-    set(&mut recipe.settings, "student.context_length", job.student.context_length);
-    set(&mut recipe.settings, "student.normalize_quotes", job.student.normalize_quotes);
-    set(&mut recipe.settings, "student.project", job.student.project);
-    set(&mut recipe.settings, "student.dropout", job.student.dropout);
+    set_student(&mut recipe.settings, job);
     recipe.probes.insert("student.path".into(), probe(&empty.select(1, 0)));
+}
+
+fn set_student(settings: &mut BTreeMap<String, String>, job: &Job) {
+    set(settings, "student.context_length", job.student.context_length);
+    set(settings, "student.normalize_quotes", job.student.normalize_quotes);
+    set(settings, "student.project", job.student.project);
+    set(settings, "student.dropout", job.student.dropout);
 }
 
 fn set(settings: &mut BTreeMap<String, String>, field: &str, value: impl ToString) {

@@ -7,16 +7,17 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use peapod_data::bucket::Bucket;
-use peapod_data::cached;
+use peapod_data::cached::{self, Recipe, Stamp};
 use peapod_data::caption::Cleaner;
-use peapod_data::sample::{Rules, Stored, examine};
+use peapod_data::sample::{Rules, Stored, examine, most_often};
 use peapod_data::shard::RawSample;
 use peapod_data::{Reason, Rule, Skip, Sources, expand_shards, image};
 use peapod_proto::ids::Bitmap;
-use peapod_proto::job::{DataSection, OptionalJobArgs};
+use peapod_proto::job::{CaptionRules, DataSection, Job, OptionalJobArgs};
 use serde::Serialize;
 
-use super::{progress_bar, size};
+use super::{Report, progress_bar, size};
+use crate::precompute::recipe;
 use crate::setup;
 
 /// Broken samples that are named; all are counted.
@@ -24,6 +25,9 @@ const NUM_NAMED: usize = 10;
 
 /// Different json keys that are counted. Shards with more of them have names for keys.
 const MAX_KEYS: usize = 100;
+
+/// Keys of the json that are named where the job's is missing.
+const KEYS_NAMED: usize = 10;
 
 /// What to look at, and how closely.
 #[derive(Debug, Clone, clap::Args)]
@@ -73,6 +77,8 @@ pub struct Summary {
     pub bad: BTreeMap<String, u64>,
     /// The first broken samples, in the list's order.
     pub first_bad: Vec<BadSample>,
+    /// In what the samples do not fit the job, where one was given.
+    pub warnings: Vec<String>,
 }
 
 /// A shard that cannot be read to its end, or holds nothing.
@@ -106,15 +112,6 @@ pub struct BadSample {
     pub reason: String,
 }
 
-/// What an inspection has to say.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Report {
-    /// As text or JSON.
-    pub text: String,
-    /// Why nothing should be trained on these shards as they are, in one line.
-    pub problem: Option<String>,
-}
-
 /// Inspects a shard list; the report's text.
 ///
 /// # Errors
@@ -128,14 +125,12 @@ pub fn run(options: &Options) -> Result<String, String> {
 /// # Errors
 /// One line: the list, the job file or the tables that captions are cleaned with cannot be read. What is wrong with a shard is in the report.
 pub fn report(options: &Options) -> Result<Report, String> {
-    let (shards, data) = match options.job.job() {
-        Some(job) => {
-            let job = job.read()?.job;
-            (if options.list.is_empty() { setup::shards(&job)?.0 } else { expand(&options.list)? }, job.data)
-        }
-        None => (expand(&options.list)?, serde_json::from_str(r#"{"shards": []}"#).map_err(|error| error.to_string())?),
+    let job = options.job.job().map(|job| job.read()).transpose()?.map(|read| read.job);
+    let shards = match &job {
+        Some(job) if options.list.is_empty() => setup::shards(job)?.0,
+        _ => expand(&options.list)?,
     };
-    let summary = summarise(&shards, &data, options.decode)?;
+    let summary = summarise(&shards, job.as_ref(), options.decode)?;
     let text =
         if options.json { serde_json::to_string_pretty(&summary).map_err(|error| error.to_string())? + "\n" } else { describe(&summary) };
     Ok(Report { text, problem: summary.problem() })
@@ -145,14 +140,17 @@ fn expand(list: &[String]) -> Result<Vec<String>, String> {
     expand_shards(list).map_err(|error| error.to_string())
 }
 
-/// Reads all these shards, several at once.
+/// Reads all these shards, several at once, by a job's rules or those of one that sets none.
 ///
 /// # Errors
 /// If the tables that captions are cleaned with cannot be read.
-pub fn summarise(shards: &[String], data: &DataSection, decode: bool) -> Result<Summary, String> {
+pub fn summarise(shards: &[String], job: Option<&Job>, decode: bool) -> Result<Summary, String> {
+    let data = match job {
+        Some(job) => job.data.clone(),
+        None => serde_json::from_str::<DataSection>(r#"{"shards": []}"#).map_err(|error| error.to_string())?,
+    };
     let cleaner = Cleaner::new(data.captions.rules(), data.strict_clean).map_err(|error| error.to_string())?;
-    let rules = Rules::new(data);
-    let look = Look { sources: Sources::default(), rules, cleaner, decode };
+    let look = Look { sources: Sources::default(), rules: Rules::new(&data), cleaner, recipe: job.map(recipe::of_job), decode };
     let bar = progress_bar(Some(shards.len() as u64), "shards");
     let (next, parts) = (AtomicUsize::new(0), Mutex::new(BTreeMap::new()));
     std::thread::scope(|scope| {
@@ -173,7 +171,33 @@ pub fn summarise(shards: &[String], data: &DataSection, decode: bool) -> Result<
     for part in parts.into_inner().unwrap_or_else(PoisonError::into_inner).into_values() {
         total.add(part);
     }
+    if job.is_some() {
+        total.warnings = warnings(&total, look.cleaner.rules());
+    }
     Ok(total)
+}
+
+/// In what samples do not fit a job that has these rules for captions: it would train on without complaint.
+fn warnings(summary: &Summary, captions: &CaptionRules) -> Vec<String> {
+    let mut warnings = Vec::new();
+    let (num_samples, num_filtered) = (summary.num_samples, summary.filtered.values().sum::<u64>());
+    if 2 * num_filtered > num_samples {
+        let most = most_often(summary.filtered.iter().map(|(rule, &count)| (rule.as_str(), count)));
+        warnings.push(format!("{num_filtered} of {num_samples} samples are filtered out by the job's rules, most often {most}"));
+    }
+    // Where all are native nobody misses the others' keys.
+    let of_rule = |counts: &BTreeMap<String, u64>, rule: Rule| counts.get(rule.as_str()).copied().unwrap_or_default();
+    let num_pairs = summary.num_parallel + of_rule(&summary.filtered, Rule::OneSided) + of_rule(&summary.bad, Rule::NoCaption);
+    for (setting, key) in [("parallel_key", &captions.parallel_key), ("english_key", &captions.english_key)] {
+        if num_pairs > 0 && !summary.keys.contains_key(key) {
+            let keys: Vec<&str> = summary.keys.keys().take(KEYS_NAMED).map(String::as_str).collect();
+            let keys = if keys.is_empty() { "nothing".into() } else { keys.join(", ") };
+            warnings.push(format!(
+                "no sample has `{key}` (data.captions.{setting}), which {num_pairs} need that have no native caption; in their json is {keys}"
+            ));
+        }
+    }
+    warnings
 }
 
 /// How shards are looked at.
@@ -181,6 +205,8 @@ struct Look {
     sources: Sources,
     rules: Rules,
     cleaner: Cleaner,
+    /// What the job's file says of how shards were to be precomputed, if there is a job.
+    recipe: Option<Recipe>,
     /// Whether pictures are decoded.
     decode: bool,
 }
@@ -206,12 +232,16 @@ impl Summary {
 
     fn of_shard(shard: &str, look: &Look) -> Self {
         let mut summary = Self { num_shards: 1, ..Self::new(&look.rules.buckets) };
-        // Whether a job may train what was precomputed is for its models to say.
+        // Whether its models are those that a shard was precomputed with is for them to say.
+        let check = |stamp: &[u8]| -> peapod_data::Result<()> {
+            look.recipe.as_ref().map_or(Ok(()), |job| Stamp::check_within(shard, stamp, job))?;
+            Ok(())
+        };
         let end = look.sources.read(
             shard,
             &Bitmap::default(),
             || false,
-            |_| Ok(()),
+            check,
             |sample| {
                 summary.count(shard, sample, look);
                 ControlFlow::Continue(())
@@ -232,9 +262,10 @@ impl Summary {
         if let Some(Ok(size)) = sample.latents.as_deref().map(cached::original_size).or(sample.jpg.as_deref().map(image::size)) {
             self.count_size(size);
         }
-        let json = sample.json.as_deref().and_then(|json| serde_json::from_slice::<serde_json::Map<_, _>>(json).ok());
-        for (key, value) in json.into_iter().flatten() {
-            if !value.is_null() && (self.keys.len() < MAX_KEYS || self.keys.contains_key(&key)) {
+        let CaptionRules { parallel_key, english_key, .. } = look.cleaner.rules();
+        for (key, value) in sample.json.as_deref().and_then(object).into_iter().flatten() {
+            let is_asked_for = || self.keys.contains_key(&key) || [parallel_key, english_key].contains(&&key);
+            if !value.is_null() && (self.keys.len() < MAX_KEYS || is_asked_for()) {
                 *self.keys.entry(key).or_default() += 1;
             }
         }
@@ -300,6 +331,12 @@ impl Summary {
     }
 }
 
+/// The json of a sample, read as generously as training reads it.
+fn object(json: &[u8]) -> Option<serde_json::Map<String, serde_json::Value>> {
+    let json = json.strip_prefix(b"\xef\xbb\xbf").unwrap_or(json);
+    serde_json::from_slice(json).ok().or_else(|| serde_json::from_slice(&peapod_json::without_not_numbers(json)?).ok())
+}
+
 fn describe(summary: &Summary) -> String {
     let mut text = String::new();
     let mut line = |name: &str, what: String| {
@@ -333,75 +370,11 @@ fn describe(summary: &Summary) -> String {
     for Unreadable { shard, reason } in &summary.unreadable {
         line("unreadable", format!("{shard}: {reason}"));
     }
+    for warning in &summary.warnings {
+        line("warning", warning.clone());
+    }
     text
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn options(list: &[String], job: Option<std::path::PathBuf>) -> Options {
-        Options { list: list.to_vec(), job: OptionalJobArgs { job, set: Vec::new() }, decode: false, json: false }
-    }
-
-    /// A tar of the demo's, whose pictures and captions fit a job's defaults.
-    fn demo() -> String {
-        concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/demo/shards/00000.tar").to_owned()
-    }
-
-    #[test]
-    fn shards_that_cannot_be_used_are_a_problem() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = |name: &str, bytes: &[u8]| {
-            let path = folder.path().join(name);
-            std::fs::write(&path, bytes).unwrap();
-            path.to_str().unwrap().to_owned()
-        };
-        let problem = |shards: &[String]| report(&options(shards, None)).unwrap().problem;
-        assert_eq!(problem(&[demo()]), None);
-        for (name, bytes, words) in [
-            ("nothing.tar", &b""[..], "it is no tar: it has no bytes"),
-            ("page.tar", b"<!DOCTYPE html>", "it begins with `<!DOCTYPE html>`"),
-            ("empty.tar", &[0; 1024], "it holds no sample"),
-        ] {
-            let problem = problem(&[demo(), path(name, bytes)]).unwrap();
-            assert!(problem.starts_with("1 of 2 shards cannot be used") && problem.ends_with(words), "{problem}");
-        }
-        let mut tar = tar::Builder::new(Vec::new());
-        let mut header = tar::Header::new_gnu();
-        header.set_size(2);
-        tar.append_data(&mut header, "a.json", &b"{}"[..]).unwrap();
-        let broken = path("broken.tar", &tar.into_inner().unwrap());
-        assert_eq!(problem(&[broken]).unwrap(), "no sample of these shards would be trained");
-    }
-
-    #[test]
-    fn list_is_the_jobs_where_none_is_given() {
-        let folder = tempfile::tempdir().unwrap();
-        let job = folder.path().join("job.toml");
-        let text = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/demo/job.toml")).unwrap();
-        std::fs::write(&job, text.replace("tests/demo/shards", concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/demo/shards"))).unwrap();
-        let of_job = report(&options(&[], Some(job.clone()))).unwrap();
-        assert!(of_job.problem.is_none() && of_job != report(&options(&[demo()], Some(job))).unwrap(), "{of_job:?}");
-    }
-
-    #[test]
-    fn parts_add_up_in_the_order_of_the_list() {
-        let bad = |shard: &str, count: usize| Summary {
-            num_shards: 1,
-            num_samples: count as u64,
-            bad: [("x".to_owned(), count as u64)].into(),
-            first_bad: (0..count).map(|key| BadSample { shard: shard.into(), key: key.to_string(), reason: "x".into() }).collect(),
-            smallest: Some((count as u32, 1)),
-            largest: Some((count as u32, 2)),
-            num_pixels: 100,
-            ..Summary::default()
-        };
-        let mut total = Summary::default();
-        total.add(bad("a", 8));
-        total.add(bad("b", 5));
-        assert_eq!((total.num_shards, total.num_samples, total.num_pixels), (2, 13, 200));
-        assert_eq!((total.smallest, total.largest, total.bad["x"]), (Some((5, 1)), Some((8, 2)), 13));
-        assert_eq!((total.first_bad.len(), total.first_bad[9].shard.as_str()), (10, "b"));
-    }
-}
+mod tests;

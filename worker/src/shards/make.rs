@@ -2,22 +2,18 @@
 //!
 //! The same table gives the same bytes. A JPEG goes in as it is; any other picture this program reads is encoded as one.
 
-use std::fs::File;
-use std::io::{BufRead, BufReader, Cursor};
-use std::path::{Path, PathBuf};
+use std::io::Cursor;
+use std::path::PathBuf;
 
 use image::codecs::jpeg::JpegEncoder;
 use image::{ImageReader, RgbImage};
 use peapod_data::image::{MAX_PIXELS, decode};
 use peapod_data::shard::MAX_MEMBER_BYTES;
 use peapod_proto::program::say;
-use serde_json::{Map, Value};
 
+use super::table::{Fault, Faults, Row, Rows};
 use super::whole::WholeTar;
 use super::{progress_bar, size};
-
-/// Columns whose text is a number in a sample's json.
-const SCORES: [&str; 2] = ["watermark", "aesthetic_score"];
 
 /// Pictures that each thread prepares before all that were read are written.
 const ROWS_A_THREAD: usize = 16;
@@ -43,39 +39,47 @@ pub struct Options {
     /// JPEG quality of pictures that are not JPEGs already
     #[arg(long, default_value_t = 95, value_parser = clap::value_parser!(u8).range(1..=100))]
     pub quality: u8,
+    /// Leave out rows that cannot be used, and those whose pictures are not there, instead of refusing the table
+    #[arg(long)]
+    pub skip_bad: bool,
 }
 
-/// Makes the shards. Rows that cannot be used are named on stderr and left out.
+/// Makes the shards. A picture that turns out to be damaged is left out: the first are named on stderr, all are counted.
 ///
 /// Returns what was made, as lines for people.
 ///
 /// # Errors
-/// One line: the table or the pattern is unusable, a shard would be overwritten or cannot be written, or no row was usable. Shards that were
-/// finished before stay.
+/// The table or the pattern is unusable, rows of the table are and are not to be left out (nothing is written then), a shard would be overwritten
+/// or cannot be written, or no row was usable. Shards that were finished before stay.
 pub fn run(options: &Options) -> Result<String, String> {
     if options.samples_per_shard == 0 || options.shard_bytes == Some(0) {
         return Err("--samples-per-shard and --shard-bytes must be at least 1".into());
     }
     let pattern = Pattern::parse(&options.out)?;
     pattern.refuse_existing()?;
+    let num_threads = std::thread::available_parallelism().map_or(1, usize::from);
+    if !options.skip_bad {
+        check(options, num_threads)?;
+    }
     let mut rows = Rows::open(&options.table, &options.image_column)?;
     let mut writer = Writer::new(options, pattern);
-    let num_threads = std::thread::available_parallelism().map_or(1, usize::from);
     let bar = progress_bar(None, "rows");
-    let (mut num_skipped, mut has_captions) = (0_u64, false);
+    let (mut faults, mut has_captions) = (Faults::default(), false);
     loop {
-        let batch: Vec<Row> = rows.by_ref().take(num_threads * ROWS_A_THREAD).collect();
+        let batch = rows.take(num_threads * ROWS_A_THREAD)?;
         if batch.is_empty() {
             break;
         }
         bar.inc(batch.len() as u64);
         has_captions |= batch.iter().any(Row::has_captions);
-        for (row, prepared) in batch.iter().zip(prepare_all(&batch, num_threads, options.quality)) {
+        let panicked = || Err(Fault::new("unreadable picture", "the thread that read it panicked"));
+        for (row, prepared) in batch.iter().zip(of_all(&batch, num_threads, |row| prepare(row, options.quality), panicked)) {
             match prepared {
                 Ok(sample) => writer.add(row.number, &sample)?,
-                Err(problem) => {
-                    num_skipped += 1;
-                    bar.suspend(|| say(format_args!("worker: row {} is left out: {problem}", row.number)));
+                Err(fault) => {
+                    if let Some(named) = faults.count(row.line, &fault) {
+                        bar.suspend(|| say(format_args!("worker: left out: {named}")));
+                    }
                 }
             }
         }
@@ -86,7 +90,38 @@ pub fn run(options: &Options) -> Result<String, String> {
             "worker: no row has a column caption_…: a job reads caption_zh and caption_en, or what its [data.captions] names (parallel_key, english_key)",
         );
     }
-    writer.finish(num_skipped)
+    writer.finish(&faults)
+}
+
+/// Goes through the whole table before anything is written: shards that lack half of the pictures, as the folder was another, are found out late.
+fn check(options: &Options, num_threads: usize) -> Result<(), String> {
+    let mut rows = Rows::open(&options.table, &options.image_column)?;
+    let (mut num, mut faults) = (0, Faults::default());
+    let bar = progress_bar(None, "rows looked at");
+    loop {
+        let batch = rows.take(num_threads * ROWS_A_THREAD)?;
+        if batch.is_empty() {
+            break;
+        }
+        num += batch.len();
+        bar.inc(batch.len() as u64);
+        for (row, fault) in batch.iter().zip(of_all(&batch, num_threads, Row::fault, || None)) {
+            if let Some(fault) = fault {
+                faults.count(row.line, &fault);
+            }
+        }
+    }
+    bar.finish_and_clear();
+    if faults.num() == 0 {
+        return Ok(());
+    }
+    Err(format!(
+        "--table {}: {} of {num} rows cannot be used ({}); nothing was written. Mend them, or leave them out with --skip-bad:{}",
+        options.table.display(),
+        faults.num(),
+        faults.by_kind(),
+        faults.list()
+    ))
 }
 
 /// A picture and its json as they go into the tar.
@@ -95,34 +130,38 @@ struct Sample {
     json: Vec<u8>,
 }
 
-/// Prepares rows on several threads; the results in the rows' order.
-fn prepare_all(rows: &[Row], num_threads: usize, quality: u8) -> Vec<Result<Sample, String>> {
+/// Does something with rows on several threads; the results in the rows' order, and `panicked`'s for those of a thread that panicked.
+fn of_all<T: Send>(rows: &[Row], num_threads: usize, work: impl Fn(&Row) -> T + Sync, panicked: impl Fn() -> T) -> Vec<T> {
     let part_len = rows.len().div_ceil(num_threads).max(1);
     std::thread::scope(|scope| {
-        let prepare = |part: &[Row]| part.iter().map(|row| prepare(row, quality)).collect::<Vec<_>>();
-        let threads: Vec<_> = rows.chunks(part_len).map(|part| (part.len(), scope.spawn(move || prepare(part)))).collect();
+        let work = |part: &[Row]| part.iter().map(&work).collect::<Vec<_>>();
+        let threads: Vec<_> = rows.chunks(part_len).map(|part| (part.len(), scope.spawn(move || work(part)))).collect();
         let join = |(len, thread): (usize, std::thread::ScopedJoinHandle<'_, Vec<_>>)| {
-            thread.join().unwrap_or_else(|_| (0..len).map(|_| Err("the thread that read it panicked".to_owned())).collect())
+            thread.join().unwrap_or_else(|_| (0..len).map(|_| panicked()).collect())
         };
         threads.into_iter().flat_map(join).collect()
     })
 }
 
-fn prepare(row: &Row, quality: u8) -> Result<Sample, String> {
+fn prepare(row: &Row, quality: u8) -> Result<Sample, Fault> {
+    if let Some(fault) = row.fault() {
+        return Err(fault);
+    }
     let (path, json) = row.content.as_ref().map_err(Clone::clone)?;
-    let named = |error: &dyn std::fmt::Display| format!("{}: {error}", path.display());
-    let bytes = std::fs::read(path).map_err(|error| named(&error))?;
+    let damaged = |error: &dyn std::fmt::Display| Fault::new("unreadable picture", format!("{}: {error}", path.display()));
+    let bytes = std::fs::read(path).map_err(|error| damaged(&error))?;
     let jpg = if bytes.starts_with(&[0xff, 0xd8]) {
         // Decoded to see that it is whole, as training would.
-        decode(&bytes).map_err(|error| named(&error))?;
+        decode(&bytes).map_err(|error| damaged(&error))?;
         bytes
     } else {
-        encode(&bytes, quality).map_err(|error| named(&error))?
+        encode(&bytes, quality).map_err(|error| damaged(&error))?
     };
-    let json = serde_json::to_vec(json).map_err(|error| named(&error))?;
+    let json = serde_json::to_vec(json).map_err(|error| damaged(&error))?;
     let longest = jpg.len().max(json.len()) as u64;
     if longest > MAX_MEMBER_BYTES {
-        return Err(named(&format!("{longest} bytes; training reads no member of more than {MAX_MEMBER_BYTES}")));
+        let words = format!("{}: {longest} bytes; training reads no member of more than {MAX_MEMBER_BYTES}", path.display());
+        return Err(Fault::new("too large", words));
     }
     Ok(Sample { jpg, json })
 }
@@ -146,90 +185,6 @@ fn encode(bytes: &[u8], quality: u8) -> Result<Vec<u8>, String> {
     let mut jpeg = Vec::new();
     JpegEncoder::new_with_quality(&mut jpeg, quality).encode_image(&picture).map_err(|error| error.to_string())?;
     Ok(jpeg)
-}
-
-/// A row of the table: its number, counted from 0 without the header, and the picture's path and json, or why it has none.
-struct Row {
-    number: u64,
-    content: Result<(PathBuf, Map<String, Value>), String>,
-}
-
-impl Row {
-    /// Whether it has a caption under one of the keys that jobs read by default, in whichever language.
-    fn has_captions(&self) -> bool {
-        self.content.as_ref().is_ok_and(|(_, json)| json.keys().any(|key| key.starts_with("caption_")))
-    }
-}
-
-/// The rows of a table, one after the other.
-struct Rows {
-    folder: PathBuf,
-    image_column: String,
-    number: u64,
-    records: Box<dyn Iterator<Item = Result<Map<String, Value>, String>>>,
-}
-
-impl Rows {
-    fn open(table: &Path, image_column: &str) -> Result<Self, String> {
-        let named = |error: &dyn std::fmt::Display| format!("--table {}: {error}", table.display());
-        let file = || File::open(table).map(BufReader::new).map_err(|error| named(&error));
-        let extension = table.extension().and_then(|extension| extension.to_str()).unwrap_or_default().to_ascii_lowercase();
-        let records: Box<dyn Iterator<Item = _>> = match extension.as_str() {
-            "csv" | "tsv" => {
-                let delimiter = if extension == "csv" { b',' } else { b'\t' };
-                let mut reader = csv::ReaderBuilder::new().delimiter(delimiter).from_reader(file()?);
-                let header = reader.headers().map_err(|error| named(&error))?.clone();
-                if !header.iter().any(|name| name == image_column) {
-                    let columns: Vec<&str> = header.iter().collect();
-                    return Err(named(&format!(
-                        "no column `{image_column}` among {}; name the pictures' column with --image-column",
-                        columns.join(", ")
-                    )));
-                }
-                Box::new(reader.into_records().map(move |record| {
-                    let record = record.map_err(|error| error.to_string())?;
-                    // An empty cell is no value.
-                    let filled = header.iter().zip(&record).filter(|(_, cell)| !cell.is_empty());
-                    filled.map(|(name, cell)| Ok((name.to_owned(), value(name, cell)?))).collect()
-                }))
-            }
-            "jsonl" => Box::new(file()?.lines().map(|line| {
-                let line = line.map_err(|error| error.to_string())?;
-                serde_json::from_str(&line).map_err(|error| error.to_string())
-            })),
-            _ => return Err(named(&"a table ends in .csv, .tsv or .jsonl")),
-        };
-        let folder = table.parent().unwrap_or(Path::new("")).to_owned();
-        Ok(Self { folder, image_column: image_column.to_owned(), number: 0, records })
-    }
-
-    fn content(&self, record: Result<Map<String, Value>, String>) -> Result<(PathBuf, Map<String, Value>), String> {
-        let mut json = record?;
-        match json.remove(&self.image_column) {
-            Some(Value::String(path)) => Ok((self.folder.join(path), json)),
-            _ => Err(format!("no path under `{}`", self.image_column)),
-        }
-    }
-}
-
-impl Iterator for Rows {
-    type Item = Row;
-
-    fn next(&mut self) -> Option<Row> {
-        let record = self.records.next()?;
-        let row = Row { number: self.number, content: self.content(record) };
-        self.number += 1;
-        Some(row)
-    }
-}
-
-/// A cell's value in json.
-fn value(name: &str, cell: &str) -> Result<Value, String> {
-    if SCORES.contains(&name) {
-        let number = cell.trim().parse().ok().and_then(serde_json::Number::from_f64);
-        return number.map(Value::Number).ok_or_else(|| format!("{name} `{cell}` is no number"));
-    }
-    Ok(Value::String(cell.to_owned()))
 }
 
 /// `DIR/{00000..}.tar`: names of shards, counted from the number in the braces.
@@ -335,14 +290,17 @@ impl Writer {
         Ok(())
     }
 
-    fn finish(mut self, num_skipped: u64) -> Result<String, String> {
+    fn finish(mut self, faults: &Faults) -> Result<String, String> {
         self.close()?;
+        let num_faults = faults.num();
         if self.num_shards == 0 {
-            return Err(format!("no usable row among {num_skipped}: nothing was written"));
+            let kinds = if num_faults > 0 { format!(" ({})", faults.by_kind()) } else { String::new() };
+            return Err(format!("no usable row among {num_faults}{kinds}: nothing was written"));
         }
         let Self { num_shards, num_samples, num_bytes, pattern, .. } = self;
+        let kinds: String = faults.kinds().map(|(kind, num)| format!("{:11}{num:>9}  {kind}\n", "")).collect();
         Ok(format!(
-            "shards     {num_shards}\nsamples    {num_samples}, {}\nleft out   {num_skipped}\nfor a job  shards = [{:?}]\n",
+            "shards     {num_shards}\nsamples    {num_samples}, {}\nleft out   {num_faults}\n{kinds}for a job  shards = [{:?}]\n",
             size(num_bytes),
             pattern.list(num_shards)
         ))
@@ -358,8 +316,8 @@ mod tests {
         let pattern = Pattern::parse("out/a-{00098..}.tar").unwrap();
         assert_eq!([0, 2].map(|place| pattern.name(place)), ["a-00098.tar", "a-00100.tar"]);
         assert_eq!(pattern.list(3), "out/a-{00098..00100}.tar");
-        assert_eq!(Pattern::parse("{0..}.tar").unwrap().folder, Path::new("."));
-        assert_eq!(Pattern::parse("/{0..}.tar").unwrap().folder, Path::new("/"));
+        assert_eq!(Pattern::parse("{0..}.tar").unwrap().folder.to_str(), Some("."));
+        assert_eq!(Pattern::parse("/{0..}.tar").unwrap().folder.to_str(), Some("/"));
         for wrong in ["out.tar", "{0..9}.tar", "{x..}.tar", "{..}.tar", "{0..}.zip", "{0..}/a.tar", "{0..}{0..}.tar", "{0000000000..}.tar"]
         {
             assert!(Pattern::parse(wrong).unwrap_err().contains("'DIR/{00000..}.tar'"), "{wrong}");
@@ -379,14 +337,6 @@ mod tests {
     }
 
     #[test]
-    fn captions_under_other_keys_are_noticed() {
-        let row = |json: &str| Row { number: 0, content: Ok((PathBuf::new(), serde_json::from_str(json).unwrap())) };
-        assert!(row(r#"{"caption_ori_it": "un gatto"}"#).has_captions());
-        assert!(!row(r#"{"caption": "a cat", "url": "x"}"#).has_captions());
-        assert!(!Row { number: 0, content: Err("no path".into()) }.has_captions());
-    }
-
-    #[test]
     fn member_that_training_would_refuse_is_left_out() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("a.jpg");
@@ -394,20 +344,14 @@ mod tests {
         // Behind the picture's end, where decoders do not look.
         jpeg.resize(MAX_MEMBER_BYTES as usize + 1, 0);
         std::fs::write(&path, jpeg).unwrap();
-        let problem = prepare(&Row { number: 0, content: Ok((path, Map::new())) }, 95).err().unwrap();
-        assert!(problem.ends_with("67108865 bytes; training reads no member of more than 67108864"), "{problem}");
+        let row = Row { number: 0, line: 2, content: Ok((path, serde_json::Map::new())) };
+        let Fault { kind, words } = prepare(&row, 95).err().unwrap();
+        assert!(words.ends_with("67108865 bytes; training reads no member of more than 67108864"), "{kind}: {words}");
     }
 
     fn png() -> Vec<u8> {
         let mut png = Cursor::new(Vec::new());
         RgbImage::new(16, 8).write_to(&mut png, image::ImageFormat::Png).unwrap();
         png.into_inner()
-    }
-
-    #[test]
-    fn scores_are_numbers_and_everything_else_is_text() {
-        assert_eq!(value("watermark", " 0.25").unwrap(), 0.25);
-        assert_eq!(value("caption_zh", "12").unwrap(), "12");
-        assert!(value("aesthetic_score", "good").unwrap_err().contains("`good` is no number"));
     }
 }

@@ -11,10 +11,10 @@ use peapod_proto::ids::{Generation, Step};
 use peapod_proto::message::Assignment;
 use tch::Device;
 
-use super::Trainer;
 use super::ended::{Ended, with_sources};
 use super::state::TrainState;
 use super::training::COLLECTIVE_TIMEOUT;
+use super::{NotFetched, Trainer};
 use crate::setup;
 
 /// The members of a generation are told of it within moments of each other: one that cannot be reached for so long is cut off.
@@ -91,7 +91,7 @@ impl Trainer {
         let is_source = assignment.member_index == assignment.source_index;
         if is_source && !(held && assignment.checkpoint_step.is_none()) {
             self.state = None;
-            self.state = Some(self.first_state(assignment)?);
+            self.state = Some(self.first_state(assignment, abort)?);
         }
         if assignment.broadcast_state {
             self.spread(assignment, collective.as_mut(), is_source, held, deadline)?;
@@ -118,13 +118,17 @@ impl Trainer {
     }
 
     /// The state that nobody holds: of the checkpoint, or fresh.
-    fn first_state(&self, assignment: &Assignment) -> Result<TrainState, Ended> {
+    fn first_state(&self, assignment: &Assignment, abort: &AbortHandle) -> Result<TrainState, Ended> {
         let failed = |message: String| Ended::Failed { phase: "resuming", message };
         let (optimizer, ema) = (setup::adamw_config(&self.context.job), self.context.job.train.ema_decay);
         let Some(step) = assignment.checkpoint_step else {
             return self.fresh_state().map_err(failed);
         };
-        let files = (self.context.download)(step).map_err(failed)?;
+        let files = (self.context.download)(step, abort).map_err(|NotFetched { message, is_over }| match is_over {
+            true => failed(message),
+            // The next generation tries again: its models are loaded, and the coordinator or its store may be back.
+            false => Ended::broken(message),
+        })?;
         let part = |name: &str| files.iter().find(|(file, _)| file == name).map(|(_, bytes)| bytes.clone());
         let mut state = TrainState::from_checkpoint(self.adapter_config, optimizer, ema, self.context.device, step, part)
             .map_err(|error| failed(format!("checkpoint of step {step}: {error}")))?;

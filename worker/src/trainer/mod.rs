@@ -3,6 +3,7 @@
 //! Orderly ends are looked at between collectives, through flags in the tail, since a rank that skips a collective hangs the
 //! others. Only an abort breaks into one; then the step in flight is dropped and its samples wait for the source's word.
 
+mod ahead;
 mod control;
 mod copying;
 mod ended;
@@ -15,15 +16,18 @@ pub(crate) mod tensors;
 mod training;
 pub(crate) mod wire;
 
+use std::cell::Cell;
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::mpsc::Receiver;
 
+use peapod_collective::AbortHandle;
 use peapod_collective::nccl::NcclDevice;
 use peapod_collective::tcp::{Listener, Ports};
 use peapod_data::{Loader, Share};
+use peapod_kernels::SideStream;
 use peapod_model::adapter::{Adapter, AdapterConfig};
 use peapod_model::distill::Distiller;
 use peapod_model::panics;
@@ -33,6 +37,7 @@ use peapod_proto::job::Job;
 use peapod_proto::message::{Assignment, Phase, ShardReport, StopCause, Stopped, ValidationLosses};
 use tch::Device;
 
+use ahead::{Ahead, Encoding};
 pub use control::Control;
 use copying::Copying;
 use ended::Ended;
@@ -40,7 +45,6 @@ use reading::data_output;
 pub use rounds::Drawn;
 use rounds::Rounds;
 pub use state::{Snapshot, TrainState};
-use step::Ahead;
 
 use crate::faults::Faults;
 use crate::hub::{self, HubError, Watch};
@@ -90,8 +94,17 @@ pub enum Output {
     },
 }
 
-/// Fetches the files of a checkpoint from the coordinator. Called on the trainer's thread.
-pub type Download = Box<dyn Fn(Step) -> Result<Vec<(String, Vec<u8>)>, String> + Send>;
+/// Fetches the files of a checkpoint from the coordinator, unless the generation is aborted meanwhile. Called on the trainer's thread.
+pub type Download = Box<dyn Fn(Step, &AbortHandle) -> Result<Vec<(String, Vec<u8>)>, NotFetched> + Send>;
+
+/// Why there are no files.
+#[derive(Debug)]
+pub struct NotFetched {
+    /// What was said.
+    pub message: String,
+    /// Whether it would be the same another time.
+    pub is_over: bool,
+}
 
 /// What a trainer is started with and keeps.
 pub struct Context {
@@ -101,6 +114,8 @@ pub struct Context {
     pub device: Device,
     /// Whether another member may train on the same GPU.
     pub allow_shared_gpu: bool,
+    /// Whether pictures and captions are encoded beside the step before theirs, on a GPU.
+    pub encode_ahead: bool,
     /// Address under which the other members reach this one.
     pub advertise: IpAddr,
     /// Where it listens for them.
@@ -205,6 +220,7 @@ struct Trainer {
     sizes_seen: BTreeSet<((u32, u32), usize, usize)>,
     /// Parts in which a micro-batch is computed: more than one where the device ran out of memory.
     parts: usize,
+    encoding: Cell<Encoding>,
 }
 
 impl Trainer {
@@ -229,6 +245,12 @@ impl Trainer {
         let loader = loader.map_err(|error| error.to_string())?;
         control.set_loader(loader.handle());
         let fresh = Adapter::fresh(adapter_config, job.seed, *device)?;
+        let encoding = match *device {
+            Device::Cuda(ordinal) if context.encode_ahead => {
+                Encoding::Ahead(Some(SideStream::open(ordinal).map_err(|error| error.to_string())?))
+            }
+            _ => Encoding::InStep,
+        };
         control.enter(Phase::Waiting);
         output(Output::Event(TrainerEvent::Loaded { model_digest, num_parameters: fresh.num_parameters() as u64 }));
         Ok(Self {
@@ -248,6 +270,7 @@ impl Trainer {
             gpu: None,
             sizes_seen: BTreeSet::new(),
             parts: 1,
+            encoding: Cell::new(encoding),
         })
     }
 

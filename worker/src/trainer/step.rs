@@ -3,46 +3,16 @@
 use peapod_collective::AbortHandle;
 use peapod_data::Share;
 use peapod_model::adapter::Adapter;
-use peapod_model::distill::{Distiller, LossSums, MicroBatch, PendingSums};
-use tch::{Device, Tensor};
+use peapod_model::distill::{LossSums, PendingSums};
+use tch::Tensor;
 
-use super::tensors::to_tensors;
+use super::ahead::{Preparation, Prepared};
 use crate::tail::{Contribution, LossTotals};
-
-/// A share before its step, with the tensors that the step begins with, if there was time to put them together.
-pub struct Ahead {
-    /// The share.
-    pub share: Share,
-    /// Of its first batch, or none.
-    first: Vec<MicroBatch>,
-}
-
-impl From<Share> for Ahead {
-    fn from(share: Share) -> Self {
-        Self { share, first: Vec::new() }
-    }
-}
-
-impl Ahead {
-    /// Puts the first tensors together and sends them to `device`. What fails is left to the step, which says why.
-    pub fn prepare(&mut self, models: &Distiller, device: Device) {
-        let Some(batch) = self.share.batches.first() else { return };
-        let mut tensors = to_tensors(batch, models.vae().downscale()).unwrap_or_default();
-        if tensors.iter_mut().all(|tensors| tensors.send_ahead(device).is_ok()) {
-            self.first = tensors;
-        }
-    }
-
-    /// The share, and what was put together of it.
-    pub fn into_parts(self) -> (Share, Vec<MicroBatch>) {
-        (self.share, self.first)
-    }
-}
 
 /// A pass through the models, forth and back.
 pub struct Pass<'a> {
-    /// The models.
-    pub models: &'a Distiller,
+    /// The models, and how batches are made ready for them.
+    pub preparation: Preparation<'a>,
     /// What is trained.
     pub adapter: &'a Adapter,
     /// What the loss is multiplied with on the way back.
@@ -56,7 +26,7 @@ pub struct Pass<'a> {
 impl Pass<'_> {
     /// Adds the gradient of every micro-batch of a share into `gradient` and sums up what the tail will say; nothing if it is broken off.
     ///
-    /// `first` are the tensors of the first batch, if there are any yet. `meanwhile` is called when a GPU has all its work and nobody has
+    /// `first` is the first batch, if it is prepared already. `meanwhile` is called when a GPU has all its work and nobody has
     /// waited for it.
     ///
     /// # Errors
@@ -64,23 +34,24 @@ impl Pass<'_> {
     pub fn accumulate(
         &self,
         share: &Share,
-        first: Vec<MicroBatch>,
+        first: Option<Prepared>,
         gradient: &mut Tensor,
         meanwhile: impl FnOnce(),
     ) -> peapod_model::Result<Option<Contribution>> {
         // A GPU works on one micro-batch while the next is put together.
-        let (mut sums, mut first) = (PendingSums::default(), Some(first).filter(|first| !first.is_empty()));
-        for batch in &share.batches {
-            let tensors = match first.take() {
-                Some(tensors) => tensors,
-                None => to_tensors(batch, self.models.vae().downscale())?,
+        let (mut sums, mut prepared) = (PendingSums::default(), first);
+        for (index, batch) in share.batches.iter().enumerate() {
+            let tensors = match prepared.take() {
+                Some(prepared) => prepared,
+                None => self.preparation.prepare(batch)?,
             };
-            for batch in tensors.iter().flat_map(|batch| batch.split(self.parts)) {
+            for batch in tensors.take()?.iter().flat_map(|batch| batch.split(self.parts)) {
                 if self.abort.reason().is_some() {
                     return Ok(None);
                 }
-                sums.append(self.models.accumulate_ahead(self.adapter, &batch, gradient, self.scale)?);
+                sums.append(self.preparation.models.accumulate_ahead(self.adapter, &batch, gradient, self.scale)?);
             }
+            prepared = share.batches.get(index + 1).map(|next| self.preparation.prepare(next)).transpose()?;
         }
         meanwhile();
         let LossSums { task, logit, feature, .. } = sums.read()?;
@@ -93,13 +64,16 @@ impl Pass<'_> {
 
 #[cfg(test)]
 mod tests {
+    use std::cell::Cell;
     use std::path::Path;
 
+    use super::super::ahead::{Ahead, Encoding};
     use super::*;
     use crate::setup;
     use peapod_data::{LeasedShard, Loader};
     use peapod_proto::ids::{Bitmap, Epoch, LeaseId, ShardId};
     use peapod_proto::job::Job;
+    use tch::Device;
 
     #[test]
     fn share_says_what_its_micro_batches_say_together() {
@@ -118,8 +92,10 @@ mod tests {
 
         let adapter = Adapter::fresh(setup::adapter_config(&job, &models), 1, Device::Cpu).unwrap();
         let abort = AbortHandle::new();
-        let pass = Pass { models: &models, adapter: &adapter, scale: 1.0, parts: 1, abort: &abort };
-        let of = |share: &Share, gradient: &mut Tensor| pass.accumulate(share, Vec::new(), gradient, || {}).unwrap().unwrap();
+        let encoding = Cell::new(Encoding::InStep);
+        let preparation = Preparation { models: &models, device: Device::Cpu, encoding: &encoding };
+        let pass = Pass { preparation, adapter: &adapter, scale: 1.0, parts: 1, abort: &abort };
+        let of = |share: &Share, gradient: &mut Tensor| pass.accumulate(share, None, gradient, || {}).unwrap().unwrap();
         let (mut whole, mut parts) = (adapter.flat().zeros_like(), adapter.flat().zeros_like());
         let together = of(&share, &mut whole);
         let alone: Vec<Contribution> = share.batches.iter().map(|batch| of(&Share { batches: vec![batch.clone()] }, &mut parts)).collect();
@@ -135,24 +111,33 @@ mod tests {
 
         // What was put together ahead stands for the first of them, and for nothing else.
         let mut ahead = Ahead::from(share.clone());
-        ahead.prepare(&models, Device::Cpu);
+        ahead.prepare(&preparation);
         let (share, first) = ahead.into_parts();
-        assert_eq!(first.iter().map(MicroBatch::len).sum::<usize>(), share.batches[0].samples.len());
+        assert!(first.is_some());
         let (mut gradient, mut is_called) = (adapter.flat().zeros_like(), false);
         let prepared = pass.accumulate(&share, first, &mut gradient, || is_called = true).unwrap().unwrap();
         assert_eq!((&prepared, &gradient), (&together, &whole));
         assert!(is_called);
 
+        // Encoded before their step, they teach the same.
+        encoding.set(Encoding::Ahead(None));
+        let _ = gradient.zero_();
+        let encoded = pass.accumulate(&share, None, &mut gradient, || {}).unwrap().unwrap();
+        assert_eq!(encoded.names, together.names);
+        let distance = (&whole - &gradient).norm().double_value(&[]) / whole.norm().double_value(&[]);
+        assert!(distance < 1e-5, "{distance}");
+        encoding.set(Encoding::InStep);
+
         // Where memory is short the same comes out in parts.
         let halves = Pass { parts: 2, ..pass };
         let _ = gradient.zero_();
-        let in_parts = halves.accumulate(&share, Vec::new(), &mut gradient, || {}).unwrap().unwrap();
+        let in_parts = halves.accumulate(&share, None, &mut gradient, || {}).unwrap().unwrap();
         assert_eq!(in_parts.names, together.names);
         let distance = (&whole - &gradient).norm().double_value(&[]) / whole.norm().double_value(&[]);
         assert!(distance < 1e-5, "{distance}");
 
         abort.abort("rank 1 died");
-        let broken_off = halves.accumulate(&share, Vec::new(), &mut gradient, || panic!("no step will follow")).unwrap();
+        let broken_off = halves.accumulate(&share, None, &mut gradient, || panic!("no step will follow")).unwrap();
         assert_eq!(broken_off, None);
     }
 }

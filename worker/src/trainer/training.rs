@@ -4,18 +4,18 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
 use peapod_collective::{AbortHandle, Collective};
-use peapod_model::distill::MicroBatch;
 use peapod_model::optim::clip_grad_norm;
 use peapod_model::panics::is_out_of_memory;
 use peapod_proto::ids::{Generation, MemberIndex, Step};
 use peapod_proto::message::{Assignment, Phase, StepLosses, StepRecord, StepReport, StepTimings, StopCause};
 use tch::Tensor;
 
+use super::ahead::{Ahead, Preparation, Prepared};
 use super::copying::Copying;
 use super::ended::Ended;
 use super::rounds::{Drawn, Due, Unfinished, means};
 use super::state::TrainState;
-use super::step::{Ahead, Pass};
+use super::step::Pass;
 use super::wire::Wire;
 use super::{Output, Trainer, guarded};
 use crate::lifecycle::TrainerEvent;
@@ -157,11 +157,11 @@ impl Trainer {
     }
 
     /// The gradient of the share in flight, in the wire, and what the tail will say of it.
-    fn compute(&mut self, place: Place<'_>, step: Step, mut first: Vec<MicroBatch>, wire: &mut Wire) -> Result<Contribution, Ended> {
+    fn compute(&mut self, place: Place<'_>, step: Step, mut first: Option<Prepared>, wire: &mut Wire) -> Result<Contribution, Ended> {
         self.enter_compute();
         self.context.faults.in_compute(step);
         loop {
-            match self.pass(place, step, std::mem::take(&mut first), wire) {
+            match self.pass(place, step, first.take(), wire) {
                 Ok(Some(contribution)) => return Ok(contribution),
                 Ok(None) => return Err(Ended::broken(place.abort.reason().unwrap_or("aborted").to_owned())),
                 Err(problem) if is_out_of_memory(&problem) && self.parts < self.context.job.train.micro_batch as usize => {
@@ -198,17 +198,18 @@ impl Trainer {
     ///
     /// # Errors
     /// The models', or a panic's message.
-    fn pass(&mut self, place: Place<'_>, step: Step, first: Vec<MicroBatch>, wire: &mut Wire) -> Result<Option<Contribution>, String> {
+    fn pass(&mut self, place: Place<'_>, step: Step, first: Option<Prepared>, wire: &mut Wire) -> Result<Option<Contribution>, String> {
         let (Some(state), Some((_, share))) = (&self.state, &self.in_flight) else { return Err("no state".into()) };
         let (models, loader, ahead, faults) = (&self.models, &mut self.loader, &mut self.ahead, &self.context.faults);
         let (device, scale) = (self.context.device, state.loss_scale.as_ref().map_or(1.0, LossScale::factor));
-        let pass = Pass { models, adapter: &state.adapter, scale, parts: self.parts, abort: place.abort };
+        let preparation = Preparation { models, device, encoding: &self.encoding };
+        let pass = Pass { preparation, adapter: &state.adapter, scale, parts: self.parts, abort: place.abort };
         // A GPU would wait for the next step's first batch after the update, were it put together only then.
         let meanwhile = || {
             if ahead.is_none()
                 && let Some(share) = loader.share_ahead(place.owed())
             {
-                ahead.insert(share.into()).prepare(models, device);
+                ahead.insert(share.into()).prepare(&preparation);
             }
         };
         guarded(|| {

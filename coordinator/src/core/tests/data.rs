@@ -286,3 +286,53 @@ fn epoch_without_a_sample_to_train_ends_the_job_and_says_what_kept_them_out() {
         assert_eq!(reason, if num_trained == 0 { expected } else { "" });
     }
 }
+
+/// Reports of samples that one rule leaves out, an index each.
+fn left_out(lease: &Lease, rule: &str, indices: std::ops::Range<u32>, num_samples: Option<u32>) -> FromWorker {
+    let skip = |index| SkippedSample { index, reason: SkipReason::Filtered, key: String::new(), detail: format!("{rule}: why") };
+    FromWorker::ShardReport(ShardReport { lease: lease.id, skipped: indices.map(skip).collect(), num_samples, truncated: String::new() })
+}
+
+#[test]
+fn filters_that_leave_out_most_samples_are_told_once() {
+    let (mut world, workers) = World::running(1);
+    let (leases, _) = world.lease(workers[0], 3);
+    let told = |world: &World| {
+        let notice = |effect: &Effect| match effect {
+            Effect::Notice(Notice::MostlyFiltered { num_filtered, num_read, rules }) => Some((*num_filtered, *num_read, rules.clone())),
+            _ => None,
+        };
+        world.said.iter().filter_map(notice).collect::<Vec<_>>()
+    };
+    // A few, and half of more, are no reason for alarm.
+    world.say(workers[0], left_out(&leases[0], "too_small", 0..50, None)).unwrap();
+    world.say(workers[0], left_out(&leases[0], "too_small", 50..60, Some(120))).unwrap();
+    assert!(told(&world).is_empty());
+    world.say(workers[0], left_out(&leases[1], "watermark", 0..60, Some(60))).unwrap();
+    world.say(workers[0], left_out(&leases[2], "watermark", 0..60, Some(60))).unwrap();
+    let rules = [("too_small".to_owned(), 60), ("watermark".to_owned(), 60)].into();
+    assert_eq!(told(&world), [(120, 180, rules)]);
+    assert_eq!(world.outcome(), None);
+}
+
+#[test]
+fn captions_of_which_none_is_a_pair_are_told_once() {
+    for num_native in [150, 149] {
+        let (mut world, workers) = World::running(1);
+        let (leases, _) = world.lease(workers[0], 1);
+        let mut record = world.record(1, &names(0, leases[0].shard, 0..150));
+        record.native = num_native;
+        let (generation, step) = (world.core.generation(), Step(1));
+        let report = StepReport { generation, step, record: Some(record), timings: StepTimings::default(), snapshot: None };
+        world.say(workers[0], FromWorker::StepReport(report)).unwrap();
+        for from in [150, 200, 250] {
+            world.say(workers[0], left_out(&leases[0], "one_sided", from..from + 50, None)).unwrap();
+        }
+        let told = world.said.iter().filter_map(|effect| match effect {
+            Effect::Notice(Notice::NoPairs { num_one_sided, num_native }) => Some((*num_one_sided, *num_native)),
+            _ => None,
+        });
+        // One of them was trained by its pair: the keys are right.
+        assert_eq!(told.collect::<Vec<_>>(), vec![(100, 150); usize::from(num_native == 150)]);
+    }
+}

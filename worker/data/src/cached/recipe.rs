@@ -80,6 +80,14 @@ impl Recipe {
         Self { settings: settings.map(|(name, value)| (name.to_owned(), value)).into(), probes: BTreeMap::new() }
     }
 
+    /// The settings of it that `known` names too. For who has a job file and no models.
+    #[must_use]
+    pub fn within(mut self, known: &Self) -> Self {
+        self.settings.retain(|name, _| known.settings.contains_key(name));
+        self.probes.retain(|name, _| known.probes.contains_key(name));
+        self
+    }
+
     /// In what this recipe differs from `wanted`, which may say more.
     #[must_use]
     pub fn differences(&self, wanted: &Self) -> Vec<String> {
@@ -143,7 +151,18 @@ impl Stamp {
     /// # Errors
     /// Names all that differs.
     pub fn check(url: &str, bytes: &[u8], wanted: &Recipe) -> Result<(), RecipeError> {
-        let differences = Self::parse(url, bytes)?.recipe.differences(wanted);
+        Self::refuse_differences(url, Self::parse(url, bytes)?.recipe.differences(wanted))
+    }
+
+    /// As [`check`](Self::check), as far as `known` goes: what a job's file alone says.
+    ///
+    /// # Errors
+    /// Names all that differs of it.
+    pub fn check_within(url: &str, bytes: &[u8], known: &Recipe) -> Result<(), RecipeError> {
+        Self::refuse_differences(url, Self::parse(url, bytes)?.recipe.within(known).differences(known))
+    }
+
+    fn refuse_differences(url: &str, differences: Vec<String>) -> Result<(), RecipeError> {
         if differences.is_empty() { Ok(()) } else { Err(RecipeError { url: url.to_owned(), differences }) }
     }
 }
@@ -193,6 +212,16 @@ mod tests {
         wanted = recipe();
         wanted.probes.insert("model.path".into(), vec![f32::NAN, -4.0]);
         assert!(Stamp::check("b.tar", &bytes, &wanted).is_err());
+    }
+
+    #[test]
+    fn a_job_file_alone_refuses_what_it_can_tell() {
+        let bytes = Stamp::new("a.tar", "f32", recipe()).to_bytes().unwrap();
+        assert_eq!(Stamp::check_within("b.tar", &bytes, &Recipe::of_data(&data_section())), Ok(()), "of its models it knows nothing");
+        let mut data = data_section();
+        data.min_aesthetic = 5.5;
+        let error = Stamp::check_within("b.tar", &bytes, &Recipe::of_data(&data)).unwrap_err();
+        assert_eq!(error.differences, ["data.min_aesthetic was `6`, is `5.5`"]);
     }
 
     #[test]

@@ -251,3 +251,12 @@ proptest! {
         let _ = examine_json(SMALL, &text);
     }
 }
+
+#[test]
+fn rules_that_leave_out_most_are_told_with_what_sets_them() {
+    let counts = [("watermark", 1), ("one_sided", 2), ("bad_json", 5), ("too_small", 9), ("of_another_release", 4)];
+    assert_eq!(most_often(counts), "too_small 9 (data.min_pixels), bad_json 5, of_another_release 4");
+    assert_eq!(most_often([("one_sided", 2)]), "one_sided 2 (data.captions.parallel_key and english_key)");
+    // What a job filters by it can set.
+    assert!(Rule::ALL.iter().all(|rule| rule.reason() == Reason::Bad || rule.setting().is_some()));
+}

@@ -136,6 +136,23 @@ impl MicroBatch {
         [&mut self.posterior, &mut self.noise, &mut self.offset].into_iter().try_for_each(here)
     }
 
+    /// All its tensors, wherever they lie.
+    pub fn tensors(&self) -> Vec<&Tensor> {
+        let Self { images, posterior, noise, offset, timesteps, drop, native, prompts, english, .. } = self;
+        let mut tensors = vec![posterior, noise, offset, timesteps, drop, native];
+        match images {
+            Images::Pixels(pixels) => tensors.push(pixels),
+            Images::Moments(Moments { mean, log_variance }) => tensors.extend([mean, log_variance]),
+        }
+        if let Prompts::States { sequence, mask } = prompts {
+            tensors.extend([sequence, mask]);
+        }
+        if let English::States(Conditioning { sequence, pooled, mask }) = english {
+            tensors.extend([Some(sequence), pooled.as_ref(), mask.as_ref()].into_iter().flatten());
+        }
+        tensors
+    }
+
     /// One of the samples as a batch of its own.
     ///
     /// Panics: if there is no such sample.

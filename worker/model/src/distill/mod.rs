@@ -4,6 +4,7 @@
 //! Notation follows the method: z says that a sample is native, m that its text is dropped, `L_task`, `L_logit` and `L_feat` are the
 //! losses. Sums over samples go out, never means: whoever joins the micro-batches divides by their number.
 
+mod ahead;
 mod batch;
 mod config;
 mod lanes;

@@ -114,6 +114,42 @@ fn english(batch: &mut MicroBatch) -> [&mut Tensor; 2] {
     [sequence, pooled]
 }
 
+/// Also with dropped prompts and native samples, of which the teacher hears nothing.
+#[test]
+fn what_is_encoded_ahead_teaches_what_its_step_would_encode() {
+    for hybrid in [true, false] {
+        let distiller = distiller(DistillConfig { hybrid, mask_pads: true, ..DistillConfig::default() });
+        let make = || batch(&[false, true, true, false, false], &[false, false, true, true, false]);
+        let (sums, gradient) = accumulate(&distiller, &make());
+        let mut ahead = make();
+        distiller.encode_ahead(&mut ahead).unwrap();
+        assert!(matches!((&ahead.images, &ahead.prompts), (Images::Moments(_), Prompts::States { .. })));
+        let English::States(states) = &ahead.english else { panic!("no states") };
+        let is_zero = |row: i64| norm(&states.sequence.get(row)) == 0.0;
+        assert_eq!((0..5).map(is_zero).collect::<Vec<_>>(), [false, hybrid, hybrid, false, false]);
+        assert_eq!(ahead.tensors().len(), 12);
+        // What is encoded stays as it is.
+        let mean = moments(&mut ahead).shallow_clone();
+        distiller.encode_ahead(&mut ahead).unwrap();
+        assert_eq!(moments(&mut ahead).data_ptr(), mean.data_ptr());
+        let (encoded, same) = accumulate(&distiller, &ahead);
+        assert!((encoded.task - sums.task).abs() < 1e-5 * sums.task && (encoded.feature - sums.feature).abs() < 1e-5 * sums.feature);
+        assert!(relative_distance(&same, &gradient) < 1e-5);
+    }
+}
+
+/// Dropout differs from step to step, and is not for the shelf.
+#[test]
+fn captions_of_an_encoder_that_drops_are_left_to_the_step() {
+    let student = StudentOptions { dropout: true, ..StudentOptions::new(Kind::Float, Device::Cpu) };
+    let options = LoadOptions { distill: DistillConfig::default(), context_length: 24, student, vae_kind: Kind::Float };
+    let models = Distiller::load(&ModelSource::open(&demo(), None).unwrap(), &demo().join("text_encoder_zh"), options).unwrap();
+    assert!(models.student().drops());
+    let mut batch = batch(&[false], &[false]);
+    models.encode_ahead(&mut batch).unwrap();
+    assert!(matches!((&batch.images, &batch.prompts), (Images::Moments(_), Prompts::Captions(_))));
+}
+
 #[test]
 fn states_and_moments_that_do_not_fit_are_refused() {
     with_default(|distiller| {
