@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use clap::{Parser, Subcommand};
+use peapod_collective::tcp::Ports;
 use peapod_proto::ids::Rank;
 use peapod_proto::program::{LogArgs, Pages};
 use peapod_proto::secure::{Access, AccessArgs};
@@ -91,8 +92,12 @@ pub struct Args {
     #[arg(long, value_parser = humantime::parse_duration)]
     pub connect_timeout: Option<Duration>,
     /// Address under which the other workers reach this one [default: the one that reaches the coordinator]
-    #[arg(long)]
+    #[arg(long, env = "PEAPOD_ADVERTISE")]
     pub advertise: Option<std::net::IpAddr>,
+    /// Ports on which the other workers call this one, such as 7800-7807: the first free one is taken, so that a host needs as many as it has
+    /// workers. NCCL chooses its own [default: any]
+    #[arg(long, env = "PEAPOD_PORTS", value_name = "A-B")]
+    pub ports: Option<Ports>,
 }
 
 /// How long a coordinator may take to appear.
@@ -139,6 +144,20 @@ mod tests {
         assert!(parse(&["--coordinator", "https://a:1"]).unwrap_err().contains("needs --join STRING"));
         let refused = Cli::try_parse_from(["worker", "--coordinator", "http://a:1", "--device", "gpu"]).unwrap_err().to_string();
         assert!(refused.contains("cuda:N"), "{refused}");
+    }
+
+    /// What a host knows of its own network is set where the host is set up, not in the command that is the same on all.
+    #[test]
+    fn where_others_reach_a_worker_can_be_set_by_its_host() {
+        use clap::CommandFactory;
+        let command = Cli::command();
+        let variable = |id: &str| command.get_arguments().find(|argument| argument.get_id() == id).and_then(|argument| argument.get_env());
+        assert_eq!(variable("advertise"), Some("PEAPOD_ADVERTISE".as_ref()));
+        assert_eq!(variable("ports"), Some("PEAPOD_PORTS".as_ref()));
+        let parse = |ports: &str| Cli::try_parse_from(["worker", "--coordinator", "http://a:1", "--ports", ports]);
+        assert_eq!(parse("7800-7807").unwrap().run.ports, "7800-7807".parse().ok());
+        let refused = parse("7807-7800").unwrap_err().to_string();
+        assert!(refused.contains("is no range of ports, such as 7800-7807"), "{refused}");
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use peapod_collective::nccl::{self, Driver, NcclDevice};
-use peapod_collective::tcp::{Bootstrap, Listener, Membership, TcpCollective};
+use peapod_collective::tcp::{Bootstrap, Listener, Membership, Ports, TcpCollective};
 use peapod_collective::{AbortHandle, Collective, Error};
 use tch::{Device, TchError};
 
@@ -66,7 +66,7 @@ pub fn members(device: Device, num_threads: u32) -> Result<Vec<Device>, String> 
 /// What the first member that failed says.
 pub fn measure(devices: &[Device], num_values: usize) -> Result<Bandwidth, Error> {
     let local = IpAddr::from(Ipv4Addr::LOCALHOST);
-    let at_zero = Listener::open(local, local)?;
+    let at_zero = Listener::open(local, local, Ports::ANY)?;
     let bootstrap = at_zero.bootstrap()?;
     let num_members = devices.len() as u32;
     let abort = AbortHandle::new();
@@ -76,7 +76,7 @@ pub fn measure(devices: &[Device], num_values: usize) -> Result<Bandwidth, Error
             let (bootstrap, abort, listener) = (&bootstrap, abort.clone(), at_zero.take());
             let membership = Membership { generation: 1, member_index, num_members };
             scope.spawn(move || {
-                let listener = listener.map_or_else(|| Listener::open(local, local), Ok);
+                let listener = listener.map_or_else(|| Listener::open(local, local, Ports::ANY), Ok);
                 let collective = listener.and_then(|listener| connect(device, bootstrap, membership, listener, abort.clone()));
                 let time = collective.and_then(|mut collective| repeat(collective.as_mut(), device, num_values));
                 // The others need not wait for one that failed until their deadlines.

@@ -5,6 +5,7 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use peapod_collective::tcp::Ports;
 use peapod_data::Outlook;
 use peapod_proto::ids::{Incarnation, Step, WorkerId};
 use peapod_proto::job::Job;
@@ -449,6 +450,7 @@ impl Supervisor {
             allow_shared_gpu: self.args.allow_shared_gpu,
             encode_ahead: self.args.encode_ahead,
             advertise: self.advertised(),
+            ports: self.args.ports.unwrap_or(Ports::ANY),
             output: Arc::new(move |message| {
                 // The supervisor outlives the trainer but for the last moments of the process.
                 let _ = output.send(message);

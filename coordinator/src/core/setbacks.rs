@@ -212,7 +212,8 @@ impl Core {
     /// Which two members lost each other, by what those say that are left: `members` in the order of their index.
     ///
     /// A member that fails closes its connections, so a loss travels round and most of them name a neighbour that is well. Two that name
-    /// each other are believed. Where nothing failed and everybody waited, who has received least is behind the broken link.
+    /// each other are believed; one alone is not, as whoever is told of an abort first closes its connections before its neighbour is told.
+    /// Where nothing failed and everybody waited, who has received least is behind the broken link.
     pub(super) fn broken_link(&self, members: &[WorkerId], stopped: &BTreeMap<WorkerId, Stopped>) -> Option<(WorkerId, WorkerId)> {
         // Some may have died meanwhile; indices are those of the generation as it was formed.
         let at = |index: MemberIndex| self.last_members.get(index.0 as usize).map(|member| member.worker).filter(|id| members.contains(id));

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use peapod_proto::ids::{Generation, Step, WorkerId};
+use peapod_proto::ids::{Generation, MemberIndex, Step, WorkerId};
 use peapod_proto::message::{Phase, StopCause, StopReason, Stopped, ToWorker};
 
 use super::ledger::{Ledger, Rules};
@@ -82,7 +82,8 @@ impl Core {
                 // after the last step too, whose failure is the reason beside an orderly cause.
                 if stopped.cause == StopCause::Aborted || !stopped.reason.is_empty() {
                     let name = self.workers.get(&id).map(Worker::name).unwrap_or_default();
-                    let reason = format!("{name} at step {}: {}", stopped.applied, stopped.reason);
+                    let whom = stopped.lost_member.and_then(|index| self.whois(index)).unwrap_or_default();
+                    let reason = format!("{name} at step {}: {}{whom}", stopped.applied, stopped.reason);
                     self.note_failure(reason.clone());
                     self.abort(now, &reason, out);
                 } else {
@@ -104,6 +105,12 @@ impl Core {
         }
         self.settle_if_all_stopped(now, out);
         Ok(())
+    }
+
+    /// Who a member is that another one knows by its index only, to be said behind that.
+    fn whois(&self, index: MemberIndex) -> Option<String> {
+        let member = self.last_members.get(index.0 as usize)?;
+        self.workers.get(&member.worker).map(|worker| format!("; member {index} is {}", worker.name()))
     }
 
     /// Once every survivor has spoken: the source's step is the truth.

@@ -1,4 +1,4 @@
-//! Times all-reduce over loopback against a plain copy through one socket: `cargo run -p peapod-collective --example throughput [MB] [MEMBERS]`.
+//! Times all-reduce and barrier over loopback, and a plain copy through one socket beside them: `cargo run -p peapod-collective --example throughput [MB] [MEMBERS]`.
 
 use std::error::Error as StdError;
 use std::io::{Read, Write};
@@ -6,7 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, TcpListener, TcpStream};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use peapod_collective::tcp::{Listener, Membership, TcpCollective};
+use peapod_collective::tcp::{Listener, Membership, Ports, TcpCollective};
 use peapod_collective::{AbortHandle, Collective, Error};
 
 const LOCAL: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
@@ -21,25 +21,27 @@ fn main() -> Result<(), Box<dyn StdError>> {
     let num_bytes = args.next().map_or(Ok(24.0), |text| text.parse::<f64>())? * 1e6;
     let num_members = args.next().map_or(Ok(2), |text| text.parse::<u32>())?;
 
-    let at_zero = Listener::open(LOCAL, LOCAL)?;
+    let at_zero = Listener::open(LOCAL, LOCAL, Ports::ANY)?;
     let bootstrap = at_zero.bootstrap()?;
     let others: Vec<_> = (1..num_members)
         .map(|index| {
             let bootstrap = bootstrap.clone();
             thread::spawn(move || {
                 let us = Membership { generation: 0, member_index: index, num_members };
-                let listener = Listener::open(LOCAL, LOCAL)?;
-                time_all_reduce(TcpCollective::connect(&bootstrap, us, listener, AbortHandle::new(), soon())?, num_bytes as usize)
+                let listener = Listener::open(LOCAL, LOCAL, Ports::ANY)?;
+                time_member(TcpCollective::connect(&bootstrap, us, listener, AbortHandle::new(), soon())?, num_bytes as usize)
             })
         })
         .collect();
     let us = Membership { generation: 0, member_index: 0, num_members };
     let zero = TcpCollective::connect(&bootstrap, us, at_zero, AbortHandle::new(), soon())?;
-    let times = time_all_reduce(zero, num_bytes as usize)?;
+    let (times, mut barriers) = time_member(zero, num_bytes as usize)?;
     for other in others {
         other.join().map_err(|_| "a member panicked")??;
     }
     println!("all_reduce of {:.1} MB, {num_members} members: {}", num_bytes / 1e6, describe(times, num_bytes));
+    barriers.sort();
+    println!("barrier, {num_members} members: median {:.2?}, best {:.2?}", barriers[barriers.len() / 2], barriers[0]);
     println!(
         "plain one-way copy of {:.1} MB through a socket: {}",
         num_bytes / 1e6,
@@ -48,7 +50,8 @@ fn main() -> Result<(), Box<dyn StdError>> {
     Ok(())
 }
 
-fn time_all_reduce(mut member: TcpCollective, num_bytes: usize) -> Result<Vec<Duration>, Error> {
+/// How long its all-reduces took, and its barriers.
+fn time_member(mut member: TcpCollective, num_bytes: usize) -> Result<(Vec<Duration>, Vec<Duration>), Error> {
     let mut data = vec![0.0; num_bytes / size_of::<f32>()];
     let mut round = || {
         member.barrier(soon())?;
@@ -56,7 +59,14 @@ fn time_all_reduce(mut member: TcpCollective, num_bytes: usize) -> Result<Vec<Du
         member.all_reduce_sum(&mut data, soon())?;
         Ok(began.elapsed())
     };
-    (0..NUM_ROUNDS).map(|_| round()).collect()
+    let sums: Vec<Duration> = (0..NUM_ROUNDS).map(|_| round()).collect::<Result<_, Error>>()?;
+    let mut barrier = || {
+        let began = Instant::now();
+        member.barrier(soon())?;
+        Ok(began.elapsed())
+    };
+    let barriers = (0..NUM_ROUNDS).map(|_| barrier()).collect::<Result<_, Error>>()?;
+    Ok((sums, barriers))
 }
 
 /// One thread writes, the other reads and answers with a byte.

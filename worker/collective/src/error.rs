@@ -1,8 +1,10 @@
 //! Why a collective did not happen.
 
 use std::io;
+use std::net::SocketAddr;
 use std::time::Duration;
 
+use crate::tcp::Ports;
 use crate::{Announcement, Operation};
 
 /// Errors of building or using a communicator. Each of them ends it: the caller drops it and waits for the next generation.
@@ -28,6 +30,26 @@ pub enum Error {
         during: Operation,
         /// What the socket said.
         source: io::Error,
+    },
+
+    /// A member could not be reached while the communicator formed.
+    #[error("could not reach member {member_index} at {address} (workers need open ports between them: see --advertise and --ports)")]
+    Unreachable {
+        /// Who was called.
+        member_index: u32,
+        /// Where it says that it listens.
+        address: SocketAddr,
+        /// What the socket said.
+        source: io::Error,
+    },
+
+    /// The communicator did not form, for a reason that another member has seen, or by the deadline.
+    #[error("the members did not come together: {reason}")]
+    Unformed {
+        /// What is known of it here.
+        reason: String,
+        /// With whom this member has no connection, by its own word or that of the other; none if the fault lies elsewhere.
+        lost: Option<u32>,
     },
 
     /// The deadline passed.
@@ -59,10 +81,12 @@ pub enum Error {
     },
 
     /// A member and this one could not prove to each other that they belong to the same generation.
-    #[error("handshake with member {member_index} failed: {reason}")]
+    #[error("handshake with member {member_index} at {address} failed: {reason}")]
     Handshake {
         /// Who was called.
         member_index: u32,
+        /// Where.
+        address: SocketAddr,
         /// What went wrong.
         reason: String,
     },
@@ -72,6 +96,13 @@ pub enum Error {
     Bootstrap {
         /// What is wrong with them.
         reason: String,
+    },
+
+    /// None of the ports that this member may listen on is free.
+    #[error("no port of {ports} is free for other workers to call (--ports): a host needs one for each of its workers")]
+    NoPort {
+        /// Those that were tried.
+        ports: Ports,
     },
 
     /// A call that cannot be meant: a root outside the world, a member index outside it, a listener of another rendezvous.
@@ -124,6 +155,19 @@ pub enum Error {
 }
 
 impl Error {
+    /// With whom this member has no connection any more, as far as it can see itself. That member need not be the culprit; where it says the
+    /// same of this one, their connection is.
+    pub fn lost_member(&self) -> Option<u32> {
+        match self {
+            Self::PeerLost { member_index, .. } | Self::Unreachable { member_index, .. } | Self::Handshake { member_index, .. } => {
+                Some(*member_index)
+            }
+            Self::Timeout { waiting_for, .. } => waiting_for.first().copied(),
+            Self::Unformed { lost, .. } => *lost,
+            _ => None,
+        }
+    }
+
     /// Names what was tried when the operating system refused.
     pub(crate) fn io(doing: &'static str) -> impl FnOnce(io::Error) -> Self {
         move |source| Self::Io { doing, source }

@@ -2,18 +2,18 @@
 //!
 //! ```
 //! # use std::{net::{IpAddr, Ipv4Addr}, thread, time::{Duration, Instant}};
-//! use peapod_collective::tcp::{Listener, Membership, TcpCollective};
+//! use peapod_collective::tcp::{Listener, Membership, Ports, TcpCollective};
 //! use peapod_collective::{AbortHandle, Collective};
 //!
 //! # fn main() -> Result<(), peapod_collective::Error> {
 //! let local = IpAddr::from(Ipv4Addr::LOCALHOST);
 //! let soon = || Instant::now() + Duration::from_secs(10);
-//! let at_zero = Listener::open(local, local)?;
+//! let at_zero = Listener::open(local, local, Ports::ANY)?;
 //! let bootstrap = at_zero.bootstrap()?; // travels to the other members as bytes
 //!
 //! # let guest_bootstrap = bootstrap.clone();
 //! let other = thread::spawn(move || {
-//!     let (us, at_one) = (Membership { generation: 1, member_index: 1, num_members: 2 }, Listener::open(local, local)?);
+//!     let (us, at_one) = (Membership { generation: 1, member_index: 1, num_members: 2 }, Listener::open(local, local, Ports::ANY)?);
 //!     let mut one = TcpCollective::connect(&guest_bootstrap, us, at_one, AbortHandle::new(), soon())?;
 //!     one.all_reduce_sum(&mut [2.0], soon())
 //! });
@@ -27,7 +27,9 @@
 //! ```
 //!
 //! The calling thread does all the work, on sockets that do not block: sending, receiving and adding overlap through the kernel's buffers,
-//! whatever their size. Each collective is announced by a header that the neighbours compare. Nothing is allocated per call.
+//! whatever their size. Each collective is announced by a header that the neighbours compare. A barrier then goes over everybody's connection
+//! with member 0, on which it registered: round the ring it would take as many hops as there are members, twice. Nothing is allocated per
+//! collective that moves data.
 //!
 //! Elements travel as little-endian `f32`, straight from and to the caller's memory.
 
@@ -37,17 +39,19 @@ mod handshake;
 mod links;
 mod rendezvous;
 mod socket;
+mod star;
+mod verdict;
 mod wire;
 
 use std::fmt;
 use std::sync::Arc;
 use std::time::Instant;
 
-pub use bootstrap::{Bootstrap, Listener};
+pub use bootstrap::{Bootstrap, Listener, Ports};
 
 use crate::solo::check_root;
 use crate::{AbortHandle, Announcement, Collective, Error, OnAbort, Operation, Stall, Values};
-use exchange::{RingCopy, RingSum, SEGMENT_BYTES};
+use exchange::{NoData, RingCopy, RingSum, SEGMENT_BYTES};
 use links::Links;
 
 #[cfg(target_endian = "big")]
@@ -95,8 +99,6 @@ struct Ring {
     links: Arc<Links>,
     /// Where elements to be added arrive.
     scratch: Vec<f32>,
-    /// A barrier is the sum of one element per member: it is whole only after every member has given its own.
-    tokens: Vec<f32>,
     /// Closes the links on abort.
     _on_abort: OnAbort,
 }
@@ -107,9 +109,10 @@ impl TcpCollective {
     /// `listener` is this member's own; member 0 passes the one that `bootstrap` was made from. It is closed on return. `abort` breaks the
     /// forming as it later breaks collectives.
     ///
-    /// Errors: [`Error::Handshake`] if a member does not share the key or the generation; [`Error::PeerLost`] if one dies meanwhile;
-    /// [`Error::Timeout`] naming whom it waits for; [`Error::Aborted`]; [`Error::InvalidArgument`] for an index outside the world or a
-    /// listener that does not fit the bootstrap.
+    /// Errors: [`Error::Unreachable`] if a member does not answer where it says that it listens; [`Error::Handshake`] if one does not share the
+    /// key or the generation; [`Error::PeerLost`] if one dies meanwhile; [`Error::Unformed`] for what another has met, and at the deadline,
+    /// naming who has not come; [`Error::Aborted`]; [`Error::InvalidArgument`] for an index outside the world or a listener that does not fit
+    /// the bootstrap.
     pub fn connect(
         bootstrap: &Bootstrap,
         membership: Membership,
@@ -130,7 +133,7 @@ impl TcpCollective {
             1 => None,
             _ => {
                 let links = rendezvous::form(bootstrap, membership, &listener, &abort, deadline)?;
-                Some(Ring::new(links, num_members, &abort))
+                Some(Ring::new(links, &abort))
             }
         };
         Ok(Self { membership, ring, abort, sequence: 0, failure: None, stalled: None })
@@ -140,10 +143,9 @@ impl TcpCollective {
     ///
     /// Errors: those of a collective; [`Error::Mismatch`] if the members mean different things.
     pub(crate) fn meet(&mut self, operation: Operation, num_bytes: usize, deadline: Instant) -> Result<(), Error> {
-        let Membership { member_index, num_members, .. } = self.membership;
         self.run(operation, num_bytes, |ring, announcement, abort| {
-            let Ring { links, scratch, tokens, .. } = ring;
-            links.run(announcement, &mut RingSum::new(tokens, scratch, member_index as usize, num_members as usize), abort, deadline)
+            ring.links.run(announcement, &mut NoData, abort, deadline).map_err(with_stall)?;
+            ring.links.star.meet(&announcement, abort, deadline)
         })
     }
 
@@ -157,7 +159,7 @@ impl TcpCollective {
         &mut self,
         operation: Operation,
         num_bytes: usize,
-        work: impl FnOnce(&mut Ring, Announcement, &AbortHandle) -> Result<(), (Error, Stall)>,
+        work: impl FnOnce(&mut Ring, Announcement, &AbortHandle) -> Result<(), (Error, Option<Stall>)>,
     ) -> Result<(), Error> {
         self.abort.check()?;
         if let Some(first) = &self.failure {
@@ -168,7 +170,7 @@ impl TcpCollective {
         let outcome = match (operation, &mut self.ring) {
             (Operation::Broadcast { root }, _) if root >= self.membership.num_members => check_root(root, self.membership.num_members),
             (_, Some(ring)) => work(ring, announcement, &self.abort).map_err(|(error, stall)| {
-                self.stalled = Some(stall);
+                self.stalled = stall;
                 error
             }),
             (_, None) => Ok(()),
@@ -186,15 +188,19 @@ impl TcpCollective {
 }
 
 impl Ring {
-    fn new(links: Links, num_members: u32, abort: &AbortHandle) -> Self {
+    fn new(links: Links, abort: &AbortHandle) -> Self {
         let links = Arc::new(links);
         let on_abort = abort.on_abort({
             let links = Arc::clone(&links);
             move || links.shutdown()
         });
         let scratch = vec![0.0; SEGMENT_BYTES / size_of::<f32>()];
-        Self { links, scratch, tokens: vec![0.0; num_members as usize], _on_abort: on_abort }
+        Self { links, scratch, _on_abort: on_abort }
     }
+}
+
+fn with_stall((error, stall): (Error, Stall)) -> (Error, Option<Stall>) {
+    (error, Some(stall))
 }
 
 impl Drop for Ring {
@@ -220,7 +226,7 @@ impl Collective for TcpCollective {
         let Membership { member_index, num_members, .. } = self.membership;
         self.run(Operation::AllReduceSum, size_of_val(data), |ring, announcement, abort| {
             let mut sum = RingSum::new(data, &mut ring.scratch, member_index as usize, num_members as usize);
-            ring.links.run(announcement, &mut sum, abort, deadline)
+            ring.links.run(announcement, &mut sum, abort, deadline).map_err(with_stall)
         })
     }
 
@@ -228,7 +234,7 @@ impl Collective for TcpCollective {
         let Membership { member_index, num_members, .. } = self.membership;
         self.run(Operation::Broadcast { root }, data.len(), |ring, announcement, abort| {
             let mut copy = RingCopy::new(data, root as usize, member_index as usize, num_members as usize);
-            ring.links.run(announcement, &mut copy, abort, deadline)
+            ring.links.run(announcement, &mut copy, abort, deadline).map_err(with_stall)
         })
     }
 

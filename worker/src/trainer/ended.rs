@@ -33,7 +33,7 @@ impl Ended {
 
     /// What an error of the collective means, and which neighbour is behind it as far as this member can see.
     pub fn by(error: peapod_collective::Error) -> Self {
-        let lost = match &error {
+        match &error {
             // The others meet again without those.
             peapod_collective::Error::Unfit { is_odd: true, .. } => {
                 return Self::Unfit { phase: "connecting", message: error.to_string() };
@@ -41,11 +41,9 @@ impl Ended {
             peapod_collective::Error::AbortHung { .. } => return Self::Failed { phase: "collective", message: error.to_string() },
             // The others wait for this one.
             peapod_collective::Error::Stuck { .. } => return Self::Failed { phase: "compute", message: error.to_string() },
-            peapod_collective::Error::PeerLost { member_index, .. } => Some(MemberIndex(*member_index)),
-            peapod_collective::Error::Timeout { waiting_for, .. } => waiting_for.first().map(|&index| MemberIndex(index)),
-            _ => None,
-        };
-        Self::Broken { reason: with_sources(&error), lost, stalled: None }
+            _ => {}
+        }
+        Self::Broken { reason: with_sources(&error), lost: error.lost_member().map(MemberIndex), stalled: None }
     }
 
     /// A step without weights: an error of this program.

@@ -28,10 +28,12 @@ impl Trainer {
             IpAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
             IpAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
         };
-        Listener::open(any, self.context.advertise).map_err(|error| with_sources(&error))
+        Listener::open(any, self.context.advertise, self.context.ports).map_err(|error| with_sources(&error))
     }
 
     pub(super) fn bootstrap(&mut self, generation: Generation) -> Result<Vec<u8>, String> {
+        // One of a generation that never began has its port still, which may be the only one.
+        self.listener = None;
         let listener = self.open_listener()?;
         let bootstrap = listener.bootstrap().map_err(|error| with_sources(&error))?;
         self.listener = Some((generation, listener));

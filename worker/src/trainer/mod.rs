@@ -25,7 +25,7 @@ use std::sync::mpsc::Receiver;
 
 use peapod_collective::AbortHandle;
 use peapod_collective::nccl::NcclDevice;
-use peapod_collective::tcp::Listener;
+use peapod_collective::tcp::{Listener, Ports};
 use peapod_data::{Loader, Share};
 use peapod_kernels::SideStream;
 use peapod_model::adapter::{Adapter, AdapterConfig};
@@ -118,6 +118,8 @@ pub struct Context {
     pub encode_ahead: bool,
     /// Address under which the other members reach this one.
     pub advertise: IpAddr,
+    /// Where it listens for them.
+    pub ports: Ports,
     /// Where its output goes.
     pub output: Arc<dyn Fn(Output) + Send + Sync>,
     /// What others ask of it in the middle of a step.

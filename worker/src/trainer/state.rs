@@ -122,14 +122,15 @@ impl TrainState {
     #[must_use]
     pub fn num_bytes(&self) -> usize {
         let buffers = 3 + usize::from(self.ema.is_some());
-        HEADER_BYTES + buffers * self.adapter.num_parameters() * size_of::<f32>()
+        HEADER_BYTES + buffers * self.adapter.num_parameters() * size_of::<f32>() + DIGEST_BYTES
     }
 
-    /// Everything as bytes, for a member that lacks it: step, updates, loss scale, then the flat buffers.
+    /// Everything as bytes, for a member that lacks it: step, updates, loss scale, the flat buffers, then the SHA-256 of all that.
     #[must_use]
     pub fn to_bytes(&self) -> Vec<u8> {
         let mut bytes = vec![0; self.num_bytes()];
-        let (header, values) = bytes.split_at_mut(HEADER_BYTES);
+        let (state, digest) = bytes.split_at_mut(self.num_bytes() - DIGEST_BYTES);
+        let (header, values) = state.split_at_mut(HEADER_BYTES);
         header[..8].copy_from_slice(&self.step.0.to_le_bytes());
         header[8..16].copy_from_slice(&self.optimizer.num_steps().to_le_bytes());
         header[16..].copy_from_slice(&self.loss_scale.unwrap_or_default().to_bytes());
@@ -138,17 +139,26 @@ impl TrainState {
         for (tensor, place) in buffers.into_iter().chain(self.ema.as_ref().map(Ema::flat)).zip(places) {
             copy_bytes(tensor, place);
         }
+        digest.copy_from_slice(&Sha256::digest(state));
         bytes
     }
 
     /// Takes over what [`TrainState::to_bytes`] made of a state of the same shape.
     ///
+    /// TCP's checksums miss one error in some tens of thousands, and what a GPU's memory or a driver damages they never see: weights that are
+    /// not the source's would train on unnoticed.
+    ///
     /// # Errors
-    /// [`Error::Shape`] if the length differs.
+    /// [`Error::Shape`] if the length differs, [`Error::Invalid`] if the bytes are not those that were sent; nothing has changed then.
     pub fn restore(&mut self, bytes: &[u8]) -> Result<()> {
         if bytes.len() != self.num_bytes() {
             let detail = format!("{} bytes for a state of {}", bytes.len(), self.num_bytes());
             return Err(Error::Shape { what: "TrainState::restore", detail });
+        }
+        let (bytes, digest) = bytes.split_at(bytes.len() - DIGEST_BYTES);
+        if Sha256::digest(bytes).as_slice() != digest {
+            let reason = "they were damaged on their way: their SHA-256 is not the one that came with them";
+            return Err(Error::Invalid { path: "weights from another member".into(), reason: reason.into() });
         }
         let number = |at: usize| bytes[at..].first_chunk::<8>().map(|bytes| u64::from_le_bytes(*bytes)).unwrap_or_default();
         let buffer_bytes = self.adapter.num_parameters() * size_of::<f32>();
@@ -172,6 +182,9 @@ impl TrainState {
 
 /// Step, number of updates, loss scale.
 const HEADER_BYTES: usize = 16 + LossScale::NUM_BYTES;
+
+/// A SHA-256.
+const DIGEST_BYTES: usize = 32;
 
 /// The state after a step, in the tensors that the next update changes.
 pub struct View {
@@ -309,6 +322,21 @@ mod tests {
             assert_eq!((digest(&other), other.step, other.optimizer.num_steps()), (digest(&source), Step(1), 1));
             assert!(other.restore(&[0; 7]).is_err());
         }
+    }
+
+    #[test]
+    fn state_that_was_damaged_on_its_way_is_refused_and_changes_nothing() {
+        let source = trained(0.9).to_bytes();
+        let mut other = TrainState::fresh(config(), optimizer(), 0.9, 99, Device::Cpu).unwrap();
+        let before = other.to_bytes();
+        // Of each part one bit: step, loss scale, first and last weight, digest.
+        for at in [0, HEADER_BYTES - 1, HEADER_BYTES, source.len() - DIGEST_BYTES - 1, source.len() - 1] {
+            let mut damaged = source.clone();
+            damaged[at] ^= 1;
+            let refused = other.restore(&damaged).unwrap_err().to_string();
+            assert!(refused.starts_with("weights from another member: they were damaged on their way"), "byte {at}: {refused}");
+        }
+        assert_eq!(other.to_bytes(), before);
     }
 
     #[test]

@@ -205,6 +205,28 @@ fn one_of_two_workers_that_keep_losing_each_other_is_left_out() {
 }
 
 #[test]
+fn one_of_two_workers_that_cannot_reach_each_other_is_left_out_though_all_four_fail() {
+    let mut world = World::new(Config { min_world_size: 1, ..config(4) });
+    let workers: Vec<WorkerId> = ["a", "b", "c", "d"].iter().map(|host| world.join_on(host)).collect();
+    for round in 1..=3 {
+        assert_eq!(set_aside(&world), [""; 0], "before round {round}");
+        world.bootstrap(workers[0]);
+        let generation = world.core.generation();
+        // As `peapod_collective::Error` has it: who called in vain, who is told of it, and two that are told of the others.
+        let said = [(1, Some(2), "could not reach member 2 at 10.0.0.3:7800"), (2, Some(1), ""), (0, None, ""), (3, None, "")];
+        for (index, lost, reason) in said {
+            let lost_member = lost.map(MemberIndex);
+            let stopped = Stopped { lost_member, reason: reason.into(), ..Stopped::empty_handed(generation) };
+            world.say(workers[index], FromWorker::Stopped(stopped)).unwrap();
+        }
+    }
+    let expected = "rank 2 (pid 1 on c): its connection with rank 1 (pid 1 on b) broke 3 times within 10 minutes though both live";
+    assert_eq!(set_aside(&world), [expected]);
+    let first = world.core.first_failure().unwrap();
+    assert_eq!(first, "rank 1 (pid 1 on b) at step 0: could not reach member 2 at 10.0.0.3:7800; member 2 is rank 2 (pid 1 on c)");
+}
+
+#[test]
 fn host_is_left_out_where_the_others_are_just_enough() {
     let mut world = World::new(Config { min_world_size: 3, ..config(4) });
     let good = [world.join_on("one"), world.join_on("two"), world.join_on("three")];

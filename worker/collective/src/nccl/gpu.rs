@@ -33,7 +33,8 @@ impl From<Fault> for Error {
     }
 }
 
-/// One GPU with a stream of its own and a buffer that operations work on. Nothing but `upload`, `download` and `abort` may block.
+/// One GPU with a stream of its own and a buffer that operations work on. Nothing but `upload`, `reserve`, `download`, `trim` and `abort` may
+/// block.
 pub(super) trait Gpu: Send + Sync + 'static {
     /// Makes the id of a new communicator.
     fn unique_id(&self) -> Result<[u8; UNIQUE_ID_BYTES], Fault>;
@@ -46,6 +47,9 @@ pub(super) trait Gpu: Send + Sync + 'static {
 
     /// Copies `bytes` into the buffer, which grows to hold them.
     fn upload(&self, bytes: &[u8]) -> Result<(), Fault>;
+
+    /// Grows the buffer to hold `num_bytes`, whatever is in them.
+    fn reserve(&self, num_bytes: usize) -> Result<(), Fault>;
 
     /// Launches the sum of the buffer's first `num_values` f32 over all members.
     fn all_reduce(&self, comm: Comm, num_values: usize) -> Result<(), Fault>;
@@ -67,6 +71,9 @@ pub(super) trait Gpu: Send + Sync + 'static {
 
     /// Copies the start of the buffer into `bytes`.
     fn download(&self, bytes: &mut [u8]) -> Result<(), Fault>;
+
+    /// Gives the buffer back if it is larger than `num_bytes`. The stream is past what works on it.
+    fn trim(&self, num_bytes: usize) -> Result<(), Fault>;
 
     /// Ends a communicator whatever it is doing. May hang.
     fn abort(&self, comm: Comm) -> Result<(), Fault>;

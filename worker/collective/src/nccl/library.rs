@@ -373,15 +373,21 @@ impl Gpu for NcclDevice {
 
     fn upload(&self, bytes: &[u8]) -> Result<(), Fault> {
         let doing = "copy to the GPU";
+        self.reserve(bytes.len())?;
         let mut buffer = self.buffer();
-        if buffer.as_ref().is_none_or(|buffer| buffer.len() < bytes.len()) {
-            // The old one goes first: both together may be more than is free.
-            *buffer = None;
-            *buffer = Some(self.stream.alloc_zeros::<u8>(bytes.len()).map_err(driver("allocate on the GPU"))?);
-        }
         let Some(buffer) = buffer.as_mut() else { return Ok(()) };
         let mut start = buffer.slice_mut(..bytes.len());
         self.stream.memcpy_htod(bytes, &mut start).map_err(driver(doing))
+    }
+
+    fn reserve(&self, num_bytes: usize) -> Result<(), Fault> {
+        let mut buffer = self.buffer();
+        if buffer.as_ref().is_none_or(|buffer| buffer.len() < num_bytes) {
+            // The old one goes first: both together may be more than is free.
+            *buffer = None;
+            *buffer = Some(self.stream.alloc_zeros::<u8>(num_bytes).map_err(driver("allocate on the GPU"))?);
+        }
+        Ok(())
     }
 
     fn all_reduce(&self, comm: Comm, num_values: usize) -> Result<(), Fault> {
@@ -435,6 +441,13 @@ impl Gpu for NcclDevice {
         let Some(buffer) = buffer.as_ref() else { return Err(Fault { doing, answer: "nothing was uploaded".into() }) };
         self.stream.memcpy_dtoh(&buffer.slice(..bytes.len()), bytes).map_err(driver(doing))?;
         self.stream.synchronize().map_err(driver(doing))
+    }
+
+    fn trim(&self, num_bytes: usize) -> Result<(), Fault> {
+        self.context.bind_to_thread().map_err(driver("free on the GPU"))?;
+        let freed = self.buffer().take_if(|buffer| buffer.len() > num_bytes).map(drop);
+        // What is freed on a stream is the GPU's again once somebody has waited for that.
+        freed.map_or(Ok(()), |()| self.stream.synchronize().map_err(driver("free on the GPU")))
     }
 
     fn abort(&self, comm: Comm) -> Result<(), Fault> {

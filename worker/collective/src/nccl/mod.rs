@@ -30,6 +30,10 @@ const LOOK_EVERY: Duration = Duration::from_micros(50);
 /// the end of that, which can take many seconds; one that is given up costs the process, with the weights it holds.
 const ABORT_PATIENCE: Duration = Duration::from_secs(30);
 
+/// What a broadcast leaves of the GPU's buffer. The weights that a generation begins with are not sent again in it, and the networks want the
+/// memory.
+const KEPT_BYTES: usize = 16 << 20;
+
 /// Forms the communicator of a generation on `device`; `control` is its members' ring. Returns when NCCL is ready on this member.
 ///
 /// Errors: [`Error::Gpu`] with NCCL's answer; [`Error::PeerLost`] if a neighbour dies meanwhile; [`Error::Timeout`]; [`Error::Aborted`].
@@ -102,7 +106,7 @@ impl<G: Gpu> Engine<G> {
     ) -> Result<(), Error> {
         // 1. Everybody is here, and means the same.
         let num_bytes = match &data {
-            Data::Copied(bytes) => bytes.len(),
+            Data::Copied(bytes) | Data::Sent(bytes) | Data::Received(bytes) => bytes.len(),
             Data::InPlace { num_bytes } => *num_bytes,
         };
         self.meet(operation, num_bytes, deadline)?;
@@ -112,8 +116,10 @@ impl<G: Gpu> Engine<G> {
         let Some(comm) = self.comm else { return Err(no_communicator()) };
 
         // 2. NCCL may answer before its kernel is on the stream: a mark set then would be passed too early.
-        if let Data::Copied(bytes) = &data {
-            self.gpu.upload(bytes)?;
+        match &data {
+            Data::Copied(bytes) | Data::Sent(bytes) => self.gpu.upload(bytes)?,
+            Data::Received(bytes) => self.gpu.reserve(bytes.len())?,
+            Data::InPlace { .. } => {}
         }
         launch(&self.gpu, comm)?;
         let launched = self.until_idle(operation, deadline).and_then(|()| {
@@ -127,8 +133,11 @@ impl<G: Gpu> Engine<G> {
             }
             launched => launched?,
         }
-        if let Data::Copied(bytes) = &mut data {
+        if let Data::Copied(bytes) | Data::Received(bytes) = &mut data {
             self.gpu.download(bytes)?;
+        }
+        if matches!(data, Data::Sent(_) | Data::Received(_)) {
+            self.gpu.trim(KEPT_BYTES)?;
         }
 
         // 3. Nobody leaves, which closes links and frees buffers, while another is still inside.
@@ -215,6 +224,10 @@ impl<G: Gpu> Drop for Engine<G> {
 enum Data<'a> {
     /// Bytes of this process, copied to the GPU and back.
     Copied(&'a mut [u8]),
+    /// Bytes of this process that the others get.
+    Sent(&'a mut [u8]),
+    /// Where bytes of another go.
+    Received(&'a mut [u8]),
     /// What lies on the GPU.
     InPlace { num_bytes: usize },
 }
@@ -256,7 +269,8 @@ impl<G: Gpu> Collective for Engine<G> {
         if self.failure.is_none() {
             check_root(root, num_members).map_err(|error| self.fail(error))?;
         }
-        self.run(Operation::Broadcast { root }, Data::Copied(data), deadline, |gpu, comm| gpu.broadcast(comm, num_bytes, root))
+        let data = if root == self.member_index { Data::Sent(data) } else { Data::Received(data) };
+        self.run(Operation::Broadcast { root }, data, deadline, |gpu, comm| gpu.broadcast(comm, num_bytes, root))
     }
 
     fn barrier(&mut self, deadline: Instant) -> Result<(), Error> {

@@ -37,6 +37,7 @@ struct FakeGpu {
     num_aborts: AtomicU32,
     abort_hangs: AtomicBool,
     marks: AtomicU32,
+    uploads: AtomicU32,
     downloads: AtomicU32,
 }
 
@@ -102,7 +103,23 @@ impl Gpu for FakeGpu {
     }
 
     fn upload(&self, bytes: &[u8]) -> Result<(), Fault> {
+        self.uploads.fetch_add(1, Ordering::SeqCst);
         *self.buffer.lock().unwrap() = bytes.to_vec();
+        Ok(())
+    }
+
+    fn reserve(&self, num_bytes: usize) -> Result<(), Fault> {
+        let mut buffer = self.buffer.lock().unwrap();
+        let num_bytes = buffer.len().max(num_bytes);
+        buffer.resize(num_bytes, 0xee);
+        Ok(())
+    }
+
+    fn trim(&self, num_bytes: usize) -> Result<(), Fault> {
+        let mut buffer = self.buffer.lock().unwrap();
+        if buffer.len() > num_bytes {
+            *buffer = Vec::new();
+        }
         Ok(())
     }
 
@@ -245,6 +262,28 @@ fn sums_in_place_meet_sums_of_copies() {
     });
     assert_eq!((one, other), ([11.0, 22.0], [11.0, 22.0]));
     assert_eq!(gpus.iter().map(|gpu| gpu.downloads.load(Ordering::SeqCst)).collect::<Vec<_>>(), [0, 1]);
+}
+
+/// Every copy of the weights takes its time on each GPU: one way where they come from, the other way where they go to.
+#[test]
+fn a_broadcast_is_copied_up_at_its_root_and_down_elsewhere_and_leaves_no_large_buffer() {
+    let gpus = gpus(3);
+    let mut world = whole(&gpus);
+    for (num_bytes, kept) in [(10, 10), (KEPT_BYTES + 1, 0)] {
+        gpus.iter().for_each(|gpu| [&gpu.uploads, &gpu.downloads].iter().for_each(|count| count.store(0, Ordering::SeqCst)));
+        thread::scope(|scope| {
+            for (index, member) in world.iter_mut().enumerate() {
+                scope.spawn(move || {
+                    let mut data = vec![index as u8; num_bytes];
+                    member.broadcast(&mut data, 1, soon()).unwrap();
+                    assert!(data.iter().all(|&byte| byte == 1));
+                });
+            }
+        });
+        let copies: Vec<_> = gpus.iter().map(|gpu| [&gpu.uploads, &gpu.downloads].map(|count| count.load(Ordering::SeqCst))).collect();
+        assert_eq!(copies, [[0, 1], [1, 0], [0, 1]]);
+        assert!(gpus.iter().all(|gpu| gpu.buffer.lock().unwrap().len() == kept));
+    }
 }
 
 /// One member on each GPU of this machine: NCCL refuses two on the same one in a process.

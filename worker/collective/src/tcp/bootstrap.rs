@@ -1,7 +1,9 @@
 //! What member 0 hands out so that the others find it and can prove that they belong to it.
 
 use std::fmt;
+use std::io::ErrorKind;
 use std::net::{IpAddr, SocketAddr, TcpListener};
+use std::str::FromStr;
 
 use super::wire::{self, ADDRESS_BYTES, Fields};
 use crate::Error;
@@ -69,6 +71,38 @@ impl fmt::Debug for Bootstrap {
     }
 }
 
+/// The ports that a member may listen on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ports {
+    first: u16,
+    last: u16,
+}
+
+impl Ports {
+    /// Whichever the system has free.
+    pub const ANY: Self = Self { first: 0, last: 0 };
+}
+
+impl FromStr for Ports {
+    type Err = String;
+
+    /// Reads `7800-7807`, or one port.
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (first, last) = text.split_once('-').unwrap_or((text, text));
+        let port = |text: &str| text.parse().ok().filter(|&port| port != 0);
+        match (port(first), port(last)) {
+            (Some(first), Some(last)) if first <= last => Ok(Self { first, last }),
+            _ => Err(format!("{text:?} is no range of ports, such as 7800-7807")),
+        }
+    }
+}
+
+impl fmt::Display for Ports {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}-{}", self.first, self.last)
+    }
+}
+
 /// A member's open port, through which the others reach it while a communicator forms. The kernel keeps callers waiting until then.
 #[derive(Debug)]
 pub struct Listener {
@@ -77,14 +111,19 @@ pub struct Listener {
 }
 
 impl Listener {
-    /// Opens a free port on the local address `bind` that other hosts reach as `advertise`.
+    /// Opens the first free one of `ports` on the local address `bind` that other hosts reach as `advertise`.
     ///
-    /// Errors: [`Error::InvalidArgument`] if `advertise` is not an address of a host, [`Error::Io`] if `bind` cannot be listened on.
-    pub fn open(bind: IpAddr, advertise: IpAddr) -> Result<Self, Error> {
+    /// Errors: [`Error::InvalidArgument`] if `advertise` is not an address of a host, [`Error::NoPort`] if none of `ports` is free,
+    /// [`Error::Io`] if `bind` cannot be listened on.
+    pub fn open(bind: IpAddr, advertise: IpAddr, ports: Ports) -> Result<Self, Error> {
         if advertise.is_unspecified() || advertise.is_multicast() {
             return Err(Error::InvalidArgument { reason: format!("{advertise} cannot be advertised: it names no host") });
         }
-        let socket = TcpListener::bind((bind, 0)).map_err(Error::io("listen for members"))?;
+        let is_taken = |error: &std::io::Error| ports != Ports::ANY && error.kind() == ErrorKind::AddrInUse;
+        let mut tries = (ports.first..=ports.last).map(|port| TcpListener::bind((bind, port)));
+        // One that is taken is another worker's, or another program's; anything else that is refused is so for all of them.
+        let opened = tries.find(|opened| !matches!(opened, Err(error) if is_taken(error)));
+        let socket = opened.ok_or(Error::NoPort { ports })?.map_err(Error::io("listen for members"))?;
         socket.set_nonblocking(true).map_err(Error::io("configure listener"))?;
         let port = socket.local_addr().map_err(Error::io("read listener's address"))?.port();
         Ok(Self { socket, advertised: SocketAddr::new(advertise, port) })
@@ -137,6 +176,36 @@ mod tests {
     #[test]
     fn an_address_that_names_no_host_is_not_advertised() {
         let [any, local] = [IpAddr::from([0, 0, 0, 0]), IpAddr::from([127, 0, 0, 1])];
-        assert!(matches!(Listener::open(local, any), Err(Error::InvalidArgument { .. })));
+        assert!(matches!(Listener::open(local, any, Ports::ANY), Err(Error::InvalidArgument { .. })));
+    }
+
+    #[test]
+    fn ranges_of_ports_are_read_and_others_refused() {
+        for (text, first, last) in [("7800-7807", 7800, 7807), ("65535", 65535, 65535), ("1-65535", 1, 65535)] {
+            assert_eq!(text.parse(), Ok(Ports { first, last }));
+        }
+        for text in ["", "-", "0", "0-5", "7807-7800", "7800-", "7800-7807-7810", "7800-65536", "a-b", "7800 - 7807"] {
+            let refused = text.parse::<Ports>().unwrap_err();
+            assert!(refused.ends_with("is no range of ports, such as 7800-7807"), "{refused}");
+        }
+    }
+
+    #[test]
+    fn first_free_port_of_a_range_is_taken_and_none_is_an_error_that_names_it() {
+        let local = IpAddr::from([127, 0, 0, 1]);
+        // Two neighbours, of which the system says that they are free: another program may take them meanwhile, and the next are tried.
+        let (ports, first, second) = (0..100)
+            .find_map(|_| {
+                let first = Listener::open(local, local, Ports::ANY).unwrap().advertised().port();
+                let ports = Ports { first, last: first.checked_add(1)? };
+                let [one, other] = [(); 2].map(|()| Listener::open(local, local, ports));
+                Some((ports, one.ok()?, other.ok()?))
+            })
+            .expect("no two free ports in a row");
+        assert_eq!([&first, &second].map(|listener| listener.advertised().port()), [ports.first, ports.last]);
+        let refused = Listener::open(local, local, ports).unwrap_err().to_string();
+        assert!(refused.starts_with(&format!("no port of {ports} is free for other workers to call (--ports)")), "{refused}");
+        drop(first);
+        assert_eq!(Listener::open(local, local, ports).unwrap().advertised().port(), ports.first);
     }
 }

@@ -208,6 +208,31 @@ impl Exchange for RingCopy<'_> {
     }
 }
 
+/// Nothing but the announcements.
+pub(super) struct NoData;
+
+impl Exchange for NoData {
+    fn outgoing(&self) -> &[u8] {
+        &[]
+    }
+
+    fn sent(&mut self, _num_bytes: usize) {}
+
+    fn incoming(&mut self) -> &mut [u8] {
+        &mut []
+    }
+
+    fn received(&mut self, _num_bytes: usize) {}
+
+    fn is_sent(&self) -> bool {
+        true
+    }
+
+    fn is_received(&self) -> bool {
+        true
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::collections::VecDeque;

@@ -24,7 +24,7 @@ use super::socket::{try_read, try_write};
 use super::wire::{ADDRESS_BYTES, Fields, invalid, put_address};
 use crate::Error;
 
-const MAGIC: [u8; 8] = *b"peapod/1";
+const MAGIC: [u8; 8] = *b"peapod/2";
 const NONCE_BYTES: usize = 32;
 const TAG_BYTES: usize = 32;
 const HELLO_BYTES: usize = MAGIC.len() + 1 + 8 + 3 * 4 + ADDRESS_BYTES + NONCE_BYTES;
@@ -156,14 +156,6 @@ impl Channel {
         Ok(Some(std::mem::take(&mut self.inbox)))
     }
 
-    /// Fails if the peer has closed the connection, or says something where nothing is due.
-    pub(super) fn expect_silence(&mut self) -> io::Result<()> {
-        match try_read(&self.stream, &mut [0])? {
-            None => Ok(()),
-            Some(_) => Err(invalid("bytes where none were due")),
-        }
-    }
-
     /// What to wait for before looking at this channel again.
     pub(super) fn interest(&self) -> PollFd<'_> {
         let flags = if self.outbox.is_empty() { PollFlags::IN } else { PollFlags::IN | PollFlags::OUT };
@@ -236,6 +228,11 @@ impl Answerer {
     /// Waits for an introduction.
     pub(super) fn new(stream: TcpStream) -> Self {
         Self { channel: Channel::new(stream), pending: None }
+    }
+
+    /// Whether the caller has said that it comes for this.
+    pub(super) fn is_called_for(&self, purpose: Purpose) -> bool {
+        self.pending.as_ref().is_some_and(|(hello, _)| hello.purpose == purpose)
     }
 
     /// Goes as far as it can without waiting. Returns the caller's introduction once the key is proved.

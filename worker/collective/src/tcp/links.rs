@@ -1,4 +1,4 @@
-//! A member's two connections in the ring, and the loop that moves an [`Exchange`]'s bytes over them.
+//! A member's connections, and the loop that moves an [`Exchange`]'s bytes over the two in the ring.
 
 use std::io;
 use std::net::{Shutdown, TcpStream};
@@ -8,14 +8,17 @@ use rustix::event::{PollFd, PollFlags};
 
 use super::exchange::Exchange;
 use super::socket::{try_read, try_write, unless_blocked, wait};
+use super::star::Star;
 use super::wire::{HEADER_BYTES, decode_header, encode_header, invalid};
 use crate::{AbortHandle, Announcement, Error, Operation, Stall};
 
-/// The links to both neighbours; data flows from the previous member to the next one. With two members both lead to the same peer.
+/// The links to both neighbours; data flows from the previous member to the next one. With two members both lead to the same peer. And those
+/// of the star.
 #[derive(Debug)]
 pub(super) struct Links {
     pub(super) previous: Link,
     pub(super) next: Link,
+    pub(super) star: Star,
 }
 
 /// A proved connection. Its socket does not block.
@@ -26,15 +29,15 @@ pub(super) struct Link {
 }
 
 impl Links {
-    /// Closes both connections, also under a thread that waits on them. The neighbours notice at once.
+    /// Closes all connections, also under a thread that waits on them. Their other ends notice at once.
     pub(super) fn shutdown(&self) {
-        for link in [&self.previous, &self.next] {
+        for link in [&self.previous, &self.next].into_iter().chain(self.star.links()) {
             // Fails only where the connection is gone already.
             _ = link.stream.shutdown(Shutdown::Both);
         }
     }
 
-    /// Fails if a connection is closed or broken. What lies in it stays there.
+    /// Fails if a connection in the ring is closed or broken. What lies in it stays there.
     pub(super) fn check(&self, during: Operation) -> Result<(), Error> {
         for link in [&self.previous, &self.next] {
             let lost = |source| Error::PeerLost { member_index: link.member_index, during, source };
@@ -143,7 +146,7 @@ impl<E: Exchange> Transfer<'_, E> {
     /// A link whose part is done is left alone: what happens there belongs to the next collective. The next member never sends anything, so
     /// its link becomes readable only by closing; that is noticed even while this member has nothing to send it.
     fn wait(&self, deadline: Instant) -> Result<(), Error> {
-        let Links { previous, next } = self.links;
+        let Links { previous, next, .. } = self.links;
         let has_outgoing = self.num_header_sent < HEADER_BYTES || !self.exchange.outgoing().is_empty();
         let towards_next = if has_outgoing { PollFlags::IN | PollFlags::OUT } else { PollFlags::IN };
         let mut fds = [PollFd::new(&previous.stream, PollFlags::IN), PollFd::new(&next.stream, towards_next)];

@@ -15,7 +15,7 @@ fn soon() -> Instant {
 }
 
 fn listener() -> Listener {
-    Listener::open(LOCAL, LOCAL).unwrap()
+    Listener::open(LOCAL, LOCAL, Ports::ANY).unwrap()
 }
 
 fn place(member_index: u32, num_members: u32) -> Membership {
@@ -89,7 +89,7 @@ fn strangers_do_not_keep_the_members_from_forming() {
     let call = || TcpStream::connect(at_zero.advertised()).unwrap();
     // They are in the queue before any member.
     let silent: Vec<_> = (0..100).map(|_| call()).collect();
-    let garbage: Vec<_> = [vec![0u8; 3], vec![0xff; 10_000], b"GET / HTTP/1.1\r\n\r\n".to_vec(), b"peapod/1".to_vec()]
+    let garbage: Vec<_> = [vec![0u8; 3], vec![0xff; 10_000], b"GET / HTTP/1.1\r\n\r\n".to_vec(), b"peapod/2".to_vec()]
         .map(|bytes| {
             let mut stream = call();
             stream.write_all(&bytes).unwrap();
@@ -147,7 +147,7 @@ fn a_caller_that_cannot_prove_the_key_is_dropped() {
     let address = at_zero.advertised();
     let zero = start(&bootstrap, place(0, 2), at_zero, &abort);
     let mut stream = TcpStream::connect(address).unwrap();
-    let mut hello = b"peapod/1\x01".to_vec();
+    let mut hello = b"peapod/2\x01".to_vec();
     hello.extend_from_slice(&7u64.to_le_bytes());
     for number in [2u32, 1, 0] {
         hello.extend_from_slice(&number.to_le_bytes());
@@ -186,7 +186,61 @@ fn an_abort_breaks_the_rendezvous() {
     let [zero, one] = members.map(|member| member.join().unwrap().unwrap_err());
     assert!(matches!(&zero, Error::Aborted { reason } if reason == "member 2 died"), "{zero:?}");
     // Member 0 may have hung up before the second abort.
-    assert!(matches!(one, Error::Aborted { .. } | Error::PeerLost { .. } | Error::Handshake { .. }), "{one:?}");
+    assert!(matches!(one, Error::Aborted { .. } | Error::Unformed { .. } | Error::Handshake { .. } | Error::Unreachable { .. }), "{one:?}");
+}
+
+/// A member whose steps the test makes.
+struct Puppet {
+    channel: handshake::Channel,
+    listener: Listener,
+}
+
+impl Puppet {
+    /// Registers with member 0.
+    fn register(bootstrap: &Bootstrap, us: Membership) -> Self {
+        let Membership { generation, member_index: from, num_members } = us;
+        let listener = listener();
+        let hello = handshake::Hello {
+            purpose: handshake::Purpose::Register,
+            generation,
+            num_members,
+            from,
+            to: 0,
+            listener: listener.advertised(),
+        };
+        let mut caller = handshake::Caller::new(socket::start_connect(bootstrap.address()).unwrap(), &hello).unwrap();
+        while !caller.advance(&bootstrap.key).unwrap() {
+            socket::wait(&mut [caller.channel.interest()], soon()).unwrap();
+        }
+        Self { channel: caller.channel, listener }
+    }
+
+    /// Waits for the addresses of the others: then all have registered.
+    fn await_table(&mut self, num_members: usize) {
+        while self.channel.receive(1 + num_members * wire::ADDRESS_BYTES).unwrap().is_none() {
+            socket::wait(&mut [self.channel.interest()], soon()).unwrap();
+        }
+    }
+
+    /// Waits until somebody calls, and lets it wait.
+    fn await_call(&self) -> TcpStream {
+        loop {
+            match self.listener.socket.accept() {
+                Ok((stream, _)) => return stream,
+                Err(_) => {
+                    socket::wait(&mut [rustix::event::PollFd::new(&self.listener.socket, rustix::event::PollFlags::IN)], soon()).unwrap()
+                }
+            }
+        }
+    }
+
+    fn say(&mut self, verdict: verdict::Verdict) {
+        self.channel.send(&[[4].as_slice(), &verdict.encode()].concat()).unwrap();
+    }
+}
+
+fn errors<const N: usize>(members: [JoinHandle<Result<TcpCollective, Error>>; N]) -> [Error; N] {
+    members.map(|member| member.join().unwrap().unwrap_err())
 }
 
 /// A member that dies after it has registered, while another has not come yet, ends the forming for all.
@@ -196,41 +250,97 @@ fn a_death_while_forming_fails_all() {
     let bootstrap = at_zero.bootstrap().unwrap();
     let zero = start(&bootstrap, place(0, 4), at_zero, &AbortHandle::new());
     let two = start(&bootstrap, place(2, 4), listener(), &AbortHandle::new());
-    let hello = handshake::Hello {
-        purpose: handshake::Purpose::Register,
-        generation: 7,
-        num_members: 4,
-        from: 1,
-        to: 0,
-        listener: bootstrap.address(),
-    };
-    let mut one = handshake::Caller::new(socket::start_connect(bootstrap.address()).unwrap(), &hello).unwrap();
-    while !one.advance(&bootstrap.key).unwrap() {
-        socket::wait(&mut [one.channel.interest()], soon()).unwrap();
-    }
-    drop(one);
-    let [zero, two] = [zero, two].map(|member| member.join().unwrap().unwrap_err());
+    drop(Puppet::register(&bootstrap, place(1, 4)));
+    let [zero, two] = errors([zero, two]);
     assert!(matches!(zero, Error::PeerLost { member_index: 1, during: Operation::Rendezvous, .. }), "{zero:?}");
     // Depending on how far member 2 had come when member 0 hung up.
-    assert!(matches!(two, Error::PeerLost { member_index: 0, .. } | Error::Handshake { member_index: 0, .. }), "{two:?}");
+    match &two {
+        Error::Unformed { reason, lost: None } => assert_eq!(reason, "member 0 has no connection with member 1"),
+        Error::Handshake { member_index: 0, .. } | Error::Unreachable { member_index: 0, .. } => {}
+        other => panic!("{other:?}"),
+    }
+}
+
+/// The ends of a connection that cannot be made name each other, so that whoever counts such losses finds the pair; the rest name nobody.
+#[test]
+fn a_refused_call_is_told_to_the_one_called_and_blamed_on_nobody_else() {
+    let closed = listener().advertised();
+    let at_zero = listener();
+    let bootstrap = at_zero.bootstrap().unwrap();
+    let mut listeners = [at_zero, listener(), Listener { advertised: closed, ..listener() }, listener()].into_iter();
+    let members = [0, 1, 2, 3].map(|index| start(&bootstrap, place(index, 4), listeners.next().unwrap(), &AbortHandle::new()));
+    let [zero, one, two, three] = errors(members);
+    assert!(matches!(&one, Error::Unreachable { member_index: 2, address, .. } if *address == closed), "{one:?}");
+    assert!(one.to_string().starts_with(&format!("could not reach member 2 at {closed} (")), "{one}");
+    assert_eq!([&zero, &one, &two, &three].map(Error::lost_member), [None, Some(2), Some(1), None], "{zero:?} {two:?} {three:?}");
+    assert!(two.to_string().contains(&format!("member 1 has no connection with this worker at {closed}")), "{two}");
+    for other in [zero, three] {
+        assert!(other.to_string().ends_with("member 1 has no connection with member 2"), "{other}");
+    }
+}
+
+/// Packets that a firewall drops: at the deadline, whosever comes first, a member that lacks a link says with whom.
+#[test]
+fn at_the_deadline_of_another_a_member_names_whom_it_calls_in_vain() {
+    let at_zero = listener();
+    let bootstrap = at_zero.bootstrap().unwrap();
+    let zero = start(&bootstrap, place(0, 3), at_zero, &AbortHandle::new());
+    let one = start(&bootstrap, place(1, 3), listener(), &AbortHandle::new());
+    let mut two = Puppet::register(&bootstrap, place(2, 3));
+    let _unanswered = two.await_call();
+    two.say(verdict::Verdict::Overdue { by: 2 });
+    let [_, one] = errors([zero, one]);
+    let address = two.listener.advertised();
+    assert!(matches!(&one, Error::Unreachable { member_index: 2, address: at, .. } if *at == address), "{one:?}");
 }
 
 #[test]
-fn a_timeout_names_the_members_that_never_came() {
+fn at_the_deadline_of_another_a_member_names_who_has_not_called_it() {
+    let at_zero = listener();
+    let bootstrap = at_zero.bootstrap().unwrap();
+    let zero = start(&bootstrap, place(0, 2), at_zero, &AbortHandle::new());
+    let mut one = Puppet::register(&bootstrap, place(1, 2));
+    let mut link = handshake::Answerer::new(socket::configure(one.await_call()).unwrap());
+    while link.advance(&bootstrap.key, &place(1, 2)).unwrap().is_none() {
+        socket::wait(&mut [link.channel.interest()], soon()).unwrap();
+    }
+    one.say(verdict::Verdict::Overdue { by: 1 });
+    let [zero] = errors([zero]);
+    let Error::Unformed { reason, lost: Some(1) } = &zero else { panic!("{zero:?}") };
+    assert!(reason.starts_with(&format!("member 1 did not come to this worker at {} before", bootstrap.address())), "{reason}");
+}
+
+#[test]
+fn a_member_that_is_aborted_is_not_taken_for_lost() {
+    let (at_zero, abort) = (listener(), AbortHandle::new());
+    let bootstrap = at_zero.bootstrap().unwrap();
+    let zero = start(&bootstrap, place(0, 3), at_zero, &AbortHandle::new());
+    let one = start(&bootstrap, place(1, 3), listener(), &abort);
+    let mut two = Puppet::register(&bootstrap, place(2, 3));
+    two.await_table(3);
+    abort.abort("the job stops");
+    let [zero, one] = errors([zero, one]);
+    assert!(matches!(&one, Error::Aborted { .. }), "{one:?}");
+    assert!(matches!(&zero, Error::Unformed { reason, lost: None } if reason == "member 1 left"), "{zero:?}");
+}
+
+#[test]
+fn the_deadline_of_member_zero_names_the_members_that_never_came() {
     let at_zero = listener();
     let bootstrap = at_zero.bootstrap().unwrap();
     let deadline = Instant::now() + Duration::from_millis(50);
     let outcome = TcpCollective::connect(&bootstrap, place(0, 3), at_zero, AbortHandle::new(), deadline);
-    assert!(matches!(&outcome, Err(Error::Timeout { waiting_for, .. }) if waiting_for[..] == [1, 2]), "{outcome:?}");
+    let Err(Error::Unformed { reason, lost: Some(1) }) = outcome else { panic!("{outcome:?}") };
+    assert!(reason.starts_with(&format!("member(s) [1, 2] did not come to this worker at {} before", bootstrap.address())), "{reason}");
 }
 
 #[test]
-fn nobody_listening_is_a_lost_member() {
+fn nobody_listening_is_a_member_that_cannot_be_reached() {
     let gone = listener();
     let bootstrap = gone.bootstrap().unwrap();
     drop(gone);
     let outcome = start(&bootstrap, place(1, 2), listener(), &AbortHandle::new()).join().unwrap();
-    assert!(matches!(outcome, Err(Error::PeerLost { member_index: 0, .. })), "{outcome:?}");
+    assert!(matches!(&outcome, Err(Error::Unreachable { member_index: 0, address, .. }) if *address == bootstrap.address()), "{outcome:?}");
 }
 
 #[test]
