@@ -8,6 +8,7 @@ use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
 
+use peapod_data::source::shown_url;
 use peapod_proto::ids::SampleName;
 use peapod_proto::job::{Job, JobArgs, JobFile};
 
@@ -80,7 +81,10 @@ impl LoadedJob {
         let again: Vec<&String> = self.shards.iter().filter(|shard| !trained.insert(*shard)).collect();
         if let Some(first) = again.first() {
             let num = again.len();
-            found.push(format!("data: {num} shards are listed twice, such as {first}: their samples are trained twice an epoch"));
+            found.push(format!(
+                "data: {num} shards are listed twice, such as {}: their samples are trained twice an epoch",
+                shown_url(first)
+            ));
         }
         match &self.validation {
             Some(Ok(Validation { shards, .. })) => {
@@ -88,7 +92,8 @@ impl LoadedJob {
                 if let Some(first) = both.first() {
                     let (num, all) = (both.len(), shards.len());
                     found.push(format!(
-                        "validation.shards: {num} of {all} are trained on too, such as {first}: their losses say nothing of new samples"
+                        "validation.shards: {num} of {all} are trained on too, such as {}: their losses say nothing of new samples",
+                        shown_url(first)
                     ));
                 }
             }

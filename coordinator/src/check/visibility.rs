@@ -2,6 +2,7 @@
 
 use std::fmt::Write as _;
 
+use peapod_data::source::shown_url;
 use peapod_data::{Seen, SourceOptions, Sources};
 
 /// Most shards behind a network that are asked for before a job: every one costs a request.
@@ -47,7 +48,7 @@ impl Visibility {
                 Seen::Missing => visible.missing.push(shard.clone()),
                 Seen::Unknown(why) => {
                     visible.unknown += 1;
-                    visible.why_unknown.get_or_insert_with(|| format!("{shard}: {why}"));
+                    visible.why_unknown.get_or_insert_with(|| format!("{}: {why}", shown_url(shard)));
                 }
             }
         }
@@ -69,7 +70,7 @@ impl Visibility {
         }
         let mut text = format!("{} of {} shards do not exist:", self.missing.len(), self.missing.len() + self.found);
         for shard in self.missing.iter().take(MISSING_SHOWN) {
-            let _ = write!(text, "\n  {shard}");
+            let _ = write!(text, "\n  {}", shown_url(shard));
         }
         if self.missing.len() > MISSING_SHOWN {
             let _ = write!(text, "\n  and {} more", self.missing.len() - MISSING_SHOWN);

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 
+use peapod_data::source::shown_url;
 use peapod_proto::ids::{Epoch, LeaseId, MemberIndex, Rank, ShardId, WorkerId};
 use peapod_proto::message::{Lease, ShardReport, ToWorker};
 
@@ -162,9 +163,14 @@ impl Core {
         self.config.shards.get(shard.0 as usize).map_or("", String::as_str)
     }
 
+    /// The same as it may be shown: without the signature of an address that has one.
+    pub(super) fn shown_url_of(&self, shard: ShardId) -> String {
+        shown_url(self.url_of(shard)).into_owned()
+    }
+
     /// An error of the ledger with the address that people know its shard by.
     pub(super) fn with_url(&self, error: &LedgerError) -> String {
-        match self.url_of(error.shard()) {
+        match self.shown_url_of(error.shard()).as_str() {
             "" => error.to_string(),
             url => format!("{error} (shard {}: {url})", error.shard()),
         }
@@ -250,7 +256,7 @@ impl Core {
                 false if holders.is_empty() => ShardState::Pending,
                 false => ShardState::Leased(holders.into_iter().map(holder).collect()),
             };
-            ShardView { shard, url: self.url_of(shard).to_owned(), state, counts }
+            ShardView { shard, url: self.shown_url_of(shard), state, counts }
         };
         Some(ShardPage { epoch, shards: (skip.min(end)..end).map(view).collect(), next: (end < num_shards).then_some(end) })
     }
@@ -259,7 +265,7 @@ impl Core {
         // A lease that ended meanwhile: its shard is done or has another reader, who will find the same.
         let Some((epoch, shard)) = self.leases.shard_of(report.lease, id) else { return self.answer_lease_requests(out) };
         let fact = Fact::Shard(report.clone());
-        let url = self.url_of(shard).to_owned();
+        let url = self.shown_url_of(shard);
         let (lease, num_samples, truncated) = (report.lease, report.num_samples, report.truncated.clone());
         mark_unreadable(&mut self.unreadable, shard, &report);
         let ends = self.would_end_barren(epoch, shard);

@@ -171,7 +171,7 @@ impl Core {
         let held: BTreeSet<_> = self.leases.held_by(id).into_iter().filter_map(|lease| self.leases.shard_of(lease, id)).collect();
         for (epoch, shard) in self.setbacks.died_holding(now, &held) {
             self.leases.set_aside(epoch, shard);
-            let url = self.url_of(shard);
+            let url = self.shown_url_of(shard);
             let what = format!("shard {url} of epoch {epoch}: {HABIT} workers in a row died while they held it");
             out.push(Effect::Notice(Notice::SetAside { what, lasts: ASIDE }));
         }

@@ -5,6 +5,8 @@ use std::collections::BTreeMap;
 use peapod_proto::job::DataSection;
 use serde::{Deserialize, Serialize};
 
+use crate::source::shown_url;
+
 /// The layout described in [`cached`](super). A change that older programs would misread gets the next number.
 const VERSION: u32 = 1;
 
@@ -42,8 +44,8 @@ pub struct Stamp {
 /// A cached shard that does not fit the job.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "{url} was precomputed otherwise than this job would: {}; run `worker precompute` with this job into another folder, or give data.shards the pictures",
-    .differences.join(", ")
+    "{} was precomputed otherwise than this job would: {}; run `worker precompute` with this job into another folder, or give data.shards the pictures",
+    shown_url(.url), .differences.join(", ")
 )]
 pub struct RecipeError {
     /// The shard.
