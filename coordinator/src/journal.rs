@@ -53,6 +53,18 @@ pub enum JournalError {
         /// The reason.
         reason: String,
     },
+    /// Another version of this program has written it.
+    #[error(
+        "the journal {} is of another version of this program (its format is {format}, this one reads {FORMAT}): end its job with that version \
+         (`coordinator stop`), or move the file away, and the job goes on from its newest checkpoint",
+        path.display()
+    )]
+    Format {
+        /// The file.
+        path: PathBuf,
+        /// Its format.
+        format: u32,
+    },
     /// What is written in it makes no sense.
     #[error("the journal {} is damaged: {reason}{}", path.display(), Action::Read.hint())]
     Damaged {
@@ -161,6 +173,7 @@ impl Disk {
         let read = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| read(&database)));
         let (found, next, num_facts) = match read.unwrap_or_else(|_| Err(ReadError::Damaged("its pages make no sense".into()))) {
             Ok(read) => read,
+            Err(ReadError::Format(format)) => return Err(JournalError::Format { path: path.to_owned(), format }),
             Err(ReadError::Damaged(reason)) => return Err(JournalError::Damaged { path: path.to_owned(), reason }),
             Err(ReadError::File(error)) => return Err(fail(Action::Read)(error.to_string())),
         };
@@ -255,8 +268,14 @@ struct Header {
     run: Run,
 }
 
+#[derive(Deserialize)]
+struct Version {
+    format: u32,
+}
+
 enum ReadError {
     File(redb::Error),
+    Format(u32),
     Damaged(String),
 }
 
@@ -279,10 +298,12 @@ fn read(database: &Database) -> Result<(Option<Found>, u64, u64), ReadError> {
         Err(error) => return Err(error.into()),
     };
     let Some(text) = run.get(ONLY)? else { return Ok((None, 0, 0)) };
-    let Header { format, run } = serde_json::from_str(text.value()).map_err(damaged)?;
+    // Alone first: what else is in it may be of another shape.
+    let Version { format } = serde_json::from_str(text.value()).map_err(damaged)?;
     if format != FORMAT {
-        return Err(ReadError::Damaged(format!("its format is {format}, this program reads {FORMAT}")));
+        return Err(ReadError::Format(format));
     }
+    let Header { run, .. } = serde_json::from_str(text.value()).map_err(damaged)?;
     let snapshot = transaction.open_table(SNAPSHOT)?;
     let snapshot = snapshot.get(ONLY)?.ok_or_else(|| damaged("it has no snapshot"))?;
     let mut state: State = postcard::from_bytes(snapshot.value()).map_err(damaged)?;

@@ -15,7 +15,7 @@ use crate::{bench, check, fetch, loss_error, vae_error};
 
 /// Trains with others on one device: start one for each GPU of a job.
 #[derive(Debug, Clone, Parser)]
-#[command(name = "worker", version, args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
+#[command(name = "worker", version, long_version = crate::build::facts(), args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
 pub struct Cli {
     /// What else to do than to train.
     #[command(subcommand)]

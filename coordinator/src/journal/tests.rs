@@ -120,6 +120,15 @@ fn journal_of_no_use_is_named_with_what_to_do() {
     drop(journal);
     let error = refused(&path);
     assert!(error.contains("journal.redb is damaged: fact 1: sample 0/0/1 was trained twice"), "{error}");
+
+    // One of another version is none; nothing else of it need be as here.
+    let database = Database::open(&path).unwrap();
+    let transaction = database.begin_write().unwrap();
+    transaction.open_table(RUN).unwrap().insert(ONLY, "{\"format\":7}").unwrap();
+    transaction.commit().unwrap();
+    drop(database);
+    let error = refused(&path);
+    assert!(error.contains("is of another version of this program (its format is 7, this one reads 2): end its job with"), "{error}");
 }
 
 #[test]

@@ -40,13 +40,13 @@ pub enum LogFormat {
 /// Lines for machines say of which piece of work they are; to people that says nothing, so they see it with `RUST_LOG=debug` only.
 ///
 /// # Errors
-/// If spans are to be exported and cannot be.
+/// If RUST_LOG makes no sense, or spans are to be exported and cannot be.
 pub fn start<W>(program: &'static str, args: LogArgs, writer: W) -> Result<(), String>
 where
     W: for<'a> MakeWriter<'a> + Send + Sync + 'static,
 {
     let spans = super::otlp::layer(program)?;
-    let mut filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    let mut filter = filter(std::env::var(EnvFilter::DEFAULT_ENV).ok().as_deref())?;
     if (args.log_format == LogFormat::Json || spans.is_some())
         && let Ok(shown) = format!("{TARGET}=debug").parse()
     {
@@ -54,6 +54,18 @@ where
     }
     tracing_subscriber::registry().with(filter).with(spans).with(lines(args.log_format, writer)).init();
     Ok(())
+}
+
+/// What is logged where `RUST_LOG` has this value.
+fn filter(wanted: Option<&str>) -> Result<EnvFilter, String> {
+    let wanted = wanted.filter(|wanted| !wanted.is_empty()).unwrap_or("info");
+    let words = "give a level such as debug, or TARGET=LEVEL, several with commas between them";
+    EnvFilter::try_new(wanted).map_err(|error| format!("RUST_LOG={wanted}: {error}; {words}"))
+}
+
+/// Whether lines are coloured: on a terminal, unless the user asks for none (<https://no-color.org>).
+fn is_coloured(is_terminal: bool, no_color: Option<&std::ffi::OsStr>) -> bool {
+    is_terminal && no_color.is_none_or(std::ffi::OsStr::is_empty)
 }
 
 fn lines<S, W>(format: LogFormat, writer: W) -> Box<dyn Layer<S> + Send + Sync>
@@ -64,7 +76,7 @@ where
     // A log that nobody reads any more (`| tee` was killed) is no reason to panic, as complaining about it on standard error would be.
     let lines = tracing_subscriber::fmt::layer().with_target(false).log_internal_errors(false).with_writer(writer);
     match format {
-        LogFormat::Pretty => lines.with_ansi(io::stderr().is_terminal()).boxed(),
+        LogFormat::Pretty => lines.with_ansi(is_coloured(io::stderr().is_terminal(), std::env::var_os("NO_COLOR").as_deref())).boxed(),
         LogFormat::Json => lines.json().flatten_event(true).boxed(),
     }
 }
@@ -77,6 +89,21 @@ mod tests {
     use std::sync::{Arc, Mutex};
 
     use super::*;
+
+    #[test]
+    fn level_that_makes_no_sense_is_refused_by_name() {
+        assert_eq!(filter(None).unwrap().to_string(), "info");
+        assert_eq!(filter(Some("")).unwrap().to_string(), "info");
+        assert_eq!(filter(Some("warn,peapod_worker=debug")).unwrap().to_string(), "peapod_worker=debug,warn");
+        let error = filter(Some("peapod=loud")).unwrap_err();
+        assert!(error.starts_with("RUST_LOG=peapod=loud: ") && error.contains("give a level such as debug"), "{error}");
+    }
+
+    #[test]
+    fn who_asks_for_no_colours_gets_none() {
+        assert!(is_coloured(true, None) && is_coloured(true, Some("".as_ref())));
+        assert!(!is_coloured(true, Some("1".as_ref())) && !is_coloured(false, None));
+    }
 
     #[derive(Clone, Default)]
     struct Kept(Arc<Mutex<Vec<u8>>>);

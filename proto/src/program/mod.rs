@@ -3,6 +3,7 @@
 mod logs;
 pub mod otlp;
 mod pages;
+pub mod version;
 
 use std::fmt::Display;
 use std::io::{self, Write};

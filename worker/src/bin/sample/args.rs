@@ -13,7 +13,7 @@ use peapod_worker::numbers::{Numbers, VaeNumbers};
 /// With --adapter, prompts are in the adapter's language. Without it they are in English and go through the model's own encoders. With
 /// --compare, both are drawn side by side from the same noise.
 #[derive(Debug, Parser)]
-#[command(name = "sample", version)]
+#[command(name = "sample", version, long_version = peapod_worker::build::facts())]
 pub struct Args {
     /// The model: a folder as diffusers saves it, a checkpoint that is one file, or ORG/NAME on the model hub
     #[arg(long, value_name = "MODEL", help_heading = "Models")]
