@@ -30,7 +30,7 @@ pub const RETRY_FOR_MS: &str = "peapod-retry-for-ms";
 pub const JOB_IS_OVER: &str = "peapod-job-is-over";
 
 /// Version of the protocol: raised whenever an older peer could misunderstand a message.
-pub const PROTOCOL_VERSION: u32 = 6;
+pub const PROTOCOL_VERSION: u32 = 7;
 
 /// Version of the programs, as `--version` prints it.
 pub const PROGRAM_VERSION: &str = env!("CARGO_PKG_VERSION");
