@@ -494,12 +494,13 @@ impl Sim {
         for model in old {
             self.come_back(model);
         }
-        self.wait_for_the_dead();
+        self.let_time_pass();
     }
 
-    /// Who is waited for was killed: it is missed in time.
-    fn wait_for_the_dead(&mut self) {
-        while matches!(self.core.phase, JobPhase::Returning { .. }) {
+    /// Where the job waits for what only time brings: who is waited for was killed and is missed, or a pause is over.
+    fn let_time_pass(&mut self) {
+        let pauses = |core: &Core| matches!(core.phase, JobPhase::Gathering { .. }) && core.setbacks.pause().is_some();
+        while matches!(self.core.phase, JobPhase::Returning { .. }) || pauses(&self.core) {
             self.now += Duration::from_secs(1);
             for id in self.ids() {
                 let beat = Heartbeat { generation: self.core.generation(), step: Step(0), phase: Phase::Waiting, reads: 0 };
@@ -560,7 +561,7 @@ impl Sim {
                 self.ask(id);
             }
             self.step();
-            self.wait_for_the_dead();
+            self.let_time_pass();
             if self.trouble(self.case.deaths / 20) {
                 let ids = self.ids();
                 let dead = ids.get(self.below(ids.len() as u64) as usize).copied();
