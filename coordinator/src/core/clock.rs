@@ -22,7 +22,10 @@ impl Core {
             JobPhase::Gathering { .. } if self.stop_requested.is_some() => Some(Duration::ZERO),
             JobPhase::Gathering { since } => {
                 let at = self.next_announcement.min(*since + self.config.join_timeout);
-                [self.starts_at(), self.checkpoint.farewell_until, self.setbacks.pause()].into_iter().flatten().chain([at]).min()
+                // Who is enough already waits for the end of a pause all the same.
+                let pause = self.setbacks.pause();
+                let starts_at = self.starts_at().max(pause);
+                [starts_at, self.checkpoint.farewell_until, pause].into_iter().flatten().chain([at]).min()
             }
             JobPhase::Running { .. } => (!self.checkpoint.asked).then_some(self.checkpoint.next_due),
             JobPhase::Forming { deadline, .. } | JobPhase::Returning { deadline, .. } | JobPhase::Finishing { deadline, .. } => {

@@ -353,6 +353,27 @@ fn job_of_which_no_generation_gets_anywhere_ends_and_says_why() {
     assert!(reason.starts_with("20 generations in a row broke before their first step was done; the first failure: rank 0"), "{reason}");
 }
 
+/// A deadline that lies in the past would keep the coordinator busy until the pause is over.
+#[test]
+fn pause_is_slept_through_where_enough_workers_are_there() {
+    let mut world = World::new(Config { min_world_size: 1, ..config(2) });
+    let workers = ["a", "b"].map(|host| world.join_on(host));
+    world.bootstrap(workers[0]);
+    world.pass(120, &workers);
+    for round in 1..=3 {
+        workers.iter().for_each(|&worker| world.stopped(worker, 0, StopCause::Aborted, vec![]));
+        if round < 3 {
+            world.bootstrap(workers[0]);
+        }
+    }
+    assert!(world.core.state().contains("a pause, as 3 generations"), "{}", world.core.state());
+    let deadline = world.core.next_deadline().unwrap();
+    assert!(deadline > world.now, "{deadline:?} at {:?}", world.now);
+    world.now += Duration::from_millis(100);
+    world.event(Event::Tick).unwrap();
+    assert_eq!(world.core.state(), "forming");
+}
+
 #[test]
 fn spare_that_fails_for_good_is_left_out_with_its_host_and_the_job_goes_on() {
     let mut world = World::new(Config { min_world_size: 1, ..config(2) });
