@@ -299,9 +299,41 @@ async fn shake_hands(mut stream: TcpStream, tls: Option<TlsAcceptor>) -> Result<
 
 /// Tells a peer that speaks HTTP/2 why it is sent away.
 pub async fn answer_and_close(stream: &mut TcpStream, words: &str) {
+    wait_for_request(stream).await;
     if stream.write_all(&http2_goaway(words)).await.is_ok() {
         close_gently(stream).await;
     }
+}
+
+/// Reads on until a request has begun, for a moment: a client whose connection ends before it has asked for anything hands up that it ended, and not
+/// why.
+async fn wait_for_request(stream: &mut TcpStream) {
+    use tokio::io::AsyncReadExt;
+    let read = async {
+        let (mut said, mut more) = (Vec::new(), [0; 4096]);
+        while said.len() < 64 * 1024 && b"PRI".starts_with(&said[..said.len().min(3)]) && !has_request(&said) {
+            match stream.read(&mut more).await {
+                Ok(0) | Err(_) => return,
+                Ok(num_bytes) => said.extend_from_slice(&more[..num_bytes]),
+            }
+        }
+    };
+    let _ = tokio::time::timeout(REQUEST_PATIENCE, read).await;
+}
+
+/// Whether what a client of HTTP/2 has said holds the beginning of a request: a HEADERS frame (RFC 9113, 3.4 and 4.1).
+fn has_request(said: &[u8]) -> bool {
+    const PREFACE_BYTES: usize = 24;
+    const HEADERS: u8 = 1;
+    let mut rest = said.get(PREFACE_BYTES..).unwrap_or_default();
+    while let Some((head, after)) = rest.split_at_checked(9) {
+        if head[3] == HEADERS {
+            return true;
+        }
+        let length = u32::from_be_bytes([0, head[0], head[1], head[2]]) as usize;
+        rest = after.get(length..).unwrap_or_default();
+    }
+    false
 }
 
 /// Ends what is written, and takes what the peer sends meanwhile: closing a socket with unread bytes would take back the last words on it.
@@ -314,6 +346,9 @@ async fn close_gently(stream: &mut TcpStream) {
     // Whoever goes on talking has had its answer.
     let _ = tokio::time::timeout(Duration::from_secs(1), tokio::io::copy(&mut rest, &mut tokio::io::sink())).await;
 }
+
+/// For how long the request of a client that is sent away is waited for.
+const REQUEST_PATIENCE: Duration = Duration::from_millis(300);
 
 /// An empty SETTINGS frame and a GOAWAY with INADEQUATE_SECURITY and these words (RFC 9113, 6.5, 6.8 and 7).
 fn http2_goaway(words: &str) -> Vec<u8> {
@@ -393,6 +428,16 @@ mod tests {
     use peapod_proto::secure::read_certificates;
 
     use super::*;
+
+    #[test]
+    fn request_begins_with_its_headers() {
+        let frame = |kind: u8, body: &[u8]| [&(body.len() as u32).to_be_bytes()[1..], &[kind, 0, 0, 0, 0, 0], body].concat();
+        let start = [&b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"[..], &frame(4, &[1; 12]), &frame(8, &[0, 0, 1, 0])].concat();
+        let whole = [&start[..], &frame(1, b"path")].concat();
+        assert!(has_request(&whole) && has_request(&whole[..start.len() + 9]));
+        assert!((0..start.len() + 9).all(|len| !has_request(&whole[..len])));
+    }
+
     use crate::config::SecurityArgs;
     use crate::secrets::{IDENTITY, Secrets};
 
