@@ -84,7 +84,7 @@ pub async fn list(checkpoints: &str, state_dir: Option<&Path>, json: bool) -> Re
     let mut text = format!("{:>12}  {:>10}  {:>10}  {}\n", "step", "validation", "MB", "location");
     for (manifest, bytes, _, total, location) in &rows {
         let total = total.map_or_else(|| "-".to_owned(), |total| format!("{total:.4}"));
-        let _ = writeln!(text, "{:>12}  {total:>10}  {:>10.1}  {location}", manifest.step, *bytes as f64 / 1e6);
+        let _ = writeln!(text, "{:>12}  {total:>10}  {:>10.1}  {location}", manifest.step.0, *bytes as f64 / 1e6);
     }
     Ok(if manifests.is_empty() { format!("{checkpoints}: no whole checkpoint\n") } else { text })
 }
