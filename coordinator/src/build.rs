@@ -8,14 +8,11 @@ use peapod_proto::program::version;
 #[must_use]
 pub fn facts() -> &'static str {
     static FACTS: LazyLock<String> = LazyLock::new(|| {
-        let features = [
-            ("aws", cfg!(feature = "aws")),
-            ("azure", cfg!(feature = "azure")),
-            ("gcp", cfg!(feature = "gcp")),
-            ("otlp", cfg!(feature = "otlp")),
-        ];
         let commit = option_env!("PEAPOD_COMMIT").unwrap_or(version::NO_COMMIT);
-        version::facts(&features, &[("profile", env!("PEAPOD_PROFILE")), ("compiler", env!("PEAPOD_RUSTC")), ("commit", commit)])
+        version::facts(
+            &peapod_proto::features!(),
+            &[("profile", env!("PEAPOD_PROFILE")), ("compiler", env!("PEAPOD_RUSTC")), ("commit", commit)],
+        )
     });
     &FACTS
 }

@@ -8,13 +8,7 @@ use peapod_proto::program::version;
 #[must_use]
 pub fn facts() -> &'static str {
     static FACTS: LazyLock<String> = LazyLock::new(|| {
-        let features = [
-            ("aws", cfg!(feature = "aws")),
-            ("azure", cfg!(feature = "azure")),
-            ("gcp", cfg!(feature = "gcp")),
-            ("otlp", cfg!(feature = "otlp")),
-        ];
-        version::facts(&features, &[("commit", option_env!("PEAPOD_COMMIT").unwrap_or(version::NO_COMMIT))])
+        version::facts(&peapod_proto::features!(), &[("commit", option_env!("PEAPOD_COMMIT").unwrap_or(version::NO_COMMIT))])
     });
     &FACTS
 }

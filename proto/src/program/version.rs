@@ -17,6 +17,19 @@ pub fn facts(features: &[(&str, bool)], more: &[(&str, &str)]) -> String {
     text
 }
 
+/// The features that a program may be built with, and whether the crate that asks here is.
+#[macro_export]
+macro_rules! features {
+    () => {
+        [
+            ("aws", cfg!(feature = "aws")),
+            ("azure", cfg!(feature = "azure")),
+            ("gcp", cfg!(feature = "gcp")),
+            ("otlp", cfg!(feature = "otlp")),
+        ]
+    };
+}
+
 /// What stands for the commit that a build was not told.
 pub const NO_COMMIT: &str = "not known to the build";
 
