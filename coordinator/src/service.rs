@@ -378,7 +378,6 @@ async fn send_checkpoint(store: Store, manifest: Manifest, sender: mpsc::Sender<
     let digest = |part: &Part| (0..32).filter_map(|at| u8::from_str_radix(part.sha256.get(at * 2..at * 2 + 2)?, 16).ok()).collect();
     let parts = manifest.parts.iter();
     let header = v1::CheckpointHeader {
-        worker_id: 0,
         generation: manifest.generation.0,
         step: manifest.step.0,
         parts: parts.map(|part| v1::CheckpointPart { name: part.name.clone(), num_bytes: part.num_bytes, sha256: digest(part) }).collect(),

@@ -4,7 +4,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket};
 use std::time::Duration;
 
 use futures::StreamExt;
-use peapod_proto::ids::{Generation, Step, WorkerId};
+use peapod_proto::ids::{Generation, Step};
 use peapod_proto::message::{FromWorker, ToWorker};
 use peapod_proto::secure::{Access, AccessError, Link, failure, refusal};
 use peapod_proto::trace::Trace;
@@ -295,9 +295,9 @@ impl Parts {
     }
 
     /// The messages of an upload. No more of them is in memory than is being sent, and no file that is sent.
-    fn messages(self, worker: WorkerId, generation: Generation, step: Step) -> impl Iterator<Item = v1::UploadMessage> {
+    fn messages(self, generation: Generation, step: Step) -> impl Iterator<Item = v1::UploadMessage> {
         use v1::upload_message::Message;
-        let header = v1::CheckpointHeader { worker_id: worker.0, generation: generation.0, step: step.0, parts: self.header };
+        let header = v1::CheckpointHeader { generation: generation.0, step: step.0, parts: self.header };
         let chunks = self.files.into_iter().flat_map(|file| {
             let num = file.len().div_ceil(CHUNK);
             (0..num).map(move |at| Message::Chunk(file[at * CHUNK..file.len().min((at + 1) * CHUNK)].to_vec()))
@@ -310,15 +310,8 @@ impl Parts {
 ///
 /// # Errors
 /// [`ClientError::Transfer`] with the coordinator's words, or when it takes more than ten minutes.
-pub async fn upload(
-    access: &Access,
-    trace: &Trace,
-    worker: WorkerId,
-    generation: Generation,
-    step: Step,
-    parts: Parts,
-) -> Result<String, ClientError> {
-    let messages = futures::stream::iter(parts.messages(worker, generation, step));
+pub async fn upload(access: &Access, trace: &Trace, generation: Generation, step: Step, parts: Parts) -> Result<String, ClientError> {
+    let messages = futures::stream::iter(parts.messages(generation, step));
     let send = async |link| v1::checkpoints_client::CheckpointsClient::new(link).upload(trace.request(messages)).await;
     Ok(transfer(access, "checkpoint not stored", UPLOAD_TIMEOUT, send).await?.location)
 }
@@ -344,16 +337,10 @@ pub async fn send_picture(
 ///
 /// # Errors
 /// [`ClientError::Transfer`] for what may go well another time, [`ClientError::Refused`] for what will not.
-pub async fn download(
-    access: &Access,
-    trace: &Trace,
-    worker: WorkerId,
-    step: Step,
-    moved: impl Fn(),
-) -> Result<Vec<(String, Vec<u8>)>, ClientError> {
+pub async fn download(access: &Access, trace: &Trace, step: Step, moved: impl Fn()) -> Result<Vec<(String, Vec<u8>)>, ClientError> {
     use v1::download_message::Message;
     let failed = |message: String| ClientError::Transfer { what: NOT_RECEIVED, message };
-    let request = v1::DownloadRequest { worker_id: worker.0, step: step.0 };
+    let request = v1::DownloadRequest { step: step.0 };
     let mut client = v1::checkpoints_client::CheckpointsClient::new(connect_apart(access).await.map_err(failed)?);
     let mut messages = in_time(client.download(trace.request(request))).await?.into_inner();
     let mut next = async || {
@@ -401,7 +388,7 @@ async fn in_time<T>(answer: impl Future<Output = Result<T, tonic::Status>>) -> R
 #[cfg(test)]
 mod tests {
     use futures::stream::BoxStream;
-    use peapod_proto::ids::Incarnation;
+    use peapod_proto::ids::{Incarnation, WorkerId};
     use peapod_proto::message::{Heartbeat, Hello, Phase};
     use peapod_proto::secure::AccessArgs;
     use tonic::{Request, Response, Status};
@@ -567,9 +554,9 @@ mod tests {
     fn upload_is_its_header_and_its_files_in_pieces() {
         use v1::upload_message::Message;
         let files = [("a", vec![1; 2 * CHUNK + 3]), ("b", Vec::new()), ("c", vec![2; CHUNK])];
-        let mut messages = Parts::new(files.to_vec()).messages(WorkerId(1), Generation(2), Step(3)).map(|message| message.message.unwrap());
+        let mut messages = Parts::new(files.to_vec()).messages(Generation(2), Step(3)).map(|message| message.message.unwrap());
         let Some(Message::Header(header)) = messages.next() else { panic!("it begins with its header") };
-        assert_eq!((header.worker_id, header.generation, header.step), (1, 2, 3));
+        assert_eq!((header.generation, header.step), (2, 3));
         for (part, (name, bytes)) in header.parts.iter().zip(&files) {
             assert_eq!((part.name.as_str(), part.num_bytes, &part.sha256[..]), (*name, bytes.len() as u64, &Sha256::digest(bytes)[..]));
         }
@@ -590,7 +577,7 @@ mod tests {
         let stream = join(&access, hello(), Duration::from_secs(5), false).await.unwrap();
         // Far more than the windows of a stream and of a connection take.
         let parts = Parts::new(vec![("adapter.safetensors", vec![7; 8 << 20])]);
-        let upload = async { upload(&access, &stream.trace, WorkerId(1), Generation(1), Step(1), parts).await.unwrap_err() };
+        let upload = async { upload(&access, &stream.trace, Generation(1), Step(1), parts).await.unwrap_err() };
         let beat = async {
             assert_eq!(calls.recv().await, Some("upload"));
             // More than one: the first may have left before the window was full.

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use peapod_collective::tcp::Ports;
 use peapod_data::Outlook;
-use peapod_proto::ids::{Incarnation, Step, WorkerId};
+use peapod_proto::ids::{Incarnation, Step};
 use peapod_proto::job::Job;
 use peapod_proto::message::{FromWorker, Hello, ToWorker};
 use peapod_proto::secure::Access;
@@ -56,13 +56,7 @@ pub struct Exit {
 }
 
 /// What transfers say of themselves, those of the trainer's thread too; it changes with every reconnect.
-type SharedSession = Arc<Mutex<Option<Session>>>;
-
-#[derive(Clone)]
-struct Session {
-    worker: WorkerId,
-    trace: Trace,
-}
+type SharedSession = Arc<Mutex<Option<Trace>>>;
 
 struct Supervisor {
     args: Args,
@@ -293,7 +287,7 @@ impl Supervisor {
                 self.outbound = Some(stream.outbound);
                 self.inbound = Some(stream.inbound);
                 self.local_ip = stream.local_ip;
-                *lock(&self.session) = Some(Session { worker: WorkerId(0), trace: stream.trace });
+                *lock(&self.session) = Some(stream.trace);
                 Ok(())
             }
             Err(error) => {
@@ -329,9 +323,8 @@ impl Supervisor {
     }
 
     fn remember_identity(&self) {
-        if let (Some(session), Some((worker, rank))) = (lock(&self.session).as_mut(), self.life.identity()) {
-            session.worker = worker;
-            session.trace.span().record("rank", rank.0);
+        if let (Some(session), Some((_, rank))) = (lock(&self.session).as_ref(), self.life.identity()) {
+            session.span().record("rank", rank.0);
         }
     }
 
@@ -420,7 +413,7 @@ impl Supervisor {
             // The loop sees that there is no stream.
             Action::Reconnect => {}
             Action::Log { text } => {
-                let session = lock(&self.session).as_ref().map_or_else(Span::none, |session| session.trace.span().clone());
+                let session = lock(&self.session).as_ref().map_or_else(Span::none, |session| session.span().clone());
                 session.in_scope(|| tracing::info!("{text}"));
             }
             Action::Exit { code, message } => return Some(Exit { code, message }),
@@ -459,9 +452,9 @@ impl Supervisor {
             faults: self.faults.clone(),
             download: Box::new(move |step, abort| {
                 let failed = |message: String| NotFetched { message, is_over: false };
-                let Session { worker, trace } = lock(&session).clone().ok_or_else(|| failed("no connection to the coordinator".into()))?;
+                let trace = lock(&session).clone().ok_or_else(|| failed("no connection to the coordinator".into()))?;
                 let trace = trace.child(work_span!(parent: trace.span(), "download", step = step.0));
-                let files = client::download(&access, &trace, worker, step, || control.fetched()).instrument(trace.span().clone());
+                let files = client::download(&access, &trace, step, || control.fetched()).instrument(trace.span().clone());
                 let aborted = async {
                     while abort.reason().is_none() {
                         tokio::time::sleep(LOOK_EVERY).await;
@@ -506,7 +499,7 @@ impl Supervisor {
 
     /// Sends a checkpoint on a connection of its own, off both threads.
     fn upload(&mut self, snapshot: Snapshot) {
-        let (Some(Session { worker, trace }), Some(job)) = (lock(&self.session).clone(), self.job.clone()) else { return };
+        let (Some(trace), Some(job)) = (lock(&self.session).clone(), self.job.clone()) else { return };
         let (access, generation, step) = (self.access.clone(), snapshot.generation, snapshot.step);
         let trace = trace.child(work_span!(parent: trace.span(), "upload", step = step.0));
         let span = trace.span().clone();
@@ -514,7 +507,7 @@ impl Supervisor {
             // Hundreds of megabytes: to write and to hash them would hold up everything else that this thread does.
             let files = tokio::task::spawn_blocking(move || files_of(&job, &snapshot, step).map(Parts::new)).await;
             let result = match files {
-                Ok(Ok(parts)) => client::upload(&access, &trace, worker, generation, step, parts).await.map_err(|error| error.to_string()),
+                Ok(Ok(parts)) => client::upload(&access, &trace, generation, step, parts).await.map_err(|error| error.to_string()),
                 Ok(Err(error)) => Err(error.to_string()),
                 Err(error) => Err(error.to_string()),
             };
@@ -528,7 +521,7 @@ impl Supervisor {
 
     /// Sends a picture on a connection of its own, off both threads. Nothing depends on its arrival.
     fn send_picture(&mut self, drawn: Drawn) {
-        let Some(Session { trace, .. }) = lock(&self.session).clone() else { return };
+        let Some(trace) = lock(&self.session).clone() else { return };
         let access = self.access.clone();
         let trace = trace.child(work_span!(parent: trace.span(), "picture", step = drawn.step.0, index = drawn.index));
         let span = trace.span().clone();
@@ -581,7 +574,7 @@ async fn next_message(inbound: &mut Option<Streaming<v1::ToWorker>>, cut: Option
     }
 }
 
-fn lock(session: &SharedSession) -> std::sync::MutexGuard<'_, Option<Session>> {
+fn lock(session: &SharedSession) -> std::sync::MutexGuard<'_, Option<Trace>> {
     session.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
