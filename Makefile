@@ -102,7 +102,7 @@ cold-start: ## time README's two commands and `make test` by part, in a fresh cl
 	touch $@
 
 FUZZ_MODEL := torch_file safetensors_file sentencepiece adapter_file
-FUZZ_DATA := tar picture json_sample shard_list
+FUZZ_DATA := tar picture json_sample shard_list cached
 FUZZ_COORDINATOR := request worker_stream join_string
 FUZZ_SECONDS := 60
 

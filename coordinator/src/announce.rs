@@ -2,9 +2,10 @@
 
 use std::io::{IsTerminal, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use peapod_proto::job::Job;
+use peapod_proto::program::host_name;
 
 use crate::config::RunArgs;
 use crate::observe::Bar;
@@ -22,11 +23,22 @@ pub struct Left {
     pub job_id: Option<String>,
 }
 
+/// An address that is left where commands look for it, and taken away on drop: nobody listens there any more.
+#[derive(Debug)]
+pub struct LeftAddress(PathBuf);
+
+impl Drop for LeftAddress {
+    fn drop(&mut self) {
+        // Where it stays, a command finds nobody there and says so.
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
 /// Leaves the address where commands look for it.
 ///
 /// # Errors
 /// Names the file that cannot be written.
-pub fn leave_address(state_dir: &Path, scheme: &str, listening: SocketAddr, job_id: &str) -> Result<(), String> {
+pub fn leave_address(state_dir: &Path, scheme: &str, listening: SocketAddr, job_id: &str) -> Result<LeftAddress, String> {
     let ip = match listening.ip() {
         IpAddr::V4(ip) if ip.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
         IpAddr::V6(ip) if ip.is_unspecified() => Ipv6Addr::LOCALHOST.into(),
@@ -34,13 +46,8 @@ pub fn leave_address(state_dir: &Path, scheme: &str, listening: SocketAddr, job_
     };
     let path = state_dir.join(ADDRESS);
     let text = format!("{scheme}://{}\n{job_id}\n", SocketAddr::new(ip, listening.port()));
-    std::fs::write(&path, text).map_err(|error| format!("cannot write {}: {error}", path.display()))
-}
-
-/// Takes it away again: nobody listens there any more.
-pub fn take_address(state_dir: &Path) {
-    // Where it stays, a command finds nobody there and says so.
-    let _ = std::fs::remove_file(state_dir.join(ADDRESS));
+    std::fs::write(&path, text).map_err(|error| format!("cannot write {}: {error}", path.display()))?;
+    Ok(LeftAddress(path))
 }
 
 /// The address that a coordinator has left in its state folder.
@@ -101,11 +108,6 @@ pub fn authority_for_workers(listening: SocketAddr, host_name: &str) -> String {
     if listening.ip().is_unspecified() { format!("{host_name}:{}", listening.port()) } else { listening.to_string() }
 }
 
-/// This machine, as its kernel calls it.
-pub fn host_name() -> String {
-    std::fs::read_to_string("/proc/sys/kernel/hostname").map_or_else(|_| "MASTER".into(), |name| name.trim().to_owned())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -117,10 +119,9 @@ mod tests {
         for (listening, left) in
             [("0.0.0.0:7733", "http://127.0.0.1:7733"), ("[::]:1", "http://[::1]:1"), ("10.0.0.1:2", "http://10.0.0.1:2")]
         {
-            leave_address(folder.path(), "http", listening.parse().unwrap(), "7").unwrap();
+            let _address = leave_address(folder.path(), "http", listening.parse().unwrap(), "7").unwrap();
             assert_eq!(address_in(folder.path()), Some(Left { url: left.into(), job_id: Some("7".into()) }));
         }
-        take_address(folder.path());
         assert_eq!(address_in(folder.path()), None);
     }
 

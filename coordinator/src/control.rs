@@ -318,7 +318,7 @@ mod tests {
         assert!(error.starts_with("no coordinator runs from ") && error.ends_with(": there is no address in it"), "{error}");
         let url = |target| meant(&target).map(|meant| (meant.access.url().to_owned(), meant.job_id)).unwrap();
         assert_eq!(url(target(Some("http://host:1"), true)), ("http://host:1".into(), None));
-        leave_address(folder.path(), "http", "127.0.0.1:9".parse().unwrap(), "7").unwrap();
+        let _address = leave_address(folder.path(), "http", "127.0.0.1:9".parse().unwrap(), "7").unwrap();
         assert_eq!(url(target(None, true)), ("http://127.0.0.1:9".into(), Some("7".into())));
         assert_eq!(url(target(Some("http://host:1"), true)), ("http://host:1".into(), None), "told otherwise");
     }

@@ -100,9 +100,10 @@ pub enum Command {
     },
     /// The coordinator goes, the job stays: workers keep what they hold and look for another one.
     GoAway,
-    /// Another coordinator has the job: this one fails without a word to its workers, which look for it.
+    /// This coordinator has lost the job to another one, or its workers out of reach: it fails without a word to them, so that they look for
+    /// whoever goes on with the job.
     Yield {
-        /// What shows it.
+        /// Why.
         reason: String,
     },
     /// How far the shards of a source are.
@@ -322,9 +323,13 @@ impl Driver {
                     (Ok(outcome), None) => (Err(CoreError::StaleStream), outcome),
                     (Err(error), _) => (Err(error), None),
                 };
-                // A stream that is gone before its answer is noticed by the service.
-                let _ = reply.send(answer);
-                outcome
+                match reply.send(answer) {
+                    // Its caller is gone already, and nobody else would notice: the same worker would be refused until its ghost is silent enough.
+                    Err(Ok((worker, stream))) if outcome.is_none() => {
+                        self.tell(Event::Closed { worker, stream, cause: "its connection ended before it was let in".into() })
+                    }
+                    _ => outcome,
+                }
             }
             Command::Within { span, command } => span.in_scope(|| self.handle(*command)),
             Command::Tell(event) => self.tell(event),

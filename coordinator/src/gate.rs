@@ -4,7 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, ready};
@@ -26,8 +26,8 @@ use tonic::{Request, Status};
 const ADMISSION_TIMEOUT: Duration = Duration::from_secs(10);
 /// Connections that have not made such a call yet. A worker that finds no place tries again.
 const MAX_WAITING: usize = 2048;
-/// Of these, from one address that is not this machine's own: one stranger cannot take all the places.
-const MAX_WAITING_OF_ONE_ADDRESS: usize = 128;
+/// Of these, from one host that is not this machine: one stranger cannot take all the places.
+const MAX_WAITING_OF_ONE_HOST: usize = 128;
 /// Refusals that are logged one by one within a period; the rest of it is counted.
 const LINES_PER_PERIOD: usize = 8;
 const PERIOD: Duration = Duration::from_secs(10);
@@ -91,31 +91,40 @@ impl Refusals {
 /// A place among the connections that are not let in yet; given up on drop.
 #[derive(Debug)]
 struct Place {
-    address: IpAddr,
+    host: IpAddr,
     waiting: Arc<Mutex<BTreeMap<IpAddr, usize>>>,
     _permit: OwnedSemaphorePermit,
+}
+
+/// What stands for the host behind an address: with IPv6 one has a whole network of 64 bits to choose addresses from.
+fn host_of(address: IpAddr) -> IpAddr {
+    match address.to_canonical() {
+        IpAddr::V6(address) if !address.is_loopback() => Ipv6Addr::from_bits(address.to_bits() >> 64 << 64).into(),
+        address => address,
+    }
 }
 
 impl Place {
     fn take(places: &Arc<Semaphore>, waiting: &Arc<Mutex<BTreeMap<IpAddr, usize>>>, address: IpAddr) -> Option<Self> {
         let permit = places.clone().try_acquire_owned().ok()?;
         let mut counts = waiting.lock().unwrap_or_else(PoisonError::into_inner);
-        let count = counts.entry(address).or_default();
-        if *count >= MAX_WAITING_OF_ONE_ADDRESS && !address.is_loopback() {
+        let host = host_of(address);
+        let count = counts.entry(host).or_default();
+        if *count >= MAX_WAITING_OF_ONE_HOST && !host.is_loopback() {
             return None;
         }
         *count += 1;
-        Some(Self { address, waiting: waiting.clone(), _permit: permit })
+        Some(Self { host, waiting: waiting.clone(), _permit: permit })
     }
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
         let mut counts = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(count) = counts.get_mut(&self.address) {
+        if let Some(count) = counts.get_mut(&self.host) {
             *count -= 1;
             if *count == 0 {
-                counts.remove(&self.address);
+                counts.remove(&self.host);
             }
         }
     }
@@ -518,14 +527,24 @@ mod tests {
     }
 
     #[test]
-    fn one_address_cannot_take_all_places() {
+    fn one_host_cannot_take_all_places() {
         let (places, waiting) = (Arc::new(Semaphore::new(MAX_WAITING)), Arc::default());
         let take = |last: u8| Place::take(&places, &waiting, [10, 0, 0, last].into());
         let taken: Vec<Place> = std::iter::from_fn(|| take(1)).collect();
-        assert_eq!(taken.len(), MAX_WAITING_OF_ONE_ADDRESS);
+        assert_eq!(taken.len(), MAX_WAITING_OF_ONE_HOST);
         assert!(take(2).is_some());
         drop(taken);
         assert!(take(1).is_some());
         assert!(waiting.lock().unwrap().is_empty(), "places are given back");
+    }
+
+    #[test]
+    fn host_has_a_network_of_addresses_with_ipv6_and_one_without() {
+        let host = |address: &str| host_of(address.parse().unwrap());
+        assert_eq!(host("2001:db8:1:2::1"), host("2001:db8:1:2:ffff::9"));
+        assert_ne!(host("2001:db8:1:2::1"), host("2001:db8:1:3::1"));
+        assert_eq!(host("::ffff:10.0.0.1"), host("10.0.0.1"));
+        assert_ne!(host("10.0.0.1"), host("10.0.0.2"));
+        assert!(host("::1").is_loopback());
     }
 }

@@ -41,6 +41,8 @@ pub struct Local {
 
 /// A child that is told to stop gets this long before it is killed.
 const GRACE: Duration = Duration::from_secs(10);
+/// How long the lines of a child that has ended may take to be read.
+const LAST_WORDS: Duration = Duration::from_secs(1);
 /// A line of a worker that is longer is forwarded in pieces.
 const MAX_LINE_BYTES: u64 = 64 << 10;
 /// Lines of a worker that are kept to explain its end.
@@ -153,11 +155,15 @@ impl Local {
         })?;
         let pid = child.id().unwrap_or_default();
         let log = Log::default();
-        forward(rank, child.stdout.take(), log.clone());
-        forward(rank, child.stderr.take(), log.clone());
+        let mut forwarded = JoinSet::new();
+        forward(rank, child.stdout.take(), &log, &mut forwarded);
+        forward(rank, child.stderr.take(), &log, &mut forwarded);
         let memory = OutOfMemory::now();
         children.spawn(async move {
             let status = wait(child, over).await;
+            // Its last words, which say why it ended, may still be in the pipes; a child of its own would keep them open for longer.
+            let _ = tokio::time::timeout(LAST_WORDS, async { while forwarded.join_next().await.is_some() {} }).await;
+            forwarded.detach_all();
             let killed = status.as_ref().is_ok_and(|status| status.signal() == Some(libc::SIGKILL));
             Ended { rank, pid, status, log: log.take(), out_of_memory: killed.then(|| memory.since()).flatten() }
         });
@@ -237,23 +243,26 @@ async fn wait(mut child: Child, mut over: watch::Receiver<bool>) -> std::io::Res
     }
 }
 
-/// Leaves no orphan when the coordinator is killed.
+/// Leaves no orphan when the coordinator is killed. (The kernel means the thread that has started the child: it is one of the runtime's, which
+/// live as long as the process.)
+#[expect(unsafe_code, reason = "what runs between fork and exec is for the caller to vouch for")]
 fn die_with_parent(process: &mut Program) {
-    #[cfg(target_os = "linux")]
-    // SAFETY: prctl with PR_SET_PDEATHSIG is async-signal-safe, touches no memory of this process, and takes these arguments.
-    #[allow(unsafe_code)]
+    let coordinator = rustix::process::getpid();
+    // SAFETY: both are system calls alone, which may be made there and touch no memory of this process.
     unsafe {
-        process.pre_exec(|| match libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) {
-            0 => Ok(()),
-            _ => Err(std::io::Error::last_os_error()),
+        process.pre_exec(move || {
+            rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))?;
+            // It may have died before the kernel was told.
+            if rustix::process::getppid() == Some(coordinator) { Ok(()) } else { Err(std::io::ErrorKind::NotConnected.into()) }
         });
     }
 }
 
-/// Repeats a child's lines with its rank before them.
-fn forward(rank: u32, pipe: Option<impl AsyncRead + Unpin + Send + 'static>, log: Log) {
+/// Repeats a child's lines with its rank before them, until the pipe ends.
+fn forward(rank: u32, pipe: Option<impl AsyncRead + Unpin + Send + 'static>, log: &Log, tasks: &mut JoinSet<()>) {
     let Some(pipe) = pipe else { return };
-    tokio::spawn(async move {
+    let log = log.clone();
+    tasks.spawn(async move {
         let mut pipe = BufReader::new(pipe);
         while let Some(line) = next_line(&mut pipe).await {
             match told(&line) {

@@ -10,15 +10,15 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::Duration;
 
 use anyhow::Context;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 
 use self::ownership::take_over;
 use self::serve::{listen, serve};
 use self::start::Start;
-use crate::announce::{announce, authority_for_workers, host_name, leave_address, print_line, say_how_to_join, scheme, take_address};
+use crate::announce::{announce, authority_for_workers, leave_address, print_line, say_how_to_join, scheme};
 use crate::config::RunArgs;
 use crate::core::Outcome;
-use crate::driver::{Driver, Ending};
+use crate::driver::{Command, Driver, Ending};
 use crate::gallery::Gallery;
 use crate::local::Local;
 use crate::logs::Logs;
@@ -28,6 +28,7 @@ use crate::service::{JobFacts, Service};
 use crate::shutdown::Signals;
 use crate::store::Store;
 use crate::{open_files, web};
+use peapod_proto::program::host_name;
 
 /// Commands that may wait for the driver.
 const COMMAND_CAPACITY: usize = 4096;
@@ -81,9 +82,10 @@ pub async fn run(args: RunArgs, bar: Bar) -> anyhow::Result<Exit> {
     {
         return Ok(exit);
     }
-    if let Err(problem) = leave_address(&args.state_dir, scheme(args.is_secure()), listening, &run.job_id) {
-        return Ok(Exit::Failed(problem));
-    }
+    let left_address = match leave_address(&args.state_dir, scheme(args.is_secure()), listening, &run.job_id) {
+        Ok(left) => left,
+        Err(problem) => return Ok(Exit::Failed(problem)),
+    };
     announce(&args, &job, listening, num_shards, secrets.as_ref());
     if is_finished {
         tracing::info!("nothing is left to train: start no workers");
@@ -105,17 +107,17 @@ pub async fn run(args: RunArgs, bar: Bar) -> anyhow::Result<Exit> {
     let (over, is_over) = watch::channel(false);
 
     let service = Service::new(commands.clone(), store.clone(), gallery, facts);
-    let server = serve(&args, listener, secrets.as_ref(), service, &is_over);
+    let server = serve(&args, listener, secrets.as_ref(), service, commands.clone(), &is_over);
     let page = http.map(|listener| tokio::spawn(web::serve(listener, commands.clone(), shown, is_over.clone())));
     let exit_code = Arc::new(AtomicU8::new(0));
     let signals = tokio::spawn(signals.watch(commands.clone(), args.local, exit_code.clone()));
-    let children = args.local.then(|| tokio::spawn(local(&args, listening, secrets.as_ref()).run(commands, is_over)));
+    let children = args.local.then(|| tokio::spawn(local(&args, listening, secrets.as_ref()).run(commands.clone(), is_over)));
 
-    let driver = tokio::spawn(driver.run());
+    let driver = start_driver(driver).context("cannot start the driver's thread")?;
     let ended = match children {
         // Without workers the driver would wait for its whole join timeout.
-        Some(children) => run_with_children(driver, children, &over).await?,
-        None => driver.await.context("driver")?,
+        Some(children) => run_with_children(driver, children, &commands, &over).await?,
+        None => driver.await.context(DRIVER_BROKE)?,
     };
     let (ending, mut driver) = ended;
     // From here on a signal is for whoever waits below.
@@ -135,7 +137,7 @@ pub async fn run(args: RunArgs, bar: Bar) -> anyhow::Result<Exit> {
     // With it end the workers' streams: the server would wait for them.
     drop(driver);
     let _ = over.send(true);
-    take_address(&args.state_dir);
+    drop(left_address);
     // The last messages to the workers are on their way; a connection that does not end by itself is cut.
     let _ = tokio::time::timeout(CLOSE_TIMEOUT, server).await;
     if let Some(page) = page {
@@ -204,21 +206,40 @@ fn exit(ending: Ending, code: u8) -> Exit {
 
 type Driven = (Ending, Driver);
 
+/// What is told where a driver has ended without an ending; its panic is in the log.
+const DRIVER_BROKE: &str = "the driver broke: an error of this program";
+
+/// Starts a driver on a thread of its own: it writes to the disk between two messages, and while that takes its time, the runtime's threads take
+/// in heartbeats.
+fn start_driver(driver: Driver) -> std::io::Result<oneshot::Receiver<Driven>> {
+    let (ended, driven) = oneshot::channel();
+    let runtime = tokio::runtime::Handle::current();
+    let drive = move || {
+        // Nobody waits for it where the run has failed meanwhile.
+        let _ = ended.send(runtime.block_on(driver.run()));
+    };
+    std::thread::Builder::new().name("driver".into()).spawn(drive)?;
+    Ok(driven)
+}
+
 async fn run_with_children(
-    mut driver: tokio::task::JoinHandle<Driven>,
+    mut driver: oneshot::Receiver<Driven>,
     mut local: tokio::task::JoinHandle<std::io::Result<()>>,
+    commands: &mpsc::Sender<Command>,
     over: &watch::Sender<bool>,
 ) -> anyhow::Result<Driven> {
     tokio::select! {
         driven = &mut driver => {
             let _ = over.send(true);
             local.await.context("workers")??;
-            driven.context("driver")
+            driven.context(DRIVER_BROKE)
         }
         result = &mut local => {
-            // All children ended in a way that no restart cures; what they said is in the log.
-            result.context("workers")??;
-            driver.await.context("driver")
+            // Otherwise all children ended in a way that no restart cures; what they said is in the log.
+            if let Err(error) = result.context("workers").and_then(|result| Ok(result?)) {
+                let _ = commands.send(Command::Yield { reason: format!("{error:#}") }).await;
+            }
+            driver.await.context(DRIVER_BROKE)
         }
     }
 }

@@ -107,19 +107,15 @@ pub struct Bitmap(Vec<u8>);
 
 impl Serialize for Bitmap {
     fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.serialize_str(&self.0.iter().map(|byte| format!("{byte:02x}")).collect::<String>())
+        serializer.serialize_str(&hex::encode(&self.0))
     }
 }
 
 impl<'de> Deserialize<'de> for Bitmap {
     fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         use serde::de::Error;
-        let text = String::deserialize(deserializer)?;
-        if !text.is_ascii() || text.len() % 2 != 0 {
-            return Err(D::Error::custom("a bitmap is an even number of hexadecimal digits"));
-        }
-        let byte = |at: usize| u8::from_str_radix(&text[at..at + 2], 16).map_err(D::Error::custom);
-        (0..text.len()).step_by(2).map(byte).collect::<Result<_, _>>().map(Self)
+        let bytes = hex::decode(String::deserialize(deserializer)?);
+        bytes.map(Self).map_err(|error| D::Error::custom(format!("a bitmap is an even number of hexadecimal digits: {error}")))
     }
 }
 

@@ -25,7 +25,7 @@ pub struct Hello {
     pub device: String,
 }
 
-/// Where a worker is in its step.
+/// Where a worker is in its step. As a number, its place in [`Phase::ALL`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum Phase {
     /// Models are being read.
@@ -56,6 +56,22 @@ pub enum Phase {
 }
 
 impl Phase {
+    /// Every phase.
+    pub const ALL: [Self; 12] = [
+        Self::Loading,
+        Self::Waiting,
+        Self::Connecting,
+        Self::Data,
+        Self::Compute,
+        Self::Collective,
+        Self::Update,
+        Self::Snapshot,
+        Self::Validating,
+        Self::Sampling,
+        Self::Warming,
+        Self::Fetching,
+    ];
+
     /// The word shown to people.
     #[must_use]
     pub fn as_str(self) -> &'static str {

@@ -6,7 +6,7 @@ use std::time::Duration;
 use futures::StreamExt;
 use peapod_proto::ids::{Generation, Step};
 use peapod_proto::message::{FromWorker, ToWorker};
-use peapod_proto::secure::{Access, AccessError, Link, failure, refusal};
+use peapod_proto::secure::{Access, AccessError, Link, failure, innermost, refusal};
 use peapod_proto::trace::Trace;
 use peapod_proto::{JOB_IS_OVER, MAX_MESSAGE_BYTES, RETRY_FOR_MS, v1, work_span};
 use sha2::{Digest, Sha256};
@@ -217,15 +217,6 @@ pub fn address_for_others(url: &str, local: IpAddr) -> IpAddr {
         Some(socket.local_addr().ok()?.ip()).filter(|ip| !ip.is_loopback() && !ip.is_unspecified())
     };
     elsewhere.into_iter().find_map(on_the_way).unwrap_or(local)
-}
-
-/// The deepest reason of an error: what the system said.
-fn innermost(error: &dyn std::error::Error) -> String {
-    let mut deepest = error;
-    while let Some(source) = deepest.source() {
-        deepest = source;
-    }
-    deepest.to_string()
 }
 
 /// The next message of a stream, checked.

@@ -2,7 +2,7 @@
 //!
 //! A store that is slower than checkpoints are due would otherwise let copies of the weights pile up in a worker's memory.
 
-use tokio::task::JoinSet;
+use tokio::task::{JoinError, JoinSet};
 
 /// Copies of the weights that are being sent, and the one that is sent next.
 #[derive(Debug)]
@@ -34,9 +34,10 @@ impl<T> Outbox<T> {
         self.sending.spawn(task);
     }
 
-    /// Waits until one has been sent or given up; `None` if none is on its way. Losing the future loses nothing.
-    pub async fn sent(&mut self) -> Option<()> {
-        self.sending.join_next().await.map(|_| ())
+    /// Waits until one has been sent or given up; `None` if none is on its way. An error is a sending that panicked. Losing the future loses
+    /// nothing.
+    pub async fn sent(&mut self) -> Option<Result<(), JoinError>> {
+        self.sending.join_next().await
     }
 }
 
@@ -64,9 +65,9 @@ mod tests {
         assert_eq!((outbox.put(10), outbox.take(1)), (None, None));
         assert_eq!((outbox.put(20), outbox.put(30)), (Some(10), Some(20)), "what is replaced is told");
         ends.remove(0).send(()).unwrap();
-        assert_eq!(outbox.sent().await, Some(()));
+        assert!(matches!(outbox.sent().await, Some(Ok(()))));
         assert_eq!((outbox.take(1), outbox.take(1)), (Some(30), None));
-        assert_eq!(outbox.sent().await, None, "nothing is on its way");
+        assert!(outbox.sent().await.is_none(), "nothing is on its way");
     }
 
     #[tokio::test]
@@ -74,7 +75,8 @@ mod tests {
         let (mut outbox, ends) = sending(1);
         outbox.put(10);
         outbox.sending.abort_all();
-        assert_eq!((outbox.sent().await, outbox.take(1)), (Some(()), Some(10)));
+        assert!(matches!(outbox.sent().await, Some(Err(_))));
+        assert_eq!(outbox.take(1), Some(10));
         drop(ends);
     }
 

@@ -10,12 +10,13 @@ use peapod_data::Outlook;
 use peapod_proto::ids::{Incarnation, Step};
 use peapod_proto::job::Job;
 use peapod_proto::message::{FromWorker, Hello, ToWorker};
+use peapod_proto::program::host_name;
 use peapod_proto::secure::Access;
 use peapod_proto::trace::Trace;
 use peapod_proto::{PROGRAM_VERSION, PROTOCOL_VERSION, v1, work_span};
 use tch::Device;
 use tokio::sync::mpsc;
-use tokio::task::JoinSet;
+use tokio::task::{JoinError, JoinSet};
 use tonic::Streaming;
 use tracing::{Instrument, Span};
 
@@ -156,7 +157,7 @@ impl Supervisor {
             (Ok(interrupt), Ok(terminate)) => (interrupt, terminate),
             (Err(error), _) | (_, Err(error)) => return Exit { code: 1, message: format!("cannot catch signals: {error}") },
         };
-        let mut heartbeat = tokio::time::interval(self.heartbeat_interval);
+        let mut heartbeat = heartbeats(self.heartbeat_interval);
         loop {
             if self.inbound.is_none() {
                 let search = self.search();
@@ -178,6 +179,8 @@ impl Supervisor {
                 if let Err(exit) = self.joined(found) {
                     return exit;
                 }
+                // None was due while there was nobody to hear it: each counts as one that this stream has not answered.
+                heartbeat.reset();
             }
             self.cut |= self.faults.cut_stream(self.control.heartbeat().step);
             let silent = self.is_silent().then(|| format!("nothing was heard of it for {} s", self.silence.as_secs()));
@@ -201,20 +204,22 @@ impl Supervisor {
                 }
                 _ = interrupt.recv() => Some(Input::Signal { name: "Ctrl-C" }),
                 _ = terminate.recv() => Some(Input::Signal { name: "SIGTERM" }),
-                Some(()) = self.checkpoints.sent() => {
+                Some(sent) = self.checkpoints.sent() => {
+                    say_if_broken("checkpoint", sent);
                     self.send_checkpoint(1);
                     None
                 }
-                Some(_) = self.pictures.join_next() => None,
+                Some(sent) = self.pictures.join_next() => {
+                    say_if_broken("picture", sent);
+                    None
+                }
             };
             let Some(input) = input else { continue };
             if let Input::Said(ToWorker::Welcome { heartbeat_interval_ms, heartbeat_timeout_ms, join_timeout_ms, .. }) = &input {
                 self.join_timeout = Some(Duration::from_millis((*join_timeout_ms).into()));
                 self.heartbeat_interval = Duration::from_millis((*heartbeat_interval_ms).into());
                 self.silence = Duration::from_millis((*heartbeat_timeout_ms).into()).max(SHORTEST_SILENCE);
-                heartbeat = tokio::time::interval(self.heartbeat_interval);
-                // A beat that is late is sent once, not made up for.
-                heartbeat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+                heartbeat = heartbeats(self.heartbeat_interval);
             }
             let is_welcome = matches!(input, Input::Said(ToWorker::Welcome { .. }));
             let has_stopped = matches!(input, Input::Trainer(TrainerEvent::Stopped(_)));
@@ -332,7 +337,8 @@ impl Supervisor {
         if self.faults.keep_back(&message, self.control.heartbeat().step, &mut self.silent) {
             return;
         }
-        let Some(outbound) = &self.outbound else { return };
+        // After one that nobody read, none is waited for: the stream is about to end.
+        let Some(outbound) = self.outbound.as_ref().filter(|_| !self.cut) else { return };
         // A closed stream is noticed where it is read. One that nobody reads must not keep signals and aborts waiting.
         if tokio::time::timeout(SEND_TIMEOUT, outbound.send(message)).await.is_err() {
             tracing::warn!("the coordinator has read nothing for {} s", SEND_TIMEOUT.as_secs());
@@ -543,8 +549,12 @@ impl Supervisor {
         let (mut checkpoints, mut pictures) = (std::mem::take(&mut self.checkpoints), std::mem::take(&mut self.pictures));
         // What takes longer is cut off as the sets are dropped.
         let finish = async move {
-            while checkpoints.sent().await.is_some() {}
-            while pictures.join_next().await.is_some() {}
+            while let Some(sent) = checkpoints.sent().await {
+                say_if_broken("checkpoint", sent);
+            }
+            while let Some(sent) = pictures.join_next().await {
+                say_if_broken("picture", sent);
+            }
         };
         if self.life.left_in_order() && tokio::time::timeout(GRACE, finish).await.is_err() {
             tracing::warn!("a checkpoint or a picture was still being sent");
@@ -565,6 +575,20 @@ fn files_of(job: &Job, snapshot: &Snapshot, step: Step) -> peapod_model::Result<
     snapshot.to_files(setup::adamw_config(job), |average| setup::metadata(job, snapshot.adapter.config(), step, average))
 }
 
+/// What fails in the sending of a `what` is told there; a panic is not.
+fn say_if_broken(what: &str, sent: Result<(), JoinError>) {
+    if let Err(error) = sent {
+        tracing::error!("a {what} was not sent: {error}");
+    }
+}
+
+/// When to send heartbeats. One that is late is sent once, not made up for.
+fn heartbeats(interval: Duration) -> tokio::time::Interval {
+    let mut heartbeats = tokio::time::interval(interval);
+    heartbeats.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    heartbeats
+}
+
 /// The next message, or why the stream is given up; never while there is none.
 async fn next_message(inbound: &mut Option<Streaming<v1::ToWorker>>, cut: Option<String>) -> Result<ToWorker, String> {
     match (inbound, cut) {
@@ -576,10 +600,6 @@ async fn next_message(inbound: &mut Option<Streaming<v1::ToWorker>>, cut: Option
 
 fn lock(session: &SharedSession) -> std::sync::MutexGuard<'_, Option<Trace>> {
     session.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-fn host_name() -> String {
-    std::fs::read_to_string("/proc/sys/kernel/hostname").map_or_else(|_| "unknown".into(), |name| name.trim().to_owned())
 }
 
 #[cfg(test)]

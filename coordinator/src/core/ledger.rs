@@ -387,11 +387,6 @@ impl Ledger {
         self.sources.len()
     }
 
-    /// Number of shards of each source.
-    pub fn source_sizes(&self) -> impl Iterator<Item = u32> + '_ {
-        self.sources.iter().map(|source| source.num_shards)
-    }
-
     /// The shards of a source.
     #[must_use]
     pub fn shards_of(&self, source: usize) -> std::ops::Range<u32> {

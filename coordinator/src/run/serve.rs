@@ -1,15 +1,17 @@
 //! What a run opens to its workers and to commands: the port, and the services behind it.
 
+use std::fmt::Display;
 use std::net::SocketAddr;
 
 use peapod_proto::{MAX_MESSAGE_BYTES, v1};
 use tokio::net::{TcpListener, TcpSocket};
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tonic::service::InterceptorLayer;
 use tonic::transport::Server;
 
 use crate::config::RunArgs;
+use crate::driver::Command;
 use crate::gallery::MAX_PNG_BYTES;
 use crate::gate::{self, Guard, Refusals};
 use crate::limits::SizeLimits;
@@ -41,8 +43,9 @@ pub(super) fn serve(
     listener: TcpListener,
     secrets: Option<&Secrets>,
     service: Service,
+    commands: mpsc::Sender<Command>,
     over: &watch::Receiver<bool>,
-) -> JoinHandle<Result<(), tonic::transport::Error>> {
+) -> JoinHandle<()> {
     let refusals = Refusals::default();
     let (tls, token) = secrets.map(|secrets| (secrets.tls.clone(), secrets.token.clone())).unzip();
     let incoming = gate::open(listener, tls, refusals.clone(), over.clone());
@@ -58,7 +61,22 @@ pub(super) fn serve(
         .add_service(v1::pictures_server::PicturesServer::new(service.clone()).max_decoding_message_size(MAX_PNG_BYTES + 1024))
         .add_service(v1::control_server::ControlServer::new(service).max_decoding_message_size(MAX_REQUEST_BYTES))
         .serve_with_incoming_shutdown(incoming, wait_for(over.clone()));
-    tokio::spawn(server)
+    tokio::spawn(watched(tokio::spawn(server), commands, over.clone()))
+}
+
+/// Waits for a server. Should it end before the job, nobody would reach this coordinator any more, and nothing else would tell.
+async fn watched<E: Display>(server: JoinHandle<Result<(), E>>, commands: mpsc::Sender<Command>, over: watch::Receiver<bool>) {
+    let ended = server.await;
+    if *over.borrow() {
+        return;
+    }
+    let cause = match ended {
+        Ok(Ok(())) => "it takes no more connections".to_owned(),
+        Ok(Err(error)) => error.to_string(),
+        Err(error) => error.to_string(),
+    };
+    let reason = format!("the server of the control port has ended: {cause}; the same command goes on with the job");
+    let _ = commands.send(Command::Yield { reason }).await;
 }
 
 async fn wait_for(mut over: watch::Receiver<bool>) {

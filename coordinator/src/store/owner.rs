@@ -8,10 +8,10 @@ use std::time::SystemTime;
 
 use object_store::path::Path as Key;
 use object_store::{ObjectStoreExt, PutPayload};
+use peapod_proto::program::host_name;
 use serde::{Deserialize, Serialize};
 
 use super::{Store, StoreError};
-use crate::announce::host_name;
 
 /// Who has a store.
 const OWNER: &str = "coordinator.json";

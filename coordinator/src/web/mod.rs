@@ -133,7 +133,10 @@ async fn accept(listener: &TcpListener, places: &Arc<Semaphore>) -> (TcpStream, 
     loop {
         match listener.accept().await {
             Ok((stream, _)) => return (stream, place),
-            Err(_) => tokio::time::sleep(AFTER_ERROR).await,
+            Err(error) => {
+                tracing::warn!("cannot take a connection to the page: {error}");
+                tokio::time::sleep(AFTER_ERROR).await;
+            }
         }
     }
 }

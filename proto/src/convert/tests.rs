@@ -81,3 +81,13 @@ fn gate_refuses_what_no_honest_peer_sends() {
     };
     assert!(ToWorker::try_from(index).is_err());
 }
+
+#[test]
+fn every_phase_has_its_number_here_and_on_the_wire() {
+    for (place, known) in Phase::ALL.into_iter().enumerate() {
+        assert_eq!(known as usize, place, "{known:?}");
+        assert_eq!(phase(v1::Phase::from(known).into()).unwrap(), known);
+    }
+    assert!(v1::Phase::try_from(Phase::ALL.len() as i32).is_ok(), "the wire's first number stands for none");
+    assert!(v1::Phase::try_from(Phase::ALL.len() as i32 + 1).is_err(), "a phase of the wire is not in the list");
+}

@@ -16,6 +16,12 @@ pub fn say(line: impl Display) {
     let _ = writeln!(io::stderr().lock(), "{line}");
 }
 
+/// This machine, as its kernel calls it.
+#[must_use]
+pub fn host_name() -> String {
+    std::fs::read_to_string("/proc/sys/kernel/hostname").map_or_else(|_| "unknown".into(), |name| name.trim().to_owned())
+}
+
 /// Whether whoever read what was written has had enough: `| head`, or a pager that was left. To go on would help nobody, and nothing went wrong.
 #[must_use]
 pub fn nobody_reads(error: &io::Error) -> bool {

@@ -288,7 +288,8 @@ fn all_words(error: &(dyn std::error::Error + 'static)) -> String {
 }
 
 /// The deepest reason of an error: what the system said.
-fn innermost(error: &dyn std::error::Error) -> String {
+#[must_use]
+pub fn innermost(error: &dyn std::error::Error) -> String {
     let mut deepest = error;
     while let Some(source) = deepest.source() {
         deepest = source;

@@ -7,7 +7,7 @@ mod join;
 mod token;
 mod trust;
 
-pub use access::{Access, AccessArgs, AccessError, Bearer, Link, failure, refusal};
+pub use access::{Access, AccessArgs, AccessError, Bearer, Link, failure, innermost, refusal};
 pub use join::{Fingerprint, JoinString, Pasted};
 pub use token::Token;
 pub use trust::read_certificates;

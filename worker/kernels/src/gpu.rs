@@ -78,12 +78,12 @@ impl Launch for Gpu {
         // Backward passes run on threads of libtorch's.
         self.context.bind_to_thread().map_err(failed)?;
         let stream = current_stream(self.ordinal)?.cast();
-        let Some(function) = Kernel::ALL.into_iter().zip(&self.functions).find(|(name, _)| *name == kernel) else { return Ok(()) };
+        let Function(function) = self.functions[kernel as usize];
         let mut pointers: Vec<*mut c_void> = arguments.iter().map(|argument| std::ptr::from_ref(argument).cast_mut().cast()).collect();
         let (grid, block) = ((shape.grid[0], shape.grid[1], 1), (shape.threads, 1, 1));
         // SAFETY: the function is loaded in this context; the arguments are those that its operator gives it, of tensors on this GPU which the
         // allocator keeps from others until this stream is past the launch; the driver copies them before it returns.
-        unsafe { result::launch_kernel(function.1.0, grid, block, shape.shared_bytes, stream, &mut pointers) }.map_err(failed)
+        unsafe { result::launch_kernel(function, grid, block, shape.shared_bytes, stream, &mut pointers) }.map_err(failed)
     }
 }
 

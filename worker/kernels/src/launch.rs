@@ -4,12 +4,12 @@ use std::sync::Arc;
 
 use tch::{Kind, Tensor};
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// A pack of numbers that a kernel reads at once.
 const PACK_BYTES: usize = 16;
 
-/// The kernels, as cuda/kernels.cu calls them.
+/// The kernels, as cuda/kernels.cu calls them. As a number, a kernel's place in [`Kernel::ALL`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Kernel {
     GroupNormSums,
@@ -121,14 +121,19 @@ impl Kernels {
     /// # Errors
     /// [`crate::Error::Gpu`].
     pub(crate) fn launch(&self, kernel: Kernel, shape: Shape, arguments: &[Argument]) -> Result<()> {
-        let bytes = |argument: &Argument| match *argument {
-            Argument::Tensor(tensor) => tensor.data_ptr().addr() as u64,
-            Argument::Null => 0,
-            // The first bytes count: machines with GPUs put the lowest one first.
-            Argument::Int(value) => u64::from((value as i32).cast_unsigned()),
-            Argument::Float(value) => u64::from((value as f32).to_bits()),
+        let bytes = |argument: &Argument| {
+            Ok(match *argument {
+                Argument::Tensor(tensor) => tensor.data_ptr().addr() as u64,
+                Argument::Null => 0,
+                // The first bytes count: machines with GPUs put the lowest one first.
+                Argument::Int(value) => {
+                    let too_large = |_| Error::Gpu { doing: "launch a kernel", answer: format!("{}: {value} is too large", kernel.name()) };
+                    u64::from(i32::try_from(value).map_err(too_large)?.cast_unsigned())
+                }
+                Argument::Float(value) => u64::from((value as f32).to_bits()),
+            })
         };
-        self.launcher.launch(kernel, shape, &arguments.iter().map(bytes).collect::<Vec<u64>>())
+        self.launcher.launch(kernel, shape, &arguments.iter().map(bytes).collect::<Result<Vec<u64>>>()?)
     }
 }
 
@@ -150,4 +155,16 @@ pub(crate) fn rows(map: &Tensor) -> Option<Tensor> {
     }
     let rows = map.flatten(2, -1).transpose(1, 2);
     rows.is_contiguous().then_some(rows)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kernels_are_found_at_their_numbers() {
+        for (place, kernel) in Kernel::ALL.into_iter().enumerate() {
+            assert_eq!(kernel as usize, place, "{kernel:?}");
+        }
+    }
 }

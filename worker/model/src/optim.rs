@@ -12,8 +12,6 @@ use crate::adapter::flat::{self, FlatFile};
 
 /// Metadata key of the number of updates behind a saved state.
 const STEP: &str = "step";
-/// Metadata key of a saved average's decay.
-const DECAY: &str = "decay";
 
 /// The constants of [`AdamW`].
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -158,30 +156,12 @@ impl Ema {
         &self.average
     }
 
-    /// Returns the share of the average that an update keeps.
-    pub fn decay(&self) -> f64 {
-        self.decay
-    }
-
     /// Takes over another average, copying into this one's buffer.
     ///
     /// Errors: [`crate::Error::Shape`] if the length is not the average's.
     pub fn restore(&mut self, average: &Tensor) -> Result<()> {
         flat::check_length("EMA average", average, self.average.numel())?;
         Ok(self.average.f_copy_(average)?)
-    }
-
-    /// Writes the average as safetensors: `average`, with the decay as metadata.
-    pub fn to_safetensors(&self) -> Result<Vec<u8>> {
-        flat::serialize(&[("average".into(), self.average.shallow_clone())], &BTreeMap::from([(DECAY.into(), self.decay.to_string())]))
-    }
-
-    /// Reads what [`Ema::to_safetensors`] wrote.
-    ///
-    /// Errors: [`crate::Error::Invalid`] if the bytes are not such an average.
-    pub fn from_safetensors(bytes: &[u8], device: Device) -> Result<Self> {
-        let file = FlatFile::parse("weight average", bytes)?;
-        Ok(Self { decay: file.metadata_number(DECAY)?, average: file.flat("average", device)? })
     }
 }
 
@@ -293,23 +273,26 @@ mod tests {
 
     #[test]
     fn foreign_bytes_are_refused() {
-        let average = Ema::new(&Tensor::ones([2], (Kind::Float, Device::Cpu)), 0.9).unwrap().to_safetensors().unwrap();
-        for bytes in [&b"not safetensors"[..], &average] {
+        let ones = Tensor::ones([2], (Kind::Float, Device::Cpu));
+        let other = flat::serialize(&[("average".into(), ones)], &BTreeMap::new()).unwrap();
+        for bytes in [&b"not safetensors"[..], &other] {
             let error = AdamW::from_safetensors(AdamWConfig::default(), bytes, Device::Cpu).unwrap_err();
             assert!(matches!(error, Error::Invalid { .. }), "{error}");
         }
     }
 
     #[test]
-    fn the_average_follows_at_its_own_pace_and_survives_saving() {
+    fn the_average_follows_at_its_own_pace_and_is_taken_over() {
         let parameters = Tensor::from_slice(&[1f32, 2.0]);
         let mut ema = Ema::new(&parameters, 0.9).unwrap();
         let mut moved = parameters.shallow_clone();
         let _ = moved.fill_(11.0);
         ema.update(&parameters).unwrap();
         assert_close(ema.flat(), &[2.0, 2.9], 1e-6);
-        let restored = Ema::from_safetensors(&ema.to_safetensors().unwrap(), Device::Cpu).unwrap();
-        assert_eq!((values(restored.flat()), restored.decay()), (values(ema.flat()), 0.9));
+        let mut restored = Ema::new(&Tensor::zeros_like(&parameters), 0.9).unwrap();
+        restored.restore(ema.flat()).unwrap();
+        assert_eq!(values(restored.flat()), values(ema.flat()));
+        assert!(matches!(restored.restore(&Tensor::ones([3], (Kind::Float, Device::Cpu))), Err(Error::Shape { .. })));
     }
 
     #[test]

@@ -20,7 +20,8 @@ fn main() -> ExitCode {
         };
     }
     let shares_gpus = command.is_none() && run.allow_shared_gpu;
-    nccl_settings::settle(shares_gpus, run.advertise);
+    // SAFETY: nothing before this has started a thread.
+    unsafe { nccl_settings::settle(shares_gpus, run.advertise) };
     if let Err(problem) = program::start("worker", logs, io::stderr) {
         return fail(problem, supervisor::BAD_ARGUMENTS);
     }

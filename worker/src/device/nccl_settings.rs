@@ -2,15 +2,18 @@
 
 use std::net::IpAddr;
 
-/// Sets what the user has not set. Must come before this process has a second thread.
+/// Sets what the user has not set.
 ///
 /// `shares_gpus`: other members may train on the same GPU. `advertise`: the address that this host is to be reached under, if the user says so.
-pub fn settle(shares_gpus: bool, advertise: Option<IpAddr>) {
+///
+/// # Safety
+/// This process must not have a second thread yet: that might read the environment meanwhile.
+pub unsafe fn settle(shares_gpus: bool, advertise: Option<IpAddr>) {
     let interfaces =
         || if_addrs::get_if_addrs().unwrap_or_default().into_iter().map(|interface| (interface.ip(), interface.name)).collect();
     for (name, value) in settings(shares_gpus, advertise, interfaces) {
         if std::env::var_os(name).is_none() {
-            // SAFETY: the caller promises that there is no other thread.
+            // SAFETY: there is no other thread, as the caller promises.
             unsafe { std::env::set_var(name, value) };
         }
     }

@@ -129,7 +129,7 @@ impl Trainer {
             // The next generation tries again: its models are loaded, and the coordinator or its store may be back.
             false => Ended::broken(message),
         })?;
-        let part = |name: &str| files.iter().find(|(file, _)| file == name).map(|(_, bytes)| bytes.clone());
+        let part = |name: &str| files.iter().find(|(file, _)| file == name).map(|(_, bytes)| bytes.as_slice());
         let mut state = TrainState::from_checkpoint(self.adapter_config, optimizer, ema, self.context.device, step, part)
             .map_err(|error| failed(format!("checkpoint of step {step}: {error}")))?;
         // The networks' numbers may be others than before.

@@ -7,6 +7,7 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use super::*;
+use crate::conformance::ABORT_LATENCY;
 
 const LOCAL: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 
@@ -70,7 +71,7 @@ fn a_loss_downstream_is_noticed_while_waiting_upstream() {
     drop(two);
     let outcome = waiting.join().unwrap();
     assert!(matches!(outcome, Err(Error::PeerLost { member_index: 2, .. })), "{outcome:?}");
-    assert!(dropped_at.elapsed() < Duration::from_millis(200));
+    assert!(dropped_at.elapsed() < ABORT_LATENCY);
 }
 
 /// Bytes that are no header of a collective are a lost peer, not a sum.
@@ -181,7 +182,7 @@ fn an_abort_breaks_the_rendezvous() {
     abort.iter().for_each(|abort| abort.abort("member 2 died"));
     for _ in 0..2 {
         let latency = ends.1.recv().unwrap().saturating_duration_since(aborted_at);
-        assert!(latency < Duration::from_millis(200), "returned {latency:?} after the abort");
+        assert!(latency < ABORT_LATENCY, "returned {latency:?} after the abort");
     }
     let [zero, one] = members.map(|member| member.join().unwrap().unwrap_err());
     assert!(matches!(&zero, Error::Aborted { reason } if reason == "member 2 died"), "{zero:?}");

@@ -7,11 +7,13 @@ use std::collections::HashMap;
 use std::error::Error as _;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use futures::{StreamExt, TryStreamExt};
 use object_store::path::Path;
 use object_store::{GetOptions, ObjectMeta, ObjectStore, ObjectStoreExt};
 
+use super::pieces::within;
 use super::remote::{Answer, Failure, Identity};
 use super::{Location, StoreKind};
 use crate::Result;
@@ -112,10 +114,14 @@ impl Stored {
         self.store.head(&self.path).await.map(|meta| identity_of(&meta)).map_err(|error| failure_of(&error))
     }
 
-    /// The addresses of all objects in this folder and those below.
-    pub async fn list(&self) -> Result<Vec<String>, Failure> {
-        let objects = self.store.list(Some(&self.path)).map_ok(|meta| format!("{}/{}", self.root, meta.location));
-        objects.try_collect().await.map_err(|error| failure_of(&error))
+    /// The addresses of all objects in this folder and those below; each page of the list has `limit` to come.
+    pub async fn list(&self, limit: Duration) -> Result<Vec<String>, Failure> {
+        let mut objects = self.store.list(Some(&self.path));
+        let mut urls = Vec::new();
+        while let Some(meta) = within(limit, async { objects.try_next().await.map_err(|error| failure_of(&error)) }).await? {
+            urls.push(format!("{}/{}", self.root, meta.location));
+        }
+        Ok(urls)
     }
 }
 
@@ -193,7 +199,7 @@ mod tests {
         store.put(&Path::parse("data/empty.tar").unwrap(), "".into()).await.unwrap();
         let answer = stored(&store, "data/empty.tar").get(Some(0..10), &Identity::default()).await.unwrap();
         assert!(answer.is_part && answer.identity.size == Some(0) && bytes_of(answer).await.is_empty());
-        let mut all = stored(&store, "data").list().await.unwrap();
+        let mut all = stored(&store, "data").list(Duration::from_secs(10)).await.unwrap();
         all.sort();
         assert_eq!(all, ["s3://bucket/data/0.tar", "s3://bucket/data/empty.tar"]);
     }

@@ -247,8 +247,10 @@ impl Remote {
         }
     }
 
-    fn list(&self, stored: super::object::Stored) -> Result<Vec<String>, Failure> {
-        self.wait_for(async move { stored.list().await }, &|| false)
+    /// The addresses of all objects in a folder of a store.
+    fn list(&self, stored: super::object::Stored, options: &SourceOptions) -> Result<Vec<String>, Failure> {
+        let options = options.clone();
+        self.wait_for(async move { repeated(&options, || stored.list(options.read_timeout)).await }, &|| false)
     }
 
     /// Runs something on the runtime's thread. Unlike the runtime's own ways it may be called from a thread of another runtime.
@@ -278,9 +280,14 @@ impl Remote {
 
 /// Asks which version of an object is there, a few times.
 async fn ask(object: &Object, options: &SourceOptions) -> Result<Identity, Failure> {
+    repeated(options, || within(options.read_timeout, object.identify())).await
+}
+
+/// Asks again after failures that pass, as often as `options` say.
+async fn repeated<T, Asked: Future<Output = Result<T, Failure>>>(options: &SourceOptions, ask: impl Fn() -> Asked) -> Result<T, Failure> {
     let mut attempt = 0;
     loop {
-        match within(options.read_timeout, object.identify()).await {
+        match ask().await {
             Err(Failure::Passing(_)) if attempt < options.retries => {
                 tokio::time::sleep(pause(options.first_pause, attempt)).await;
                 attempt += 1;
@@ -291,13 +298,13 @@ async fn ask(object: &Object, options: &SourceOptions) -> Result<Identity, Failu
 }
 
 /// The objects of a store that match `url`'s wildcards, in alphabetical order.
-pub fn matching_objects(remote: &Remote, url: &str, _options: &SourceOptions) -> Result<Vec<String>> {
+pub fn matching_objects(remote: &Remote, url: &str, options: &SourceOptions) -> Result<Vec<String>> {
     let fail = |reason: String| Error::Pattern { pattern: url.into(), reason };
     let wildcard = glob::Pattern::new(url).map_err(|error| fail(error.to_string()))?;
     let end = url.find(['*', '?', '[']).unwrap_or(url.len());
     let folder = url[..end].rfind('/').map_or(url, |slash| &url[..=slash]);
     let Location::Store(kind) = Location::of(url)? else { return Err(fail("not in a store".into())) };
-    let all = remote.list(remote.stores.object(kind, folder)?).map_err(|failure| failure.into_error(url))?;
+    let all = remote.list(remote.stores.object(kind, folder)?, options).map_err(|failure| failure.into_error(url))?;
     let mut matching: Vec<String> = all.into_iter().filter(|object| wildcard.matches_with(object, NOT_HIDDEN)).collect();
     matching.sort_unstable();
     if matching.is_empty() { Err(fail(format!("`{}` matches no object", shown_url(url)))) } else { Ok(matching) }
@@ -476,6 +483,8 @@ async fn permit(permits: Arc<Semaphore>) -> Result<OwnedSemaphorePermit, Failure
 
 #[cfg(test)]
 mod tests {
+    use std::cell::Cell;
+
     use super::*;
 
     #[test]
@@ -488,5 +497,22 @@ mod tests {
         assert!(!known.differs(&version(0, "", "")) && !known.differs(&version(5, "\"a\"", "Tuesday")));
         assert!(known.differs(&version(6, "\"a\"", "Monday")) && known.differs(&version(5, "\"b\"", "Monday")));
         assert!(known.differs(&version(5, "", "Tuesday")));
+    }
+
+    #[tokio::test]
+    async fn failures_that_pass_are_asked_again_and_others_are_not() {
+        let options = SourceOptions { retries: 2, first_pause: Duration::from_millis(1), ..SourceOptions::default() };
+        let asked = async |failures: u32, failure: fn() -> Failure| {
+            let times = Cell::new(0);
+            let answer = repeated(&options, || {
+                times.set(times.get() + 1);
+                std::future::ready(if times.get() > failures { Ok(()) } else { Err(failure()) })
+            });
+            (answer.await.is_ok(), times.get())
+        };
+        let (passing, lasting) = (|| Failure::Passing("busy".into()), || Failure::Lasting("no".into()));
+        assert_eq!(asked(2, passing).await, (true, 3));
+        assert_eq!(asked(3, passing).await, (false, 3));
+        assert_eq!(asked(1, lasting).await, (false, 1));
     }
 }

@@ -5,7 +5,6 @@ use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use memmap2::Mmap;
 use tch::{Device, Kind, Tensor};
 
 use super::flat::{self, FlatFile};
@@ -66,10 +65,8 @@ impl Adapter {
         let path = file_of(path)?;
         let path = path.as_path();
         let io = |source| Error::Io { path: path.into(), source };
-        let file = File::open(path).map_err(io)?;
-        // SAFETY: read-only mapping, dropped when the function returns; an adapter's file is written under another name and renamed,
-        // so that no file is cut short while it is read.
-        let bytes = unsafe { Mmap::map(&file) }.map_err(io)?;
+        // Tens of megabytes. A mapping would end this process, should somebody cut the file short meanwhile.
+        let bytes = std::fs::read(path).map_err(io)?;
         Self::from_bytes(path, &bytes, device)
     }
 

@@ -9,7 +9,7 @@ use tch::Tensor;
 /// [`Tensor`] may be sent to another thread but not shared, as it can be changed through any of its names. This one can be read from several
 /// threads at once, and so can the models that are made of it.
 #[derive(Debug)]
-pub struct Frozen(Tensor);
+pub(crate) struct Frozen(Tensor);
 
 // SAFETY: libtorch lets a tensor be read from several threads at once, and counts its references atomically. Methods that change a tensor
 // take `&mut`, which this type does not give, and no part of this crate changes a model through a second name of its weights.

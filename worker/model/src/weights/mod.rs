@@ -26,7 +26,7 @@ use tch::{Device, Kind, Tensor};
 
 pub(crate) use self::addition::{Addition, Additions};
 use self::entry::{Entries, Entry};
-pub use self::frozen::Frozen;
+pub(crate) use self::frozen::Frozen;
 use self::random::Random;
 pub use self::single_file::{Marks, SingleFile};
 use crate::{Error, Result};
@@ -346,18 +346,18 @@ impl Scope<'_> {
     /// The tensor `name` below this prefix, of the scope's kind and on its device, without gradient.
     ///
     /// A missing or misshapen tensor is recorded, and zeros are returned: [`Weights::finish`] then reports all of them together.
-    pub fn tensor(&self, name: &str, shape: &[i64]) -> Frozen {
+    pub(crate) fn tensor(&self, name: &str, shape: &[i64]) -> Frozen {
         Frozen::new(self.take(name, shape).unwrap_or_else(|| self.placeholder(shape)))
     }
 
     /// The tensor `name` of a convolution, laid out in memory with its channels last, as [`Scope::tensor`] else.
-    pub fn channels_last(&self, name: &str, shape: &[i64]) -> Frozen {
+    pub(crate) fn channels_last(&self, name: &str, shape: &[i64]) -> Frozen {
         let tensor = self.take(name, shape);
         Frozen::new(tensor.map_or_else(|| self.placeholder(shape), |tensor| channels_last(&tensor)))
     }
 
     /// The tensors `names`, all of the same shape, one below the other along their first dimension, as [`Scope::tensor`] else.
-    pub fn stacked(&self, names: &[&str], shape: &[i64]) -> Frozen {
+    pub(crate) fn stacked(&self, names: &[&str], shape: &[i64]) -> Frozen {
         // All are asked for, so that all that are missing are told.
         let parts: Vec<Option<Tensor>> = names.iter().map(|name| self.take(name, shape)).collect();
         let parts: Option<Vec<Tensor>> = parts.into_iter().collect();
