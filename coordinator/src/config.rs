@@ -22,7 +22,7 @@ Examples:
   coordinator checkpoints export DIR                  the newest adapter
 
 Exit codes: 0 finished, 1 failed (the last line says which rank, host, phase and why), 2 bad arguments or job file,
-130 and 143 stopped by Ctrl-C and SIGTERM. The same command goes on with a job that was stopped or killed.";
+130, 143 and 129 stopped by Ctrl-C, SIGTERM and SIGHUP. The same command goes on with a job that was stopped or killed.";
 
 /// Coordinates the workers of a Peapod job: distils an English SDXL into another language on many GPUs.
 #[derive(Debug, Parser)]

@@ -16,7 +16,7 @@ pub const LATEST: Duration = Duration::from_millis(200);
 /// Facts after which a snapshot is taken though no checkpoint was.
 const SNAPSHOT_AFTER: u64 = 10_000;
 /// Layout that this program writes and reads.
-const FORMAT: u32 = 2;
+const FORMAT: u32 = 3;
 
 /// The run, as JSON: readable without this program.
 const RUN: TableDefinition<'_, &str, &str> = TableDefinition::new("run");

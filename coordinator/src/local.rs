@@ -39,6 +39,8 @@ pub struct Local {
     pub max_restarts: u32,
 }
 
+/// How long a child may take to hear from the coordinator that the job is over.
+const HEARSAY: Duration = Duration::from_secs(1);
 /// A child that is told to stop gets this long before it is killed.
 const GRACE: Duration = Duration::from_secs(10);
 /// How long the lines of a child that has ended may take to be read.
@@ -50,7 +52,7 @@ const KEPT_LINES: usize = 12;
 /// Exit code of a worker whose arguments or job are wrong: another start would end the same way.
 const BAD_ARGUMENTS: i32 = 2;
 /// Exit codes of a worker that a signal sent away, and that left in order.
-const SENT_AWAY: [i32; 2] = [130, 143];
+const SENT_AWAY: [i32; 3] = [129, 130, 143];
 
 impl Local {
     /// Finds the `worker` program beside this one, or in PATH.
@@ -86,15 +88,14 @@ impl Local {
                 Ok(status) => describe(*status, out_of_memory),
                 Err(error) => format!("cannot be waited for: {error}"),
             };
+            let said = log.last().map_or_else(String::new, |line| format!(" ({line})"));
             let is_final = |code| code == BAD_ARGUMENTS || SENT_AWAY.contains(&code);
             if status.is_ok_and(|status| status.success() || status.code().is_some_and(is_final)) {
                 // Left on request, or refused: neither is cured by another start.
                 tracing::info!("worker of rank {rank} {cause}");
                 if children.len() < self.min_world_size as usize {
                     let (left, min) = (children.len(), self.min_world_size);
-                    let said = log.last().map_or_else(String::new, |line| format!(" ({line})"));
-                    let reason =
-                        format!("worker of rank {rank} {cause}{said}: {left} workers are left, {min} are needed, and none is to come");
+                    let reason = format!("worker of rank {rank} {cause}{said}: workers left: {left}, needed: {min}, and none is to come");
                     let _ = commands.send(Command::Tell(Event::GiveUp { reason })).await;
                 }
                 continue;
@@ -116,7 +117,7 @@ impl Local {
                 tracing::error!("worker of rank {rank} {cause}, and {why}: going on with the other {left} workers");
             } else {
                 // The others keep what they hold until the job is over.
-                let reason = format!("worker of rank {rank} {cause}, and {why}");
+                let reason = format!("worker of rank {rank} {cause}{said}, and {why}");
                 let _ = commands.send(Command::Tell(Event::GiveUp { reason })).await;
             }
         }
@@ -228,11 +229,18 @@ impl Log {
     }
 }
 
-/// Waits for a child; one that outlives the job by far is killed.
+/// Waits for a child. One that is not told of the job's end, as it has not joined yet, hears a signal; one that outlives the job by far is killed.
 async fn wait(mut child: Child, mut over: watch::Receiver<bool>) -> std::io::Result<ExitStatus> {
     tokio::select! {
         status = child.wait() => return status,
         _ = over.wait_for(|&over| over) => {}
+    }
+    if let Ok(status) = tokio::time::timeout(HEARSAY, child.wait()).await {
+        return status;
+    }
+    if let Some(pid) = child.id().and_then(|id| rustix::process::Pid::from_raw(id.cast_signed())) {
+        // It is not waited for yet, so that the number is still its own.
+        let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
     }
     match tokio::time::timeout(GRACE, child.wait()).await {
         Ok(status) => status,

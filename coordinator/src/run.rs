@@ -25,10 +25,10 @@ use crate::logs::Logs;
 use crate::observe::{Bar, Observer, Summary};
 use crate::secrets::{JOIN, Secrets, write_secret};
 use crate::service::{JobFacts, Service};
-use crate::shutdown::Signals;
+use crate::shutdown;
 use crate::store::Store;
 use crate::{open_files, web};
-use peapod_proto::program::host_name;
+use peapod_proto::program::{Signals, host_name};
 
 /// Commands that may wait for the driver.
 const COMMAND_CAPACITY: usize = 4096;
@@ -40,7 +40,7 @@ const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
 pub enum Exit {
     /// All done.
     Finished,
-    /// Stopped on request; 130 after Ctrl-C, 143 after SIGTERM.
+    /// Stopped on request; 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP.
     Stopped {
         /// The exit code.
         code: u8,
@@ -62,7 +62,7 @@ pub async fn run(args: RunArgs, bar: Bar) -> anyhow::Result<Exit> {
     };
     let (facts, shown) = (facts(&start), shown(&args, &start));
     let Start { job, run, num_shards, mut store, stored, mut journal, core, goes_back, is_finished, _lock, .. } = start;
-    let signals = Signals::catch()?;
+    let signals = Signals::catch().context("cannot catch signals")?;
     open_files::raise_limit(args.world_size);
     let mut logs = Logs::open(&args.state_dir, args.sample_log.as_deref(), !job.validation.shards.is_empty())?;
     let gallery = Gallery::new(&args.state_dir.join("pictures"), &job)?;
@@ -110,7 +110,7 @@ pub async fn run(args: RunArgs, bar: Bar) -> anyhow::Result<Exit> {
     let server = serve(&args, listener, secrets.as_ref(), service, commands.clone(), &is_over);
     let page = http.map(|listener| tokio::spawn(web::serve(listener, commands.clone(), shown, is_over.clone())));
     let exit_code = Arc::new(AtomicU8::new(0));
-    let signals = tokio::spawn(signals.watch(commands.clone(), args.local, exit_code.clone()));
+    let signals = tokio::spawn(shutdown::watch(signals, commands.clone(), args.local, exit_code.clone()));
     let children = args.local.then(|| tokio::spawn(local(&args, listening, secrets.as_ref()).run(commands.clone(), is_over)));
 
     let driver = start_driver(driver).context("cannot start the driver's thread")?;
@@ -121,7 +121,7 @@ pub async fn run(args: RunArgs, bar: Bar) -> anyhow::Result<Exit> {
     };
     let (ending, mut driver) = ended;
     // From here on a signal is for whoever waits below.
-    let mut next_signals = Signals::catch()?;
+    let mut next_signals = Signals::catch().context("cannot catch signals")?;
     signals.abort();
     let code = exit_code.load(Ordering::Acquire);
     if let Ending::Over(outcome) = &ending {

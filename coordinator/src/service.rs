@@ -88,6 +88,7 @@ impl From<CoreError> for Status {
             CoreError::StaleStream | CoreError::StaleGeneration { .. } => Self::aborted(message),
             CoreError::NotYet(_) => Self::unavailable(message),
             CoreError::NobodyHasRank(_) => Self::not_found(message),
+            CoreError::CannotBeSpared { .. } => Self::failed_precondition(message),
         }
     }
 }
@@ -201,7 +202,9 @@ type Downloads = std::pin::Pin<Box<dyn Stream<Item = Result<v1::DownloadMessage,
 impl v1::checkpoints_server::Checkpoints for Service {
     async fn upload(&self, request: Request<Streaming<v1::UploadMessage>>) -> Result<Response<v1::UploadReceipt>, Status> {
         let trace = Trace::follow(work_span!("upload", step = Empty), request.metadata());
-        self.take_upload(request.into_inner()).instrument(trace.span().clone()).await
+        let upload = self.clone().take_upload(request.into_inner()).instrument(trace.span().clone());
+        // Of its own: a worker that hangs up ends this call, and must not keep the driver from hearing what became of the checkpoint.
+        tokio::spawn(upload).await.map_err(|error| Status::internal(format!("the upload: {error}")))?
     }
 
     type DownloadStream = Downloads;
@@ -218,7 +221,7 @@ impl v1::checkpoints_server::Checkpoints for Service {
 }
 
 impl Service {
-    async fn take_upload(&self, mut messages: Streaming<v1::UploadMessage>) -> Result<Response<v1::UploadReceipt>, Status> {
+    async fn take_upload(self, mut messages: Streaming<v1::UploadMessage>) -> Result<Response<v1::UploadReceipt>, Status> {
         let header = match messages.message().await?.and_then(|message| message.message) {
             Some(v1::upload_message::Message::Header(header)) => header,
             _ => return Err(Status::invalid_argument("an upload begins with its header")),
@@ -232,11 +235,10 @@ impl Service {
             Err(error) => Err(store_failed(error)),
         };
         let complete = match received {
-            // Of its own: if the worker hangs up now, the manifest must not be written without a word of it to the driver.
-            Ok(manifest) => tokio::spawn(self.clone().complete(manifest).in_current_span()).await,
-            Err(status) => Ok(Err(status)),
+            Ok(sealing) => self.complete(sealing).await,
+            Err(status) => Err(status),
         };
-        match complete.map_err(|error| Status::internal(format!("the checkpoint's last part: {error}")))? {
+        match complete {
             Ok(()) => Ok(Response::new(v1::UploadReceipt { location: self.store.location(step, generation) })),
             Err(status) => {
                 if let Err(taken_over @ StoreError::TakenOver { .. }) = self.store.check_owner().await {
@@ -256,7 +258,7 @@ impl Service {
     }
 
     /// Writes the manifest of what was received, and what follows from that.
-    async fn complete(self, Sealing { manifest, ledger }: Sealing) -> Result<(), Status> {
+    async fn complete(&self, Sealing { manifest, ledger }: Sealing) -> Result<(), Status> {
         let (step, generation) = (manifest.step, manifest.generation);
         self.store.seal(manifest, &ledger).await.map_err(store_failed)?;
         if !self.ask(|reply| Command::Stored { step, generation, reply }).await? {

@@ -360,7 +360,14 @@ impl Store {
     /// # Errors
     /// [`StoreError`].
     pub async fn find(&self, step: Step) -> Result<Option<Manifest>, StoreError> {
-        Ok(self.list().await?.into_iter().rfind(|manifest| manifest.step == step))
+        for (_, generation) in self.folders().await?.into_iter().rev().filter(|&(found, _)| found == step) {
+            match self.manifest(step, generation).await {
+                Ok(None) => {}
+                Err(damaged @ StoreError::Damaged { .. }) => tracing::warn!("{damaged}"),
+                found => return found,
+            }
+        }
+        Ok(None)
     }
 
     /// One file of a checkpoint, if it is what the manifest says.
@@ -393,7 +400,7 @@ impl Store {
         Ok(found.into_stream().map_err(move |error| StoreError::Store { root: root.clone(), error }))
     }
 
-    /// Deletes all but the newest `keep` whole checkpoints, and what dead writers left behind before them.
+    /// Deletes all but the newest `keep` whole checkpoints, and what writers that failed left behind before the newest.
     ///
     /// # Errors
     /// [`StoreError::Store`]; [`StoreError::TakenOver`].
@@ -406,9 +413,11 @@ impl Store {
                 whole.push((step, generation));
             }
         }
-        let Some(boundary) = whole.len().checked_sub(keep as usize).and_then(|at| whole.get(at)) else { return Ok(()) };
-        // What lies before the boundary is either an old checkpoint or a half one.
-        for &(step, generation) in folders.iter().filter(|folder| *folder < boundary) {
+        let num_kept = whole.len().min(keep as usize);
+        let kept = whole.split_off(whole.len() - num_kept);
+        let Some(newest) = kept.last() else { return Ok(()) };
+        // Whoever still writes an older one is told that it is not wanted.
+        for &(step, generation) in folders.iter().filter(|folder| *folder < newest && !kept.contains(folder)) {
             self.delete(&Key::from(name(step, generation))).await?;
         }
         Ok(())

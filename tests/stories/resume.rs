@@ -83,6 +83,53 @@ fn sigterm_ends_a_local_job_with_a_checkpoint_as_its_workers_die_with_it() {
 }
 
 #[test]
+fn terminal_that_is_closed_ends_a_local_job_with_a_checkpoint() {
+    let mut cluster = Cluster::new();
+    cluster.job.set_steps(100_000);
+    let mut coordinator = cluster.coordinator(1, &["--local"]);
+    coordinator.wait_for_step(1);
+    // From the system, and from the shell that ran in it.
+    coordinator.signal(Signal::HUP);
+    coordinator.signal(Signal::HUP);
+    coordinator.expect_exit(129);
+    assert_eq!(cluster.newest_checkpoint().step, cluster.steps().last().unwrap().step);
+}
+
+#[test]
+fn job_whose_checkpoints_are_not_where_they_were_does_not_start_anew_by_itself() {
+    let mut cluster = ten_steps();
+    cluster.job.set("checkpoint.every_steps", 2);
+    let mut coordinator = cluster.coordinator(1, &["--local"]);
+    coordinator.wait_for("checkpoint of step 4 stored");
+    coordinator.control(&["stop"]).expect_exit(0);
+    coordinator.expect_exit(0);
+    let stopped_at = cluster.newest_checkpoint().step;
+    let steps = cluster.steps().len();
+
+    // As where a disk is not mounted.
+    let (here, away) = (cluster.state_dir().join("checkpoints"), cluster.state_dir().join("away"));
+    std::fs::rename(&here, &away).unwrap();
+    let mut coordinator = cluster.coordinator(1, &["--local"]);
+    coordinator.expect_exit(2);
+    let said = format!("the last run had stored a checkpoint of step {stopped_at}, and ");
+    let reason = coordinator.lines_with(&said).pop().unwrap();
+    assert!(reason.contains(" holds none: is it there, and mounted? To train from step 0 all the same, "), "{reason}");
+    assert_eq!(cluster.steps().len(), steps, "nothing has changed");
+
+    // Where an older one is left, the job goes on from it, and says what that costs.
+    std::fs::remove_dir_all(&here).unwrap();
+    std::fs::rename(&away, &here).unwrap();
+    let newest = cluster.checkpoints().pop().unwrap();
+    std::fs::remove_dir_all(newest.folder).unwrap();
+    let older = cluster.newest_checkpoint().step;
+    let mut coordinator = cluster.coordinator(1, &["--local"]);
+    coordinator.expect_exit(0);
+    let again = stopped_at - older;
+    coordinator.assert_said(&format!("holds none after step {older}: {again} steps or more are trained again"));
+    assert_eq!(cluster.newest_checkpoint().ledger_total("committed"), 160);
+}
+
+#[test]
 fn killed_coordinator_leaves_no_orphans_and_the_job_resumes_from_its_last_checkpoint() {
     let mut cluster = ten_steps();
     cluster.job.set("checkpoint.every_steps", 2);

@@ -14,6 +14,7 @@ use peapod_proto::message::{
     Assignment, Continuing, FromWorker, Heartbeat, Lease, ShardReport, SkipReason, SkippedSample, StepRecord, StepReport, StopReason,
     Stopped, ToWorker,
 };
+use peapod_proto::program::StopSignal;
 
 /// What happens to a worker.
 #[derive(Debug)]
@@ -45,11 +46,8 @@ pub enum Input {
     },
     /// A heartbeat is due, and there is a stream.
     Beat(Heartbeat),
-    /// The user wants the worker to go.
-    Signal {
-        /// Its name.
-        name: &'static str,
-    },
+    /// The worker is to go.
+    Signal(StopSignal),
 }
 
 /// What the trainer's thread says.
@@ -155,11 +153,6 @@ pub enum Action {
 /// The job is over or gone, or nobody answers; starting the worker again may help.
 pub const TRY_AGAIN: u8 = 75;
 
-/// The exit code of one that a signal told to leave: its job goes on, so whoever watches over it must not take its part for done.
-fn code_after(signal: &str) -> u8 {
-    if signal == "Ctrl-C" { 130 } else { 143 }
-}
-
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum State {
     /// Before the first welcome, or after a stream was lost.
@@ -202,7 +195,7 @@ pub struct Lifecycle {
     read: BTreeMap<LeaseId, Read>,
     /// From where on it has left the rest of a lease to others.
     gave_back: BTreeMap<LeaseId, u32>,
-    leaving: Option<&'static str>,
+    leaving: Option<StopSignal>,
     left_in_order: bool,
     waiting_for: String,
 }
@@ -279,7 +272,7 @@ impl Lifecycle {
                 self.beats += 1;
                 vec![Action::Send(FromWorker::Heartbeat(heartbeat))]
             }
-            Input::Signal { name } => self.signal(name),
+            Input::Signal(signal) => self.signal(signal),
         }
     }
 
@@ -325,7 +318,7 @@ impl Lifecycle {
                 self.left_in_order = matches!(reason, StopReason::Finished | StopReason::Stopped | StopReason::Drained);
                 let code = match reason {
                     StopReason::Finished | StopReason::Stopped => 0,
-                    StopReason::Drained => self.leaving.map_or(0, code_after),
+                    StopReason::Drained => self.leaving.map_or(0, StopSignal::code),
                     StopReason::Failed => 1,
                     StopReason::GivenUp => TRY_AGAIN,
                 };
@@ -424,7 +417,7 @@ impl Lifecycle {
     fn stream_lost(&mut self, cause: &str) -> Vec<Action> {
         if let Some(signal) = self.leaving {
             (self.state, self.left_in_order) = (State::Left, true);
-            return vec![Action::Exit { code: code_after(signal), message: format!("left while the coordinator was away ({cause})") }];
+            return vec![Action::Exit { code: signal.code(), message: format!("left while the coordinator was away ({cause})") }];
         }
         (self.joined, self.returning) = (false, false);
         (self.beats, self.beats_answered) = (0, 0);
@@ -508,12 +501,17 @@ impl Lifecycle {
         }
     }
 
-    fn signal(&mut self, name: &'static str) -> Vec<Action> {
+    fn signal(&mut self, signal: StopSignal) -> Vec<Action> {
+        let name = signal.name();
+        if self.leaving.is_some() && signal == StopSignal::HungUp {
+            // A terminal that goes sends it, and so does the shell in it.
+            return vec![];
+        }
         if self.leaving.is_some() || self.state == State::Joining {
             self.state = State::Left;
-            return vec![Action::Exit { code: code_after(name), message: format!("{name}: leaving at once") }];
+            return vec![Action::Exit { code: signal.code(), message: format!("{name}: leaving at once") }];
         }
-        self.leaving = Some(name);
+        self.leaving = Some(signal);
         vec![
             Action::Log { text: format!("{name}: leaving after the step in flight; once more to leave at once") },
             Action::Send(FromWorker::Leaving { reason: name.into() }),

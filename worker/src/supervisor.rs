@@ -10,7 +10,7 @@ use peapod_data::Outlook;
 use peapod_proto::ids::{Incarnation, Step};
 use peapod_proto::job::Job;
 use peapod_proto::message::{FromWorker, Hello, ToWorker};
-use peapod_proto::program::host_name;
+use peapod_proto::program::{Signals, host_name};
 use peapod_proto::secure::Access;
 use peapod_proto::trace::Trace;
 use peapod_proto::{PROGRAM_VERSION, PROTOCOL_VERSION, v1, work_span};
@@ -152,10 +152,9 @@ pub async fn run(args: Args, device: Device) -> Exit {
 
 impl Supervisor {
     async fn run(&mut self) -> Exit {
-        use tokio::signal::unix::{SignalKind, signal};
-        let (mut interrupt, mut terminate) = match (signal(SignalKind::interrupt()), signal(SignalKind::terminate())) {
-            (Ok(interrupt), Ok(terminate)) => (interrupt, terminate),
-            (Err(error), _) | (_, Err(error)) => return Exit { code: 1, message: format!("cannot catch signals: {error}") },
+        let mut signals = match Signals::catch() {
+            Ok(signals) => signals,
+            Err(error) => return Exit { code: 1, message: format!("cannot catch signals: {error}") },
         };
         let mut heartbeat = heartbeats(self.heartbeat_interval);
         loop {
@@ -172,8 +171,7 @@ impl Supervisor {
                                 return exit;
                             }
                         }
-                        _ = interrupt.recv() => return Exit { code: 130, message: "Ctrl-C".into() },
-                        _ = terminate.recv() => return Exit { code: 143, message: "SIGTERM".into() },
+                        signal = signals.next() => return Exit { code: signal.code(), message: signal.name().into() },
                     }
                 };
                 if let Err(exit) = self.joined(found) {
@@ -202,8 +200,7 @@ impl Supervisor {
                     self.unanswered += 1;
                     Some(Input::Beat(self.control.heartbeat()))
                 }
-                _ = interrupt.recv() => Some(Input::Signal { name: "Ctrl-C" }),
-                _ = terminate.recv() => Some(Input::Signal { name: "SIGTERM" }),
+                signal = signals.next() => Some(Input::Signal(signal)),
                 Some(sent) = self.checkpoints.sent() => {
                     say_if_broken("checkpoint", sent);
                     self.send_checkpoint(1);

@@ -10,12 +10,15 @@ use peapod_proto::message::ToWorker;
 use super::ledger::Ledger;
 use super::{Core, Effect, Fact, JobPhase, Notice, Outcome, Resume, Timestamp};
 
-/// How often the last checkpoint is tried.
-const FINAL_CHECKPOINT_ATTEMPTS: u32 = 5;
+/// How often the last checkpoint is tried: for more than ten minutes, in which a disk can be cleared or a store come back.
+const FINAL_CHECKPOINT_ATTEMPTS: u32 = 16;
+/// The same where a copy has not arrived, which takes its time: who sends it may hang.
+const ATTEMPTS_OF_SILENT_SENDERS: u32 = 5;
 /// So many copies are asked of the last holder of a step before it may leave all the same.
 const FAREWELLS: u32 = 3;
-/// Time from the first failure of the last checkpoint to the next attempt; each later one waits twice as long.
+/// Time from the first failure of the last checkpoint to the next attempt; each later one waits twice as long, up to the longest.
 const RETRY_AFTER: Duration = Duration::from_secs(2);
+const LONGEST_RETRY: Duration = Duration::from_secs(60);
 /// A copy of the last step that has not arrived after this long is lost, or its sender hangs.
 const LAST_COPY: Duration = Duration::from_secs(120);
 
@@ -70,7 +73,7 @@ impl Core {
         if self.checkpoint.frozen.remove(&(step, generation)).is_none() {
             if generation == self.generation && step > self.progress.final_step() {
                 // Its step may be final soon: what keeps it from being stored keeps the next one too.
-                out.push(Effect::Notice(Notice::CheckpointFailed { step, error: error.to_owned() }));
+                out.push(Effect::Notice(Notice::CheckpointFailed { step, error: error.to_owned(), again_in: None }));
             }
             // Otherwise nobody waits for it.
             return;
@@ -78,18 +81,22 @@ impl Core {
         self.checkpoint.senders.remove(&(step, generation));
         self.checkpoint.next_due = now + self.config.checkpoint_every;
         self.checkpoint.asked = false;
-        out.push(Effect::Notice(Notice::CheckpointFailed { step, error: error.to_owned() }));
         // Copies of earlier steps that were still on their way are refused then, and say nothing about the last one.
         let is_last = (step, generation) == (self.truth.step, self.generation);
+        let mut again_in = None;
         if let JobPhase::Finishing { outcome, attempts, .. } = self.phase.clone()
             && is_last
         {
-            if attempts >= FINAL_CHECKPOINT_ATTEMPTS {
+            let allowed = if self.checkpoint.silent.is_empty() { FINAL_CHECKPOINT_ATTEMPTS } else { ATTEMPTS_OF_SILENT_SENDERS };
+            if attempts >= allowed {
+                out.push(Effect::Notice(Notice::CheckpointFailed { step, error: error.to_owned(), again_in }));
                 return self.fail(format!("the last checkpoint (step {step}) could not be stored in {attempts} attempts: {error}"), out);
             }
-            let deadline = now + RETRY_AFTER * (1 << (attempts - 1));
-            self.phase = JobPhase::Finishing { outcome, attempts: attempts + 1, deadline };
+            let pause = RETRY_AFTER.saturating_mul(2_u32.saturating_pow(attempts - 1)).min(LONGEST_RETRY);
+            again_in = Some(pause);
+            self.phase = JobPhase::Finishing { outcome, attempts: attempts + 1, deadline: now + pause };
         }
+        out.push(Effect::Notice(Notice::CheckpointFailed { step, error: error.to_owned(), again_in }));
         if let JobPhase::Gathering { .. } = self.phase {
             self.let_leavers_go(now, out);
         }

@@ -6,8 +6,9 @@ use peapod_proto::message::ToWorker;
 
 use super::{Core, Effect, JobPhase, Outcome, Timestamp};
 
-/// How often the waiting notice is repeated.
+/// How soon it is said again who is missing; later it takes an eighth of the time waited, as workers may queue for a day.
 pub(super) const ANNOUNCE_EVERY: Duration = Duration::from_secs(5);
+const ANNOUNCE_AT_LEAST_EVERY: Duration = Duration::from_secs(600);
 
 impl Core {
     /// When [`Event::Tick`] is next needed.
@@ -72,7 +73,7 @@ impl Core {
                     };
                     self.fail(reason, out);
                 } else if self.next_announcement <= now {
-                    self.next_announcement = now + ANNOUNCE_EVERY;
+                    self.next_announcement = now + ((now - since) / 8).clamp(ANNOUNCE_EVERY, ANNOUNCE_AT_LEAST_EVERY);
                     out.push(Effect::Notice(self.waiting(now, left)));
                 }
             }

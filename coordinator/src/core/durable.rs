@@ -49,6 +49,8 @@ pub struct State {
     /// Where the newest agreed weights are, and which generation trained them.
     truth: (Step, Generation),
     final_step: Step,
+    /// The newest checkpoint that was whole.
+    checkpoint: Option<Step>,
     ledger: Ledger,
     readers: BTreeMap<LeaseId, Reader>,
     unreadable: BTreeSet<ShardId>,
@@ -100,6 +102,12 @@ impl State {
     #[must_use]
     pub fn final_step(&self) -> Step {
         self.final_step
+    }
+
+    /// Step of the newest checkpoint that was whole, if there was one.
+    #[must_use]
+    pub fn checkpoint_step(&self) -> Option<Step> {
+        self.checkpoint
     }
 
     /// The last generation.
@@ -182,7 +190,7 @@ impl State {
                 (self.truth, self.final_step) = ((step, Generation::NONE), step);
                 self.validation = self.validation.filter(|last| last.step <= step);
             }
-            Fact::Checkpoint(_) => {}
+            Fact::Checkpoint(step) => self.checkpoint = self.checkpoint.max(Some(step)),
             Fact::Stop(reason) => self.stop = Some(reason),
             Fact::Ended(outcome) => self.outcome = Some(outcome),
         }
@@ -212,6 +220,7 @@ impl Core {
             num_formed: self.num_formed,
             truth: (self.truth.step, self.truth.generation),
             final_step: self.progress.final_step(),
+            checkpoint: self.checkpoint_step(),
             ledger: self.ledger.clone(),
             readers: self.leases.held().into_iter().map(reader).collect(),
             unreadable: self.unreadable.clone(),

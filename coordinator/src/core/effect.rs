@@ -307,5 +307,7 @@ pub enum Notice {
         step: Step,
         /// Why.
         error: String,
+        /// When it is tried again, if it is the job's last.
+        again_in: Option<Duration>,
     },
 }

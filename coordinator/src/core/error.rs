@@ -80,6 +80,19 @@ pub enum CoreError {
         /// Why not.
         why: String,
     },
+    /// Too few workers would be left, and none is to come.
+    #[error(
+        "rank {rank} cannot be spared: {left} workers would be left, {min} are needed (--min-world-size), and with --local no other comes; \
+         `coordinator stop` ends the job with a checkpoint"
+    )]
+    CannotBeSpared {
+        /// The rank.
+        rank: Rank,
+        /// The number of workers without it.
+        left: usize,
+        /// How many are enough.
+        min: u32,
+    },
     /// No worker has this rank.
     #[error("no worker has rank {0}")]
     NobodyHasRank(Rank),

@@ -1,5 +1,7 @@
 //! What went wrong first: everything after it is most often its consequence.
 
+use peapod_proto::ids::{Generation, Step};
+
 use super::membership::Worker;
 use super::{Core, Effect, Notice, Timestamp};
 
@@ -14,6 +16,10 @@ pub struct Failure {
     pub process: Option<Process>,
     /// What the process wrote last, if that is known.
     pub log: Vec<String>,
+    /// The generation that was current then.
+    pub generation: Generation,
+    /// The first step that became final in a generation formed after it: the job has got over it, and what fails later has another cause.
+    pub healed: Option<Step>,
 }
 
 /// A process of a worker, as its host knows it.
@@ -27,13 +33,26 @@ pub struct Process {
 
 impl Core {
     pub(super) fn note_failure(&mut self, text: String) {
-        self.first_failure.get_or_insert(Failure { text, at: None, process: None, log: Vec::new() });
+        self.note(text, None);
     }
 
     /// A failure that is the end of a worker's process, or of its stream.
     pub(super) fn note_loss(&mut self, text: String, worker: &Worker) {
-        let process = Some(Process { host: worker.host.clone(), pid: worker.pid });
-        self.first_failure.get_or_insert(Failure { text, at: None, process, log: Vec::new() });
+        self.note(text, Some(Process { host: worker.host.clone(), pid: worker.pid }));
+    }
+
+    fn note(&mut self, text: String, process: Option<Process>) {
+        if self.first_failure.as_ref().is_none_or(|first| first.healed.is_some()) {
+            let generation = self.generation;
+            self.first_failure = Some(Failure { text, at: None, process, log: Vec::new(), generation, healed: None });
+        }
+    }
+
+    /// A step of `generation` is final.
+    pub(super) fn get_over_failure(&mut self, step: Step, generation: Generation) {
+        if let Some(first) = self.first_failure.as_mut().filter(|first| first.healed.is_none() && first.generation < generation) {
+            first.healed = Some(step);
+        }
     }
 
     /// A process has ended, and its parent knows how. Its stream may not have ended yet, or have ended without a cause.

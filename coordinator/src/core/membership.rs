@@ -327,6 +327,13 @@ impl Core {
         }
     }
 
+    /// Refuses to let a worker go whose leaving would end the job, as no other can come in its place.
+    pub(super) fn can_be_spared(&self, id: WorkerId, rank: Rank) -> Result<(), CoreError> {
+        let left = self.workers.iter().filter(|(other, worker)| **other != id && worker.leaving.is_none()).count();
+        let min = self.config.min_world_size;
+        if self.config.workers_are_alike && left < min as usize { Err(CoreError::CannotBeSpared { rank, left, min }) } else { Ok(()) }
+    }
+
     pub(super) fn leaving(&mut self, now: Timestamp, id: WorkerId, reason: &str, out: &mut Vec<Effect>) {
         let Some(worker) = self.workers.get_mut(&id) else { return };
         let text = format!("{} leaves: {reason}", worker.name());

@@ -95,7 +95,7 @@ pub struct Config {
     pub epochs: Option<u32>,
     /// Last step, if the job is given in steps.
     pub last_step: Option<Step>,
-    /// Whether all workers are started alike, on one machine: what one of them cannot do, none can.
+    /// Whether all workers are started alike, on one machine, once (`--local`): what one of them cannot do, none can, and no other comes.
     pub workers_are_alike: bool,
     /// Samples in a step of a whole world.
     pub global_batch: u32,
@@ -294,11 +294,17 @@ impl Core {
             Event::Stalled { by } => self.stalled(by),
             Event::Drain { rank } => {
                 let worker = self.workers.iter().find(|(_, worker)| worker.rank == rank).map(|(&id, _)| id);
-                self.leaving(now, worker.ok_or(CoreError::NobodyHasRank(rank))?, "drained on request", &mut out);
+                let worker = worker.ok_or(CoreError::NobodyHasRank(rank))?;
+                self.can_be_spared(worker, rank)?;
+                self.leaving(now, worker, "drained on request", &mut out);
             }
         }
         if changes_who_is_missing && matches!(self.phase, JobPhase::Gathering { .. } | JobPhase::Returning { .. }) {
-            self.waiting_for = self.describe_missing();
+            let missing = self.describe_missing();
+            if missing != self.waiting_for {
+                self.waiting_for = missing;
+                self.next_announcement = self.next_announcement.min(now + ANNOUNCE_EVERY);
+            }
         }
         if let Some(Failure { at: at @ None, .. }) = &mut self.first_failure {
             *at = Some(now);

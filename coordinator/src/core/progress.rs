@@ -171,6 +171,7 @@ impl Core {
             self.note_failure(reason.clone());
             return self.fail(reason, out);
         }
+        self.get_over_failure(record.step, record.generation);
         for worker in self.workers.values_mut() {
             worker.tell_durable = true;
         }

@@ -129,13 +129,13 @@ impl Core {
         self.validation
     }
 
-    /// The first failure, in one line.
+    /// The first failure that the job has not got over, in one line.
     #[must_use]
     pub fn first_failure(&self) -> Option<&str> {
-        self.first_failure.as_ref().map(|first| first.text.as_str())
+        self.first_failure.as_ref().filter(|first| first.healed.is_none()).map(|first| first.text.as_str())
     }
 
-    /// The first failure with all that is known about it.
+    /// The last of these failures with all that is known about it, also if the job has got over it.
     #[must_use]
     pub fn failure(&self) -> Option<&Failure> {
         self.first_failure.as_ref()

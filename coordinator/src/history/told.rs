@@ -87,6 +87,10 @@ pub fn told(notice: &Notice) -> (Level, String) {
             info(parts.join("; "))
         }
         Notice::Checkpoint { step } => info(format!("checkpoint of step {step} stored")),
-        Notice::CheckpointFailed { step, error: why } => error(format!("checkpoint of step {step} not stored: {why}")),
+        Notice::CheckpointFailed { step, error: why, again_in: None } => error(format!("checkpoint of step {step} not stored: {why}")),
+        Notice::CheckpointFailed { step, error: why, again_in: Some(pause) } => error(format!(
+            "the last checkpoint, of step {step}, is not stored: {why}; trying again in {} s: make room for it, or mend its store",
+            pause.as_secs()
+        )),
     }
 }

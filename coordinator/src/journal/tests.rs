@@ -128,7 +128,7 @@ fn journal_of_no_use_is_named_with_what_to_do() {
     transaction.commit().unwrap();
     drop(database);
     let error = refused(&path);
-    assert!(error.contains("is of another version of this program (its format is 7, this one reads 2): end its job with"), "{error}");
+    assert!(error.contains("is of another version of this program (its format is 7, this one reads 3): end its job with"), "{error}");
 }
 
 #[test]

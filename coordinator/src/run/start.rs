@@ -1,5 +1,6 @@
 //! What a run begins from: the job file, the newest checkpoint, and the journal of a coordinator before this one.
 
+use std::fmt;
 use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
@@ -73,6 +74,7 @@ impl Start {
             Ok(opened) => opened,
             Err(error) => return Ok(Err(Exit::Failed(error.to_string()))),
         };
+        let missing = found.as_ref().and_then(|found| Missing::find(found, resume.as_ref(), &store));
         let last_generation = found.as_ref().map_or(Generation::NONE, |found| found.state.generation());
         // A run that has come to its end is in its checkpoint.
         let found = found.filter(|found| found.state.outcome().is_none());
@@ -89,6 +91,13 @@ impl Start {
             return Ok(Err(Exit::Refused(problem)));
         }
         let found = found.filter(|found| goes_on(found, &run, resume.as_ref(), args.local));
+        if let Some(missing) = missing {
+            // Workers that go on with what they hold need no checkpoint, and would be lost with another state folder.
+            if found.is_none() && resume.is_none() {
+                return Ok(Err(Exit::Refused(missing.refusal(&journal_path))));
+            }
+            tracing::warn!("{missing}{}", if found.is_none() { missing.cost() } else { String::new() });
+        }
         let run = match &found {
             Some(found) => Run { job_id: found.run.job_id.clone(), term: found.run.term + 1, ..run },
             None => Run { job_id: format!("{:016x}", random()?), ..run },
@@ -105,7 +114,12 @@ impl Start {
         let core = match found {
             _ if is_finished => fresh.over(),
             Some(found) => go_on(config, resume, found, &run, &journal_path),
-            None => fresh,
+            None => {
+                if let Some((step, generation)) = stored {
+                    tracing::info!("resuming from {}", store.location(step, generation));
+                }
+                fresh
+            }
         };
         let num_shards = shards.len();
         Ok(Ok(Self { job: loaded.job, run, num_shards, lists, store, stored, journal, core, goes_back, is_finished, _lock }))
@@ -172,6 +186,43 @@ fn go_on(config: Config, resume: Option<Resume>, found: Found, run: &Run, journa
     }
     tracing::info!("--world-size is {now} now, {before} before: its workers regroup with what they hold");
     core.resized()
+}
+
+/// A checkpoint that a run has stored, and that is not in the store any more.
+struct Missing {
+    step: Step,
+    newest: Option<Step>,
+    store: String,
+}
+
+impl Missing {
+    fn find(found: &Found, resume: Option<&Resume>, store: &Store) -> Option<Self> {
+        let newest = resume.map(|resume| resume.step);
+        let step = found.state.checkpoint_step().filter(|&step| newest < Some(step))?;
+        Some(Self { step, newest, store: store.root().to_owned() })
+    }
+
+    /// What it costs where no worker holds more.
+    fn cost(&self) -> String {
+        let steps = self.step.0 - self.newest.map_or(0, |step| step.0);
+        format!(": {steps} steps or more are trained again")
+    }
+
+    fn refusal(&self, journal: &Path) -> String {
+        let path = journal.display();
+        format!("{self}: is it there, and mounted? To train from step 0 all the same, give another --state-dir, or move {path} away")
+    }
+}
+
+impl fmt::Display for Missing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { step, newest, store } = self;
+        write!(f, "the last run had stored a checkpoint of step {step}, and {store} holds ")?;
+        match newest {
+            Some(newest) => write!(f, "none after step {newest}"),
+            None => f.write_str("none"),
+        }
+    }
 }
 
 /// Whether the workers of a run, if they live, go on with it. If not, says what that costs.
@@ -269,7 +320,6 @@ async fn resume(store: &Store, job: &Job, lists: &[ShardList]) -> anyhow::Result
     if !changed.is_empty() {
         tracing::info!("the job file has changed since {location} ({}); its new settings hold from here on", changed.join(", "));
     }
-    tracing::info!("resuming from {location}");
     Ok(Ok(Some(Resume { step: manifest.step, ledger: Arc::new(ledger), generation: manifest.generation })))
 }
 

@@ -3,6 +3,7 @@
 mod logs;
 pub mod otlp;
 mod pages;
+mod signals;
 pub mod version;
 
 use std::fmt::Display;
@@ -10,6 +11,7 @@ use std::io::{self, Write};
 
 pub use logs::{LogArgs, LogFormat, start};
 pub use pages::Pages;
+pub use signals::{Signals, StopSignal};
 
 /// Says a line on standard error. It may be that nobody listens any more, which is no reason to end otherwise than one would.
 pub fn say(line: impl Display) {

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use peapod_coordinator::core::{Event as CoreEvent, Outcome};
 use peapod_proto::ids::{Rank, Step};
+use peapod_proto::program::StopSignal;
 use peapod_worker::lifecycle::Input;
 
 use super::collective::Leave;
@@ -168,7 +169,7 @@ impl World {
             Fault::Term(slot) => {
                 if let Some(process) = self.process_in(slot) {
                     self.disturb(process, self.now);
-                    self.input(process, Input::Signal { name: "SIGTERM" });
+                    self.input(process, Input::Signal(StopSignal::Terminated));
                 }
             }
             Fault::Drain(slot) => {

@@ -34,6 +34,8 @@ fn settings(
         // Without randomness the process id has to do.
         let _ = getrandom::fill(&mut bytes);
         settings.push(("NCCL_HOSTID", format!("peapod-{}-{:016x}", std::process::id(), u64::from_le_bytes(bytes))));
+        // Hosts on one NVLink fabric would be members of one clique again, and their GPUs compared.
+        settings.push(("NCCL_MNNVL_ENABLE", "0".to_owned()));
     }
     // Of several networks NCCL would choose one by itself, maybe one that leads nowhere.
     let interface = advertise.and_then(|address| interfaces().into_iter().find(|(own, _)| *own == address));

@@ -330,8 +330,8 @@ fn leases_are_asked_for_in_a_generation_only() {
 #[test]
 fn first_signal_leaves_in_order_and_the_second_at_once() {
     let mut life = training(1);
-    assert!(life.handle(Input::Signal { name: "SIGTERM" }).contains(&Action::Send(FromWorker::Leaving { reason: "SIGTERM".into() })));
-    assert!(matches!(life.handle(Input::Signal { name: "Ctrl-C" })[..], [Action::Exit { code: 130, .. }]));
+    assert!(life.handle(Input::Signal(StopSignal::Terminated)).contains(&Action::Send(FromWorker::Leaving { reason: "SIGTERM".into() })));
+    assert!(matches!(life.handle(Input::Signal(StopSignal::Interrupted))[..], [Action::Exit { code: 130, .. }]));
     assert!(!life.left_in_order());
     assert!(life.handle(welcome("a")).is_empty(), "who has left does nothing more");
 }
@@ -354,11 +354,22 @@ fn exit_code_tells_how_the_job_ended() {
 fn one_that_a_signal_sent_away_has_not_finished() {
     let drained = || Input::Said(ToWorker::Stop { reason: StopReason::Drained, message: "m".into() });
     let lost = || Input::StreamLost { cause: "m".into() };
-    for (name, last, expected) in [("SIGTERM", drained(), 143), ("Ctrl-C", drained(), 130), ("SIGTERM", lost(), 143)] {
+    use StopSignal::{HungUp, Interrupted, Terminated};
+    for (signal, last, expected) in
+        [(Terminated, drained(), 143), (Interrupted, drained(), 130), (HungUp, drained(), 129), (Terminated, lost(), 143)]
+    {
         let mut life = training(1);
-        life.handle(Input::Signal { name });
+        life.handle(Input::Signal(signal));
         let actions = life.handle(last);
-        assert!(matches!(actions[..], [Action::Exit { code, .. }] if code == expected), "{name}: {actions:?}");
+        assert!(matches!(actions[..], [Action::Exit { code, .. }] if code == expected), "{signal:?}: {actions:?}");
         assert!(life.left_in_order());
     }
+}
+
+#[test]
+fn terminal_that_goes_twice_makes_nobody_leave_at_once() {
+    let mut life = training(1);
+    assert!(!life.handle(Input::Signal(StopSignal::HungUp)).is_empty());
+    assert_eq!(life.handle(Input::Signal(StopSignal::HungUp)), []);
+    assert!(matches!(life.handle(Input::Signal(StopSignal::Terminated))[..], [Action::Exit { code: 143, .. }]));
 }

@@ -58,7 +58,7 @@ fn epochs_end_only_when_every_shard_is_accounted_for() {
 }
 
 #[test]
-fn last_checkpoint_that_cannot_be_stored_fails_the_job_after_five_tries_over_half_a_minute() {
+fn last_checkpoint_that_cannot_be_stored_is_tried_for_ten_minutes_before_the_job_fails() {
     let (mut world, workers) = World::running(1);
     world.report(workers[0], 1, Some(&[]));
     world.stopped(workers[0], 1, StopCause::StepsDone, vec![]);
@@ -66,13 +66,19 @@ fn last_checkpoint_that_cannot_be_stored_fails_the_job_after_five_tries_over_hal
         let is_asked = |message: &&ToWorker| matches!(message, ToWorker::TakeSnapshot { .. });
         world.sent(workers[0]).iter().filter(is_asked).count()
     };
-    for (attempt, pause) in [2, 4, 8, 16, 0].into_iter().enumerate() {
+    let pauses = [2, 4, 8, 16, 32].into_iter().chain([60; 10]).map(Some).chain([None]);
+    for (attempt, pause) in pauses.enumerate() {
         assert_eq!((world.outcome(), num_asked(&world)), (None, attempt + 1));
         world.event(Event::CheckpointFailed { step: Step(1), generation: Generation(1), error: "disk full".into() }).unwrap();
-        world.pass(pause, &workers);
+        let told = world.said.iter().rev().find_map(|effect| match effect {
+            Effect::Notice(Notice::CheckpointFailed { again_in, .. }) => Some(*again_in),
+            _ => None,
+        });
+        assert_eq!(told, Some(pause.map(Duration::from_secs)));
+        world.pass(pause.unwrap_or(0), &workers);
     }
     let Some(Outcome::Failed { reason }) = world.outcome() else { panic!() };
-    assert!(reason.contains("disk full") && reason.contains("5 attempts"), "{reason}");
+    assert!(reason.contains("disk full") && reason.contains("16 attempts"), "{reason}");
 }
 
 #[test]
@@ -199,6 +205,35 @@ fn whoever_gives_up_names_what_failed_first() {
         let Some(Outcome::Failed { reason }) = world.outcome() else { panic!("{}", world.core.state()) };
         assert!(reason.starts_with(expected) && reason.ends_with("no restart is left"), "{reason}");
     }
+}
+
+#[test]
+fn failure_that_the_job_got_over_is_not_the_cause_of_its_end() {
+    let (mut world, workers) = World::running(2);
+    world.die(workers[1]);
+    assert!(world.core.first_failure().is_some());
+    world.stopped(workers[0], 0, StopCause::Aborted, vec![]);
+    world.ready(workers[0]);
+    let other = world.join(Some(1)).unwrap();
+    world.ready(other);
+    world.bootstrap(workers[0]);
+    assert!(world.core.first_failure().is_some(), "nothing is trained yet");
+    world.report(workers[0], 1, Some(&[]));
+    world.report(other, 1, None);
+    assert_eq!((world.core.first_failure(), world.core.failure().unwrap().healed), (None, Some(Step(1))));
+    world.die(other);
+    assert!(world.core.first_failure().unwrap().contains("rank 1 (pid "), "the next one counts again");
+    assert_eq!(world.core.failure().unwrap().healed, None);
+}
+
+#[test]
+fn worker_whose_leaving_would_end_a_local_job_is_not_drained() {
+    let mut world = World::new(Config { workers_are_alike: true, min_world_size: 1, ..config(2) });
+    let workers = [0, 1].map(|rank| world.join(Some(rank)).unwrap());
+    world.event(Event::Drain { rank: Rank(0) }).unwrap();
+    let error = world.event(Event::Drain { rank: Rank(1) }).unwrap_err().to_string();
+    assert!(error.starts_with("rank 1 cannot be spared: 0 workers would be left, 1 are needed"), "{error}");
+    assert!(world.core.workers[&workers[1]].leaving.is_none());
 }
 
 #[test]

@@ -51,6 +51,29 @@ fn model_that_comes_slowly_ends_no_job_and_one_that_stops_coming_does() {
 }
 
 #[test]
+fn day_of_waiting_is_told_less_and_less_often_and_news_at_once() {
+    let day = Duration::from_secs(86_400);
+    let mut world = World::new(Config { join_timeout: day, heartbeat_timeout: day, ..config(3) });
+    let seconds_told = |world: &mut World, seconds: u64| -> Vec<u64> {
+        let mut told = Vec::new();
+        for second in 1..=seconds {
+            world.said.clear();
+            world.now += Duration::from_secs(1);
+            world.event(Event::Tick).unwrap();
+            told.extend(says_that_it_waits(world).then_some(second));
+        }
+        told
+    };
+    let told = seconds_told(&mut world, 80_000);
+    assert_eq!(told[..3], [5, 10, 15]);
+    assert!(told.len() < 200 && told.is_sorted_by_key(|second| *second), "{told:?}");
+    assert!(told.windows(2).all(|pair| pair[1] - pair[0] <= 600), "{told:?}");
+    // Whoever comes is heard of; nobody else does while it loads.
+    world.hello(Some(1), 5, 0).unwrap();
+    assert_eq!(seconds_told(&mut world, 60), [5]);
+}
+
+#[test]
 fn wrong_and_doubled_ranks_are_refused_with_their_reason() {
     let mut world = World::new(config(2));
     let error = world.join(Some(2)).unwrap_err();
