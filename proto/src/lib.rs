@@ -14,7 +14,7 @@ pub mod trace;
 pub use tracing;
 
 /// The generated wire types of package `peapod.v1`.
-#[allow(missing_docs, clippy::all, clippy::unwrap_used, clippy::expect_used, rustdoc::all)]
+#[allow(missing_docs, clippy::all, clippy::restriction, rustdoc::all, reason = "generated")]
 pub mod v1 {
     tonic::include_proto!("peapod.v1");
 }

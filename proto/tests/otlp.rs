@@ -1,7 +1,6 @@
 //! Spans reach a collector, under the trace that travels with calls. By itself in its process, as it changes the environment.
 #![cfg(feature = "otlp")]
-// clippy.toml's exemption covers test functions only; in a test binary helpers may panic too.
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, reason = "in a test program helpers may panic too, and not only the functions that clippy.toml excepts")]
 
 use std::io::{Read, Write};
 use std::net::TcpListener;

@@ -1,7 +1,11 @@
 //! One test binary, a module a story: linking torch once is what keeps `make test` short.
 
-// clippy.toml's exemption covers test functions only; in a test binary helpers may panic too.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "in a test program helpers may panic too, and not only the functions that clippy.toml excepts"
+)]
 
 mod after_the_end;
 mod bad_data;

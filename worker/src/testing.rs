@@ -1,9 +1,8 @@
 //! What several tests of this crate need.
 
-// Other tests use the rest of both.
-#[allow(dead_code)]
+#[allow(dead_code, reason = "other tests use the rest")]
 #[path = "../../tests/src/harness/http.rs"]
 pub mod http;
-#[allow(dead_code)]
+#[allow(dead_code, reason = "other tests use the rest")]
 #[path = "../../tests/src/harness/hub.rs"]
 pub mod hub;

@@ -79,7 +79,7 @@ impl FileServer {
     /// # Panics
     /// If no port is free.
     #[must_use]
-    #[allow(clippy::expect_used)]
+    #[allow(clippy::expect_used, reason = "it is a test's, and a panic is how a test fails")]
     pub fn start() -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
         let address = listener.local_addr().expect("an address");

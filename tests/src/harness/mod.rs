@@ -4,8 +4,7 @@
 //! looks at exit codes, printed lines and files. Nothing sleeps for a guess: every wait names what it waits for and has a deadline. What a
 //! process printed is shown when its story fails, and no process or file outlives its story.
 
-// What goes wrong here goes wrong in a test, and a panic is how a test fails.
-#![allow(clippy::unwrap_used, clippy::expect_used)]
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "what goes wrong here goes wrong in a test, and a panic is how a test fails")]
 
 mod checkpoint;
 mod cluster;

@@ -63,7 +63,7 @@ impl Loader {
     ///
     /// # Panics
     /// If the constants above are no section of a job file.
-    #[allow(clippy::expect_used)]
+    #[allow(clippy::expect_used, reason = "it is a test's, and a panic is how a test fails")]
     pub fn new(max_buffered: usize) -> Self {
         let mut data: peapod_proto::job::DataSection = toml::from_str(DATA).expect("a section");
         // The state keeps an eighth for what is read ahead.

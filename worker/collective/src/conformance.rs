@@ -3,8 +3,7 @@
 //! A backend's tests call [`conformance_suite!`](crate::conformance_suite) with a function that makes a whole world in this process, and the
 //! world sizes it can make. Members run as threads. No test sleeps: each waits for a state, and a hang fails by a deadline.
 
-// Test code that other crates' tests link: here, too, a panic is how a test fails.
-#![allow(clippy::unwrap_used, clippy::expect_used)]
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests of several backends link it, and a panic is how a test fails")]
 
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc;

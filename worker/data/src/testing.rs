@@ -11,8 +11,7 @@ use safetensors::tensor::Dtype;
 use crate::bucket::Bucket;
 use crate::cached::{Array, CachedSample, EnglishStates, StudentStates};
 
-// Other tests use the rest.
-#[allow(dead_code)]
+#[allow(dead_code, reason = "other tests use the rest")]
 #[path = "../../../tests/src/harness/http.rs"]
 pub mod http;
 

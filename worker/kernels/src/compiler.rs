@@ -178,6 +178,7 @@ mod tests {
         }
         const RTLD_NOLOAD: c_int = 4;
         for name in NAMES {
+            // SAFETY: nothing is loaded that is not loaded already.
             assert!(unsafe { Library::open(Some(name), RTLD_NOW | RTLD_NOLOAD) }.is_ok(), "{name}");
         }
     }

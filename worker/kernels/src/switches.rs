@@ -81,6 +81,7 @@ mod tests {
             let states = Tensor::ones([1, 2, 8, 64], (Kind::BFloat16, device));
             let made = Tensor::scaled_dot_product_attention(&states, &states, &states, None::<&Tensor>, 0.0, false, None::<f64>, false);
             assert!((made - &states).abs().max().double_value(&[]) < 1e-2);
+            // SAFETY: it takes nothing, and reads a number.
             assert_eq!(unsafe { peapod_preferred_attention() }, attention.number());
         }
     }
