@@ -22,6 +22,12 @@ pub(super) fn read(file: &[u8]) -> Result<Entries, String> {
     header.tensors().into_iter().map(entry).collect()
 }
 
+/// A text of a file's metadata; `None` without it, or in another kind of file.
+pub(super) fn metadata(file: &[u8], name: &str) -> Option<String> {
+    let (_, header) = SafeTensors::read_metadata(file).ok()?;
+    header.metadata().as_ref()?.get(name).cloned()
+}
+
 fn kind_of(dtype: Dtype) -> Option<Kind> {
     match dtype {
         Dtype::BOOL => Some(Kind::Bool),

@@ -9,8 +9,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::entry::Entry;
-use super::{Stored, Weights, invalid, map_file};
-use crate::Result;
+use super::{Stored, Weights, invalid, map_file, safetensors_file};
+use crate::{Error, Result};
 
 const UNET: &str = "model.diffusion_model.";
 const VAE: &str = "first_stage_model.";
@@ -20,6 +20,14 @@ const TEXT_ENCODER: [&str; 2] = ["cond_stage_model.transformer.", "conditioner.e
 const TEXT_ENCODER_2: &str = "conditioner.embedders.1.model.";
 const V_PREDICTION: &str = "v_pred";
 const ZERO_TERMINAL_SNR: &str = "ztsnr";
+/// Where the metadata of a file says what its UNet predicts: by the ModelSpec standard, and as ComfyUI writes it.
+const PREDICTIONS: [&str; 2] = ["modelspec.prediction_type", "modelspec.predict_key"];
+/// What both call the velocity.
+const VELOCITY: &str = "v";
+/// Tensors that models trained at the noise levels of EDM (Karras et al. 2022) carry, and such a model. Their networks have the usual shapes,
+/// but what goes in and what comes out is scaled otherwise.
+const EDM: [([&str; 2], &str); 2] =
+    [(["edm_mean", "edm_std"], "Playground v2.5"), (["edm_vpred.sigma_max", "edm_vpred.sigma_min"], "CosXL")];
 
 /// The models of one file, each under the names that its own folder would give its tensors.
 pub struct SingleFile {
@@ -35,10 +43,10 @@ pub struct SingleFile {
     pub marks: Marks,
 }
 
-/// What files say of their training by empty tensors of these names, as trainers and user interfaces have agreed on.
+/// What files say of their training by empty tensors of these names, as trainers and user interfaces have agreed on, or by metadata.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Marks {
-    /// `v_pred`: the UNet predicts the velocity, not the noise.
+    /// `v_pred`, or `v` as the metadata's prediction: the UNet predicts the velocity, not the noise.
     pub v_prediction: bool,
     /// `ztsnr`: at the last timestep nothing of the picture is left.
     pub zero_terminal_snr: bool,
@@ -48,10 +56,18 @@ impl Weights {
     /// Maps an SDXL or SD1.5 checkpoint that is one file (`.safetensors` or `.ckpt`) in the layout of the original training code.
     ///
     /// What no model here uses (an average of the weights, the noise schedule) is left out.
-    /// Errors: those of [`Weights::open`]; [`crate::Error::Invalid`] if the UNet, the autoencoder or the first text encoder is missing.
+    /// Errors: those of [`Weights::open`]; [`Error::Unsupported`] for a model trained at the noise levels of EDM; [`Error::Invalid`] if the
+    /// UNet, the autoencoder or the first text encoder is missing.
     pub fn open_single_file(path: &Path) -> Result<SingleFile> {
         let (map, entries) = map_file(path)?;
         let entries: BTreeMap<String, Entry> = entries.into_iter().collect();
+        for (keys, model) in EDM {
+            if let Some(key) = keys.into_iter().find(|key| entries.contains_key(*key)) {
+                let what = format!("{}: a model trained at the noise levels of EDM (its {key} says so), as {model} is,", path.display());
+                let hint = "take one that predicts the noise or the velocity at timesteps, as SDXL and SD1.5 do".into();
+                return Err(Error::Unsupported { what, hint });
+            }
+        }
         let below = |prefix: &str| {
             let below = entries.iter().filter_map(|(key, entry)| Some((key.strip_prefix(prefix)?.to_owned(), entry.clone())));
             below.collect::<BTreeMap<_, _>>()
@@ -69,12 +85,17 @@ impl Weights {
         };
         let text_encoder = TEXT_ENCODER.into_iter().map(below).find(|found| !found.is_empty()).unwrap_or_default();
         let big = open_clip(below(TEXT_ENCODER_2));
+        let says_velocity = || PREDICTIONS.iter().any(|name| safetensors_file::metadata(&map, name).is_some_and(|value| value == VELOCITY));
+        let marks = Marks {
+            v_prediction: entries.contains_key(V_PREDICTION) || says_velocity(),
+            zero_terminal_snr: entries.contains_key(ZERO_TERMINAL_SNR),
+        };
         Ok(SingleFile {
             unet: required("UNet", UNET, unet(below(UNET)))?,
             vae: required("autoencoder", VAE, vae(below(VAE)))?,
             text_encoder: required("text encoder", &TEXT_ENCODER.join(".. or "), text_encoder)?,
             text_encoder_2: (!big.is_empty()).then(|| model("second text encoder", big)),
-            marks: Marks { v_prediction: entries.contains_key(V_PREDICTION), zero_terminal_snr: entries.contains_key(ZERO_TERMINAL_SNR) },
+            marks,
         })
     }
 }
@@ -321,6 +342,41 @@ mod tests {
         assert_eq!(file.text_encoder.keys().collect::<Vec<_>>(), ["text_model.final_layer_norm.weight"]);
         assert!(file.text_encoder_2.is_none());
         assert_eq!(file.marks, Marks { v_prediction: true, zero_terminal_snr: false });
+    }
+
+    /// Keys of a checkpoint's parts, one of each.
+    const PARTS: [&str; 3] = [
+        "model.diffusion_model.out.0.weight",
+        "first_stage_model.quant_conv.weight",
+        "cond_stage_model.transformer.text_model.final_layer_norm.weight",
+    ];
+
+    #[test]
+    fn models_at_noise_levels_of_edm_are_refused_by_the_key_that_tells_them() {
+        for (key, named) in
+            [("edm_mean", "Playground"), ("edm_std", "Playground"), ("edm_vpred.sigma_max", "CosXL"), ("edm_vpred.sigma_min", "CosXL")]
+        {
+            let error = open(&[&PARTS[..], &[key]].concat()).err().unwrap();
+            let text = error.to_string();
+            assert!(matches!(error, Error::Unsupported { .. }) && text.contains(key) && text.contains(named), "{text}");
+        }
+    }
+
+    #[test]
+    fn the_prediction_may_stand_in_the_metadata() {
+        let zeros = [0; 4];
+        let marks = |name: &str, value: &str| {
+            let views = PARTS.map(|key| (key, safetensors::tensor::TensorView::new(safetensors::Dtype::F32, vec![1], &zeros).unwrap()));
+            let metadata = std::collections::HashMap::from([(name.to_owned(), value.to_owned())]);
+            let file = tempfile::NamedTempFile::new().unwrap();
+            std::fs::write(file.path(), safetensors::serialize(views, Some(metadata)).unwrap()).unwrap();
+            Weights::open_single_file(file.path()).unwrap().marks
+        };
+        for name in PREDICTIONS {
+            assert_eq!(marks(name, "v"), Marks { v_prediction: true, zero_terminal_snr: false });
+            assert_eq!(marks(name, "epsilon"), Marks::default());
+        }
+        assert_eq!(marks("modelspec.title", "v"), Marks::default());
     }
 
     #[test]
