@@ -38,6 +38,48 @@ def tokenizer_clip_files(folder):
     return tokenizer_case(CLIPTokenizer.from_pretrained(folder), "clip", ".", 77)
 
 
+def added(content, **flags):
+    """A token beside the vocabulary as tokenizer_config.json lists it."""
+    return {"content": content, "lstrip": False, "normalized": True, "rstrip": False, "single_word": False, "special": False, **flags}
+
+
+ADDED_TEXTS = ["", "a <cat>two <CAT>", "red <Dog> circle<Dog>", "red <dog> circle", "stars star star! a_star", "红色 <新词> 的<新词>圆", "red! [unused1] [PAD]"]
+
+
+def added_case(tokenizer, kind):
+    ids = tokenizer(ADDED_TEXTS, padding="max_length", max_length=24, truncation=True, return_tensors="pt").input_ids
+    return {}, {"ids": ids}, {"kind": kind, "tokenizer": ".", "length": 24, "texts": ADDED_TEXTS}
+
+
+@case("tokenizer_clip_added", run="tokenizer", tolerance=0, why=EXACT)
+def tokenizer_clip_added(folder):
+    """A CLIP tokenizer with tokens behind its vocabulary, each matched in a way of its own, and a map of special tokens that no longer counts."""
+    size = write_clip_tokenizer(folder, "!", 77)
+    path = folder / "tokenizer_config.json"
+    ends = [added(content, normalized=False, special=True) for content in ["<|startoftext|>", "<|endoftext|>"]]
+    new = [added("<cat>"), added("<Dog>", lstrip=True, rstrip=True, normalized=False), added("star", single_word=True)]
+    vocabulary = json.loads((folder / "vocab.json").read_text("utf-8"))
+    decoder = {vocabulary["!"]: added("!", special=True, normalized=False), **dict(enumerate(ends + new, size - 2))}
+    path.write_text(json.dumps({**json.loads(path.read_text("utf-8")), "added_tokens_decoder": decoder}), "utf-8")
+    (folder / "special_tokens_map.json").write_text(json.dumps({"pad_token": "<|endoftext|>"}), "utf-8")
+    tokenizer = CLIPTokenizer.from_pretrained(folder)
+    assert tokenizer.convert_tokens_to_ids("star") == size + 2 and tokenizer.pad_token == "!"
+    return added_case(tokenizer, "clip")
+
+
+@case("tokenizer_bert_added", run="tokenizer", tolerance=0, why=EXACT)
+def tokenizer_bert_added(folder):
+    """A BERT tokenizer as older versions write it: tokens behind the vocabulary in a file of their own, and a map of special tokens."""
+    size = write_bert_vocabulary(folder)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"pad_token": "[PAD]"}), "utf-8")
+    (folder / "added_tokens.json").write_text(json.dumps({"<Dog>": size + 1, "<新词>": size, "<cat>": size + 2}, ensure_ascii=False), "utf-8")
+    special = {"pad_token": "[unused1]", "cls_token": {**added("[CLS]"), "normalized": False}, "extra_special_tokens": ["<Dog>"]}
+    (folder / "special_tokens_map.json").write_text(json.dumps(special), "utf-8")
+    tokenizer = BertTokenizer.from_pretrained(folder)
+    assert tokenizer.pad_token_id == 1 and tokenizer.convert_tokens_to_ids("<Dog>") == size + 1
+    return added_case(tokenizer, "bert")
+
+
 @case("tokenizer_bert", run="tokenizer", tolerance=0, why=EXACT)
 def tokenizer_bert(folder):
     """A BERT tokenizer from vocab.txt alone, uncased, with pieces of several scripts."""

@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, HashSet};
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
+use serde::de::DeserializeOwned;
 use serde_json::json;
 use tokenizers::{AddedToken, PaddingDirection, PaddingParams, PaddingStrategy, Tokenizer, TruncationParams};
 
@@ -31,15 +32,18 @@ pub struct TextTokenizer {
 const WHOLE_FILE: &str = "tokenizer.json";
 /// What says how the others are meant.
 const CONFIG_FILE: &str = "tokenizer_config.json";
+/// Where older versions of transformers keep the special tokens, and tokens beside the vocabulary, whose flags they do not keep.
+const SPECIAL_TOKENS_FILE: &str = "special_tokens_map.json";
+const ADDED_TOKENS_FILE: &str = "added_tokens.json";
 /// What a tokenizer is read from where there is no [`WHOLE_FILE`], of all kinds.
-const VOCABULARY_FILES: [&str; 5] = ["merges.txt", "sentencepiece.bpe.model", "spiece.model", "vocab.json", "vocab.txt"];
+const VOCABULARY_FILES: [&str; 6] = [ADDED_TOKENS_FILE, "merges.txt", "sentencepiece.bpe.model", "spiece.model", "vocab.json", "vocab.txt"];
 
 /// Hands over name and content of the files in a folder that decide token ids, always in the same order.
 ///
 /// Errors: [`Error::Io`], naming the file.
 pub(crate) fn sketch(dir: &Path, take: &mut dyn FnMut(&[u8])) -> Result<()> {
     let vocabulary: &[&str] = if dir.join(WHOLE_FILE).is_file() { &[WHOLE_FILE] } else { &VOCABULARY_FILES };
-    sketch_files(dir, &[vocabulary, &[CONFIG_FILE]].concat(), take)
+    sketch_files(dir, &[vocabulary, &[CONFIG_FILE, SPECIAL_TOKENS_FILE]].concat(), take)
 }
 
 /// Hands over name and content of those of the files that a folder has.
@@ -56,10 +60,12 @@ pub(super) fn sketch_files(dir: &Path, names: &[&str], take: &mut dyn FnMut(&[u8
     Ok(())
 }
 
-/// The part of `tokenizer_config.json` that bears on token ids.
+/// The part of `tokenizer_config.json` that bears on token ids; its special tokens may stand in `special_tokens_map.json` instead.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 struct TokenizerConfig {
+    /// Tokens that are matched before a text is cut into the vocabulary's pieces, by their ids; those the vocabulary has may be among them.
+    added_tokens_decoder: Option<BTreeMap<u32, SpecialToken>>,
     bos_token: Option<SpecialToken>,
     eos_token: Option<SpecialToken>,
     unk_token: Option<SpecialToken>,
@@ -67,6 +73,10 @@ struct TokenizerConfig {
     cls_token: Option<SpecialToken>,
     sep_token: Option<SpecialToken>,
     mask_token: Option<SpecialToken>,
+    /// Special tokens of no usual role; the second is the newer name. Version 5 of transformers passes over the first in the older files,
+    /// but whoever wrote those trained with version 4, which reads it.
+    additional_special_tokens: Option<Vec<SpecialToken>>,
+    extra_special_tokens: Option<ExtraTokens>,
     /// A float: "no limit" is written as 1e30.
     model_max_length: Option<f64>,
     /// The class of transformers that reads the folder; "Fast" at its end means the same ids.
@@ -93,7 +103,7 @@ struct ModelConfig {
 /// The one [`TokenizerConfig::word_tokenizer_type`] that is computed.
 const BASIC: &str = "basic";
 
-/// A special token as configurations write it: its text, or an object with matching options.
+/// A token that is matched before all others as configurations write it: its text, or an object with matching options.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(untagged)]
 enum SpecialToken {
@@ -106,9 +116,18 @@ enum SpecialToken {
         rstrip: bool,
         #[serde(default)]
         single_word: bool,
+        /// Whether it is looked for in the text as the normaliser makes it: lower case, say.
         #[serde(default)]
         normalized: bool,
     },
+}
+
+/// Special tokens of no usual role: a list, or named by what a class of transformers calls them.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(untagged)]
+enum ExtraTokens {
+    List(Vec<SpecialToken>),
+    Named(BTreeMap<String, SpecialToken>),
 }
 
 /// The kinds of tokenizers, by how they cut a text and what they put around it.
@@ -183,7 +202,7 @@ impl TextTokenizer {
         let (bos, eos) = (token(&config.bos_token, "<|startoftext|>"), token(&config.eos_token, "<|endoftext|>"));
         let (unk, pad) = (token(&config.unk_token, "<|endoftext|>"), token(&config.pad_token, "<|endoftext|>"));
         let length = config.model_max_length.map_or(max_length, |length| (length as usize).min(max_length));
-        Self::build(dir, length, &[bos.clone(), eos.clone(), unk.clone(), pad.clone()], &pad, || {
+        Self::build(dir, &config, length, &[bos.clone(), eos.clone(), unk.clone(), pad.clone()], &pad, || {
             let path = dir.join("vocab.json");
             let (vocab, merges) = (read_config(&path, &[])?, read_merges(&dir.join("merges.txt"))?);
             clip_words(&path, &vocab, &merges, [&bos, &eos, &unk].map(SpecialToken::content))
@@ -213,7 +232,7 @@ impl TextTokenizer {
         let (cls, sep) = (token(&config.cls_token, "[CLS]"), token(&config.sep_token, "[SEP]"));
         let (unk, pad) = (token(&config.unk_token, "[UNK]"), token(&config.pad_token, "[PAD]"));
         let special = [unk.clone(), sep.clone(), pad.clone(), cls.clone(), token(&config.mask_token, "[MASK]")];
-        Self::build(dir, length, &special, &pad, || {
+        Self::build(dir, &config, length, &special, &pad, || {
             let path = dir.join("vocab.txt");
             bert_words(&path, &read_vocab(&path)?, &config, [&cls, &sep, &unk].map(SpecialToken::content))
         })
@@ -239,7 +258,7 @@ impl TextTokenizer {
         let config = TokenizerConfig::read(dir)?;
         let special = config.fairseq_tokens();
         let [cls, pad, sep, unk, _] = &special;
-        Self::build(dir, length, &special, pad, || {
+        Self::build(dir, &config, length, &special, pad, || {
             let path = dir.join("vocab.json");
             let vocab: BTreeMap<String, u32> = read_config(&path, &[])?;
             let id = |token: &SpecialToken| vocab_id(&path, &vocab, token.content());
@@ -263,9 +282,10 @@ impl TextTokenizer {
     /// Texts are cut and padded to `length`. Errors: [`Error::Io`] and [`Error::Invalid`], naming the file; [`Error::Unsupported`] if the
     /// file's algorithm is not the unigram model.
     pub fn xlm_roberta(dir: &Path, length: usize) -> Result<Self> {
-        let special = TokenizerConfig::read(dir)?.fairseq_tokens();
+        let config = TokenizerConfig::read(dir)?;
+        let special = config.fairseq_tokens();
         let pad = &special[1];
-        Self::build(dir, length, &special, pad, || {
+        Self::build(dir, &config, length, &special, pad, || {
             SentencePiece::read(&dir.join("sentencepiece.bpe.model"))?.xlm_roberta(special.each_ref().map(SpecialToken::content))
         })
     }
@@ -278,14 +298,16 @@ impl TextTokenizer {
         let config = TokenizerConfig::read(dir)?;
         let pad = token(&config.pad_token, "<pad>");
         let special = [token(&config.eos_token, "</s>"), token(&config.unk_token, "<unk>"), pad.clone()];
-        Self::build(dir, length, &special, &pad, || {
+        Self::build(dir, &config, length, &special, &pad, || {
             SentencePiece::read(&dir.join("spiece.model"))?.t5(special[0].content(), config.extra_ids.unwrap_or(0))
         })
     }
 
-    /// Reads `tokenizer.json` or, where there is none, makes the tokenizer that `other` reads; then fixes the length.
+    /// Reads `tokenizer.json` or, where there is none, makes the tokenizer that `other` reads, with the tokens that are added to its
+    /// vocabulary; then fixes the length.
     fn build(
         dir: &Path,
+        config: &TokenizerConfig,
         length: usize,
         special: &[SpecialToken],
         pad: &SpecialToken,
@@ -297,9 +319,11 @@ impl TextTokenizer {
             let inner = Tokenizer::from_bytes(bytes).map_err(|error| not_a_tokenizer(&path, &error.to_string()))?;
             (path, inner)
         } else {
-            (dir.to_path_buf(), other()?)
+            let mut inner = other()?;
+            add_tokens(dir, &mut inner, config.added_tokens_decoder.as_ref().unwrap_or(&BTreeMap::new()))?;
+            (dir.to_path_buf(), inner)
         };
-        Self::finish(&path, inner, length, special, pad)
+        Self::finish(&path, inner, length, &[special, &config.extra_tokens()].concat(), pad)
     }
 
     /// Fixes the length of a tokenizer that was read from `path`.
@@ -415,10 +439,58 @@ fn bert_words(path: &Path, vocab: &BTreeMap<String, u32>, config: &TokenizerConf
 }
 
 impl TokenizerConfig {
-    /// Reads `tokenizer_config.json`; a folder without one uses the defaults of its kind.
+    /// Reads `tokenizer_config.json`; a folder without one uses the defaults of its kind. Where it does not list the added tokens, as
+    /// transformers did not before version 4.34, the older files are read over it.
     fn read(dir: &Path) -> Result<Self> {
-        let path = dir.join(CONFIG_FILE);
-        if path.is_file() { read_config(&path, &[]) } else { Ok(Self::default()) }
+        let mut config: Self = read_if_there(&dir.join(CONFIG_FILE))?.unwrap_or_default();
+        if config.added_tokens_decoder.is_some() {
+            return Ok(config);
+        }
+        if let Some(map) = read_if_there::<Self>(&dir.join(SPECIAL_TOKENS_FILE))? {
+            config = config.overlaid_with(map);
+        }
+        if let Some(ids) = read_if_there::<BTreeMap<String, u32>>(&dir.join(ADDED_TOKENS_FILE))? {
+            let special = config.special_contents();
+            let token = |content: String| {
+                let normalized = !special.contains(content.as_str());
+                SpecialToken::Object { content, lstrip: false, rstrip: false, single_word: false, normalized }
+            };
+            config.added_tokens_decoder = Some(ids.into_iter().map(|(content, id)| (id, token(content))).collect());
+        }
+        Ok(config)
+    }
+
+    /// The same with the special tokens that `map` names, and with those of no usual role that either names.
+    fn overlaid_with(self, map: Self) -> Self {
+        Self {
+            additional_special_tokens: Some([self.extra_tokens(), map.extra_tokens()].concat()),
+            bos_token: map.bos_token.or(self.bos_token),
+            eos_token: map.eos_token.or(self.eos_token),
+            unk_token: map.unk_token.or(self.unk_token),
+            pad_token: map.pad_token.or(self.pad_token),
+            cls_token: map.cls_token.or(self.cls_token),
+            sep_token: map.sep_token.or(self.sep_token),
+            mask_token: map.mask_token.or(self.mask_token),
+            extra_special_tokens: None,
+            ..self
+        }
+    }
+
+    /// The special tokens of no usual role.
+    fn extra_tokens(&self) -> Vec<SpecialToken> {
+        let newer: Vec<SpecialToken> = match &self.extra_special_tokens {
+            Some(ExtraTokens::List(tokens)) => tokens.clone(),
+            Some(ExtraTokens::Named(tokens)) => tokens.values().cloned().collect(),
+            None => Vec::new(),
+        };
+        self.additional_special_tokens.iter().flatten().cloned().chain(newer).collect()
+    }
+
+    /// The texts of all special tokens that are named.
+    fn special_contents(&self) -> HashSet<String> {
+        let Self { bos_token, eos_token, unk_token, pad_token, cls_token, sep_token, mask_token, .. } = self;
+        let named = [bos_token, eos_token, unk_token, pad_token, cls_token, sep_token, mask_token].into_iter().flatten().cloned();
+        named.chain(self.extra_tokens()).map(|token| token.content().to_owned()).collect()
     }
 
     /// The kind of a folder's tokenizer; `None` if none is named, or one that is read from its `tokenizer.json` alone.
@@ -462,14 +534,39 @@ impl TokenizerConfig {
 impl ModelConfig {
     /// Reads `config.json`; a folder without one says nothing.
     fn read(dir: &Path) -> Result<Self> {
-        let path = dir.join("config.json");
-        if path.is_file() { read_config(&path, &[]) } else { Ok(Self::default()) }
+        Ok(read_if_there(&dir.join("config.json"))?.unwrap_or_default())
     }
 
     /// The class it names for the whole model, or for its texts.
     fn class(self) -> Option<String> {
         self.tokenizer_class.or_else(|| self.text_config?.class())
     }
+}
+
+/// Reads a configuration; `None` if there is no such file.
+fn read_if_there<T: DeserializeOwned>(path: &Path) -> Result<Option<T>> {
+    if path.is_file() { read_config(path, &[]).map(Some) } else { Ok(None) }
+}
+
+/// Adds tokens to what a tokenizer of the folder `dir` matches before all else: some of its vocabulary, and some that follow it.
+///
+/// Errors: [`Error::Invalid`] if one would get another id than it was trained with.
+fn add_tokens(dir: &Path, inner: &mut Tokenizer, tokens: &BTreeMap<u32, SpecialToken>) -> Result<()> {
+    let vocabulary = inner.get_vocab_size(false);
+    // In the order of their ids, as the library counts on behind the vocabulary.
+    inner.add_tokens(&tokens.values().map(SpecialToken::to_added).collect::<Vec<_>>());
+    for (&wanted, token) in tokens {
+        let (content, id) = (token.content(), inner.token_to_id(token.content()));
+        if id != Some(wanted) {
+            let id = id.map_or("none".to_owned(), |id| id.to_string());
+            let reason = format!(
+                "the id of the added token {content:?} is {wanted}, and behind a vocabulary of {vocabulary} tokens it would be {id}: are these the \
+                 files of one tokenizer? A {WHOLE_FILE} would be read instead"
+            );
+            return Err(Error::Invalid { path: dir.into(), reason });
+        }
+    }
+    Ok(())
 }
 
 /// The token a configuration names, or the usual one.

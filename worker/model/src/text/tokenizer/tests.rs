@@ -159,6 +159,67 @@ fn tokenizers_of_unknown_classes_are_refused_without_tokenizer_json() {
 }
 
 #[test]
+fn the_map_of_special_tokens_counts_unless_the_added_tokens_are_listed() {
+    let own = |settings: &'static str| ("tokenizer_config.json", settings);
+    let map = ("special_tokens_map.json", r#"{"pad_token": {"content": "[MASK]", "lstrip": false}, "unk_token": "[UNK]"}"#);
+    let listed = r#"{"pad_token": "[PAD]", "added_tokens_decoder": {"0": {"content": "[PAD]", "special": true}}}"#;
+    for (files, pad) in [
+        (&[map][..], 4),
+        (&[own(r#"{"pad_token": "[PAD]"}"#), map], 4),
+        (&[own(r#"{"pad_token": "[UNK]"}"#), ("special_tokens_map.json", r#"{"pad_token": null}"#)], 1),
+        (&[own(listed), map], 0),
+    ] {
+        assert_eq!(open_bert(files).unwrap(), [2, 5, 3, pad], "{files:?}");
+    }
+    // An added token is looked for in the text as BERT writes it, in lower case, unless either file calls it special.
+    let added = ("added_tokens.json", r#"{"CAFE": 6}"#);
+    let special = r#"{"additional_special_tokens": ["CAFE"]}"#;
+    let others = ("special_tokens_map.json", r#"{"additional_special_tokens": ["a"], "extra_special_tokens": {"mark": "b"}}"#);
+    for (files, id) in [
+        (&[added][..], 6),
+        (&[added, others], 6),
+        (&[added, others, own(special)], 5),
+        (&[added, ("special_tokens_map.json", special)], 5),
+        (&[added, ("special_tokens_map.json", r#"{"extra_special_tokens": ["CAFE"]}"#)], 5),
+    ] {
+        assert_eq!(open_bert(files).unwrap(), [2, id, 3, 0], "{files:?}");
+    }
+}
+
+#[test]
+fn added_tokens_that_would_get_other_ids_are_refused() {
+    let own = "tokenizer_config.json";
+    for (name, content, wanted, other) in [
+        ("added_tokens.json", r#"{"<cat>": 7}"#, "\"<cat>\" is 7", "would be 6"),
+        ("added_tokens.json", r#"{"cafe": 6}"#, "\"cafe\" is 6", "would be 5"),
+        (own, r#"{"added_tokens_decoder": {"6": {"content": "<cat>"}, "8": {"content": "<dog>"}}}"#, "\"<dog>\" is 8", "would be 7"),
+        (own, r#"{"added_tokens_decoder": {"6": {"content": ""}}}"#, "\"\" is 6", "would be none"),
+    ] {
+        let error = open_bert(&[(name, content)]).unwrap_err().to_string();
+        assert!(error.contains(wanted) && error.contains("a vocabulary of 6 tokens") && error.contains(other), "{error}");
+    }
+    let error = open_bert(&[(own, r#"{"added_tokens_decoder": {"six": {"content": "a"}}}"#)]).unwrap_err().to_string();
+    assert!(error.contains(own), "{error}");
+}
+
+#[test]
+fn a_sketch_covers_the_added_tokens() {
+    let dir = copy_of("tokenizer", &["vocab.json", "merges.txt", "tokenizer_config.json"]);
+    let sketch = || {
+        let mut pieces = Vec::new();
+        super::sketch(dir.path(), &mut |piece| pieces.push(piece.to_vec())).unwrap();
+        pieces
+    };
+    let mut before = sketch();
+    for file in ["added_tokens.json", "special_tokens_map.json"] {
+        std::fs::write(dir.path().join(file), "{}").unwrap();
+        let after = sketch();
+        assert_ne!(before, after, "{file}");
+        before = after;
+    }
+}
+
+#[test]
 fn a_tokenizer_json_is_read_whatever_its_class() {
     let dir = copy_of("tokenizer", &["tokenizer.json"]);
     let of = |config: &str| {
