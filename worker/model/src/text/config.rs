@@ -156,8 +156,18 @@ impl TextPart {
     fn of(mut settings: Map<String, Value>) -> Self {
         let model_type = |settings: &Map<String, Value>| settings.get("model_type").and_then(Value::as_str).map(str::to_owned);
         let whole = model_type(&settings);
-        let Some(Value::Object(mut text)) = settings.remove("text_config") else { return Self { settings, whole, part: None } };
-        let part = model_type(&text);
+        let (mut text, part) = match (settings.remove("text_config"), settings.remove("text_config_dict")) {
+            // CLIP's older exports say it twice. The second counts, with the defaults of its class where it is silent.
+            (text, Some(Value::Object(counts))) => {
+                let part = model_type(&counts).or_else(|| model_type(text.as_ref()?.as_object()?));
+                (counts, part)
+            }
+            (Some(Value::Object(text)), _) => {
+                let part = model_type(&text);
+                (text, part)
+            }
+            _ => return Self { settings, whole, part: None },
+        };
         // The width of the space shared with images is written outside.
         text.extend(settings.remove("projection_dim").map(|width| ("projection_dim".to_owned(), width)));
         Self { settings: text, whole, part }
@@ -206,7 +216,26 @@ pub(super) fn ids_to_tensor(ids: &[Vec<i64>], max_length: i64, vocab_size: i64, 
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
+
+    #[test]
+    fn what_clip_says_of_texts_for_the_second_time_counts() {
+        let part = |settings: Value| {
+            let TextPart { settings, whole, part } = TextPart::of(settings.as_object().unwrap().clone());
+            (Value::from(settings), whole, part)
+        };
+        let (first, second) =
+            (json!({ "model_type": "clip_text_model", "hidden_size": 8, "hidden_act": "gelu" }), json!({ "hidden_size": 16 }));
+        let names = |whole: &str| (Some(whole.to_owned()), Some("clip_text_model".to_owned()));
+        let (settings, whole, named) =
+            part(json!({ "model_type": "clip", "projection_dim": 4, "text_config": first, "text_config_dict": second }));
+        assert_eq!((settings, (whole, named)), (json!({ "hidden_size": 16, "projection_dim": 4 }), names("clip")));
+        let (settings, whole, named) = part(json!({ "model_type": "clip", "text_config": first, "text_config_dict": null }));
+        assert_eq!((settings, (whole, named)), (first, names("clip")));
+        assert_eq!(part(second.clone()), (second, None, None));
+    }
 
     #[test]
     fn ids_that_would_abort_the_device_are_refused() {
