@@ -1,8 +1,14 @@
 """Files of weights: torch's pickles and single files of whole pipelines."""
 
+import argparse
+import collections
 import json
+import sys
+import types
 from collections import OrderedDict
+from unittest import mock
 
+import numpy as np
 import torch
 import torch.nn as nn
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -68,6 +74,26 @@ def torch_training_state(folder):
     state = {"epoch": 3, "step": 2**40, "name": "run", "lr": 1e-3, "best": None, "optimizer": optimiser.state_dict(), "state_dict": wrapped}
     torch.save(state, folder / "epoch_3.pt")
     return {}, stored(module.state_dict()), {"file": "epoch_3.pt"}
+
+
+@case("torch_lightning", run="weights", tolerance=0.0, why=NOTHING)
+def torch_lightning(folder):
+    """A training state as Lightning writes it: beside the weights lie classes, objects, numbers of numpy and sets, which are not made."""
+    checkpoint = type("ModelCheckpoint", (), {"__module__": "pytorch_lightning.callbacks.model_checkpoint"})
+    modules = {name: types.ModuleType(name) for name in ["pytorch_lightning", "pytorch_lightning.callbacks", checkpoint.__module__]}
+    modules[checkpoint.__module__].ModelCheckpoint = checkpoint
+    module = randomised(nn.Linear(3, 2), 230)
+    state = {
+        "callbacks": {checkpoint: {"monitor": "val/loss", "best_model_score": torch.tensor(0.5)}},
+        "hyper_parameters": types.SimpleNamespace(lr=1e-3, classes={1, 2}),
+        "lr_schedulers": [{"base_lrs": [np.float64(1e-3)], "seen": np.arange(3)}],
+        "loops": argparse.Namespace(epoch=collections.defaultdict(int, {"current": 3}), seed=2**80, bytes=b"bytes"),
+        "state_dict": module.state_dict(),
+        "optimizer_states": [],
+    }
+    with mock.patch.dict(sys.modules, modules):
+        torch.save(state, folder / "last.ckpt")
+    return {}, stored(module.state_dict()), {"file": "last.ckpt"}
 
 
 @case("torch_nested", run="weights", tolerance=0.0, why=NOTHING)

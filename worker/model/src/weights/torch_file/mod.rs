@@ -11,7 +11,7 @@ mod pickle;
 mod write;
 mod zip;
 
-use self::pickle::{Arena, Id, Node, TensorRecord};
+use self::pickle::{Arena, Foreign, Id, Node, TensorRecord};
 use self::zip::Archive;
 use super::entry::{Entries, Entry};
 
@@ -41,7 +41,7 @@ pub(crate) enum Fault {
     /// The pickle is damaged, or does what no state dict's does.
     #[error("its data.pkl is no pickled state dict: {0}")]
     Pickle(String),
-    /// The pickle names something that would be run.
+    /// Where weights should be is something that would have to be run.
     #[error("its pickle wants to run {0}, which is not done: only tensors in dicts are read")]
     Global(String),
     /// Written before torch 1.6.
@@ -82,7 +82,8 @@ fn is_old(file: &[u8]) -> bool {
 /// Reads which tensors a file holds and where, under the names that a model's own state dict gives them.
 ///
 /// A training state's other contents are passed over if its weights are under one of the usual keys (`state_dict`, ..); nested dicts are
-/// joined with dots; a `module.` before all names is taken off.
+/// joined with dots; a `module.` before all names is taken off. Objects of classes that are not known may lie beside the weights, not among
+/// them.
 pub(crate) fn read(file: &[u8]) -> Result<Entries, Fault> {
     if is_old(file) {
         return Err(Fault::OldFormat);
@@ -96,11 +97,15 @@ pub(crate) fn read(file: &[u8]) -> Result<Entries, Fault> {
     }
 
     let (arena, result) = pickle::run(&file[archive.find(&format!("{root}/data.pkl"))?])?;
-    let mut walk = Walk { arena: &arena, visited: 0, tensors: Vec::new() };
-    walk.visit(unwrap(&arena, result), &mut String::new(), 0)?;
-    let tensors = walk.tensors;
-    if tensors.is_empty() {
-        return Err(Fault::NoTensors);
+    let weights = unwrap(&arena, result);
+    let mut walk = Walk { arena: &arena, visited: 0, tensors: Vec::new(), foreign: None };
+    walk.visit(weights, &mut String::new(), 0)?;
+    let Walk { tensors, foreign, .. } = walk;
+    match foreign {
+        // Under the key of the weights, it could be one of them.
+        Some(foreign) if weights != result || tensors.is_empty() => return Err(foreign.fault()),
+        None if tensors.is_empty() => return Err(Fault::NoTensors),
+        _ => {}
     }
     let parallel = tensors.iter().all(|(name, _)| name.starts_with(PARALLEL_PREFIX));
     let place = |(name, tensor): (String, &TensorRecord)| {
@@ -133,6 +138,8 @@ struct Walk<'w, 'a> {
     arena: &'w Arena<'a>,
     visited: usize,
     tensors: Vec<(String, &'w TensorRecord<'a>)>,
+    /// The first value whose class or function is not known.
+    foreign: Option<Foreign<'a>>,
 }
 
 impl Walk<'_, '_> {
@@ -157,6 +164,7 @@ impl Walk<'_, '_> {
                     self.visit_inner(&index.to_string(), *item, name, depth)?;
                 }
             }
+            Node::Foreign(foreign) => _ = self.foreign.get_or_insert(*foreign),
             _ => {}
         }
         Ok(())

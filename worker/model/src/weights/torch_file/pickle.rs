@@ -2,8 +2,8 @@
 //!
 //! A pickle is a program for a stack machine. Here its values are nodes of one arena, referred to by index, so that whatever a
 //! hostile program builds (values shared a million times, containers inside themselves) is bounded by the program's own length and is
-//! dropped without recursion. Calling is not generic: each name of [`Callable`] has its own small function below, and every other name
-//! is a [`Fault`] that says which.
+//! dropped without recursion. Calling is not generic: each name of [`Callable`] has its own small function below. Every other name is a
+//! [`Foreign`] value, and so is whatever the program would make of it: training states hold such beside their tensors.
 
 use std::collections::HashMap;
 
@@ -36,6 +36,25 @@ pub(super) enum Node<'a> {
     Callable(Callable),
     Storage(Storage<'a>),
     Tensor(TensorRecord<'a>),
+    Foreign(Foreign<'a>),
+}
+
+/// A class or function that is not known, or what it would have made. Nothing is run, and nothing put into it is kept.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Foreign<'a> {
+    module: &'a str,
+    name: &'a str,
+}
+
+impl Foreign<'_> {
+    /// What a set of values counts as that was built by opcodes of its own.
+    const SET: Self = Self { module: "builtins", name: "set" };
+
+    /// The fault of one where weights should be. The name may be as long as the file.
+    pub(super) fn fault(self) -> Fault {
+        let brief = |text: &str| text.chars().take(80).collect::<String>();
+        Fault::Global(format!("{}.{}", brief(self.module), brief(self.name)))
+    }
 }
 
 /// What a program may name.
@@ -132,6 +151,7 @@ impl<'a> Machine<'a> {
                 0x80 => self.skip(1)?,
                 b'(' => self.marks.push(self.stack.len()),
                 b'0' => self.pop().map(drop)?,
+                b'1' => self.pop_marked().map(drop)?,
                 b'q' => {
                     let index = self.byte()?.into();
                     self.memoize(index)?;
@@ -169,8 +189,13 @@ impl<'a> Machine<'a> {
                 }
                 0x8a => {
                     let length = self.byte()?.into();
-                    let value = long(self.bytes(length)?)?;
-                    self.push(Node::Int(value))?;
+                    let value = long(self.bytes(length)?);
+                    self.push(value)?;
+                }
+                0x8b => {
+                    let length = self.u32()? as usize;
+                    let value = long(self.bytes(length)?);
+                    self.push(value)?;
                 }
                 0x8c => {
                     let length = self.byte()?.into();
@@ -219,22 +244,23 @@ impl<'a> Machine<'a> {
                 }
                 b'c' => {
                     let (module, name) = (self.line()?, self.line()?);
-                    self.push(Node::Callable(callable(module, name)?))?;
+                    self.push(named(module, name))?;
                 }
                 0x93 => {
                     let (name, module) = (self.pop()?, self.pop()?);
                     let (Node::Text(module), Node::Text(name)) = (self.arena.get(module), self.arena.get(name)) else {
                         return Err(Fault::Pickle("a name that is no text".into()));
                     };
-                    let found = callable(module, name)?;
-                    self.push(Node::Callable(found))?;
+                    let found = named(module, name);
+                    self.push(found)?;
                 }
                 b'Q' => {
                     let reference = self.pop()?;
                     let storage = self.storage(reference)?;
                     self.push(Node::Storage(storage))?;
                 }
-                b'R' => {
+                // A class is called to make an object of it, a function for what it returns.
+                b'R' | 0x81 => {
                     let (arguments, function) = (self.pop()?, self.pop()?);
                     let result = self.call(function, arguments)?;
                     self.stack.push(result);
@@ -242,26 +268,58 @@ impl<'a> Machine<'a> {
                 // The state of an ordered dict (`_metadata`) or of a parameter: nothing to do with its tensors.
                 b'b' => {
                     self.pop()?;
-                    if !matches!(self.arena.get(self.top()?), Node::Dict(_) | Node::Tensor(_)) {
+                    if !matches!(self.arena.get(self.top()?), Node::Dict(_) | Node::Tensor(_) | Node::Foreign(_)) {
                         return Err(Fault::Pickle("a state for something that has none".into()));
                     }
                 }
-                // Names something and calls it at once; nothing that may be named is called this way.
+                // Objects made in other ways than by a call; nothing that is known is made so.
+                0x92 => {
+                    let items = self.pop_many(3)?;
+                    self.instance(items.first())?;
+                }
+                b'o' => {
+                    let items = self.pop_marked()?;
+                    self.instance(items.first())?;
+                }
                 b'i' => {
                     let (module, name) = (self.line()?, self.line()?);
-                    return Err(unknown(module, name));
+                    self.pop_marked()?;
+                    self.push(Node::Foreign(Foreign { module, name }))?;
+                }
+                0x8f => self.push(Node::Foreign(Foreign::SET))?,
+                0x90 => {
+                    let items = self.pop_marked()?;
+                    self.append(items)?;
+                }
+                0x91 => {
+                    self.pop_marked()?;
+                    self.push(Node::Foreign(Foreign::SET))?;
                 }
                 _ => return Err(Fault::Pickle(format!("opcode {opcode:#04x} at byte {start}, which no state dict needs"))),
             }
         }
     }
 
+    /// Makes an object of a class that is not known.
+    fn instance(&mut self, class: Option<&Id>) -> Result<(), Fault> {
+        match class.map(|class| (*class, self.arena.get(*class))) {
+            Some((class, Node::Foreign(_))) => self.stack.push(class),
+            _ => return Err(Fault::Pickle("an object of something that is no class".into())),
+        }
+        Ok(())
+    }
+
     /// Calls one of the known functions. No arguments are copied: what is shared in the program stays shared.
     fn call(&mut self, function: Id, arguments: Id) -> Result<Id, Fault> {
+        if let Node::Foreign(_) = self.arena.get(function) {
+            return Ok(function);
+        }
         let (Node::Callable(function), Node::Tuple(arguments)) = (self.arena.get(function), self.arena.get(arguments)) else {
             return Err(Fault::Pickle("a call of something that is no function".into()));
         };
-        let unusual = || Fault::Pickle(format!("{function:?} with unusual arguments"));
+        let foreign = |id: &Id| if let Node::Foreign(foreign) = self.arena.get(*id) { Some(foreign.fault()) } else { None };
+        let unusual =
+            || arguments.iter().find_map(foreign).unwrap_or_else(|| Fault::Pickle(format!("{function:?} with unusual arguments")));
         let result = match (*function, arguments.as_slice()) {
             (Callable::OrderedDict, []) => Node::Dict(Vec::new()),
             (Callable::Device, _) => Node::Opaque,
@@ -309,6 +367,7 @@ impl<'a> Machine<'a> {
     fn append(&mut self, items: Vec<Id>) -> Result<(), Fault> {
         match self.arena.get_mut(self.top()?) {
             Node::List(list) => list.extend(items),
+            Node::Foreign(_) => {}
             _ => return Err(Fault::Pickle("an item for something that is no list".into())),
         }
         Ok(())
@@ -317,6 +376,7 @@ impl<'a> Machine<'a> {
     fn set_items(&mut self, pairs: &[Id]) -> Result<(), Fault> {
         match (self.arena.get_mut(self.top()?), pairs.as_chunks()) {
             (Node::Dict(dict), (pairs, [])) => dict.extend(pairs.iter().map(|&[key, value]| (key, value))),
+            (Node::Foreign(_), (_, [])) => {}
             _ => return Err(Fault::Pickle("keys and values for something that is no dict, or an odd number of them".into())),
         }
         Ok(())
@@ -402,20 +462,20 @@ impl<'a> Machine<'a> {
     }
 }
 
-/// A signed little-endian integer of up to eight bytes.
-fn long(bytes: &[u8]) -> Result<i64, Fault> {
+/// A signed little-endian integer; those of more than eight bytes are seeds and the like.
+fn long(bytes: &[u8]) -> Node<'static> {
     if bytes.len() > size_of::<i64>() {
-        return Err(Fault::Pickle(format!("an integer of {} bytes", bytes.len())));
+        return Node::Opaque;
     }
     let fill = if bytes.last().is_some_and(|&last| last >= 0x80) { 0xff } else { 0 };
     let mut wide = [fill; size_of::<i64>()];
     wide[..bytes.len()].copy_from_slice(bytes);
-    Ok(i64::from_le_bytes(wide))
+    Node::Int(i64::from_le_bytes(wide))
 }
 
-/// Looks a name up among the known ones.
-fn callable(module: &str, name: &str) -> Result<Callable, Fault> {
-    let found = match (module, name) {
+/// What a name stands for.
+fn named<'a>(module: &'a str, name: &'a str) -> Node<'a> {
+    let known = match (module, name) {
         ("collections", "OrderedDict") => Some(Callable::OrderedDict),
         ("torch._utils", "_rebuild_tensor_v2") => Some(Callable::RebuildTensor),
         ("torch._utils", "_rebuild_tensor_v3") => Some(Callable::RebuildTensorOfDtype),
@@ -428,13 +488,7 @@ fn callable(module: &str, name: &str) -> Result<Callable, Fault> {
         }
         _ => None,
     };
-    found.ok_or_else(|| unknown(module, name))
-}
-
-/// The fault of a name that is not known. The name may be as long as the file.
-fn unknown(module: &str, name: &str) -> Fault {
-    let brief = |text: &str| text.chars().take(80).collect::<String>();
-    Fault::Global(format!("{}.{}", brief(module), brief(name)))
+    known.map_or(Node::Foreign(Foreign { module, name }), Node::Callable)
 }
 
 fn storage_kind(name: &str) -> Option<Kind> {
@@ -485,14 +539,37 @@ mod tests {
         run(program).err().unwrap().to_string()
     }
 
+    /// The name of the unknown thing that a program results in.
+    fn foreign(program: &[u8]) -> String {
+        let (arena, id) = run(program).unwrap();
+        let Node::Foreign(foreign) = arena.get(id) else { panic!("{:?}", arena.get(id)) };
+        foreign.fault().to_string()
+    }
+
     #[test]
-    fn code_is_never_run_and_the_name_is_told() {
-        assert!(refuse(b"\x80\x02cos\nsystem\n(X\x02\0\0\0lstR.").contains("os.system"));
-        assert!(refuse(b"\x80\x04\x8c\x08builtins\x8c\x04eval\x93.").contains("builtins.eval"));
-        assert!(refuse(b"ctorch\nload\n.").contains("torch.load"));
-        assert!(refuse(b"(isubprocess\nPopen\n.").contains("subprocess.Popen"));
-        // Objects built by other opcodes than a call of a known name.
-        for opcode in *b"odp\x81\x92" {
+    fn code_is_never_run_and_the_name_is_kept() {
+        for (program, name) in [
+            (&b"\x80\x02cos\nsystem\n(X\x02\0\0\0lstR."[..], "os.system"),
+            (b"\x80\x04\x8c\x08builtins\x8c\x04eval\x93.", "builtins.eval"),
+            (b"ctorch\nload\n.", "torch.load"),
+            (b"(X\x02\0\0\0lsisubprocess\nPopen\n.", "subprocess.Popen"),
+            // Objects by a class with arguments, with named ones, and by a group that begins with it.
+            (b"cargparse\nNamespace\n)\x81}X\x01\0\0\0aK\x01sb.", "argparse.Namespace"),
+            (b"cargparse\nNamespace\n)}\x92.", "argparse.Namespace"),
+            (b"(cargparse\nNamespace\nK\x01o.", "argparse.Namespace"),
+            // What is put into them.
+            (b"ccollections\ndefaultdict\n)R(X\x01\0\0\0aK\x01uX\x01\0\0\0bK\x02s.", "collections.defaultdict"),
+            (b"ccollections\ndeque\n)R(K\x01K\x02eK\x03a.", "collections.deque"),
+            (b"\x8f(K\x01K\x02\x90.", "builtins.set"),
+            (b"(K\x01\x91.", "builtins.set"),
+        ] {
+            assert!(foreign(program).contains(name), "{name}: {}", foreign(program));
+        }
+        // Of what is known nothing is made by other opcodes than those that torch uses for it.
+        for program in [&b"ctorch\nSize\n)}\x92."[..], b"(K\x01o.", b"(o."] {
+            assert!(refuse(program).contains("no class"));
+        }
+        for opcode in *b"dp" {
             assert!(refuse(&[b'(', opcode, b'.']).contains("which no state dict needs"), "{opcode}");
         }
     }
@@ -519,7 +596,8 @@ mod tests {
             (b"}(Nu.", "odd number"),
             (b"NNa.", "no list"),
             (b"NNb.", "has none"),
-            (b"\x8a\x09123456789.", "integer of 9 bytes"),
+            (b"\x8b\xff\xff\xff\xff1.", "ends in the middle"),
+            (b"NK\x01\x90.", "never begun"),
             (b"ctorch\nSize\n)R.", "unusual arguments"),
         ] {
             assert!(refuse(program).contains(reason), "{reason}: {}", refuse(program));
@@ -530,9 +608,9 @@ mod tests {
 
     #[test]
     fn long_integers_keep_their_sign() {
-        assert_eq!(
-            [&[][..], &[0x7f], &[0x80], &[0xff, 0], &[0, 0, 0, 0, 1]].map(|bytes| long(bytes).unwrap()),
-            [0, 127, -128, 255, 1 << 32]
-        );
+        let value = |bytes: &[u8]| if let Node::Int(value) = long(bytes) { value } else { panic!("no integer") };
+        let bytes = [&[][..], &[0x7f], &[0x80], &[0xff, 0], &[0, 0, 0, 0, 1]];
+        assert_eq!(bytes.map(value), [0, 127, -128, 255, 1 << 32]);
+        assert!(matches!(long(&[1; 9]), Node::Opaque));
     }
 }

@@ -75,6 +75,26 @@ fn files_that_are_no_state_dict_say_why() {
     assert!(refuse(&around(&lying)).contains("a: its storage has 16 bytes instead of 5 elements of 4"));
 }
 
+/// An object of a class that is not known, with a state.
+const OBJECT: &[u8] = b"cargparse\nNamespace\n)\x81}X\x01\0\0\0aK\x01sb";
+
+#[test]
+fn objects_may_lie_beside_the_weights_and_not_among_them() {
+    tch::set_num_threads(1);
+    let names = |program: &[u8]| read(&around(program)).map(|entries| entries.into_iter().map(|(name, _)| name).collect::<Vec<_>>());
+    let weights = [b"}X\x01\0\0\0a", TENSOR, b"s"].concat();
+    let callbacks = b"}cpytorch_lightning\nModelCheckpoint\n}ss";
+    let state = [&b"}(X\x04\0\0\0args"[..], OBJECT, b"X\x0a\0\0\0state_dict", &weights, b"uX\x09\0\0\0callbacks", callbacks, b"."].concat();
+    assert_eq!(names(&state).unwrap(), ["a"]);
+    let bare = [&b"}(X\x01\0\0\0a"[..], TENSOR, b"X\x04\0\0\0args", OBJECT, b"u."].concat();
+    assert_eq!(names(&bare).unwrap(), ["a"]);
+    let among = [&b"}X\x0a\0\0\0state_dict}(X\x01\0\0\0a"[..], TENSOR, b"X\x01\0\0\0b", OBJECT, b"us."].concat();
+    assert_eq!(names(&among).unwrap_err(), Fault::Global("argparse.Namespace".into()));
+    // A whole model, which only its own classes could take apart.
+    let model = [&b"cmodels\nUNet\n)\x81"[..], &weights, b"b."].concat();
+    assert_eq!(names(&model).unwrap_err(), Fault::Global("models.UNet".into()));
+}
+
 #[test]
 fn a_small_file_cannot_name_a_tensor_a_billion_times() {
     // Thirty lists, each holding the one before twice: 2^30 paths to the tensor.
@@ -132,10 +152,11 @@ proptest! {
     }
 }
 
-const TORCH_FILES: [&[u8]; 3] = [
+const TORCH_FILES: [&[u8]; 4] = [
     include_bytes!(concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/golden/cases/torch_dict/weights.pt")),
     include_bytes!(concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/golden/cases/torch_training_state/epoch_3.pt")),
     include_bytes!(concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/golden/cases/torch_nested/nested.pt")),
+    include_bytes!(concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/golden/cases/torch_lightning/last.ckpt")),
 ];
 
 const PIECES: &[&[u8]] = &[
@@ -174,6 +195,16 @@ const PIECES: &[&[u8]] = &[
     b"ctorch\nfloat8_e5m2\n",
     b"ccollections\nOrderedDict\n",
     b"ctorch\nSize\n",
+    b"cbuiltins\nset\n",
+    b"(ibuiltins\nset\n",
+    b"\x81",
+    b"\x8f",
+    b"\x90",
+    b"\x91",
+    b"\x92",
+    b"o",
+    b"1",
+    OBJECT,
     TENSOR,
 ];
 
