@@ -1,5 +1,7 @@
 //! What the keys of a LoRA file say.
 
+use std::borrow::Cow;
+
 use crate::source::Part;
 
 /// One of the tensors that make an addition.
@@ -41,11 +43,17 @@ const ENDS: &[(&str, Half)] = &[
     (".lora.up.weight", Half::Up),
     (".lora_linear_layer.down.weight", Half::Down),
     (".lora_linear_layer.up.weight", Half::Up),
-    // The attention processors of older diffusers: `attn1.processor.to_q_lora.down.weight`.
+    // The attention processors of older diffusers: `attn1.processor.to_q_lora.down.weight`, and `self_attn.to_q_lora.down.weight` of texts.
     ("_lora.down.weight", Half::Down),
     ("_lora.up.weight", Half::Up),
     (".alpha", Half::Alpha),
 ];
+
+/// How PEFT calls the halves; in memory a name of the whole follows: `.lora_A.default.weight`.
+const PEFT_HALVES: [&str; 2] = [".lora_A", ".lora_B"];
+
+/// What the attention processors of older diffusers called the projections, and what text encoders call them.
+const TEXT_PROJECTIONS: [(&str, &str); 4] = [("to_q", "q_proj"), ("to_k", "k_proj"), ("to_v", "v_proj"), ("to_out", "out_proj")];
 
 /// How keys begin that PEFT wrote: it wraps a model twice.
 pub(super) const PEFT_BEGINNING: &str = "base_model.model.";
@@ -66,6 +74,7 @@ const BEGINNINGS: &[(&str, Part, Spelling)] = &[
 impl Key {
     /// Takes a key apart; `None` if it is of no known layout.
     pub(super) fn parse(key: &str) -> Option<Self> {
+        let key = without_adapter_name(key);
         let (stem, half) = ENDS.iter().find_map(|(end, half)| Some((key.strip_suffix(end)?, *half)))?;
         let begun = BEGINNINGS.iter().find_map(|(beginning, part, spelling)| Some((stem.strip_prefix(beginning)?, *part, *spelling)));
         let (name, part, spelling) = begun.unwrap_or((stem, Part::Unet, Spelling::Dotted));
@@ -74,17 +83,34 @@ impl Key {
         }
         let name = match spelling {
             Spelling::Underscored => name.to_owned(),
-            Spelling::Dotted => dotted(name),
+            Spelling::Dotted => dotted(name, part),
         };
         Some(Self { part, name, spelling, half })
     }
 }
 
+/// A key without the name that PEFT has for a LoRA in memory. Its own files leave that out, those of some trainers do not.
+fn without_adapter_name(key: &str) -> Cow<'_, str> {
+    let named = key.strip_suffix(".weight").and_then(|stem| stem.rsplit_once('.'));
+    match named.filter(|(stem, _)| PEFT_HALVES.iter().any(|half| stem.ends_with(half))) {
+        Some((stem, _)) => format!("{stem}.weight").into(),
+        None => key.into(),
+    }
+}
+
 /// A module's name without what older diffusers put into it.
-fn dotted(name: &str) -> String {
+fn dotted(name: &str, part: Part) -> String {
     let name = name.replace(".processor.", ".");
-    // The output projection is the first item of a list; the processors did not say so.
-    if name.ends_with(".to_out") { format!("{name}.0") } else { name }
+    let Some((module, projection)) = name.rsplit_once('.') else { return name };
+    match (part, projection) {
+        // The output projection is the first item of a list; the processors did not say so.
+        (Part::Unet, "to_out") => format!("{name}.0"),
+        (Part::TextEncoder | Part::TextEncoder2, _) => match TEXT_PROJECTIONS.iter().find(|(old, _)| *old == projection) {
+            Some((_, new)) => format!("{module}.{new}"),
+            None => name,
+        },
+        _ => name,
+    }
 }
 
 #[cfg(test)]
@@ -106,8 +132,16 @@ mod tests {
             (format!("base_model.model.{module}.lora_B.weight"), Half::Up),
             ("unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.processor.to_out_lora.up.weight".into(), Half::Up),
             (format!("unet.{module}.alpha"), Half::Alpha),
+            (format!("base_model.model.{module}.lora_A.default.weight"), Half::Down),
+            (format!("unet.{module}.lora_B.default_0.weight"), Half::Up),
         ] {
             assert_eq!(parsed(&key), (Part::Unet, module.into(), half), "{key}");
+        }
+        let attention = "text_model.encoder.layers.0.self_attn";
+        for (old, new) in TEXT_PROJECTIONS {
+            for key in [format!("text_encoder.{attention}.{old}_lora.down.weight"), format!("text_encoder.{attention}.{new}.lora_A.weight")] {
+                assert_eq!(parsed(&key), (Part::TextEncoder, format!("{attention}.{new}"), Half::Down), "{key}");
+            }
         }
         assert_eq!(parsed("lora_te2_text_model_encoder_layers_0_mlp_fc1.alpha").0, Part::TextEncoder2);
         assert_eq!(parsed("lora_unet_input_blocks_4_1_proj_in.lora_up.weight"), (Part::Unet, "input_blocks_4_1_proj_in".into(), Half::Up));
@@ -116,7 +150,7 @@ mod tests {
     #[test]
     fn other_methods_are_unknown() {
         for key in
-            ["lora_unet_conv_in.hada_w1_a", "unet.conv_in.lora_magnitude_vector", "lora_unet_out_2.diff", ".alpha", "a.lora_mid.weight"]
+            ["lora_unet_conv_in.hada_w1_a", "unet.conv_in.lora_magnitude_vector", "lora_unet_out_2.diff", ".alpha", "a.lora_mid.weight", "a.lora_A.b.c.weight"]
         {
             assert_eq!(Key::parse(key), None, "{key}");
         }

@@ -23,7 +23,7 @@ pub struct Lora {
     path: PathBuf,
     scale: f64,
     modules: Vec<Module>,
-    /// Keys of no known layout.
+    /// Keys of no known layout, and those for what another key is for, too.
     unknown: Vec<String>,
 }
 
@@ -59,13 +59,18 @@ impl Lora {
             };
             let fresh = || Module { part, name: name.clone(), spelling, key: key.into(), down: None, up: None, strength: None };
             let module = modules.entry((part, name.clone())).or_insert_with(fresh);
-            match half {
-                Half::Down => module.down = Some(stored),
-                Half::Up => module.up = Some(stored),
+            let other = match half {
+                Half::Down => module.down.replace(stored),
+                Half::Up => module.up.replace(stored),
                 Half::Alpha => {
                     let alpha = weights.stored(key).filter(|alpha| alpha.numel() == 1).map(|alpha| alpha.double_value(&[]));
                     module.strength = alpha.map(Strength::ByRank);
+                    None
                 }
+            };
+            // Two LoRAs of PEFT in one file, say.
+            if other.is_some() {
+                unknown.push(format!("{key} (the second of {name})"));
             }
         }
         let mut modules: Vec<Module> = modules.into_values().collect();

@@ -85,6 +85,22 @@ fn keys_that_fit_nothing_are_listed() {
     }
 }
 
+#[test]
+fn two_loras_of_one_file_are_not_taken_for_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let halves = |name: &str| {
+        let key = |half: &str| format!("unet.{TO_Q}.lora_{half}{name}.weight");
+        [(key("A"), random(3, &[2, 4])), (key("B"), random(4, &[6, 2]))]
+    };
+    let one = save(&dir, "one.safetensors", &halves(".one"));
+    let plain = save(&dir, "plain.safetensors", &halves(""));
+    let linear = |path: &Path| merged(&dir, &[Lora::open(path, 1.0).unwrap()]).map(|(linear, _)| linear);
+    assert_eq!(linear(&one).unwrap(), linear(&plain).unwrap());
+    let both = save(&dir, "both.safetensors", &halves(".one").into_iter().chain(halves(".two")).collect::<Vec<_>>());
+    let error = linear(&both).unwrap_err().to_string();
+    assert!(error.contains("2 keys") && error.contains(&format!("lora_A.two.weight (the second of {TO_Q})")), "{error}");
+}
+
 /// A folder of one module as PEFT saves it, and what is added to its weight at full strength.
 fn peft_folder(config: Option<serde_json::Value>) -> (tempfile::TempDir, Tensor) {
     tch::set_num_threads(1);
