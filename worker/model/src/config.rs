@@ -30,7 +30,8 @@ impl<T: Clone> PerLevel<T> {
     }
 }
 
-/// A setting that only some values of are computed: its name and those values as JSON. An absent setting is fine.
+/// A setting that only some values of are computed: its name and those values as JSON. An absent setting is fine, and so is a list of such
+/// values, one a level.
 pub(crate) type Supported = (&'static str, &'static str);
 
 /// Reads a configuration, refusing settings whose value is not among the supported ones. Settings named nowhere are ignored: they
@@ -61,7 +62,8 @@ pub(crate) fn unsupported_setting(settings: &Value, supported: &[Supported]) -> 
     supported.iter().find_map(|&(name, values)| {
         let value = settings.get(name)?;
         let accepted: Vec<Value> = serde_json::from_str(values).unwrap_or_default();
-        (!accepted.contains(value)).then(|| (format!("{name} = {value}"), values))
+        let of_levels = || value.as_array().is_some_and(|levels| levels.iter().all(|level| accepted.contains(level)));
+        (!accepted.contains(value) && !of_levels()).then(|| (format!("{name} = {value}"), values))
     })
 }
 

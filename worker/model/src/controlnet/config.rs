@@ -3,9 +3,10 @@
 use std::path::Path;
 
 use serde::Deserialize;
+use serde_json::{Map, Value};
 
 use crate::Result;
-use crate::config::{Supported, faulty, read_config, width};
+use crate::config::{Supported, faulty, parse_config, read_config, width};
 use crate::unet::{SUPPORTED as UNET_SUPPORTED, UNetConfig};
 
 /// The settings of a `ControlNetModel` that shape it; the defaults are those of diffusers.
@@ -52,7 +53,12 @@ impl ControlNetConfig {
     /// Errors: [`Error::Io`](crate::Error::Io), [`Error::Invalid`](crate::Error::Invalid) for damaged JSON or unknown block kinds,
     /// [`Error::Unsupported`](crate::Error::Unsupported) for a setting whose value is not computed.
     pub fn read(path: &Path) -> Result<Self> {
-        read_config(path, &[UNET_SUPPORTED, SUPPORTED].concat())
+        let mut settings: Map<String, Value> = read_config(path, &[])?;
+        // A ControlNet may say the number of heads by its right name, which diffusers does not let a UNet do.
+        if let Some(heads) = settings.remove("num_attention_heads").filter(|heads| !heads.is_null()) {
+            settings.insert("attention_head_dim".into(), heads);
+        }
+        parse_config(path, settings.into(), &[UNET_SUPPORTED, SUPPORTED].concat())
     }
 
     /// Checks the settings that the UNet does not share.

@@ -38,6 +38,16 @@ fn parameter_totals_of_the_published_networks() {
 }
 
 #[test]
+fn the_number_of_heads_has_two_names() {
+    use crate::config::PerLevel;
+    let heads = |changes: &[(&str, &str)]| read(SDXL, changes).unwrap().unet.attention_head_dim;
+    let published = PerLevel::Each(vec![5, 10, 20]);
+    assert_eq!(heads(&[("num_attention_heads", "null")]), published);
+    assert_eq!(heads(&[("attention_head_dim", "64"), ("num_attention_heads", "[5, 10, 20]")]), published);
+    assert_eq!(heads(&[("num_attention_heads", "2")]), PerLevel::Same(2));
+}
+
+#[test]
 fn settings_that_are_not_computed_are_refused_by_name() {
     for (name, value) in [
         ("controlnet_conditioning_channel_order", "\"bgr\""),

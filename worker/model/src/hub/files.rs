@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use crate::adapter::ADAPTER_FILE;
 use crate::text::own_weights;
-use crate::weights::{only_safetensors, preferred};
+use crate::weights::{VARIANTS, only_safetensors, preferred};
 
 /// Folders of a model in the layout of diffusers; the last is a student encoder that a model comes with.
 const MODEL_FOLDERS: [&str; 8] =
@@ -56,17 +56,23 @@ fn files_of_folder<'a>(files: &BTreeSet<&'a str>) -> BTreeSet<&'a str> {
     wanted.extend(weights);
     if let Some(index) = weights.filter(|file| is_index(file)) {
         let (stem, rest) = index.split_once('.').unwrap_or((index, ""));
-        let (is_half, kind) = (rest.contains("fp16"), if rest.starts_with("bin") { ".bin" } else { ".safetensors" });
-        let is_part =
-            |file: &&str| file.starts_with(stem) && file.contains("-of-") && file.ends_with(kind) && file.contains("fp16") == is_half;
+        let kind = if rest.starts_with("bin") { ".bin" } else { ".safetensors" };
+        let is_part = |file: &&str| {
+            file.starts_with(stem) && file.contains("-of-") && file.ends_with(kind) && variant_of(file) == variant_of(index)
+        };
         wanted.extend(files.iter().copied().filter(is_part));
     }
     wanted
 }
 
+/// The kind of numbers that a file's name speaks of, where it is not the usual one: `.fp16` of `model.fp16-00001-of-00002.safetensors`.
+fn variant_of(file: &str) -> Option<&'static str> {
+    VARIANTS.into_iter().find(|variant| file.contains(variant))
+}
+
 /// The weights that a folder's loader would take. An adapter of Peapod's is no network's, and never lies beside one.
 fn weights_of_folder<'a>(files: &BTreeSet<&'a str>) -> Option<&'a str> {
-    let known = || files.get(preferred(|name| files.contains(name))?).copied();
+    let known = || files.get(preferred(|name| files.contains(name))?.as_str()).copied();
     own_weights(files).or_else(|| files.get(ADAPTER_FILE).copied()).or_else(known).or_else(|| only_safetensors(files.iter().copied()))
 }
 
@@ -130,7 +136,9 @@ mod tests {
                 "text_encoder/model.fp16.safetensors",
                 "text_encoder/model.onnx",
                 "text_encoder/model.safetensors",
+                "tokenizer/added_tokens.json",
                 "tokenizer/merges.txt",
+                "tokenizer/special_tokens_map.json",
                 "tokenizer/vocab.json",
                 "unet/config.json",
                 "unet/diffusion_pytorch_model.bin",
@@ -147,7 +155,9 @@ mod tests {
                 "scheduler/scheduler_config.json",
                 "text_encoder/config.json",
                 "text_encoder/model.safetensors",
+                "tokenizer/added_tokens.json",
                 "tokenizer/merges.txt",
+                "tokenizer/special_tokens_map.json",
                 "tokenizer/vocab.json",
                 "unet/config.json",
                 "unet/diffusion_pytorch_model.safetensors",
@@ -192,15 +202,19 @@ mod tests {
             ["model.safetensors.index", "model-00001-of-00002", "model-00002-of-00002"]
                 .map(|name| if name.ends_with("index") { format!("{name}{half}.json") } else { format!("{name}{half}.safetensors") })
         };
-        let (whole, half) = (parts(""), parts(".fp16"));
+        let (whole, half, other_half) = (parts(""), parts(".fp16"), parts(".bf16"));
         let names: Vec<&str> = ["config.json", "pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json"]
             .into_iter()
             .chain(whole.iter().map(String::as_str))
             .chain(half.iter().map(String::as_str))
+            .chain(other_half.iter().map(String::as_str))
             .collect();
+        let without = |left_out: &[&[String; 3]]| -> Vec<&str> {
+            names.iter().copied().filter(|name| !left_out.iter().any(|set| set.iter().any(|other| other == name))).collect()
+        };
         picks(&names, &["config.json", &whole[0], &whole[1], &whole[2]]);
-        let halves: Vec<&str> = names.iter().copied().filter(|name| !whole.iter().any(|other| other == name)).collect();
-        picks(&halves, &["config.json", &half[0], &half[1], &half[2]]);
+        picks(&without(&[&whole]), &["config.json", &half[0], &half[1], &half[2]]);
+        picks(&without(&[&whole, &half]), &["config.json", &other_half[0], &other_half[1], &other_half[2]]);
     }
 
     #[test]

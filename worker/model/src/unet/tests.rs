@@ -48,10 +48,15 @@ fn settings_that_are_not_computed_are_refused_by_name() {
         ("encoder_hid_dim_type", "\"text_proj\""),
         ("resnet_time_scale_shift", "\"scale_shift\""),
         ("act_fn", "\"gelu\""),
+        ("only_cross_attention", "true"),
+        ("only_cross_attention", "[false, true, false]"),
+        // A list of lists is no list of levels.
+        ("only_cross_attention", "[[false]]"),
     ] {
         let error = read(SDXL, &[(name, value)]).unwrap_err();
         assert!(matches!(error, Error::Unsupported { .. }) && error.to_string().contains(name), "{error}");
     }
+    assert!(read(SDXL, &[("only_cross_attention", "[false, false, false]")]).is_ok());
     let error = read(SDXL, &[("up_block_types", r#"["AttnUpBlock2D"]"#)]).unwrap_err();
     assert!(error.to_string().contains("AttnUpBlock2D"), "{error}");
 }

@@ -31,26 +31,26 @@ use self::random::Random;
 pub use self::single_file::{Marks, SingleFile};
 use crate::{Error, Result};
 
+/// Endings of weights, safer first, and how the names of the published ones begin.
+const FORMATS: [(&str, [&str; 2]); 2] =
+    [("safetensors", ["diffusion_pytorch_model", "model"]), ("bin", ["diffusion_pytorch_model", "pytorch_model"])];
+/// What is put into the names of weights of fewer bits; the first keeps more of each number.
+pub(crate) const VARIANTS: [&str; 2] = [".fp16", ".bf16"];
+/// LoRAs, of diffusers and of peft.
+const LORA_FILES: [&str; 2] = ["pytorch_lora_weights.safetensors", "adapter_model.safetensors"];
+
 /// Names under which the published model folders hold their weights, in the order they are looked for.
-const FILE_NAMES: [&str; 16] = [
-    "diffusion_pytorch_model.safetensors",
-    "model.safetensors",
-    "diffusion_pytorch_model.safetensors.index.json",
-    "model.safetensors.index.json",
-    "diffusion_pytorch_model.fp16.safetensors",
-    "model.fp16.safetensors",
-    "diffusion_pytorch_model.safetensors.index.fp16.json",
-    "model.safetensors.index.fp16.json",
-    "diffusion_pytorch_model.bin",
-    "pytorch_model.bin",
-    "diffusion_pytorch_model.bin.index.json",
-    "pytorch_model.bin.index.json",
-    "diffusion_pytorch_model.fp16.bin",
-    "pytorch_model.fp16.bin",
-    // LoRAs, of diffusers and of peft.
-    "pytorch_lora_weights.safetensors",
-    "adapter_model.safetensors",
-];
+fn file_names() -> Vec<String> {
+    let mut names = Vec::new();
+    for (format, stems) in FORMATS {
+        for variant in [""].into_iter().chain(VARIANTS) {
+            names.extend(stems.map(|stem| format!("{stem}{variant}.{format}")));
+            names.extend(stems.map(|stem| format!("{stem}.{format}.index{variant}.json")));
+        }
+    }
+    names.extend(LORA_FILES.map(str::to_owned));
+    names
+}
 
 /// One model's tensors, by name, with an account of which were used.
 ///
@@ -110,8 +110,8 @@ impl Weights {
     ///
     /// `path` is a safetensors file, a file of `torch.save` (`.bin`, `.pt`, `.ckpt`: the content decides, not the name), the
     /// `*.index.json` of a sharded one, or a folder that holds any of them under one of the names in use (`diffusion_pytorch_model.*`,
-    /// `model.*`, `pytorch_model.*`, a LoRA's), or its only safetensors file; safetensors are preferred. No code in a torch file is run: what is not a tensor in a dict is an
-    /// error that names it.
+    /// `model.*`, `pytorch_model.*`, a LoRA's), or its only safetensors file; safetensors are preferred, and the most bits. No code in a torch
+    /// file is run: what stands among the tensors and is none is an error that names it.
     ///
     /// Errors: [`Error::Io`] if a file cannot be opened; [`Error::Invalid`] if the folder holds none, if a header is damaged or does
     /// not describe exactly the bytes that follow it (a truncated download), or if a sharded index names keys that its files lack.
@@ -218,9 +218,7 @@ impl Weights {
 
     /// A text of the metadata of a safetensors file; `None` without it, or in another kind of file.
     pub(crate) fn metadata(&self, name: &str) -> Option<String> {
-        let stored = self.entries.values().next()?;
-        let (_, header) = safetensors::SafeTensors::read_metadata(&stored.map).ok()?;
-        header.metadata().as_ref()?.get(name).cloned()
+        safetensors_file::metadata(&self.entries.values().next()?.map, name)
     }
 
     /// All keys, sorted.
@@ -450,8 +448,8 @@ pub(crate) fn channels_last(map: &Tensor) -> Tensor {
 }
 
 /// The first of the names in use that is there.
-pub(crate) fn preferred(is_there: impl Fn(&str) -> bool) -> Option<&'static str> {
-    FILE_NAMES.into_iter().find(|name| is_there(name))
+pub(crate) fn preferred(is_there: impl Fn(&str) -> bool) -> Option<String> {
+    file_names().into_iter().find(|name| is_there(name))
 }
 
 /// The only safetensors file of those in a folder, under whatever name.
@@ -469,7 +467,12 @@ fn find_in_folder(folder: &Path) -> Result<PathBuf> {
     preferred(|name| folder.join(name).is_file())
         .map(|name| folder.join(name))
         .or_else(only)
-        .ok_or_else(|| invalid(folder, format!("holds no weights; looked for {}", FILE_NAMES.join(", "))))
+        .ok_or_else(|| {
+            let whole = FORMATS.iter().flat_map(|(format, stems)| stems.map(|stem| format!("{stem}.{format}")));
+            let whole: Vec<String> = whole.collect();
+            let (whole, variants, loras) = (whole.join(", "), VARIANTS.join(", "), LORA_FILES.join(", "));
+            invalid(folder, format!("holds no weights; looked for {whole} (each also as {variants}, or in parts with an index), {loras}"))
+        })
 }
 
 /// Maps a file and reads which tensors it holds.

@@ -122,6 +122,32 @@ fn sharded_sets_are_joined_and_must_hold_what_their_index_lists() {
 }
 
 #[test]
+fn of_several_files_the_one_of_most_bits_is_read() {
+    tch::set_num_threads(1);
+    let folder = tempfile::tempdir().unwrap();
+    // From the last to the first.
+    for name in [
+        "diffusion_pytorch_model.bf16.bin",
+        "diffusion_pytorch_model.fp16.bin",
+        "diffusion_pytorch_model.bin",
+        "model.bf16.safetensors",
+        "model.fp16.safetensors",
+        "model.safetensors",
+    ] {
+        let tensors = [(name.to_owned(), Tensor::ones([1], (Kind::Float, Device::Cpu)))];
+        std::fs::write(folder.path().join(name), torch_file::serialize(&tensors, Kind::Float).unwrap()).unwrap();
+        assert_eq!(Weights::open(folder.path()).unwrap().keys().collect::<Vec<_>>(), [name]);
+    }
+    for (format, shard) in [("bin", "diffusion_pytorch_model.bf16.bin"), ("safetensors", "model.bf16.safetensors")] {
+        let folder_of_parts = tempfile::tempdir().unwrap();
+        std::fs::copy(folder.path().join(shard), folder_of_parts.path().join("part")).unwrap();
+        let index = folder_of_parts.path().join(format!("diffusion_pytorch_model.{format}.index.bf16.json"));
+        std::fs::write(index, format!(r#"{{"weight_map": {{"{shard}": "part"}}}}"#)).unwrap();
+        assert_eq!(Weights::open(folder_of_parts.path()).unwrap().keys().collect::<Vec<_>>(), [shard]);
+    }
+}
+
+#[test]
 fn torch_files_are_read_by_their_content_and_safetensors_are_preferred() {
     tch::set_num_threads(1);
     let folder = tempfile::tempdir().unwrap();
@@ -150,5 +176,8 @@ fn torch_files_are_read_by_their_content_and_safetensors_are_preferred() {
 fn a_folder_without_weights_says_what_was_looked_for() {
     let folder = tempfile::tempdir().unwrap();
     let error = Weights::open(folder.path()).err().unwrap();
-    assert!(error.to_string().contains("diffusion_pytorch_model.safetensors"), "{error}");
+    let error = error.to_string();
+    for name in ["diffusion_pytorch_model.safetensors, model.safetensors", "as .fp16, .bf16", "adapter_model.safetensors"] {
+        assert!(error.contains(name), "{error}");
+    }
 }
