@@ -57,7 +57,7 @@ fn check_1_adapters_of_every_published_shape_have_its_keys_and_come_back_from_bo
         let folder = tempfile::tempdir().unwrap();
         for (name, bytes) in [
             ("adapter.safetensors", adapter.to_safetensors(&BTreeMap::new()).unwrap()),
-            ("pytorch_model.bin", adapter.to_pytorch(Kind::Float).unwrap()),
+            ("pytorch_model.bin", adapter.to_pytorch(Kind::Float, &BTreeMap::new()).unwrap()),
         ] {
             let path = folder.path().join(name);
             std::fs::write(&path, bytes).unwrap();

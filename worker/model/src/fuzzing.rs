@@ -2,6 +2,7 @@
 //!
 //! Whatever the bytes are, a reader answers or refuses; the tests here run the corpus that lies in `fuzz/corpus`, one folder a reader.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use tch::{Device, Kind};
@@ -31,7 +32,7 @@ pub fn sentencepiece(bytes: &[u8]) -> Verdict {
 /// Reads an adapter of either format and writes it again.
 pub fn adapter_file(bytes: &[u8]) -> Verdict {
     let adapter = Adapter::from_bytes(Path::new("adapter"), bytes, Device::Cpu).map_err(|error| error.to_string())?;
-    adapter.to_pytorch(Kind::Half).map(drop).map_err(|error| error.to_string())
+    adapter.to_pytorch(Kind::Half, &BTreeMap::new()).map(drop).map_err(|error| error.to_string())
 }
 
 #[cfg(test)]

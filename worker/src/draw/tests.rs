@@ -61,7 +61,7 @@ fn missing_files_are_named_before_anything_loads() {
 #[test]
 fn adapters_of_the_published_trainer_are_found_by_their_highest_step() {
     let root = tempfile::tempdir().unwrap();
-    let bytes = Adapter::fresh(FITTING, 0, Device::Cpu).unwrap().to_pytorch(Kind::Half).unwrap();
+    let bytes = Adapter::fresh(FITTING, 0, Device::Cpu).unwrap().to_pytorch(Kind::Half, &Default::default()).unwrap();
     for folder in ["proj_9", "proj_0_41999", "proj_1009", "projector"] {
         std::fs::create_dir(root.path().join(folder)).unwrap();
         std::fs::write(root.path().join(folder).join(PYTORCH_FILE), &bytes).unwrap();
@@ -73,6 +73,25 @@ fn adapters_of_the_published_trainer_are_found_by_their_highest_step() {
     let files = Files { model: demo(), adapters: vec![root.path().into()], context_length: Some(24), ..Files::default() };
     assert_eq!(Setup::check(&files).unwrap().students[0].adapter, newest);
     assert!(adapter_file(&root.path().join("proj_50000")).unwrap_err().to_string().contains("an adapter in that folder is missing"));
+}
+
+#[test]
+fn an_adapter_in_the_published_format_says_how_its_prompts_are_encoded() {
+    let dir = tempfile::tempdir().unwrap();
+    let metadata = AdapterMetadata {
+        job: Some("demo".into()),
+        step: Some(7),
+        context_length: Some(12),
+        normalize_quotes: Some(false),
+        mask_pads: Some(true),
+        ..AdapterMetadata::default()
+    };
+    let path = dir.path().join(PYTORCH_FILE);
+    std::fs::write(&path, Adapter::fresh(FITTING, 0, Device::Cpu).unwrap().to_pytorch(Kind::Half, &metadata.to_map()).unwrap()).unwrap();
+    let setup = Setup::check(&Files { model: demo(), adapters: vec![dir.path().into()], ..Files::default() }).unwrap();
+    let student = &setup.students[0];
+    assert_eq!((&student.adapter, student.origin.as_deref()), (&path, Some("demo, step 7")));
+    assert_eq!((student.context_length, student.options.normalize_quotes, student.mask_pads), (12, false, true));
 }
 
 /// A folder with these files, each an adapter drawn from another seed.

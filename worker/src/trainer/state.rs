@@ -260,7 +260,7 @@ impl Snapshot {
             files.push((Self::LOSS_SCALE, serde_json::to_vec(scale).map_err(failed)?));
         }
         let sampled = self.ema.as_ref().unwrap_or(&self.adapter);
-        let bytes = sampled.to_pytorch(Kind::Half)?;
+        let bytes = sampled.to_pytorch(Kind::Half, &metadata(self.ema.is_some()))?;
         // Read back before anybody relies on it: Python may be the only reader for months.
         if Adapter::from_pytorch(&bytes, Device::Cpu)?.config() != sampled.config() {
             return Err(Error::Invalid {
@@ -343,11 +343,15 @@ mod tests {
     fn checkpoint_files_give_the_same_state_back() {
         for ema_decay in [0.0, 0.9] {
             let source = trained(ema_decay);
-            let files = source.view(Generation(1)).unwrap().snapshot().unwrap().to_files(optimizer(), |_| Default::default()).unwrap();
+            let metadata = |average: bool| [("average".to_owned(), average.to_string())].into();
+            let files = source.view(Generation(1)).unwrap().snapshot().unwrap().to_files(optimizer(), metadata).unwrap();
             assert_eq!(files.len(), if ema_decay > 0.0 { 4 } else { 3 });
             let part = |name: &str| files.iter().find(|(file, _)| *file == name).map(|(_, bytes)| bytes.as_slice());
             let state = TrainState::from_checkpoint(config(), optimizer(), ema_decay, Device::Cpu, Step(1), part).unwrap();
             assert_eq!(state.to_bytes(), source.to_bytes());
+            let pytorch = tempfile::NamedTempFile::new().unwrap();
+            std::fs::write(pytorch.path(), part(Snapshot::PYTORCH).unwrap()).unwrap();
+            assert_eq!(peapod_model::adapter::metadata(pytorch.path()).unwrap(), metadata(ema_decay > 0.0));
             let narrow = AdapterConfig { hidden: 4, ..config() };
             assert!(TrainState::from_checkpoint(narrow, optimizer(), ema_decay, Device::Cpu, Step(1), part).is_err());
         }

@@ -88,10 +88,10 @@ impl Adapter {
     /// Writes the parameters as the Python implementation's `pytorch_model.bin`: a file that `torch.load(weights_only=True)` reads and
     /// that passes a strict `load_state_dict`, with the keys in the module's order.
     ///
-    /// The elements are rounded to `kind`: the published files hold f16.
+    /// The elements are rounded to `kind`: the published files hold f16. Python passes over `metadata`, [`metadata`] reads them.
     /// Errors: [`Error::Unsupported`] for another kind than f16, bf16 or f32.
-    pub fn to_pytorch(&self, kind: Kind) -> Result<Vec<u8>> {
-        torch_file::serialize(&self.state_dict(), kind)
+    pub fn to_pytorch(&self, kind: Kind, metadata: &BTreeMap<String, String>) -> Result<Vec<u8>> {
+        torch_file::serialize(&self.state_dict(), kind, metadata)
     }
 
     fn state_dict(&self) -> Vec<(String, Tensor)> {
@@ -124,17 +124,21 @@ fn file_of(path: &Path) -> Result<PathBuf> {
         .ok_or_else(|| Error::Invalid { path: path.into(), reason: format!("holds no adapter; looked for {}", FILE_NAMES.join(", ")) })
 }
 
-/// Reads the string metadata of an adapter's file without reading its tensors; empty if it has none, as files of `torch.save` do.
+/// Reads the string metadata of an adapter's file; empty if it has none, as the files that Python saves.
 ///
-/// Errors: [`Error::Io`] if the file cannot be read; [`Error::Invalid`] if it does not begin with a safetensors header.
+/// Errors: [`Error::Io`] if the file cannot be read; [`Error::Invalid`] if it neither begins with a safetensors header nor is a whole file of
+/// `torch.save`.
 pub fn metadata(path: &Path) -> Result<BTreeMap<String, String>> {
     let io = |source| Error::Io { path: path.into(), source };
     let invalid = |reason: String| Error::Invalid { path: path.into(), reason };
-    let mut file = File::open(file_of(path)?).map_err(io)?;
+    let path = &file_of(path)?;
+    let mut file = File::open(path).map_err(io)?;
     let mut length = [0; 8];
     file.read_exact(&mut length).map_err(|error| invalid(format!("not a safetensors file: {error}")))?;
     if torch_file::is_torch_file(&length) {
-        return Ok(BTreeMap::new());
+        // They say it at the end.
+        let bytes = std::fs::read(path).map_err(io)?;
+        return torch_file::metadata(&bytes).map_err(|fault| invalid(fault.to_string()));
     }
     let length = u64::from_le_bytes(length);
     if length > MAX_HEADER_BYTES {
@@ -213,12 +217,15 @@ mod tests {
             let elements: Vec<f32> = (0..num).map(|index| (index as f32 * 0.37).sin()).collect();
             let adapter = Adapter::from_elements(config, layout, &elements, Device::Cpu).unwrap();
             for kind in [Kind::Float, Kind::Half, Kind::BFloat16] {
-                let bytes = adapter.to_pytorch(kind).unwrap();
+                let bytes = adapter.to_pytorch(kind, &BTreeMap::new()).unwrap();
                 let loaded = Adapter::from_pytorch(&bytes, Device::Cpu).unwrap();
                 assert_eq!((loaded.layout, loaded.config), (layout, config));
                 assert_eq!(values(&loaded.flat), values(&adapter.flat.to_kind(kind).to_kind(Kind::Float)));
             }
-            assert_eq!(adapter.to_pytorch(Kind::Half).unwrap(), adapter.to_pytorch(Kind::Half).unwrap());
+            assert_eq!(
+                adapter.to_pytorch(Kind::Half, &BTreeMap::new()).unwrap(),
+                adapter.to_pytorch(Kind::Half, &BTreeMap::new()).unwrap()
+            );
         }
     }
 
@@ -227,28 +234,54 @@ mod tests {
     fn pytorch_files_are_the_bytes_that_python_has_read() {
         tch::set_num_threads(1);
         let adapter = Adapter::fresh(SMALL, 5, Device::Cpu).unwrap();
-        let digests = [Kind::Float, Kind::Half, Kind::BFloat16].map(|kind| crc32fast::hash(&adapter.to_pytorch(kind).unwrap()));
-        assert_eq!(digests, PINNED);
+        let digest = |kind, metadata: &BTreeMap<String, String>| crc32fast::hash(&adapter.to_pytorch(kind, metadata).unwrap());
+        assert_eq!([Kind::Float, Kind::Half, Kind::BFloat16].map(|kind| digest(kind, &BTreeMap::new())), PINNED);
+        assert_eq!(digest(Kind::Half, &texts()), PINNED_WITH_METADATA);
     }
 
     const PINNED: [u32; 3] = [0x3b9434a1, 0xb28bba30, 0x1dfa225b];
+    const PINNED_WITH_METADATA: u32 = 0x936040f6;
+
+    fn texts() -> BTreeMap<String, String> {
+        [("encoder", "org/\"编码器\""), ("mask_pads", "true")].map(|(key, value)| (key.to_owned(), value.to_owned())).into()
+    }
+
+    #[test]
+    fn both_formats_keep_what_a_file_says_of_itself() {
+        tch::set_num_threads(1);
+        let adapter = Adapter::fresh(SMALL, 5, Device::Cpu).unwrap();
+        let file = tempfile::NamedTempFile::new().unwrap();
+        for bytes in [adapter.to_pytorch(Kind::Half, &texts()).unwrap(), adapter.to_safetensors(&texts()).unwrap()] {
+            std::fs::write(file.path(), &bytes).unwrap();
+            assert_eq!(metadata(file.path()).unwrap(), texts());
+            assert_eq!(Adapter::load(file.path(), Device::Cpu).unwrap().config(), &SMALL);
+            // The texts are damaged, and the file is cut off.
+            let key = b"encoder\":";
+            let colon = bytes.windows(key.len()).position(|window| window == key).unwrap() + key.len() - 1;
+            for bytes in [[&bytes[..colon], b";", &bytes[colon + 1..]].concat(), bytes[..20].to_vec()] {
+                std::fs::write(file.path(), bytes).unwrap();
+                let error = metadata(file.path()).unwrap_err();
+                assert!(matches!(&error, Error::Invalid { path, .. } if path == file.path()), "{error}");
+            }
+        }
+    }
 
     #[test]
     fn the_content_of_a_file_decides_how_it_is_read() {
         tch::set_num_threads(1);
         let adapter = Adapter::fresh(SMALL, 5, Device::Cpu).unwrap();
         let file = tempfile::NamedTempFile::new().unwrap();
-        for bytes in [adapter.to_pytorch(Kind::Float).unwrap(), adapter.to_safetensors(&BTreeMap::new()).unwrap()] {
+        for bytes in [adapter.to_pytorch(Kind::Float, &BTreeMap::new()).unwrap(), adapter.to_safetensors(&BTreeMap::new()).unwrap()] {
             std::fs::write(file.path(), bytes).unwrap();
             assert_eq!(values(&Adapter::load(file.path(), Device::Cpu).unwrap().flat), values(&adapter.flat));
             assert!(metadata(file.path()).unwrap().is_empty());
         }
         let folder = tempfile::tempdir().unwrap();
         assert!(Adapter::load(folder.path(), Device::Cpu).unwrap_err().to_string().contains("looked for adapter.safetensors"));
-        std::fs::write(folder.path().join("pytorch_model.bin"), adapter.to_pytorch(Kind::Float).unwrap()).unwrap();
+        std::fs::write(folder.path().join("pytorch_model.bin"), adapter.to_pytorch(Kind::Float, &BTreeMap::new()).unwrap()).unwrap();
         assert_eq!(Adapter::load(folder.path(), Device::Cpu).unwrap().config(), &SMALL);
         assert!(metadata(folder.path()).unwrap().is_empty());
-        let other = torch_file::serialize(&[("unet.weight".into(), Tensor::from(1.0_f32))], Kind::Float).unwrap();
+        let other = torch_file::serialize(&[("unet.weight".into(), Tensor::from(1.0_f32))], Kind::Float, &BTreeMap::new()).unwrap();
         std::fs::write(file.path(), other).unwrap();
         let error = Adapter::load(file.path(), Device::Cpu).unwrap_err().to_string();
         assert!(error.contains(file.path().to_str().unwrap()) && error.contains("among its keys (unet.weight)"), "{error}");

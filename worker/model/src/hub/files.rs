@@ -57,9 +57,8 @@ fn files_of_folder<'a>(files: &BTreeSet<&'a str>) -> BTreeSet<&'a str> {
     if let Some(index) = weights.filter(|file| is_index(file)) {
         let (stem, rest) = index.split_once('.').unwrap_or((index, ""));
         let kind = if rest.starts_with("bin") { ".bin" } else { ".safetensors" };
-        let is_part = |file: &&str| {
-            file.starts_with(stem) && file.contains("-of-") && file.ends_with(kind) && variant_of(file) == variant_of(index)
-        };
+        let is_part =
+            |file: &&str| file.starts_with(stem) && file.contains("-of-") && file.ends_with(kind) && variant_of(file) == variant_of(index);
         wanted.extend(files.iter().copied().filter(is_part));
     }
     wanted

@@ -139,7 +139,8 @@ mod tests {
         }
         let attention = "text_model.encoder.layers.0.self_attn";
         for (old, new) in TEXT_PROJECTIONS {
-            for key in [format!("text_encoder.{attention}.{old}_lora.down.weight"), format!("text_encoder.{attention}.{new}.lora_A.weight")] {
+            for key in [format!("text_encoder.{attention}.{old}_lora.down.weight"), format!("text_encoder.{attention}.{new}.lora_A.weight")]
+            {
                 assert_eq!(parsed(&key), (Part::TextEncoder, format!("{attention}.{new}"), Half::Down), "{key}");
             }
         }
@@ -149,9 +150,14 @@ mod tests {
 
     #[test]
     fn other_methods_are_unknown() {
-        for key in
-            ["lora_unet_conv_in.hada_w1_a", "unet.conv_in.lora_magnitude_vector", "lora_unet_out_2.diff", ".alpha", "a.lora_mid.weight", "a.lora_A.b.c.weight"]
-        {
+        for key in [
+            "lora_unet_conv_in.hada_w1_a",
+            "unet.conv_in.lora_magnitude_vector",
+            "lora_unet_out_2.diff",
+            ".alpha",
+            "a.lora_mid.weight",
+            "a.lora_A.b.c.weight",
+        ] {
             assert_eq!(Key::parse(key), None, "{key}");
         }
     }

@@ -404,7 +404,7 @@ fn a_file_made_of_a_folder_gives_the_same_networks() {
         tensors.push((original_big_g_name(bare.strip_suffix("projection.weight").map_or(bare, |_| "text_projection")), tensor));
     }
     let file = tempfile::NamedTempFile::with_suffix(".ckpt").unwrap();
-    std::fs::write(file.path(), crate::weights::torch_file::serialize(&tensors, Kind::Half).unwrap()).unwrap();
+    std::fs::write(file.path(), crate::weights::torch_file::serialize(&tensors, Kind::Half, &BTreeMap::new()).unwrap()).unwrap();
 
     let checkpoint = ModelSource::open(file.path(), Some(&demo())).unwrap();
     assert_eq!(checkpoint.settings().unwrap(), folder.settings().unwrap());

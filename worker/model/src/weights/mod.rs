@@ -464,15 +464,12 @@ fn find_in_folder(folder: &Path) -> Result<PathBuf> {
         let names: Vec<String> = names.collect();
         only_safetensors(names.iter().map(String::as_str)).map(|name| folder.join(name))
     };
-    preferred(|name| folder.join(name).is_file())
-        .map(|name| folder.join(name))
-        .or_else(only)
-        .ok_or_else(|| {
-            let whole = FORMATS.iter().flat_map(|(format, stems)| stems.map(|stem| format!("{stem}.{format}")));
-            let whole: Vec<String> = whole.collect();
-            let (whole, variants, loras) = (whole.join(", "), VARIANTS.join(", "), LORA_FILES.join(", "));
-            invalid(folder, format!("holds no weights; looked for {whole} (each also as {variants}, or in parts with an index), {loras}"))
-        })
+    preferred(|name| folder.join(name).is_file()).map(|name| folder.join(name)).or_else(only).ok_or_else(|| {
+        let whole = FORMATS.iter().flat_map(|(format, stems)| stems.map(|stem| format!("{stem}.{format}")));
+        let whole: Vec<String> = whole.collect();
+        let (whole, variants, loras) = (whole.join(", "), VARIANTS.join(", "), LORA_FILES.join(", "));
+        invalid(folder, format!("holds no weights; looked for {whole} (each also as {variants}, or in parts with an index), {loras}"))
+    })
 }
 
 /// Maps a file and reads which tensors it holds.

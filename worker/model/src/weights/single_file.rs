@@ -294,7 +294,7 @@ mod tests {
         tch::set_num_threads(1);
         let tensors: Vec<_> = keys.iter().map(|key| (key.to_string(), Tensor::zeros([3, 1, 1, 1], (Kind::Float, Device::Cpu)))).collect();
         let file = tempfile::NamedTempFile::new().unwrap();
-        std::fs::write(file.path(), torch_file::serialize(&tensors, Kind::Float).unwrap()).unwrap();
+        std::fs::write(file.path(), torch_file::serialize(&tensors, Kind::Float, &BTreeMap::new()).unwrap()).unwrap();
         Weights::open_single_file(file.path())
     }
 

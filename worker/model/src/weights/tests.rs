@@ -135,7 +135,7 @@ fn of_several_files_the_one_of_most_bits_is_read() {
         "model.safetensors",
     ] {
         let tensors = [(name.to_owned(), Tensor::ones([1], (Kind::Float, Device::Cpu)))];
-        std::fs::write(folder.path().join(name), torch_file::serialize(&tensors, Kind::Float).unwrap()).unwrap();
+        std::fs::write(folder.path().join(name), torch_file::serialize(&tensors, Kind::Float, &BTreeMap::new()).unwrap()).unwrap();
         assert_eq!(Weights::open(folder.path()).unwrap().keys().collect::<Vec<_>>(), [name]);
     }
     for (format, shard) in [("bin", "diffusion_pytorch_model.bf16.bin"), ("safetensors", "model.bf16.safetensors")] {
@@ -153,7 +153,7 @@ fn torch_files_are_read_by_their_content_and_safetensors_are_preferred() {
     let folder = tempfile::tempdir().unwrap();
     let save = |name: &str, key: &str| {
         let tensors = [(key.to_owned(), Tensor::ones([2, 3], (Kind::Float, Device::Cpu)))];
-        std::fs::write(folder.path().join(name), torch_file::serialize(&tensors, Kind::Half).unwrap()).unwrap();
+        std::fs::write(folder.path().join(name), torch_file::serialize(&tensors, Kind::Half, &BTreeMap::new()).unwrap()).unwrap();
     };
     let keys = || Weights::open(folder.path()).unwrap().keys().map(String::from).collect::<Vec<_>>();
     save("one.bin", "a");

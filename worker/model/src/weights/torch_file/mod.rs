@@ -5,11 +5,14 @@
 //! ROOT/data/KEY     a storage: raw little-endian elements
 //! ROOT/byteorder    "little", since torch 2.1
 //! ROOT/version      "3"
+//! ROOT/extra/NAME   whatever its writer adds, which torch passes over; here NAME is metadata.json, texts by name
 //! ```
 
 mod pickle;
 mod write;
 mod zip;
+
+use std::collections::BTreeMap;
 
 use self::pickle::{Arena, Foreign, Id, Node, TensorRecord};
 use self::zip::Archive;
@@ -19,6 +22,8 @@ pub(crate) use self::write::serialize;
 
 /// What the key of a whole training state's weights is called, in the order they are looked for.
 const WRAPPERS: [&str; 4] = ["state_dict", "model_state_dict", "model", "module"];
+/// Where texts about the tensors lie, which safetensors have a place for and torch's files have not.
+const METADATA: &str = "extra/metadata.json";
 /// What every key begins with that was saved by a data-parallel wrapper.
 const PARALLEL_PREFIX: &str = "module.";
 /// Deepest nesting of dicts, most values and longest name: far beyond what any model has, so that a small file cannot name the same
@@ -44,6 +49,9 @@ pub(crate) enum Fault {
     /// Where weights should be is something that would have to be run.
     #[error("its pickle wants to run {0}, which is not done: only tensors in dicts are read")]
     Global(String),
+    /// What it says of itself is not to be understood.
+    #[error("its extra/metadata.json is damaged: {0}")]
+    Metadata(String),
     /// Written before torch 1.6.
     #[error(
         "written in torch's old format; convert it: python -c \"import torch; torch.save(torch.load('OLD', map_location='cpu', weights_only=True), 'NEW')\""
@@ -85,14 +93,8 @@ fn is_old(file: &[u8]) -> bool {
 /// joined with dots; a `module.` before all names is taken off. Objects of classes that are not known may lie beside the weights, not among
 /// them.
 pub(crate) fn read(file: &[u8]) -> Result<Entries, Fault> {
-    if is_old(file) {
-        return Err(Fault::OldFormat);
-    }
-    let archive = Archive::open(file)?;
-    let root = archive.names().find_map(|name| name.strip_suffix("/data.pkl").filter(|root| !root.contains('/')));
-    let root = root.ok_or_else(|| Fault::Zip("a zip file without a data.pkl".into()))?;
-    let byte_order = format!("{root}/byteorder");
-    if archive.names().any(|name| name == byte_order) && &file[archive.find(&byte_order)?] != b"little" {
+    let (archive, root) = open(file)?;
+    if archive.find_if_there(&format!("{root}/byteorder"))?.is_some_and(|order| &file[order] != b"little") {
         return Err(Fault::BigEndian);
     }
 
@@ -113,6 +115,24 @@ pub(crate) fn read(file: &[u8]) -> Result<Entries, Fault> {
         Ok((if parallel { name[PARALLEL_PREFIX.len()..].to_owned() } else { name }, entry))
     };
     tensors.into_iter().map(place).collect()
+}
+
+/// The texts that a file says of itself; none for those of other programs.
+pub(crate) fn metadata(file: &[u8]) -> Result<BTreeMap<String, String>, Fault> {
+    let (archive, root) = open(file)?;
+    let Some(found) = archive.find_if_there(&format!("{root}/{METADATA}"))? else { return Ok(BTreeMap::new()) };
+    serde_json::from_slice(&file[found]).map_err(|error| Fault::Metadata(error.to_string()))
+}
+
+/// Opens the container; beside it the name of the folder that all its entries lie in.
+fn open(file: &[u8]) -> Result<(Archive<'_>, &str), Fault> {
+    if is_old(file) {
+        return Err(Fault::OldFormat);
+    }
+    let archive = Archive::open(file)?;
+    let root = archive.names().find_map(|name| name.strip_suffix("/data.pkl").filter(|root| !root.contains('/')));
+    let root = root.ok_or_else(|| Fault::Zip("a zip file without a data.pkl".into()))?;
+    Ok((archive, root))
 }
 
 /// The dict that holds the weights: the value itself, or what is under a wrapper's key.

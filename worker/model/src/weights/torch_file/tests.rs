@@ -7,7 +7,7 @@ use super::*;
 fn sample() -> Vec<u8> {
     tch::set_num_threads(1);
     let values = Tensor::arange(6, (Kind::Float, Device::Cpu)).view([2, 3]);
-    serialize(&[("a".into(), values), ("b.c".into(), Tensor::from(7.0_f32))], Kind::Float).unwrap()
+    serialize(&[("a".into(), values), ("b.c".into(), Tensor::from(7.0_f32))], Kind::Float, &BTreeMap::new()).unwrap()
 }
 
 /// A file around any pickle, with one storage of four floats.
@@ -31,14 +31,14 @@ fn what_is_written_is_read_back() {
             let length: i64 = shape.iter().product();
             (name.to_owned(), Tensor::arange(length, (Kind::Float, Device::Cpu)).view(shape.as_slice()))
         });
-        let file = serialize(&tensors, kind).unwrap();
+        let file = serialize(&tensors, kind, &BTreeMap::new()).unwrap();
         let entries = read(&file).unwrap();
         for ((name, tensor), (found, entry)) in tensors.iter().zip(&entries) {
             assert_eq!((name, entry.kind(), entry.shape()), (found, kind, tensor.size().as_slice()));
             assert_eq!(values(&file, entry), Vec::<f32>::try_from(tensor.flatten(0, -1)).unwrap());
         }
     }
-    let error = serialize(&[], Kind::Int64).unwrap_err();
+    let error = serialize(&[], Kind::Int64, &BTreeMap::new()).unwrap_err();
     assert!(error.to_string().contains("f16, bf16 and f32"), "{error}");
 }
 

@@ -1,8 +1,10 @@
 //! Writing a state dict as `torch.save` does.
 
+use std::collections::BTreeMap;
+
 use tch::{Device, Kind, Tensor};
 
-use super::zip;
+use super::{METADATA, zip};
 use crate::{Error, Result};
 
 /// Name of the folder inside the zip file; torch takes any.
@@ -19,11 +21,11 @@ const NEW_FALSE: u8 = 0x89;
 const ORDERED_DICT: &[u8] = b"ccollections\nOrderedDict\n";
 const REBUILD_TENSOR: &[u8] = b"ctorch._utils\n_rebuild_tensor_v2\n";
 
-/// Writes named tensors as a file that `torch.load(weights_only=True)` reads as an ordered dict, in their order.
+/// Writes named tensors as a file that `torch.load(weights_only=True)` reads as an ordered dict, in their order. It passes over `metadata`.
 ///
-/// The elements are converted to `kind`: f16, bf16 or f32. The same tensors give the same bytes.
+/// The elements are converted to `kind`: f16, bf16 or f32. The same tensors and metadata give the same bytes.
 /// Errors: [`Error::Unsupported`] for another kind, or beyond 4 GiB; [`Error::Torch`].
-pub(crate) fn serialize(tensors: &[(String, Tensor)], kind: Kind) -> Result<Vec<u8>> {
+pub(crate) fn serialize(tensors: &[(String, Tensor)], kind: Kind, metadata: &BTreeMap<String, String>) -> Result<Vec<u8>> {
     let class = match kind {
         Kind::Half => "HalfStorage",
         Kind::BFloat16 => "BFloat16Storage",
@@ -36,6 +38,9 @@ pub(crate) fn serialize(tensors: &[(String, Tensor)], kind: Kind) -> Result<Vec<
         entries.push((format!("{ROOT}/data/{index}"), to_bytes(tensor, kind)?));
     }
     entries.push((format!("{ROOT}/version"), b"3\n".to_vec()));
+    if !metadata.is_empty() {
+        entries.push((format!("{ROOT}/{METADATA}"), serde_json::json!(metadata).to_string().into_bytes()));
+    }
     zip::write(&entries)
         .map_err(|bytes| Error::Unsupported { what: format!("a torch file of {bytes} bytes"), hint: "write safetensors instead".into() })
 }

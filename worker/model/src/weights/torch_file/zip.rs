@@ -64,6 +64,11 @@ impl<'a> Archive<'a> {
         self.entries.keys().copied()
     }
 
+    /// As [`Archive::find`]; `None` if there is no such entry.
+    pub(super) fn find_if_there(&self, name: &str) -> Result<Option<Range<usize>>, Fault> {
+        if self.entries.contains_key(name) { self.find(name).map(Some) } else { Ok(None) }
+    }
+
     /// Where the content of an entry lies in the file.
     pub(super) fn find(&self, name: &str) -> Result<Range<usize>, Fault> {
         let record = self.entries.get(name).ok_or_else(|| Fault::Zip(format!("entry {name:?} is missing")))?;
@@ -237,6 +242,7 @@ mod tests {
             assert_eq!((&file[range.clone()], range.start % ALIGNMENT), (content, 0));
         }
         assert!(archive.find("a/four").unwrap_err().to_string().contains("\"a/four\" is missing"));
+        assert_eq!(archive.find_if_there("a/four").unwrap(), None);
     }
 
     #[test]
