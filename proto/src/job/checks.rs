@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 use std::ops::RangeInclusive;
 use std::time::Duration;
 
+use super::bytes;
+
 /// What was found wrong, and what every key that was looked at may be.
 #[derive(Debug, Default)]
 pub(super) struct Checks {
@@ -71,6 +73,16 @@ impl Shown for f64 {
     fn shown(&self) -> String {
         let is_plain = *self == 0.0 || (1e-4..1e7).contains(&self.abs());
         if is_plain { self.to_string() } else { format!("{self:e}") }
+    }
+}
+
+/// A size, which people write with its unit.
+#[derive(PartialEq, PartialOrd)]
+pub(super) struct Bytes(pub u64);
+
+impl Shown for Bytes {
+    fn shown(&self) -> String {
+        bytes::shown(self.0)
     }
 }
 

@@ -7,8 +7,8 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::captions::CaptionsSection;
-use super::checks::Checks;
-use super::{duration, yes};
+use super::checks::{Bytes, Checks};
+use super::{bytes, duration, yes};
 
 /// Which samples that carry a watermark score are trained. Samples without one always are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
@@ -65,8 +65,9 @@ pub struct DataSection {
     /// Share of broken samples above which the job stops. Filtered samples do not count.
     #[serde(default = "DataSection::default_max_bad_fraction")]
     pub max_bad_fraction: f64,
-    /// Bytes a worker's loader may hold, decoded pictures included; one share always fits.
-    #[serde(default = "DataSection::default_buffer_bytes")]
+    /// What a worker's loader may hold, decoded pictures included; one share always fits.
+    #[serde(default = "DataSection::default_buffer_bytes", with = "bytes")]
+    #[schemars(schema_with = "bytes::schema")]
     pub buffer_bytes: u64,
     /// Samples a worker gathers before it draws among them, so that a batch is not one region of one tar.
     #[serde(default = "DataSection::default_shuffle_buffer")]
@@ -88,8 +89,9 @@ pub struct DataSection {
     /// A folder on each host that keeps shards read over a network; workers of one host share it. By default none are kept.
     #[serde(default)]
     pub cache_dir: Option<PathBuf>,
-    /// Largest size of that folder in bytes; what was used longest ago goes first.
-    #[serde(default = "DataSection::default_cache_bytes")]
+    /// Largest size of that folder; what was used longest ago goes first.
+    #[serde(default = "DataSection::default_cache_bytes", with = "bytes")]
+    #[schemars(schema_with = "bytes::schema")]
     pub cache_bytes: u64,
     /// Which captions count and how they are cleaned.
     #[serde(default)]
@@ -196,7 +198,7 @@ impl DataSection {
         if !self.min_aesthetic.is_finite() || !self.max_watermark.is_finite() {
             checks.problem("data.min_aesthetic and data.max_watermark must be finite numbers");
         }
-        checks.at_least("data.buffer_bytes", self.buffer_bytes, 1 << 20, " (1 MiB)");
+        checks.at_least("data.buffer_bytes", Bytes(self.buffer_bytes), Bytes(1 << 20), "");
         checks.at_least("data.shuffle_buffer", self.shuffle_buffer, 1, " (1: tar order)");
         for (field, key) in [("watermark_key", &self.watermark_key), ("aesthetic_key", &self.aesthetic_key)] {
             if key.is_empty() {
@@ -208,6 +210,6 @@ impl DataSection {
         checks.within("data.read_timeout", self.read_timeout, Duration::from_millis(100)..=Duration::from_secs(3600));
         checks.within("data.retries", self.retries, 0..=1000);
         checks.within("data.give_up_after", self.give_up_after, Duration::ZERO..=Duration::from_secs(7 * 24 * 3600));
-        checks.at_least("data.cache_bytes", self.cache_bytes, 1 << 20, " (1 MiB)");
+        checks.at_least("data.cache_bytes", Bytes(self.cache_bytes), Bytes(1 << 20), "");
     }
 }

@@ -3,10 +3,12 @@
 //! It is given once, to the coordinator; workers receive its text on joining and parse it with the same code.
 //! Every field but the paths has a default; unknown keys are errors that name the nearest known key.
 
+mod bytes;
 mod captions;
 mod checks;
 mod data;
 mod duration;
+mod elsewhere;
 mod error;
 mod file;
 mod models;
@@ -92,7 +94,7 @@ impl Job {
             // Parsed once more: only the text says which fields are the preset's to fill in.
             Some(defaults) => preset::fill_in(text, defaults).map_err(|error| JobError::from_toml(text, &error))?,
         };
-        job.validate()?;
+        job.validate().map_err(|error| error.with_lines(text))?;
         Ok(job)
     }
 
@@ -107,6 +109,8 @@ impl Job {
     }
 
     fn check(&self, checks: &mut Checks) {
+        let is_empty = self.name.trim().is_empty();
+        checks.rule("name", "not empty", is_empty.then(|| "name is empty: logs and checkpoints call the job by it".into()));
         self.adapter.check(checks);
         self.student.check(checks);
         self.data.check(checks);
@@ -232,6 +236,21 @@ mod tests {
     }
 
     #[test]
+    fn job_without_a_name_is_refused() {
+        let error = Job::parse(&format!("name = \" \"\n{SMALL}")).unwrap_err().to_string();
+        assert_eq!(error, "line 1: name is empty: logs and checkpoints call the job by it");
+    }
+
+    #[test]
+    fn sizes_and_times_have_units() {
+        let with = |line: &str| Job::parse(&SMALL.replace("[train]", &format!("{line}\n[train]"))).unwrap().data;
+        let sizes = ["\"500 MB\"", "\"2GiB\"", "1048576"].map(|size| with(&format!("buffer_bytes = {size}")).buffer_bytes);
+        assert_eq!(sizes, [500_000_000, 2 << 30, 1 << 20]);
+        let times = ["90 s", "10m", "1h 30m"].map(|time| with(&format!("give_up_after = {time:?}")).give_up_after.as_secs());
+        assert_eq!(times, [90, 600, 5400]);
+    }
+
+    #[test]
     fn missing_section_is_named() {
         let error = Job::parse("seed = 1").unwrap_err().to_string();
         assert!(error.contains("missing field `model`"), "{error}");
@@ -293,7 +312,10 @@ mod tests {
         let with = |store: &str| Job::parse(&format!("{SMALL}\n[checkpoint]\nstore = {store:?}"));
         let error = with("https://host/run").unwrap_err().to_string();
         assert!(error.contains("checkpoint.store (https://host/run) must be a folder, or one in a store"), "{error}");
-        assert_eq!(with("s3:/bucket/run").unwrap_err().to_string(), "checkpoint.store: an address has two slashes, s3://bucket/run");
+        assert_eq!(
+            with("s3:/bucket/run").unwrap_err().to_string(),
+            "line 12: checkpoint.store: an address has two slashes, s3://bucket/run"
+        );
         assert!(with("/mnt/run").is_ok() && with("run").is_ok() && with("s3://bucket/run").is_ok());
     }
 

@@ -20,8 +20,8 @@ const HEAD: &str = "\
 Written by `coordinator reference` from the code that reads job files; a test compares the two. `coordinator init` writes a job file with
 all of this in short, `coordinator check` checks one. A key that is not listed here is an error.
 
-Durations are written as `\"30s\"`, `\"5m\"`, `\"1h 30m\"`. Where a default has two values, the second is that of `preset = \"reference\"`. Keys
-without a default are required, unless their words say what leaving them out means.
+Durations are written as `\"30s\"`, `\"5m\"`, `\"1h 30m\"`, sizes as `\"500MB\"`, `\"2GiB\"`, or as a number of bytes. Where a default has two values,
+the second is that of `preset = \"reference\"`. Keys without a default are required, unless their words say what leaving them out means.
 ";
 
 /// A job with something in every list, so that every range is looked at. It need not be valid.
@@ -37,7 +37,7 @@ const EXAMPLE: &str = r#"
 #[must_use]
 pub fn reference() -> String {
     let schema = schema_for!(Job).to_value();
-    let reference = Reference { schema: &schema, orders: orders(), ranges: ranges(), preset: preset() };
+    let reference = Reference { schema: &schema, sections: sections(), ranges: ranges(), preset: preset() };
     let mut out = HEAD.to_owned();
     reference.section(&mut out, "", &schema);
     out
@@ -55,21 +55,21 @@ fn preset() -> toml::Table {
     Preset::Reference.defaults().and_then(|text| text.parse().ok()).unwrap_or_default()
 }
 
-/// Keys of each type in the order of its fields; the schema has them by the alphabet.
-fn orders() -> Vec<&'static [&'static str]> {
+/// The sections by name, with the keys of each in the order of its fields; the schema has them by the alphabet.
+pub(super) fn sections() -> Vec<(&'static str, &'static [&'static str])> {
     vec![
-        fields::<Job>(),
-        fields::<ModelSection>(),
-        fields::<StudentSection>(),
-        fields::<AdapterSection>(),
-        fields::<DataSection>(),
-        fields::<SourceSection>(),
-        fields::<CaptionsSection>(),
-        fields::<TrainSection>(),
-        fields::<LossSection>(),
-        fields::<CheckpointSection>(),
-        fields::<ValidationSection>(),
-        fields::<PicturesSection>(),
+        ("", fields::<Job>()),
+        ("model", fields::<ModelSection>()),
+        ("student", fields::<StudentSection>()),
+        ("adapter", fields::<AdapterSection>()),
+        ("data", fields::<DataSection>()),
+        ("data.sources", fields::<SourceSection>()),
+        ("data.captions", fields::<CaptionsSection>()),
+        ("train", fields::<TrainSection>()),
+        ("loss", fields::<LossSection>()),
+        ("checkpoint", fields::<CheckpointSection>()),
+        ("validation", fields::<ValidationSection>()),
+        ("pictures", fields::<PicturesSection>()),
     ]
 }
 
@@ -108,7 +108,7 @@ fn fields<T: DeserializeOwned>() -> &'static [&'static str] {
 
 struct Reference<'a> {
     schema: &'a Json,
-    orders: Vec<&'static [&'static str]>,
+    sections: Vec<(&'static str, &'static [&'static str])>,
     ranges: BTreeMap<&'static str, String>,
     preset: toml::Table,
 }
@@ -126,7 +126,7 @@ impl<'a> Reference<'a> {
         }
         out.push_str("| key | type | default | range | meaning |\n|---|---|---|---|---|\n");
         let mut sections = Vec::new();
-        for key in self.keys(section) {
+        for key in self.keys(path, section) {
             let property = &section["properties"][key];
             let full = if path.is_empty() { key.to_owned() } else { format!("{path}.{key}") };
             let target = self.target(property);
@@ -175,10 +175,9 @@ impl<'a> Reference<'a> {
         let _ = writeln!(out, "| {} |", cells.join(" | "));
     }
 
-    fn keys(&self, section: &'a Json) -> Vec<&'a str> {
+    fn keys(&self, path: &str, section: &'a Json) -> Vec<&'a str> {
         let mut keys: Vec<&str> = section["properties"].as_object().into_iter().flatten().map(|(key, _)| key.as_str()).collect();
-        let is_order = |fields: &&&[&str]| fields.len() == keys.len() && keys.iter().all(|key| fields.contains(key));
-        if let Some(fields) = self.orders.iter().find(is_order) {
+        if let Some((_, fields)) = self.sections.iter().find(|(name, _)| *name == path) {
             keys.sort_by_key(|key| fields.iter().position(|field| field == key));
         }
         keys
@@ -210,6 +209,7 @@ impl<'a> Reference<'a> {
         let name = schema["type"].as_str().or_else(|| schema["type"][0].as_str()).unwrap_or_default();
         match (name, schema["format"].as_str(), schema["minItems"].as_u64()) {
             ("string", Some("duration"), _) => "duration".into(),
+            ("string", Some("bytes"), _) => "size".into(),
             ("string", ..) => "text".into(),
             ("integer", ..) => "whole number".into(),
             ("number", ..) => "number".into(),
@@ -262,9 +262,9 @@ mod tests {
                 keys.push(format!("{section}{}", cells[0].trim_matches('`')));
             }
         }
-        let fields: usize = orders().iter().map(|fields| fields.len()).sum();
+        let fields: usize = sections().iter().map(|(_, fields)| fields.len()).sum();
         // Every section but the job itself and a source is a field as well, and has no row.
-        assert_eq!(keys.len(), fields - (orders().len() - 2), "{keys:?}");
+        assert_eq!(keys.len(), fields - (sections().len() - 2), "{keys:?}");
         for range in ranges().keys() {
             assert!(keys.iter().any(|key| key == range.split('[').next().unwrap()), "{range} is the range of no key");
         }
@@ -278,6 +278,7 @@ mod tests {
         for row in [
             "| `hidden` | whole number | `1024` | 1 to 65536 |",
             "| `betas` | [number, number] | `[0.9, 0.999]` | [0] 0 to 0.999999; [1] 0 to 0.9999999 |",
+            "| `buffer_bytes` | size | `\"256MiB\"` | at least 1MiB |",
             "| `read_timeout` | duration | `\"30s\"` | 100ms to 1h |",
             "| `time_ids_order` | one of `\"hw\"`, `\"wh\"` | `\"hw\"`; `\"wh\"` |",
             "| `weight` | number | `1.0` | 0.001 to 1000 |",
