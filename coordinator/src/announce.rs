@@ -5,7 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 
 use peapod_proto::job::Job;
-use peapod_proto::program::host_name;
+use peapod_proto::program::{counted, host_name};
 
 use crate::config::RunArgs;
 use crate::observe::Bar;
@@ -69,9 +69,10 @@ pub fn announce(args: &RunArgs, job: &Job, listening: SocketAddr, num_shards: us
     let scheme = scheme(secrets.is_some());
     let workers = match args.min_world_size() {
         min if min < args.world_size => format!("{min} to {} workers", args.world_size),
-        _ => format!("{} workers", args.world_size),
+        _ => counted(args.world_size, "worker"),
     };
-    tracing::info!("job {}: {workers}, {num_shards} shards, listening on {scheme}://{listening}", job.name);
+    let shards = counted(num_shards, "shard");
+    tracing::info!("job {}: {workers}, {shards}, listening on {scheme}://{listening}", job.name);
     if args.security.insecure {
         tracing::warn!("--insecure: anyone who reaches {scheme}://{listening} can join, stop or replace this job");
     }

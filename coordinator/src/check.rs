@@ -11,6 +11,7 @@ use std::sync::Arc;
 use peapod_data::source::shown_url;
 use peapod_proto::ids::SampleName;
 use peapod_proto::job::{Job, JobArgs, JobFile};
+use peapod_proto::program::counted;
 
 pub use visibility::Visibility;
 
@@ -80,11 +81,8 @@ impl LoadedJob {
         let mut trained = HashSet::with_capacity(self.shards.len());
         let again: Vec<&String> = self.shards.iter().filter(|shard| !trained.insert(*shard)).collect();
         if let Some(first) = again.first() {
-            let num = again.len();
-            found.push(format!(
-                "data: {num} shards are listed twice, such as {}: their samples are trained twice an epoch",
-                shown_url(first)
-            ));
+            let (shards, such) = (counted(again.len(), "shard"), shown_url(first));
+            found.push(format!("data.shards names {shards} twice, such as {such}: what is in them is trained twice an epoch"));
         }
         match &self.validation {
             Some(Ok(Validation { shards, .. })) => {
@@ -164,17 +162,17 @@ pub fn report(args: &JobArgs, worker: &Path) -> Result<String, String> {
     }
     let mut text = format!("{} is a valid job: {}\n", path.display(), job.name);
     let length = match (job.train.steps, job.train.epochs) {
-        (Some(steps), _) => format!("{steps} steps"),
-        (_, Some(epochs)) => format!("{epochs} epochs"),
+        (Some(steps), _) => counted(steps, "step"),
+        (_, Some(epochs)) => counted(epochs, "epoch"),
         _ => String::new(),
     };
-    let _ = writeln!(text, "  {length}, {} samples a step, in parts of {}", job.train.global_batch, job.train.micro_batch);
+    let _ = writeln!(text, "  {length}, {} a step, in parts of {}", counted(job.train.global_batch, "sample"), job.train.micro_batch);
     for oddity in loaded.oddities() {
         let _ = writeln!(text, "  {oddity}");
     }
     let _ = writeln!(text, "  {}", visible.describe(shards.len()));
     for Source { name, num_shards, weight } in sources.iter().filter(|source| !source.name.is_empty()) {
-        let _ = writeln!(text, "    {name}: {num_shards} shards, weight {weight}");
+        let _ = writeln!(text, "    {name}: {}, weight {weight}", counted(*num_shards, "shard"));
     }
     if let Some(Ok(Validation { shards, visible })) = validation {
         let _ = writeln!(text, "  validation: {}", visible.describe(shards.len()));
@@ -303,7 +301,7 @@ mod tests {
             report(&with(folder.path(), more), Path::new("nobody"))
         };
         let text = said("[validation]\nshards = [\"DIR/03.tar\"]").unwrap();
-        assert!(text.contains("\n  validation: 1 shards, 0.0 MB\n") && !text.contains("trained on too"), "{text}");
+        assert!(text.contains("\n  validation: 1 shard, 0.0 MB\n") && !text.contains("trained on too"), "{text}");
         let error = said("[validation]\nshards = [\"DIR/{03..04}.tar\"]").unwrap_err();
         assert!(error.contains("job.toml: validation.shards: 1 of 2 shards do not exist:") && error.contains("04.tar"), "{error}");
         let text = said("[validation]\nshards = [\"DIR/{02..03}.tar\"]").unwrap();
@@ -323,7 +321,7 @@ mod tests {
         let text = std::fs::read_to_string(&path.job).unwrap().replace("{00..02}.tar", "{00,01,00}.tar");
         std::fs::write(&path.job, text).unwrap();
         let odd = load(&path).unwrap().oddities();
-        assert!(odd.iter().any(|odd| odd.starts_with("data: 1 shards are listed twice, such as ")), "{odd:?}");
+        assert!(odd.iter().any(|odd| odd.starts_with("data.shards names 1 shard twice, such as ")), "{odd:?}");
     }
 
     #[test]

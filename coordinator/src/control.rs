@@ -6,6 +6,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::Result;
+use peapod_proto::program::counted;
 use peapod_proto::secure::{Access, AccessError, Link, failure, refusal};
 use peapod_proto::v1;
 
@@ -277,7 +278,8 @@ fn to_table(reply: &v1::StatusReply) -> String {
     if let Some(v1::ValidationStatus { step, samples, task, logit, feature, total }) = &reply.validation {
         let _ = writeln!(
             text,
-            "validation at step {step}: total {total:.4}, task {task:.4}, logit {logit:.4}, feature {feature:.3} ({samples} samples)"
+            "validation at step {step}: total {total:.4}, task {task:.4}, logit {logit:.4}, feature {feature:.3} ({})",
+            counted(*samples, "sample")
         );
     }
     if !reply.first_failure.is_empty() {

@@ -8,6 +8,7 @@ use indicatif::{HumanDuration, ProgressBar, ProgressStyle};
 use peapod_proto::ids::{Step, WorkerId};
 use peapod_proto::job::Job;
 use peapod_proto::message::{StepLosses, StepRecord, StepTimings, ValidationLosses};
+use peapod_proto::program::{counted, rate};
 
 use crate::core::{Activity, Notice};
 use crate::history::{History, Level, restore, told};
@@ -239,7 +240,8 @@ impl Observer {
         let scalars = named.map(|(name, value): (&str, f64)| (format!("validation/{name}"), value));
         self.tell_tensorboard(|events| events.scalars(step, &scalars.each_ref().map(|(name, value)| (name.as_str(), *value))));
         tracing::info!(
-            "validation at step {step}: total {total:.4}  task {task:.4}  logit {logit:.4}  feature {feature:.3}  ({samples} samples, {weights} weights)"
+            "validation at step {step}: total {total:.4}  task {task:.4}  logit {logit:.4}  feature {feature:.3}  ({}, {weights} weights)",
+            counted(samples, "sample")
         );
         self.logs.validated(losses, total, weights);
     }
@@ -318,7 +320,7 @@ impl Observer {
 impl std::fmt::Display for Summary {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let Self { steps, last_step, first, last, samples, native_share, samples_per_second } = self;
-        write!(f, "steps       {steps}, up to step {last_step}, {samples} samples")?;
+        write!(f, "steps       {steps}, up to step {last_step}, {}", counted(*samples, "sample"))?;
         // Not known of a single step.
         if *samples_per_second > 0.0 {
             write!(f, " at {} samples/s", rate(*samples_per_second))?;
@@ -330,12 +332,6 @@ impl std::fmt::Display for Summary {
         writeln!(f, "  logit     {:.4} -> {:.4}", first.logit, last.logit)?;
         write!(f, "  feature   {:.3} -> {:.3}", first.feature, last.feature)
     }
-}
-
-/// A number of which two digits matter: a large model trains less than a sample a second on a CPU, a small one hundreds.
-fn rate(per_second: f64) -> String {
-    let decimals = if per_second >= 10.0 || per_second <= 0.0 { 0 } else { (1.0 - per_second.log10().floor()).clamp(1.0, 6.0) as usize };
-    format!("{per_second:.decimals$}")
 }
 
 /// An average that follows the last twenty steps or so.

@@ -1,5 +1,6 @@
 //! The shards that a ledger's numbers stand for, kept beside it: in a list that has changed they would stand for others.
 
+use peapod_proto::program::counted;
 use serde::{Deserialize, Serialize};
 
 use crate::core::order::Source;
@@ -42,8 +43,8 @@ pub fn changes(before: &[ShardList], now: &[ShardList]) -> Vec<String> {
     let change = |now: &ShardList| {
         let then = before.iter().find(|then| then.source == now.source)?;
         (then != now).then(|| match (then.num_shards, now.num_shards) {
-            (then, same) if then == same => format!("{}: {same} shards as before, but others or in another order", now.name()),
-            (then, num) => format!("{}: {num} shards now, {then} then", now.name()),
+            (then, same) if then == same => format!("{}: {} as before, but others or in another order", now.name(), counted(same, "shard")),
+            (then, num) => format!("{}: {} now, {then} then", now.name(), counted(num, "shard")),
         })
     };
     now.iter().filter_map(change).collect()
@@ -70,7 +71,7 @@ mod tests {
         assert_eq!(changes(&before, &lists(&["0", "1", "2"], &["x"])), ["data.sources \"a\": 3 shards now, 2 then"]);
         assert_eq!(
             changes(&before, &lists(&["0", "2"], &["y"])),
-            ["data.sources \"b\": 1 shards as before, but others or in another order"]
+            ["data.sources \"b\": 1 shard as before, but others or in another order"]
         );
         assert_eq!(changes(&before, &lists(&["2", "0"], &["x", "y"])).len(), 2);
         assert!(changes(&[], &before).is_empty(), "a checkpoint of before these were kept");

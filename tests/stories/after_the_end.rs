@@ -64,7 +64,7 @@ fn stopped_job_is_shown_as_stopped_and_goes_on_at_the_next_start() {
     cluster.job.set_steps(u32::try_from(step).unwrap() + 1);
     let mut longer = cluster.coordinator(1, &["--stay"]);
     longer.worker_of_rank(0).expect_exit(0);
-    longer.assert_said(&format!("1 workers train from step {step} (from its checkpoint)"));
+    longer.assert_said(&format!("1 worker trains from step {step} (from its checkpoint)"));
     longer.wait_for("page and status stay until a signal");
     longer.signal(Signal::INT);
     longer.expect_exit(0);

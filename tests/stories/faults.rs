@@ -105,7 +105,7 @@ fn step_that_was_reported_by_a_worker_that_then_hangs_is_void() {
     // Rank 0 applies and reports step 5, and then neither hears an abort nor says what it holds.
     let plan = FaultPlan::new().fail_all_reduce(1, 5).at(Point::HangInData, 0, 6);
     let [hanging, mut survivor] = plan.workers(&coordinator, 2).try_into().unwrap();
-    coordinator.wait_for("g000002: 1 workers train from step 4");
+    coordinator.wait_for("g000002: 1 worker trains from step 4");
     hanging.signal(Signal::KILL);
     finish(&cluster, &mut coordinator, [&mut survivor]);
 }

@@ -42,7 +42,7 @@ fn killed_coordinator_is_started_again_and_finds_its_workers_training() {
 
     let mut coordinator = cluster.coordinator(2, &["--listen", &address]);
     coordinator.wait_for("going on with the run of ");
-    let line = coordinator.wait_for("g000001: 2 workers have trained on meanwhile, to step ");
+    let line = coordinator.wait_for("g000001 goes on: it was trained by 2 workers meanwhile, to step ");
     let (_, step) = line.split_once("to step ").unwrap();
     let step: u64 = step.split(' ').next().unwrap().parse().unwrap();
     assert!(step >= before, "at step {step}, yet {before} was final");

@@ -66,7 +66,7 @@ fn stopped_job_resumes_with_another_number_of_workers() {
 
     let mut coordinator = cluster.coordinator(1, &["--local"]);
     coordinator.expect_exit(0);
-    coordinator.assert_said("1 workers train from step ");
+    coordinator.assert_said("1 worker trains from step ");
     assert_trained_once(&cluster.trained_samples(), &SIZES);
     assert_eq!(cluster.newest_checkpoint().ledger_total("committed"), 160);
 }
@@ -161,7 +161,7 @@ fn of_two_coordinators_on_one_store_the_older_one_ends() {
     let arguments = ["--world-size", "1", "--local", "--listen", "127.0.0.1:0", "--http-addr", "off", "--job", &job, "--state-dir", &state];
     let mut newer = Process::start("newer", "coordinator", &arguments);
     newer.wait_for("if that lives, it ends at its next checkpoint");
-    newer.wait_for("1 workers train from step ");
+    newer.wait_for("1 worker trains from step ");
     older.signal(Signal::CONT);
     older.expect_exit(1);
     older.assert_said("two must not write there, and this is the older one");

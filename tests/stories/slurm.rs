@@ -131,7 +131,7 @@ fn slurm_script_is_queued_again_without_a_worker_that_is_away() {
     let away = batch.pid_of_rank(1);
     batch.script.allow_error(" lost at step ");
     signal(away, Signal::STOP);
-    batch.script.wait_for(": 1 workers train from");
+    batch.script.wait_for(": 1 worker trains from");
 
     batch.script.signal(Signal::USR1);
     batch.script.expect_exit(0);

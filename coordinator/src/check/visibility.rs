@@ -4,6 +4,7 @@ use std::fmt::Write as _;
 
 use peapod_data::source::shown_url;
 use peapod_data::{Seen, SourceOptions, Sources};
+use peapod_proto::program::counted;
 
 /// Most shards behind a network that are asked for before a job: every one costs a request.
 const MAX_ASKED: usize = 1000;
@@ -81,7 +82,7 @@ impl Visibility {
     /// The shard list in a line, with what could not be seen of it.
     #[must_use]
     pub fn describe(&self, num_shards: usize) -> String {
-        let mut text = format!("{num_shards} shards");
+        let mut text = counted(num_shards, "shard");
         if self.found > 0 {
             let about = if self.not_asked > 0 { format!("{} of them looked at, ", self.found) } else { String::new() };
             let _ = write!(text, ", {about}{:.1} MB", self.num_bytes as f64 / 1e6);
@@ -106,7 +107,7 @@ mod tests {
         assert_eq!((seen.found, seen.missing.len(), seen.unknown), (0, 0, 1));
         assert!(seen.judge(true).is_ok());
         let line = seen.describe(1);
-        assert!(line.starts_with("1 shards; 1 cannot be looked at from this machine, such as http://127.0.0.1:1/"), "{line}");
+        assert!(line.starts_with("1 shard; 1 cannot be looked at from this machine, such as http://127.0.0.1:1/"), "{line}");
         let missing = Visibility { missing: vec!["http://host/0.tar".into()], ..Visibility::default() };
         assert!(missing.judge(false).is_err(), "a server's answer is the same everywhere");
     }

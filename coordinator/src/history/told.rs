@@ -1,6 +1,7 @@
 //! Notices in words.
 
 use peapod_data::sample::most_often;
+use peapod_proto::program::counted;
 
 use crate::core::Notice;
 
@@ -41,10 +42,12 @@ pub fn told(notice: &Notice) -> (Level, String) {
         }
         Notice::Formed { generation, num_members, base_step, from_checkpoint } => {
             let from = if *from_checkpoint { " (from its checkpoint)" } else { "" };
-            info(format!("{generation}: {num_members} workers train from step {base_step}{from}"))
+            let train = if *num_members == 1 { "trains" } else { "train" };
+            info(format!("{generation}: {} {train} from step {base_step}{from}", counted(*num_members, "worker")))
         }
         Notice::TakenUp { generation, num_members, step } => {
-            info(format!("{generation}: {num_members} workers have trained on meanwhile, to step {step} at least, and go on"))
+            let workers = counted(*num_members, "worker");
+            info(format!("{generation} goes on: it was trained by {workers} meanwhile, to step {step} at least"))
         }
         Notice::Lost { worker, cause } => {
             error(format!("{worker} lost at step {} in phase {}: {cause}", worker.step, worker.phase.as_str()))
@@ -61,7 +64,8 @@ pub fn told(notice: &Notice) -> (Level, String) {
             warning(format!("every worker that holds step {step} is gone or cut off: waiting {seconds:.1} s for one to come back"))
         }
         Notice::RolledBack { from, to } => {
-            error(format!("no worker that held step {from} is left: going back to step {to}, {} steps are trained again", from.0 - to.0))
+            let again = counted(from.0 - to.0, "step");
+            error(format!("no worker that held step {from} is left: going back to step {to}, to train {again} again"))
         }
         Notice::StepSkipped { step, in_a_row } => warning(format!("step {step} is not finite and was skipped ({in_a_row} in a row)")),
         Notice::BadData { shard, key, detail } if key.is_empty() => warning(format!("shard {shard}: {detail}; the rest of it is lost")),

@@ -1,6 +1,7 @@
 //! What the programs have in common at their edges: log lines, what they print, manual pages.
 
 mod logs;
+mod numbers;
 pub mod otlp;
 mod pages;
 mod signals;
@@ -10,6 +11,7 @@ use std::fmt::Display;
 use std::io::{self, Write};
 
 pub use logs::{LogArgs, LogFormat, start};
+pub use numbers::{counted, rate};
 pub use pages::Pages;
 pub use signals::{Signals, StopSignal};
 
