@@ -33,7 +33,8 @@ fn job_file_that_is_not_there_and_values_out_of_range_are_named() {
     cluster.job.set("train.learning_rate", -1.0).set("train.global_batch", 0);
     let mut coordinator = cluster.coordinator(1, &["--local"]);
     coordinator.expect_exit(2);
-    coordinator.assert_said("train.learning_rate (-1) must be within");
+    coordinator.assert_said("job.toml: line ");
+    coordinator.assert_said(": train.learning_rate (-1) must be within");
     coordinator.assert_said("train.global_batch (0) must be within");
 }
 
@@ -204,7 +205,7 @@ fn check_of_a_job_compares_shapes_and_starts_nothing() {
     check.assert_said("model nowhere is not visible from this machine: the workers must see it");
     let mut check = Process::start("worker", "worker", &["check", "--job", job.to_str().unwrap()]);
     check.expect_exit(2);
-    check.assert_said("model.path: nowhere: there is no such file or folder");
+    check.assert_said(&format!("model.path: nowhere: there is no such file or folder in {}, and", workspace().display()));
 }
 
 /// A folder like `from`, made of links but for the folder `apart` in it, whose files are links too and whose weights are left out.

@@ -83,7 +83,8 @@ fn fetch_brings_what_a_job_names_and_says_where_it_is() {
 
     let mut unknown = fetch(&["peapod/other"]);
     unknown.expect_exit(2);
-    unknown.assert_said("worker: peapod/other: there is no such file or folder, and http://127.0.0.1:");
+    let folder = workspace().display().to_string();
+    unknown.assert_said(&format!("worker: peapod/other: there is no such file or folder in {folder}, and http://127.0.0.1:"));
     let mut path = fetch(&["./models"]);
     path.expect_exit(2);
     path.assert_said("a model on the hub is ORG/NAME or ORG/NAME@REVISION");
@@ -98,5 +99,5 @@ fn mistyped_path_ends_the_job_and_says_that_the_hub_has_no_such_model_either() {
     let mut coordinator = Process::start_with("coordinator", "coordinator", &arguments, &hub.environment());
     coordinator.expect_exit(1);
     let reason = coordinator.lines_with("coordinator: ").pop().unwrap();
-    assert!(reason.contains("models/sdlx: there is no such file or folder, and http://127.0.0.1:"), "{reason}");
+    assert!(reason.contains("models/sdlx: there is no such file or folder in /") && reason.contains(", and http://127.0.0.1:"), "{reason}");
 }

@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use peapod_model::hub::{HubName, cache_folder};
+use peapod_model::hub::{HubName, absent, cache_folder};
 use peapod_proto::job::OptionalJobArgs;
 
 use crate::hub::{Hub, HubError, Log};
@@ -57,7 +57,7 @@ pub fn run(options: &Options) -> Result<String, FetchError> {
     if let Some(job) = options.job.job() {
         let job = job.read()?.job;
         for path in setup::model_paths(&job).filter(|path| !path.exists()) {
-            let no_name = || format!("{}: there is no such file or folder, and it is no ORG/NAME of the hub", path.display());
+            let no_name = || format!("{}: {}, and it is no ORG/NAME of the hub", path.display(), absent(path));
             models.push(HubName::of(path).ok_or_else(no_name)?);
         }
     }

@@ -26,13 +26,23 @@ pub fn locate(model: impl AsRef<Path>) -> Result<PathBuf> {
     if path.exists() {
         return Ok(path.to_path_buf());
     }
-    let invalid = |reason: &str| Error::Invalid { path: path.into(), reason: reason.into() };
-    let name = HubName::of(path).ok_or_else(|| invalid("there is no such file or folder, and it is no ORG/NAME of the hub"))?;
-    let cache = cache_folder().ok_or_else(|| invalid("no such folder, and neither HF_HOME nor HOME says where the hub's cache is"))?;
-    name.snapshot(&cache).ok_or_else(|| {
-        let reason = format!("no such file or folder, and not in the hub's cache either; fetch it with: worker fetch {name}");
-        Error::Invalid { path: path.into(), reason }
-    })
+    let absent = |but: &str| Error::Invalid { path: path.into(), reason: format!("{}, and {but}", absent(path)) };
+    let name = HubName::of(path).ok_or_else(|| absent("it is no ORG/NAME of the hub"))?;
+    let cache = cache_folder().ok_or_else(|| absent("neither HF_HOME nor HOME says where the hub's cache is"))?;
+    name.snapshot(&cache).ok_or_else(|| absent(&format!("it is not in the hub's cache either; fetch it with: worker fetch {name}")))
+}
+
+/// Says that nothing is found at a path; of a relative one also where it was looked for.
+#[must_use]
+pub fn absent(path: &Path) -> String {
+    let folder = if path.is_relative() { format!(" in {}", current_folder()) } else { String::new() };
+    format!("there is no such file or folder{folder}")
+}
+
+/// The folder that relative paths start from, in words.
+#[must_use]
+pub fn current_folder() -> String {
+    std::env::current_dir().map_or_else(|_| "the folder that this program runs in".into(), |folder| folder.display().to_string())
 }
 
 /// Where the Python libraries keep what they know: `$HF_HOME`, `$XDG_CACHE_HOME/huggingface`, `~/.cache/huggingface`. `None` if not even the
@@ -190,8 +200,11 @@ mod tests {
     fn a_path_that_exists_is_taken_as_it_is() {
         let folder = tempfile::tempdir().unwrap();
         assert_eq!(locate(folder.path()).unwrap(), folder.path());
-        assert!(locate("/no/such/folder").unwrap_err().to_string().contains("no ORG/NAME"));
+        let error = locate("/no/such/folder").unwrap_err().to_string();
+        assert!(error.ends_with("there is no such file or folder, and it is no ORG/NAME of the hub"), "{error}");
         let error = locate("no-such/model@v2").unwrap_err().to_string();
+        let here = std::env::current_dir().unwrap();
+        assert!(error.contains(&format!("there is no such file or folder in {}, and it is not in", here.display())), "{error}");
         assert!(error.ends_with("fetch it with: worker fetch no-such/model@v2"), "{error}");
     }
 }

@@ -3,13 +3,13 @@
 use std::io;
 use std::path::PathBuf;
 
-use peapod_model::hub::HubName;
+use peapod_model::hub::{HubName, current_folder};
 
 /// Why a model could not be fetched.
 #[derive(Debug, thiserror::Error)]
 pub enum HubError {
     /// It is neither here nor there.
-    #[error("{name}: there is no such file or folder, and {endpoint} has no model of this name{but}")]
+    #[error("{name}: there is no such file or folder in {}, and {endpoint} has no model of this name{but}", current_folder())]
     Missing {
         /// As it was given.
         name: HubName,
@@ -20,8 +20,9 @@ pub enum HubError {
     },
     /// It is there, but not for everybody.
     #[error(
-        "{name}: there is no such file or folder, and {endpoint} denies access to a model of this name ({reason}, {asked}): if the name is right, \
+        "{name}: there is no such file or folder in {}, and {endpoint} denies access to a model of this name ({reason}, {asked}): if the name is right, \
          accept the model's terms on {endpoint}/{} and set HF_TOKEN to a token of that account",
+        current_folder(),
         .name.repository()
     )]
     Denied {
@@ -36,8 +37,9 @@ pub enum HubError {
     },
     /// The hub does not answer, or not as a hub.
     #[error(
-        "{name}: there is no such file or folder, and it could not be fetched: {reason}; where the hub can be reached, `worker fetch {name}` \
-         puts it into the cache, which HF_HOME moves"
+        "{name}: there is no such file or folder in {}, and it could not be fetched: {reason}; where the hub can be reached, `worker fetch {name}` \
+         puts it into the cache, which HF_HOME moves",
+        current_folder()
     )]
     Unreachable {
         /// As it was given.
@@ -81,7 +83,8 @@ pub enum HubError {
     },
     /// The cache cannot be written.
     #[error(
-        "{name}: there is no such file or folder, and it cannot be fetched into the hub's cache, which HF_HOME moves: {path}: {source}"
+        "{name}: there is no such file or folder in {}, and it cannot be fetched into the hub's cache, which HF_HOME moves: {path}: {source}",
+        current_folder()
     )]
     Cache {
         /// As it was given.
@@ -92,7 +95,10 @@ pub enum HubError {
         source: io::Error,
     },
     /// It would have to be fetched.
-    #[error("{name}: it is not in the hub's cache, and HF_HUB_OFFLINE forbids to fetch it")]
+    #[error(
+        "{name}: there is no such file or folder in {}, it is not in the hub's cache either, and HF_HUB_OFFLINE forbids to fetch it",
+        current_folder()
+    )]
     Offline {
         /// As it was given.
         name: HubName,

@@ -253,7 +253,7 @@ fn refusals_say_what_to_do() {
     let ((server, hub), cache) = (hub(), tempfile::tempdir().unwrap());
     let refuse = |hub: &Hub, model: &str| fetch(hub, model, cache.path()).unwrap_err();
     let error = refuse(&hub, "models/sdxl");
-    assert!(error.is_permanent() && error.to_string().starts_with("models/sdxl: there is no such file or folder, and http://"), "{error}");
+    assert!(error.is_permanent() && error.to_string().starts_with("models/sdxl: there is no such file or folder in /"), "{error}");
     let error = refuse(&hub, "org/model@v2");
     assert!(error.to_string().ends_with("no model of this name, or not the revision v2"), "{error}");
     server.put("org/data", "main", COMMIT, &[("table.csv", b"1,2")]);
@@ -274,7 +274,7 @@ fn refusals_say_what_to_do() {
     std::fs::write(&file, "").unwrap();
     let error = fetch(&hub, "org/model", &file).unwrap_err();
     assert!(
-        matches!(error, HubError::Cache { .. }) && error.to_string().starts_with("org/model: there is no such file or folder, and"),
+        matches!(error, HubError::Cache { .. }) && error.to_string().starts_with("org/model: there is no such file or folder in /"),
         "{error}"
     );
 }
