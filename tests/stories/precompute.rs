@@ -141,6 +141,7 @@ fn what_cannot_be_precomputed_is_named_and_the_rest_is_made() {
     process.assert_said("shards     2 made (1 in part), 0 were there, 2 failed");
     process.assert_said("2 of 4 shards are not made (1, 3); the first: open ");
     process.assert_said("start the same command again: only what is missing is made then");
+    process.assert_said("missing    2 of 4 shards; once they are there, ");
     assert!(process.lines_with("for a job").is_empty(), "there is no whole list yet");
     assert!(!made.join("00003.tar").exists());
     let list = format!("{}/*.tar", made.display());

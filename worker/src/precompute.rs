@@ -27,7 +27,7 @@ use peapod_data::cached::{CachedSample, LATENTS, Recipe, SKIPPED, STAMP, Stamp, 
 use peapod_data::shard::{Found, read_shard};
 use peapod_proto::ids::{Bitmap, ShardId};
 use peapod_proto::job::{Job, JobArgs};
-use peapod_proto::program::say;
+use peapod_proto::program::{counted, say};
 use tch::Device;
 
 use self::encoders::{Encoders, Picture};
@@ -211,8 +211,11 @@ impl Plan {
         for (rule, count) in skipped {
             line("", format!("{count:>9}  {rule}"));
         }
-        if num_failed > 0 {
-            // The list would name shards that are not there.
+        // The list would name shards that are not there, whether they failed or are left to another machine.
+        let num_missing = (0..self.shards.len()).filter(|&place| !self.target(place).exists()).count();
+        if num_missing > 0 {
+            let all = counted(self.shards.len(), "shard");
+            line("missing", format!("{num_missing} of {all}; once they are there, this command says how a job names them"));
             return text;
         }
         let mut first = 0;

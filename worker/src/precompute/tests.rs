@@ -46,6 +46,19 @@ fn precompute(options: &Options) -> Result<String, String> {
     problem.map_or(Ok(text), Err)
 }
 
+#[test]
+fn list_for_a_job_is_told_once_all_of_its_shards_are_there() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = job(folder.path(), &[("shards/00000.tar", "shards/{00000..00001}.tar")]);
+    let plan = Plan::new(&options(&path, folder.path(), false)).unwrap();
+    std::fs::write(plan.target(0), "made here").unwrap();
+    let told = plan.describe(&Made::default(), 0);
+    assert!(told.contains("missing    1 of 2 shards; ") && !told.contains("for a job"), "{told}");
+    std::fs::write(plan.target(1), "made elsewhere").unwrap();
+    let told = plan.describe(&Made::default(), 0);
+    assert!(told.contains("for a job  shards = [") && !told.contains("missing"), "{told}");
+}
+
 fn parse(job: &Path) -> Job {
     Job::parse(&std::fs::read_to_string(job).unwrap()).unwrap()
 }
