@@ -54,6 +54,23 @@ fn the_same_latents_give_the_same_picture_whatever_the_seed() {
 }
 
 #[test]
+fn prompts_and_captions_that_are_not_seen_as_a_whole_are_warned_of() {
+    let folder = tempfile::tempdir().unwrap();
+    let (prompts, out) = (folder.path().join("prompts.txt"), folder.path().join("sheet.png"));
+    let long = RED.repeat(3);
+    std::fs::write(&prompts, format!("{RED}\n{long}\nแมว\n")).unwrap();
+    let said = drawn(&["--prompts", prompts.to_str().unwrap(), "--grid", "--out", out.to_str().unwrap()]);
+    let lines = |words: &str| said.lines().filter(|line| line.contains(words)).collect::<Vec<_>>();
+    let cut = lines("is longer than the 24 tokens that the text encoder takes; cut off: ");
+    assert!(cut.len() == 1 && cut[0].starts_with(&format!("sample: {long:?} ")), "{said}");
+    assert_eq!(
+        lines("has no word or character that the text encoder knows"),
+        ["sample: \"แมว\" has no word or character that the text encoder knows: is it in its language?"]
+    );
+    assert_eq!(lines("the built-in font lacks "), ["sample: the built-in font lacks ม ว แ, drawn as boxes: give --font FILE"]);
+}
+
+#[test]
 fn a_picture_is_changed_below_its_mask_alone_and_as_far_as_strength_says() {
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();

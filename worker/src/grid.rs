@@ -100,6 +100,12 @@ pub struct Row {
 }
 
 impl Grid {
+    /// All that is written on the sheet.
+    pub fn texts(&self) -> impl Iterator<Item = &str> {
+        let captions = self.rows.iter().flat_map(|row| &row.captions);
+        [&self.title, &self.subtitle].into_iter().chain(&self.columns).chain(captions).map(String::as_str)
+    }
+
     /// Paints the sheet.
     ///
     /// Errors: [`GridError::Empty`] and [`GridError::Row`] for a grid without shape, [`GridError::TooLarge`].

@@ -18,7 +18,7 @@ use peapod_model::{
     controlnet::ControlNet,
     panics,
     sample::{Control, Inpaint, Pipeline, PipelineOptions, Progress, Prompter, SampleOptions, StartImage, Task},
-    text::{EnglishEncoders, StudentEncoder, StudentOptions},
+    text::{EnglishEncoders, Overlooked, StudentEncoder, StudentOptions},
 };
 use tch::{Device, Tensor};
 
@@ -121,6 +121,20 @@ impl Painter {
             let control = control.map(|(network, image)| Control { network, image, scale: inputs.control_scale });
             Ok(Task { noise, image, inpaint, control })
         })
+    }
+
+    /// Says what of a prompt is not seen on a road, and how many tokens are.
+    ///
+    /// Errors: [`DrawError::Road`] if the setup did not include `road`; [`DrawError::Model`] if a tokenizer fails.
+    pub fn overlooked(&self, road: Road, prompt: &str) -> Result<(Overlooked, i64), DrawError> {
+        match road {
+            Road::English => self.english.as_ref().map(|encoders| Ok((encoders.overlooked(prompt)?, encoders.context_length()))),
+            Road::Adapter(index) => self.students.get(index).map(|student| {
+                let encoder = &student.encoder;
+                Ok((encoder.overlooked(prompt)?, encoder.context_length()))
+            }),
+        }
+        .unwrap_or(Err(DrawError::Road(road)))
     }
 
     /// Draws one picture a prompt. The same seed and picture number begin with the same noise on every road. Where decoding runs out of

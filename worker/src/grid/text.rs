@@ -3,6 +3,7 @@
 //! Glyphs are set one after the other from left to right with kerning. That is right for Latin, Greek, Cyrillic, Chinese, Japanese and
 //! Korean; scripts whose letters join or reorder (Arabic, Devanagari) are shown, but not shaped.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use ab_glyph::{Font, FontArc, GlyphId, PxScale, ScaleFont, point};
@@ -17,6 +18,9 @@ const MISSING: Colour = [0xC4, 0xC8, 0xCE];
 
 /// Punctuation that must not begin a line.
 const CLOSING: &str = "，。、；：？！）》」』】”’…,.;:?!)]}";
+
+/// Characters that are named where fonts lack them; all are counted.
+const NUM_NAMED: usize = 10;
 
 /// Why a font could not be used.
 #[derive(Debug, thiserror::Error)]
@@ -70,6 +74,19 @@ impl Typeface {
         }
         fonts.push(FontArc::try_from_slice(BUNDLED).map_err(|_| FontError::Invalid { path: "the bundled font".into() })?);
         Ok(Self { fonts })
+    }
+
+    /// What to say where characters of these texts are in no font, so that boxes are drawn in their place.
+    pub fn complaint<'a>(&self, texts: impl IntoIterator<Item = &'a str>) -> Option<String> {
+        let drawn = texts.into_iter().flat_map(str::chars).filter(|&c| !is_invisible(c));
+        let lacking: BTreeSet<char> = drawn.filter(|&c| self.glyph(c).is_none()).collect();
+        let named: Vec<String> = lacking.iter().take(NUM_NAMED).map(char::to_string).collect();
+        let more = if lacking.len() > named.len() { format!(" and {} more", lacking.len() - named.len()) } else { String::new() };
+        let (fonts, remedy) = match self.fonts.len() {
+            0 | 1 => ("the built-in font lacks", "give --font FILE"),
+            _ => ("the font of --font and the built-in one lack", "give a --font that has them"),
+        };
+        (!named.is_empty()).then(|| format!("{fonts} {}{more}, drawn as boxes: {remedy}", named.join(" ")))
     }
 
     /// The first font that has `c`, and its glyph there.
@@ -250,6 +267,19 @@ mod tests {
         let mut canvas = Canvas::new(40, 20, [255; 3]);
         t.draw(&mut canvas, text, [2.0, 2.0], Style { size: 10.0, colour: [0; 3] });
         assert!(canvas.finish().unwrap().rgb().contains(&MISSING[0]));
+    }
+
+    #[test]
+    fn characters_that_no_font_has_are_told_with_what_to_do() {
+        let bundled = typeface();
+        assert_eq!(bundled.complaint(["a red circle · Euler", "红色\u{200B}"]), None);
+        let complaint = bundled.complaint(["แมว", "a cat แมว 😀"]).unwrap();
+        assert_eq!(complaint, "the built-in font lacks ม ว แ 😀, drawn as boxes: give --font FILE");
+        let alphabet: String = ('ก'..='ฮ').collect();
+        assert!(bundled.complaint([alphabet.as_str()]).unwrap().contains(" ช and 36 more, "));
+        let with_another = Typeface { fonts: [bundled.fonts.clone(), bundled.fonts.clone()].concat() };
+        let complaint = with_another.complaint(["แ"]).unwrap();
+        assert_eq!(complaint, "the font of --font and the built-in one lack แ, drawn as boxes: give a --font that has them");
     }
 
     #[test]

@@ -12,13 +12,16 @@ use peapod_data::caption::Cleaner;
 use peapod_data::sample::{Rules, Stored, examine, most_often};
 use peapod_data::shard::RawSample;
 use peapod_data::{Reason, Rule, Skip, Sources, expand_shards, image};
+use peapod_model::text::{Overlooked, StudentEncoder, StudentTokenizers};
 use peapod_proto::ids::Bitmap;
 use peapod_proto::job::{CaptionRules, DataSection, Job, OptionalJobArgs};
 use serde::Serialize;
+use tch::{Device, Kind};
 
 use super::{Report, progress_bar, size};
 use crate::precompute::recipe;
 use crate::setup;
+use crate::trainer::guarded;
 
 /// Broken samples that are named; all are counted.
 const NUM_NAMED: usize = 10;
@@ -69,6 +72,10 @@ pub struct Summary {
     pub num_native: u64,
     /// Samples that would train by distillation from their English caption.
     pub num_parallel: u64,
+    /// Prompts of which the end is cut off, by `student.context_length`; none where the job's encoder is not at hand.
+    pub num_too_long: Option<u64>,
+    /// Prompts of which the encoder's vocabulary has no piece; none likewise.
+    pub num_unknown: Option<u64>,
     /// Samples with a value under each key of their json.
     pub keys: BTreeMap<String, u64>,
     /// Samples that the rules leave out, by rule.
@@ -150,7 +157,12 @@ pub fn summarise(shards: &[String], job: Option<&Job>, decode: bool) -> Result<S
         None => serde_json::from_str::<DataSection>(r#"{"shards": []}"#).map_err(|error| error.to_string())?,
     };
     let cleaner = Cleaner::new(data.captions.rules(), data.strict_clean).map_err(|error| error.to_string())?;
-    let look = Look { sources: Sources::default(), rules: Rules::new(&data), cleaner, recipe: job.map(recipe::of_job), decode };
+    let (tokenizers, unread) = match job.map(tokenizers).transpose() {
+        Ok(tokenizers) => (tokenizers, None),
+        Err(reason) => (None, Some(format!("prompts are not compared with what the student takes: {reason}"))),
+    };
+    let recipe = job.map(recipe::of_job);
+    let look = Look { sources: Sources::default(), rules: Rules::new(&data), cleaner, recipe, tokenizers, decode };
     let bar = progress_bar(Some(shards.len() as u64), "shards");
     let (next, parts) = (AtomicUsize::new(0), Mutex::new(BTreeMap::new()));
     std::thread::scope(|scope| {
@@ -167,23 +179,43 @@ pub fn summarise(shards: &[String], job: Option<&Job>, decode: bool) -> Result<S
         }
     });
     bar.finish_and_clear();
-    let mut total = Summary::new(&look.rules.buckets);
+    let mut total = Summary::new(&look);
     for part in parts.into_inner().unwrap_or_else(PoisonError::into_inner).into_values() {
         total.add(part);
     }
-    if job.is_some() {
-        total.warnings = warnings(&total, look.cleaner.rules());
+    if let Some(job) = job {
+        total.warnings = warnings(&total, look.cleaner.rules(), job.student.context_length);
+        total.warnings.extend(unread);
     }
     Ok(total)
 }
 
+/// The tokenizers of a job's encoder. Shards can be looked at without them: a model that is not here is no error.
+fn tokenizers(job: &Job) -> Result<StudentTokenizers, String> {
+    // What it computes in does not matter: no tensor is read.
+    let options = setup::student_options(job, Kind::Float, Device::Cpu);
+    let encoder = guarded(|| StudentEncoder::check(&job.student.path, job.student.context_length.into(), options));
+    encoder?.map(StudentEncoder::into_tokenizers).map_err(|error| error.to_string())
+}
+
 /// In what samples do not fit a job that has these rules for captions: it would train on without complaint.
-fn warnings(summary: &Summary, captions: &CaptionRules) -> Vec<String> {
+fn warnings(summary: &Summary, captions: &CaptionRules, context_length: u32) -> Vec<String> {
     let mut warnings = Vec::new();
     let (num_samples, num_filtered) = (summary.num_samples, summary.filtered.values().sum::<u64>());
     if 2 * num_filtered > num_samples {
         let most = most_often(summary.filtered.iter().map(|(rule, &count)| (rule.as_str(), count)));
         warnings.push(format!("{num_filtered} of {num_samples} samples are filtered out by the job's rules, most often {most}"));
+    }
+    let num_trained = summary.num_native + summary.num_parallel;
+    if let Some(count) = summary.num_too_long.filter(|&count| count > 0) {
+        warnings.push(format!(
+            "the end of {count} of {num_trained} prompts is cut off: they have more tokens than student.context_length ({context_length})"
+        ));
+    }
+    if let Some(count) = summary.num_unknown.filter(|&count| count > 0) {
+        warnings.push(format!(
+            "{count} of {num_trained} prompts have nothing in them that the vocabulary of student.path knows: they teach it nothing"
+        ));
     }
     // Where all are native nobody misses the others' keys.
     let of_rule = |counts: &BTreeMap<String, u64>, rule: Rule| counts.get(rule.as_str()).copied().unwrap_or_default();
@@ -207,14 +239,18 @@ struct Look {
     cleaner: Cleaner,
     /// What the job's file says of how shards were to be precomputed, if there is a job.
     recipe: Option<Recipe>,
+    /// Those of the job's encoder, if there is a job and its encoder is at hand.
+    tokenizers: Option<StudentTokenizers>,
     /// Whether pictures are decoded.
     decode: bool,
 }
 
 impl Summary {
-    fn new(buckets: &[Bucket]) -> Self {
+    fn new(look: &Look) -> Self {
         let count = |bucket: &Bucket| BucketCount { width: bucket.width, height: bucket.height, num_samples: 0 };
-        Self { buckets: buckets.iter().map(count).collect(), ..Self::default() }
+        let counted = look.tokenizers.as_ref().map(|_| 0);
+        let buckets = look.rules.buckets.iter().map(count).collect();
+        Self { buckets, num_too_long: counted, num_unknown: counted, ..Self::default() }
     }
 
     /// Why nothing should be trained on what was looked at.
@@ -231,7 +267,7 @@ impl Summary {
     }
 
     fn of_shard(shard: &str, look: &Look) -> Self {
-        let mut summary = Self { num_shards: 1, ..Self::new(&look.rules.buckets) };
+        let mut summary = Self { num_shards: 1, ..Self::new(look) };
         // Whether its models are those that a shard was precomputed with is for them to say.
         let check = |stamp: &[u8]| -> peapod_data::Result<()> {
             look.recipe.as_ref().map_or(Ok(()), |job| Stamp::check_within(shard, stamp, job))?;
@@ -284,6 +320,12 @@ impl Summary {
                     bucket.num_samples += 1;
                 }
                 *(if encoded.caption.native { &mut self.num_native } else { &mut self.num_parallel }) += 1;
+                // A tokenizer that fails on a prompt fails in training, and says so there.
+                let overlooked = look.tokenizers.as_ref().and_then(|tokenizers| tokenizers.overlooked(&encoded.caption.prompt).ok());
+                if let Some(Overlooked { cut_off, is_unknown }) = overlooked {
+                    add(&mut self.num_too_long, Some(u64::from(!cut_off.is_empty())));
+                    add(&mut self.num_unknown, Some(u64::from(is_unknown)));
+                }
             }
             Err(skip) if skip.rule.reason() == Reason::Filtered => *self.filtered.entry(skip.rule.to_string()).or_default() += 1,
             Err(skip) => {
@@ -321,6 +363,8 @@ impl Summary {
         }
         self.num_native += part.num_native;
         self.num_parallel += part.num_parallel;
+        add(&mut self.num_too_long, part.num_too_long);
+        add(&mut self.num_unknown, part.num_unknown);
         for (total, counts) in [(&mut self.keys, part.keys), (&mut self.filtered, part.filtered), (&mut self.bad, part.bad)] {
             for (name, count) in counts {
                 *total.entry(name).or_default() += count;
@@ -328,6 +372,13 @@ impl Summary {
         }
         self.first_bad.extend(part.first_bad);
         self.first_bad.truncate(NUM_NAMED);
+    }
+}
+
+/// Adds to what is counted.
+fn add(total: &mut Option<u64>, more: Option<u64>) {
+    if let (Some(total), Some(more)) = (total, more) {
+        *total += more;
     }
 }
 
@@ -350,6 +401,9 @@ fn describe(summary: &Summary) -> String {
     }
     let num_trained = summary.num_native + summary.num_parallel;
     line("trained", format!("{num_trained}: {} native, {} parallel", summary.num_native, summary.num_parallel));
+    if let (Some(num_too_long), Some(num_unknown)) = (summary.num_too_long, summary.num_unknown) {
+        line("prompts", format!("{num_too_long} longer than the student's context, {num_unknown} with nothing that its vocabulary has"));
+    }
     let most = summary.buckets.iter().map(|bucket| bucket.num_samples).max().unwrap_or_default().max(1);
     for bucket in &summary.buckets {
         let bar = "#".repeat((40 * bucket.num_samples).div_ceil(most) as usize);

@@ -4,7 +4,7 @@ use tch::{Kind, Tensor};
 
 use super::clip::ClipTextEncoder;
 use super::sdxl::{SdxlTextEncoders, TextStates};
-use super::tokenizer::TextTokenizer;
+use super::tokenizer::{Overlooked, TextTokenizer};
 use crate::Result;
 
 /// What a UNet is told about each prompt, by either road.
@@ -58,6 +58,16 @@ impl EnglishEncoders {
             }
             Self::Sd15(encoder) => Conditioning { sequence: encoder.encode(prompts)?, pooled: None, mask: None },
         })
+    }
+
+    /// Says what of a prompt no encoder sees.
+    ///
+    /// Errors: [`crate::Error::Invalid`] if a tokenizer fails.
+    pub fn overlooked(&self, prompt: &str) -> Result<Overlooked> {
+        match self {
+            Self::Sdxl(encoders) => encoders.overlooked(prompt),
+            Self::Sd15(encoder) => encoder.tokenizer.overlooked(prompt),
+        }
     }
 
     /// Returns the width of the token states.

@@ -5,7 +5,7 @@ use std::path::Path;
 use tch::{Device, Kind, Tensor};
 
 use super::clip::ClipTextEncoder;
-use super::tokenizer::TextTokenizer;
+use super::tokenizer::{Overlooked, TextTokenizer};
 use crate::{Error, Result};
 
 /// What SDXL's UNet is told about prompts.
@@ -62,6 +62,13 @@ impl SdxlTextEncoders {
         let second = self.encoder_2.forward(&self.tokenizer_2.encode(prompts)?)?;
         let sequence = Tensor::f_cat(&[first, second.penultimate], -1)?.f_to_kind(Kind::Float)?;
         Ok(TextStates { sequence, pooled: second.pooled.f_to_kind(Kind::Float)? })
+    }
+
+    /// Says what of a prompt neither encoder sees.
+    ///
+    /// Errors: [`Error::Invalid`] if a tokenizer fails.
+    pub fn overlooked(&self, prompt: &str) -> Result<Overlooked> {
+        Overlooked::of_all([&self.tokenizer, &self.tokenizer_2].map(|tokenizer| tokenizer.overlooked(prompt)))
     }
 
     /// Returns the number of tokens every prompt has.

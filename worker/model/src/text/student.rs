@@ -13,7 +13,7 @@ use super::config::{Architecture, TextSettings};
 use super::dropout::Dropout;
 use super::source::{CHINESE_CLIP_LAYERS, CONFIGURATIONS, Source, chinese_clip_sizes};
 use super::t5::T5Encoder;
-use super::tokenizer::{TextTokenizer, TokenizerKind, sketch as sketch_tokenizer, sketch_files};
+use super::tokenizer::{Overlooked, TextTokenizer, TokenizerKind, sketch as sketch_tokenizer, sketch_files};
 use crate::hub::locate;
 use crate::weights::{Frozen, Survey, Weights};
 use crate::{Error, Result};
@@ -177,6 +177,18 @@ impl StudentEncoder {
         self.parts.iter().map(|part| part.token_ids(prompts)).collect()
     }
 
+    /// Says what of a prompt no encoder sees.
+    ///
+    /// Errors: [`Error::Invalid`] if a tokenizer fails.
+    pub fn overlooked(&self, prompt: &str) -> Result<Overlooked> {
+        Overlooked::of_all(self.parts.iter().map(|part| part.tokenizer.overlooked(&part.cleaning.apply(prompt))))
+    }
+
+    /// Keeps the tokenizers alone, which need no device.
+    pub fn into_tokenizers(self) -> StudentTokenizers {
+        StudentTokenizers(self.parts.into_iter().map(|part| (part.cleaning, part.tokenizer)).collect())
+    }
+
     /// Returns the width of the token states.
     pub fn width(&self) -> i64 {
         self.parts.iter().map(Part::width).sum()
@@ -195,6 +207,18 @@ impl StudentEncoder {
     /// Returns the number of tokens every prompt has.
     pub fn context_length(&self) -> i64 {
         self.context_length
+    }
+}
+
+/// The tokenizers of a [`StudentEncoder`], which any number of threads may ask.
+pub struct StudentTokenizers(Vec<(Cleaning, TextTokenizer)>);
+
+impl StudentTokenizers {
+    /// As [`StudentEncoder::overlooked`].
+    ///
+    /// Errors: [`Error::Invalid`] if a tokenizer fails.
+    pub fn overlooked(&self, prompt: &str) -> Result<Overlooked> {
+        Overlooked::of_all(self.0.iter().map(|(cleaning, tokenizer)| tokenizer.overlooked(&cleaning.apply(prompt))))
     }
 }
 

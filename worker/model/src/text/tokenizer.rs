@@ -1,5 +1,6 @@
 //! Text to token ids, for the kinds of vocabulary the encoders here use.
 
+mod overlooked;
 mod published;
 mod sentencepiece;
 
@@ -11,6 +12,7 @@ use serde::de::DeserializeOwned;
 use serde_json::json;
 use tokenizers::{AddedToken, PaddingDirection, PaddingParams, PaddingStrategy, Tokenizer, TruncationParams};
 
+pub use self::overlooked::Overlooked;
 use self::sentencepiece::SentencePiece;
 pub(crate) use self::sentencepiece::fuzz as fuzz_sentencepiece;
 use crate::config::read_config;

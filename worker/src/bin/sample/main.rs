@@ -5,6 +5,7 @@ mod compare;
 mod plan;
 mod report;
 
+use std::collections::HashSet;
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -12,6 +13,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 use clap::{CommandFactory, FromArgMatches, Subcommand};
 use peapod_model::sample::SampleOptions;
+use peapod_model::text::Overlooked;
 use peapod_proto::program::{Pages, nobody_reads, say};
 use peapod_worker::device;
 use peapod_worker::draw::{Painter, Road, write_latents};
@@ -71,6 +73,9 @@ fn run(plan: &Plan, device: Device) -> anyhow::Result<()> {
     for file in plan.setup.averages() {
         reporter.say(format!("adapter: the job's moving average, {}", file.display()));
     }
+    for line in unseen(plan, &painter)? {
+        reporter.say(line);
+    }
     let seed = plan.options.seed.to_string();
     let took = match &plan.target {
         Target::Files(paths) => draw(plan, &painter, &reporter, |index, pictures| {
@@ -89,6 +94,9 @@ fn run(plan: &Plan, device: Device) -> anyhow::Result<()> {
             })?;
             let subtitle = format!("{} · seed {seed}", plan.settings);
             let sheet = Grid { title: title.clone(), subtitle, columns: plan.titles.clone(), rows };
+            if let Some(line) = typeface.complaint(sheet.texts()) {
+                reporter.say(format!("sample: {line}"));
+            }
             let picture = sheet.compose(typeface)?;
             let lines: Vec<&Road> = match &plan.roads[..] {
                 [english, adapter, ..] => vec![adapter, english],
@@ -106,6 +114,30 @@ fn run(plan: &Plan, device: Device) -> anyhow::Result<()> {
     };
     reporter.finish(plan.asked.len() * plan.roads.len(), took);
     Ok(())
+}
+
+/// What of the prompts no encoder sees, a line for each text and what is wrong with it.
+fn unseen(plan: &Plan, painter: &Painter) -> anyhow::Result<Vec<String>> {
+    let mut lines = Vec::new();
+    for &road in &plan.roads {
+        // In a comparison what is left out is said in the adapter's language alone.
+        let negative = if road == Road::English && plan.roads.len() > 1 { "" } else { plan.options.negative.as_str() };
+        for text in plan.asked.iter().map(|asked| asked.text(road)).chain([negative]) {
+            let (Overlooked { cut_off, is_unknown }, num_tokens) = painter.overlooked(road, text)?;
+            if !cut_off.is_empty() {
+                lines.push(format!(
+                    "sample: {text:?} is longer than the {num_tokens} tokens that the text encoder takes; cut off: {cut_off:?}"
+                ));
+            }
+            if is_unknown {
+                lines.push(format!("sample: {text:?} has no word or character that the text encoder knows: is it in its language?"));
+            }
+        }
+    }
+    // Several columns may have the same encoder.
+    let mut said = HashSet::new();
+    lines.retain(|line| said.insert(line.clone()));
+    Ok(lines)
 }
 
 fn write(picture: &Picture, path: &Path, texts: &[(&str, &str)]) -> anyhow::Result<()> {

@@ -65,8 +65,9 @@ fn samples_that_do_not_fit_the_job_are_warned_of() {
     let warnings = |report: Report| -> Vec<String> {
         report.text.lines().filter_map(|line| line.strip_prefix("warning    ").map(str::to_owned)).collect()
     };
-    assert_eq!(warnings(with_job(&[])), [""; 0]);
-    let other = warnings(with_job(&[("[data]", "[data.captions]\nparallel_key = \"caption_ja\"\n\n[data]")]));
+    let model = ("\"tests/demo/model", concat!("\"", env!("CARGO_MANIFEST_DIR"), "/../tests/demo/model"));
+    assert_eq!(warnings(with_job(&[model])), [""; 0]);
+    let other = warnings(with_job(&[model, ("[data]", "[data.captions]\nparallel_key = \"caption_ja\"\n\n[data]")]));
     assert_eq!(other.len(), 2, "{other:?}");
     assert!(other[0].contains(" of 256 samples are filtered out by the job's rules, most often one_sided "), "{other:?}");
     assert!(other[0].ends_with("(data.captions.parallel_key and english_key)"), "{other:?}");
@@ -74,6 +75,22 @@ fn samples_that_do_not_fit_the_job_are_warned_of() {
     assert!(other[1].contains("in their json is ") && other[1].contains("caption_zh"), "{other:?}");
     // The same samples by the rules of no job in particular.
     assert_eq!(warnings(report(&options(&[demo()], None)).unwrap()), [""; 0]);
+
+    // Room for a start, an end and four characters.
+    let short = with_job(&[model, ("context_length = 24", "context_length = 6")]);
+    assert!(
+        short.text.contains("\nprompts    256 longer than the student's context, 0 with nothing that its vocabulary has\n"),
+        "{short:?}"
+    );
+    let told = "the end of 256 of 256 prompts is cut off: they have more tokens than student.context_length (6)";
+    assert_eq!(warnings(short), [told]);
+    let english = warnings(with_job(&[
+        model,
+        ("[data]", "[data.captions]\nlanguage = \"it\"\nparallel_key = \"caption_en\"\nenglish_key = \"caption_zh\"\n\n[data]"),
+    ]));
+    assert!(english.iter().any(|line| line.starts_with("256 of 256 prompts have nothing in them that the vocabulary of ")), "{english:?}");
+    let absent = warnings(with_job(&[("\"tests/demo/model/text_encoder_zh", "\"/nowhere")]));
+    assert!(absent.len() == 1 && absent[0].starts_with("prompts are not compared with what the student takes: /nowhere: "), "{absent:?}");
 }
 
 #[test]
