@@ -7,6 +7,7 @@ use std::process::{ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use peapod_proto::program::counted;
 use peapod_proto::secure::JoinString;
 use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, BufReader};
 use tokio::process::{Child, Command as Program};
@@ -114,7 +115,7 @@ impl Local {
             };
             let left = children.len();
             if left >= self.min_world_size as usize {
-                tracing::error!("worker of rank {rank} {cause}, and {why}: going on with the other {left} workers");
+                tracing::error!("worker of rank {rank} {cause}, and {why}: going on with {}", counted(left, "other worker"));
             } else {
                 // The others keep what they hold until the job is over.
                 let reason = format!("worker of rank {rank} {cause}{said}, and {why}");
@@ -131,7 +132,7 @@ impl Local {
         let threads = (cores / self.world_size as usize).max(1);
         let mut process = Program::new(&self.program);
         process
-            .args(["--rank", &rank.to_string(), "--coordinator", &self.coordinator, "--threads", &threads.to_string()])
+            .args(["--rank", &rank.to_string(), "--coordinator", &self.coordinator, "--threads", &threads.to_string(), "--quiet"])
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
@@ -363,7 +364,7 @@ mod tests {
         use std::os::unix::fs::PermissionsExt;
         let folder = tempfile::tempdir().unwrap();
         let program = folder.path().join("worker");
-        // Its last argument but the threads is the coordinator: a file that rank 0 makes once it is there.
+        // Its fourth argument is the coordinator: a file that rank 0 makes once it is there.
         let there = folder.path().join("there");
         let script = "#!/bin/sh\nif [ $2 = 0 ]; then : > $4; exec sleep 60; fi\nwhile [ ! -e $4 ]; do sleep 0.01; done\nrm $0\nexit 1\n";
         std::fs::write(&program, script).unwrap();

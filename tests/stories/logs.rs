@@ -48,6 +48,19 @@ fn lines_of_coordinator_and_worker_for_machines_name_the_session_that_they_are_o
 }
 
 #[test]
+fn worker_tells_its_own_log_how_training_goes() {
+    let mut cluster = Cluster::new();
+    cluster.job.set_steps(2);
+    let mut coordinator = cluster.coordinator(1, &[]);
+    let mut worker = coordinator.worker("worker", &[]);
+    worker.expect_exit(0);
+    coordinator.expect_exit(0);
+    worker.assert_said("tests/demo/model (networks in f32, autoencoder in f32) and tests/demo/model/text_encoder_zh are loaded on cpu");
+    worker.assert_said("trains in g000001 as rank 0 from step 0 (world size 1): ");
+    worker.assert_said("step 1/2  task ");
+}
+
+#[test]
 fn people_see_no_traces_and_children_speak_to_them() {
     let mut cluster = Cluster::new();
     cluster.job.set_steps(1);
@@ -55,6 +68,12 @@ fn people_see_no_traces_and_children_speak_to_them() {
     let mut pretty = cluster.coordinator(1, &["--local"]);
     pretty.expect_exit(0);
     assert!(pretty.lines().iter().all(|line| !line.contains("trace_id")), "{:#?}", pretty.lines());
+    // How training goes is told once, by the coordinator.
+    let of_workers = pretty.lines_with("[0] ");
+    assert!(
+        !of_workers.is_empty() && !of_workers.iter().any(|line| line.contains("trains in ") || line.contains(" step 1/1 ")),
+        "{of_workers:#?}"
+    );
 
     let mut cluster = Cluster::new();
     cluster.job.set_steps(1);

@@ -196,7 +196,7 @@ fn elastic_world_trains_on_with_whom_it_has_and_lets_a_newcomer_in() {
     coordinator.allow_error(" lost at step ");
     victim.signal(Signal::KILL);
     victim.wait();
-    coordinator.wait_for("g000002: 1 workers train from step ");
+    coordinator.wait_for("g000002: 1 worker trains from step ");
     let mut newcomer = coordinator.worker("newcomer", &[]);
     coordinator.wait_for("rank 1 joins: the workers meet after this step");
     coordinator.wait_for("g000003: 2 workers train from step ");
@@ -261,6 +261,15 @@ fn worker_that_finds_no_coordinator_says_where_it_looked() {
     let mut worker = Process::start("worker", "worker", &["--coordinator", &url, "--connect-timeout", "1s"]);
     worker.expect_exit(75);
     worker.assert_said(&format!("worker: no coordinator answers at {url}"));
+
+    // Without it the coordinator may take ten minutes to start; who does not want to wait is told what was left.
+    let mut waiting = Process::start("waiting", "worker", &["--coordinator", &url]);
+    let line = waiting.wait_for(&format!("no coordinator answers at {url} yet ("));
+    assert!(line.contains("waiting for it to be started, another 10m") || line.contains("another 9m"), "{line}");
+    waiting.signal(Signal::INT);
+    waiting.expect_exit(130);
+    let last = waiting.lines().pop();
+    assert_eq!(last, Some(format!("worker: Ctrl-C: left before a coordinator answered at {url}")));
 }
 
 #[test]

@@ -88,9 +88,12 @@ pub struct Args {
     /// Threads for tensor work on the CPU: they share the samples of a micro-batch if there are enough [default: all cores]
     #[arg(long)]
     pub threads: Option<u32>,
-    /// How long to look for the coordinator [default: 60s; for one that was lost, its --join-timeout]
+    /// How long to look for the coordinator, which may start later than this worker [default: 10m; for one that was lost, its --join-timeout]
     #[arg(long, value_parser = humantime::parse_duration)]
     pub connect_timeout: Option<Duration>,
+    /// Leaves models, generations and steps out of the log: whoever started this worker tells of them, as `coordinator --local` does
+    #[arg(long)]
+    pub quiet: bool,
     /// Address under which the other workers reach this one [default: the one that reaches the coordinator]
     #[arg(long, env = "PEAPOD_ADVERTISE")]
     pub advertise: Option<std::net::IpAddr>,
@@ -100,8 +103,10 @@ pub struct Args {
     pub ports: Option<Ports>,
 }
 
-/// How long a coordinator may take to appear.
-const FIRST_PATIENCE: Duration = Duration::from_secs(60);
+/// How long a coordinator may take to appear: as long as one waits for its workers by default (--join-timeout), whoever starts first.
+const FIRST_PATIENCE: Duration = Duration::from_secs(600);
+/// How long one that was lost may be away at the least.
+const SHORTEST_PATIENCE: Duration = Duration::from_secs(60);
 
 impl Args {
     /// Checks ranges, and reads what it takes to be let in.
@@ -122,7 +127,7 @@ impl Args {
     /// How long to look for the coordinator; `lost` is the join timeout of one that was found before.
     #[must_use]
     pub fn patience(&self, lost: Option<Duration>) -> Duration {
-        self.connect_timeout.unwrap_or_else(|| lost.unwrap_or_default().max(FIRST_PATIENCE))
+        self.connect_timeout.unwrap_or_else(|| lost.map_or(FIRST_PATIENCE, |join_timeout| join_timeout.max(SHORTEST_PATIENCE)))
     }
 
     /// The rank to ask for.
@@ -144,6 +149,17 @@ mod tests {
         assert!(parse(&["--coordinator", "https://a:1"]).unwrap_err().contains("needs --join STRING"));
         let refused = Cli::try_parse_from(["worker", "--coordinator", "http://a:1", "--device", "gpu"]).unwrap_err().to_string();
         assert!(refused.contains("cuda:N"), "{refused}");
+    }
+
+    #[test]
+    fn coordinator_is_awaited_as_long_as_it_waits_itself() {
+        let patience = |arguments: &[&str], lost| {
+            let all = ["worker", "--coordinator", "http://a:1"].iter().chain(arguments);
+            Cli::try_parse_from(all).unwrap().run.patience(lost).as_secs()
+        };
+        let minutes = |minutes: u64| Some(Duration::from_secs(60 * minutes));
+        assert_eq!((patience(&[], None), patience(&[], minutes(30)), patience(&[], Some(Duration::from_secs(2)))), (600, 1800, 60));
+        assert_eq!(patience(&["--connect-timeout", "5s"], minutes(30)), 5);
     }
 
     /// What a host knows of its own network is set where the host is set up, not in the command that is the same on all.

@@ -26,6 +26,8 @@ const FIRST_WAIT: Duration = Duration::from_millis(100);
 const LONGEST_WAIT: Duration = Duration::from_secs(2);
 /// The longest wait of a worker that a coordinator knows: it waits for it no longer than its heartbeat timeout after it was started again.
 const LONGEST_WAIT_OF_A_MEMBER: Duration = Duration::from_millis(400);
+/// Between two lines about a coordinator that does not answer, unless there is news.
+const SAY_EVERY: Duration = Duration::from_secs(60);
 /// Silence of a transfer's connection after which it is probed; and for how long an answer to that may be missing, which on a slow line comes after
 /// all that was sent before. (A membership stream is probed by its heartbeats.)
 const KEEPALIVE: Duration = Duration::from_secs(3);
@@ -109,7 +111,7 @@ async fn search(
     let started = std::time::Instant::now();
     let mut wait = FIRST_WAIT;
     let mut taken_since = None;
-    let mut said = String::new();
+    let mut said: Option<(String, std::time::Instant)> = None;
     let longest = if returning { LONGEST_WAIT_OF_A_MEMBER } else { LONGEST_WAIT };
     loop {
         let answer = tokio::time::timeout(answer_timeout, attempt(access, &endpoint, hello.clone())).await;
@@ -135,10 +137,16 @@ async fn search(
         if started.elapsed() + wait > patience {
             return Err(ClientError::Unreachable { address: access.url().into(), tried_for: started.elapsed(), last });
         }
-        // A minute of silence looks like a program that hangs.
-        if last != said {
-            tracing::info!("no coordinator answers at {} yet ({last}): trying for {:.0} s", access.url(), patience.as_secs_f64());
-            said = last;
+        // Minutes of silence look like a program that hangs.
+        if said.as_ref().is_none_or(|(known, at)| *known != last || at.elapsed() >= SAY_EVERY) {
+            let left = Duration::from_secs(patience.saturating_sub(started.elapsed()).as_secs_f64().ceil() as u64);
+            let until = if returning { "to come back" } else { "to be started" };
+            let url = access.url();
+            tracing::info!(
+                "no coordinator answers at {url} yet ({last}): waiting for it {until}, another {}",
+                humantime::format_duration(left)
+            );
+            said = Some((last, std::time::Instant::now()));
         }
         tokio::time::sleep(wait.mul_f64(jitter())).await;
         wait = (wait * 2).min(longest);

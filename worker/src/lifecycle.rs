@@ -91,6 +91,8 @@ pub enum Action {
     Load {
         /// The job file's text.
         job_toml: String,
+        /// The worker's rank.
+        rank: Rank,
     },
     /// Have the trainer make a bootstrap.
     MakeBootstrap {
@@ -390,7 +392,7 @@ impl Lifecycle {
             (None, false) => {
                 self.state = State::Loading;
                 self.loading = true;
-                actions.push(Action::Load { job_toml });
+                actions.push(Action::Load { job_toml, rank });
             }
         }
         actions
@@ -417,7 +419,8 @@ impl Lifecycle {
     fn stream_lost(&mut self, cause: &str) -> Vec<Action> {
         if let Some(signal) = self.leaving {
             (self.state, self.left_in_order) = (State::Left, true);
-            return vec![Action::Exit { code: signal.code(), message: format!("left while the coordinator was away ({cause})") }];
+            let message = format!("{}: left while the coordinator was away ({cause})", signal.name());
+            return vec![Action::Exit { code: signal.code(), message }];
         }
         (self.joined, self.returning) = (false, false);
         (self.beats, self.beats_answered) = (0, 0);
@@ -509,7 +512,7 @@ impl Lifecycle {
         }
         if self.leaving.is_some() || self.state == State::Joining {
             self.state = State::Left;
-            return vec![Action::Exit { code: signal.code(), message: format!("{name}: leaving at once") }];
+            return vec![Action::Exit { code: signal.code(), message: format!("{name}: left at once, without what was in flight") }];
         }
         self.leaving = Some(signal);
         vec![

@@ -7,10 +7,10 @@ use std::time::{Duration, Instant};
 
 use peapod_collective::tcp::Ports;
 use peapod_data::Outlook;
-use peapod_proto::ids::{Incarnation, Step};
+use peapod_proto::ids::{Incarnation, Rank, Step};
 use peapod_proto::job::Job;
 use peapod_proto::message::{FromWorker, Hello, ToWorker};
-use peapod_proto::program::{Signals, host_name};
+use peapod_proto::program::{Signals, StopSignal, host_name};
 use peapod_proto::secure::Access;
 use peapod_proto::trace::Trace;
 use peapod_proto::{PROGRAM_VERSION, PROTOCOL_VERSION, v1, work_span};
@@ -171,7 +171,7 @@ impl Supervisor {
                                 return exit;
                             }
                         }
-                        signal = signals.next() => return Exit { code: signal.code(), message: signal.name().into() },
+                        signal = signals.next() => return self.leave_unheard(signal),
                     }
                 };
                 if let Err(exit) = self.joined(found) {
@@ -310,6 +310,16 @@ impl Supervisor {
         }
     }
 
+    /// Leaves as a signal wants it while there is no coordinator to hear of it.
+    fn leave_unheard(&self, signal: StopSignal) -> Exit {
+        let (name, url) = (signal.name(), self.access.url());
+        let message = match self.life.identity() {
+            None => format!("{name}: left before a coordinator answered at {url}"),
+            Some(_) => format!("{name}: left at step {} while the coordinator at {url} was away", self.control.heartbeat().step),
+        };
+        Exit { code: signal.code(), message }
+    }
+
     /// Takes what the trainer hands out while there is no coordinator.
     fn take_alone(&mut self, output: Output) -> Option<Exit> {
         if let Output::Snapshot(snapshot) = output {
@@ -372,8 +382,8 @@ impl Supervisor {
     async fn act(&mut self, action: Action) -> Option<Exit> {
         match action {
             Action::Send(message) => self.send(message).await,
-            Action::Load { job_toml } => {
-                if let Err(message) = self.load(&job_toml) {
+            Action::Load { job_toml, rank } => {
+                if let Err(message) = self.load(&job_toml, rank) {
                     let failure = FromWorker::Failure { phase: "loading".into(), message: message.clone(), permanent: true };
                     self.send(failure).await;
                     return Some(Exit { code: 1, message });
@@ -432,7 +442,7 @@ impl Supervisor {
     }
 
     /// Starts the trainer's thread.
-    fn load(&mut self, job_toml: &str) -> Result<(), String> {
+    fn load(&mut self, job_toml: &str, rank: Rank) -> Result<(), String> {
         let job = Job::parse(job_toml).map_err(|error| format!("the coordinator's job file: {error}"))?;
         self.job = Some(job.clone());
         let (commands, inbox) = std::sync::mpsc::channel();
@@ -443,6 +453,8 @@ impl Supervisor {
         let context = Context {
             job,
             device: self.device,
+            rank,
+            quiet: self.args.quiet,
             allow_shared_gpu: self.args.allow_shared_gpu,
             encode_ahead: self.args.encode_ahead,
             advertise: self.advertised(),

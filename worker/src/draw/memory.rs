@@ -10,6 +10,11 @@ pub fn peak_bytes() -> Option<u64> {
     kilobytes("/proc/self/status", "VmHWM:")
 }
 
+/// The memory that this process holds now, in bytes; `None` where the system does not say. A GPU's memory is not in it.
+pub fn held_bytes() -> Option<u64> {
+    kilobytes("/proc/self/status", "VmRSS:")
+}
+
 fn kilobytes(path: &str, name: &str) -> Option<u64> {
     let text = std::fs::read_to_string(path).ok()?;
     let value = text.lines().find_map(|line| line.strip_prefix(name))?;
@@ -23,7 +28,7 @@ mod tests {
     #[test]
     fn a_process_knows_its_memory() {
         let held = vec![1u8; 64 << 20];
-        assert!(peak_bytes().unwrap() >= held.len() as u64);
+        assert!(peak_bytes().unwrap() >= held.len() as u64 && held_bytes().unwrap() >= held.len() as u64);
         assert!(available_bytes().unwrap() > 1 << 20);
     }
 }

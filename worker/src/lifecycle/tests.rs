@@ -55,7 +55,7 @@ fn training(generation: u64) -> Lifecycle {
 #[test]
 fn worker_loads_once_and_says_ready() {
     let mut life = Lifecycle::new();
-    assert!(life.handle(welcome("a")).contains(&Action::Load { job_toml: "toml".into() }));
+    assert!(life.handle(welcome("a")).contains(&Action::Load { job_toml: "toml".into(), rank: Rank(0) }));
     assert_eq!(life.handle(loaded()), [ready()]);
 }
 
@@ -331,7 +331,8 @@ fn leases_are_asked_for_in_a_generation_only() {
 fn first_signal_leaves_in_order_and_the_second_at_once() {
     let mut life = training(1);
     assert!(life.handle(Input::Signal(StopSignal::Terminated)).contains(&Action::Send(FromWorker::Leaving { reason: "SIGTERM".into() })));
-    assert!(matches!(life.handle(Input::Signal(StopSignal::Interrupted))[..], [Action::Exit { code: 130, .. }]));
+    let message = "Ctrl-C: left at once, without what was in flight".into();
+    assert_eq!(life.handle(Input::Signal(StopSignal::Interrupted)), [Action::Exit { code: 130, message }]);
     assert!(!life.left_in_order());
     assert!(life.handle(welcome("a")).is_empty(), "who has left does nothing more");
 }

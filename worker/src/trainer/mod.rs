@@ -8,6 +8,7 @@ mod control;
 mod copying;
 mod ended;
 mod meeting;
+mod progress;
 mod reading;
 mod rounds;
 mod state;
@@ -22,6 +23,7 @@ use std::net::IpAddr;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::mpsc::Receiver;
+use std::time::Instant;
 
 use peapod_collective::AbortHandle;
 use peapod_collective::nccl::NcclDevice;
@@ -32,7 +34,7 @@ use peapod_model::adapter::{Adapter, AdapterConfig};
 use peapod_model::distill::Distiller;
 use peapod_model::panics;
 use peapod_model::schedule::LrSchedule;
-use peapod_proto::ids::{Generation, LeaseId, Step};
+use peapod_proto::ids::{Generation, LeaseId, Rank, Step};
 use peapod_proto::job::Job;
 use peapod_proto::message::{Assignment, Phase, ShardReport, StopCause, Stopped, ValidationLosses};
 use tch::Device;
@@ -41,6 +43,7 @@ use ahead::{Ahead, Encoding};
 pub use control::Control;
 use copying::Copying;
 use ended::Ended;
+use progress::Progress;
 use reading::data_output;
 pub use rounds::Drawn;
 use rounds::Rounds;
@@ -112,6 +115,10 @@ pub struct Context {
     pub job: Job,
     /// Where it trains.
     pub device: Device,
+    /// Rank of this worker.
+    pub rank: Rank,
+    /// Whether somebody else tells how training goes.
+    pub quiet: bool,
     /// Whether another member may train on the same GPU.
     pub allow_shared_gpu: bool,
     /// Whether pictures and captions are encoded beside the step before theirs, on a GPU.
@@ -197,6 +204,7 @@ struct Trainer {
     models: Distiller,
     loader: Loader,
     rounds: Rounds,
+    progress: Progress,
     adapter_config: AdapterConfig,
     schedule: LrSchedule,
     /// Absent until the first generation, and while an incomplete one is being received.
@@ -234,6 +242,7 @@ impl Trainer {
         control.enter(Phase::Fetching);
         hub::bring(setup::model_paths(job), &Fetching(control))?;
         control.enter(Phase::Loading);
+        let clock = Instant::now();
         let models = setup::load_models(job, *device)?;
         let adapter_config = setup::adapter_config(job, &models);
         let data = setup::loader_config(job, &models)?;
@@ -252,6 +261,8 @@ impl Trainer {
             _ => Encoding::InStep,
         };
         control.enter(Phase::Waiting);
+        let progress = Progress::new(&context);
+        progress.loaded(&context, clock.elapsed());
         output(Output::Event(TrainerEvent::Loaded { model_digest, num_parameters: fresh.num_parameters() as u64 }));
         Ok(Self {
             schedule: setup::lr_schedule(job),
@@ -259,6 +270,7 @@ impl Trainer {
             models,
             loader,
             rounds,
+            progress,
             adapter_config,
             state: None,
             in_flight: None,

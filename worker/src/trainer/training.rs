@@ -80,6 +80,7 @@ impl Trainer {
         let place = Place { assignment, abort, layout };
         let num_parameters = self.state.as_ref().map_or(0, |state| state.adapter.num_parameters());
         let mut wire = Wire::new(num_parameters, layout.len(), self.context.device, collective.sums_on_device());
+        self.progress.begin(assignment, place.owed());
         loop {
             match self.step(place, collective.as_mut(), &mut wire) {
                 Ok(None) => {}
@@ -141,6 +142,7 @@ impl Trainer {
         tracing::debug!("applied step {step} in {generation}, of {} members", assignment.num_members);
 
         let record = StepRecord { validation, ..record(step, generation, &outcome, grad_norm, learning_rate, skipped) };
+        self.progress.applied(&record);
         let timings = StepTimings {
             data: data.as_secs_f32(),
             compute: (compute - data).as_secs_f32(),
