@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use futures::StreamExt;
 use peapod_proto::ids::{Generation, Incarnation, MemberIndex, SampleName, Step};
 use peapod_proto::message::{
-    Assignment, FromWorker, Heartbeat, Hello, Lease, Phase, ShardReport, StepLosses, StepRecord, StepReport, StepTimings, ToWorker,
+    Assignment, FromWorker, Heartbeat, Hello, Lease, Memory, Phase, ShardReport, StepLosses, StepRecord, StepReport, StepTimings, ToWorker,
 };
 use peapod_proto::{PROGRAM_VERSION, PROTOCOL_VERSION, v1};
 use tokio::sync::mpsc;
@@ -210,7 +210,7 @@ impl Worker {
             let message = tokio::select! {
                 message = inbound.message() => message?.ok_or("the stream ended before the world was formed")?,
                 _ = beats.tick() => {
-                    let beat = Heartbeat { step: Step(0), phase: Phase::Waiting, generation: Generation::NONE, reads: 0 };
+                    let beat = Heartbeat { step: Step(0), phase: Phase::Waiting, generation: Generation::NONE, reads: 0, memory: Memory::default() };
                     outbound.send(FromWorker::Heartbeat(beat)).await?;
                     continue;
                 }
@@ -267,7 +267,7 @@ impl Worker {
         loop {
             tokio::select! {
                 _ = beats.tick() => {
-                    let beat = Heartbeat { step, phase: Phase::Compute, generation, reads: step.0 };
+                    let beat = Heartbeat { step, phase: Phase::Compute, generation, reads: step.0, memory: Memory::default() };
                     self.outbound.send(FromWorker::Heartbeat(beat)).await?;
                 }
                 _ = steps.tick() => {

@@ -82,7 +82,7 @@ pub enum Command {
         /// Print JSON
         #[arg(long)]
         json: bool,
-        /// Show it again every second, until Ctrl-C
+        /// Show it until the job ends, and then how it ended: on a terminal in one place, elsewhere anew for each change
         #[arg(long, conflicts_with = "shards")]
         watch: bool,
     },

@@ -80,7 +80,12 @@ pub enum Command {
     /// What the job is doing, and what has happened to it.
     Look {
         /// The answer.
-        reply: oneshot::Sender<Box<(Status, History)>>,
+        reply: oneshot::Sender<Box<Look>>,
+    },
+    /// How the run ends, and what it looked like then: answered once it has ended.
+    Ended {
+        /// The answer.
+        reply: EndReply,
     },
     /// A picture was drawn for a prompt, and kept.
     Drawn {
@@ -153,6 +158,12 @@ pub enum Ending {
     Away,
 }
 
+/// What the job is doing, and what has happened to it.
+pub type Look = (Status, History);
+
+/// Where word of a run's end goes.
+pub type EndReply = oneshot::Sender<Box<(Look, Ending)>>;
+
 /// A picture of the job.
 #[derive(Debug, Clone)]
 pub struct Status {
@@ -178,7 +189,7 @@ pub struct Status {
     pub checkpoint_step: Option<Step>,
     /// Newest losses on the validation samples.
     pub validation: Option<ValidationLosses>,
-    /// First failure, if any.
+    /// First failure, if any, also if the job has got over it.
     pub first_failure: Option<Failure>,
     /// How long ago it was.
     pub first_failure_ago: Option<Duration>,
@@ -199,6 +210,9 @@ pub struct Driver {
     evicted: Vec<(Step, Generation)>,
     journal: Box<dyn Journal>,
     observer: Observer,
+    /// Who waits for the end.
+    watchers: Vec<EndReply>,
+    ending: Option<Ending>,
 }
 
 impl Driver {
@@ -217,13 +231,39 @@ impl Driver {
             evicted: Vec::new(),
             journal,
             observer,
+            watchers: Vec::new(),
+            ending: None,
         }
     }
 
     /// Runs until the job is over, or the coordinator is to go.
     pub async fn run(mut self) -> (Ending, Self) {
+        let was_over = self.core.outcome().is_some();
         let ending = self.run_to_its_end().await;
+        if !was_over {
+            self.observer.ended();
+        }
+        self.ending = Some(ending.clone());
+        for watcher in std::mem::take(&mut self.watchers) {
+            self.tell_the_end(watcher);
+        }
         (ending, self)
+    }
+
+    /// Answers who waits for the end: now, if it is there.
+    fn tell_the_end(&mut self, watcher: EndReply) {
+        match &self.ending {
+            // Who has gone meanwhile does not read it.
+            Some(ending) => drop(watcher.send(Box::new((self.look(), ending.clone())))),
+            None => {
+                self.watchers.retain(|watcher| !watcher.is_closed());
+                self.watchers.push(watcher);
+            }
+        }
+    }
+
+    fn look(&self) -> Look {
+        (self.status(), self.observer.history())
     }
 
     async fn run_to_its_end(&mut self) -> Ending {
@@ -372,7 +412,11 @@ impl Driver {
                 None
             }
             Command::Look { reply } => {
-                let _ = reply.send(Box::new((self.status(), self.observer.history())));
+                let _ = reply.send(Box::new(self.look()));
+                None
+            }
+            Command::Ended { reply } => {
+                self.tell_the_end(reply);
                 None
             }
             Command::Drawn { step, index, png } => {
@@ -417,10 +461,17 @@ impl Driver {
             Event::Message { worker, message: FromWorker::StepReport(report), .. } => Some((*worker, report.timings)),
             _ => None,
         };
+        let holds = match &event {
+            Event::Message { worker, message: FromWorker::Heartbeat(beat), .. } => Some((*worker, beat.memory)),
+            _ => None,
+        };
         match (self.event(event), speaker) {
             (Ok(outcome), _) => {
                 if let Some((worker, timings)) = timed {
                     self.observer.timed(worker, timings);
+                }
+                if let Some((worker, memory)) = holds {
+                    self.observer.holds(worker, memory);
                 }
                 outcome
             }

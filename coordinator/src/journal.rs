@@ -6,11 +6,13 @@
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use redb::{Database, ReadableDatabase, ReadableTable, ReadableTableMetadata, TableDefinition};
+use redb::{Database, DatabaseError, ReadOnlyDatabase, ReadableDatabase, ReadableTable, ReadableTableMetadata, TableDefinition};
 use serde::{Deserialize, Serialize};
 
 use crate::core::{Fact, ReplayError, State};
 
+/// The file of a run in its state folder, for a coordinator that is started again.
+pub const JOURNAL: &str = "journal.redb";
 /// How late a fact may be on disk that may be late at all.
 pub const LATEST: Duration = Duration::from_millis(200);
 /// Facts after which a snapshot is taken though no checkpoint was.
@@ -113,6 +115,27 @@ pub struct Found {
     pub run: Run,
     /// What all its facts come to.
     pub state: State,
+}
+
+/// What lies in a journal that no coordinator has open.
+#[derive(Debug, PartialEq)]
+pub enum Closed {
+    /// A run, closed in order.
+    Whole(Box<Found>),
+    /// A run whose coordinator was killed, or whose machine failed: to be read it must be mended, which is for a coordinator to do.
+    CutShort,
+}
+
+/// Looks into a journal and changes nothing. None if it is not there, a coordinator has it open, or it cannot be read.
+#[must_use]
+pub fn look(path: &Path) -> Option<Closed> {
+    let look = || match ReadOnlyDatabase::open(path) {
+        Ok(database) => read(&database).ok()?.0.map(|found| Closed::Whole(Box::new(found))),
+        Err(DatabaseError::RepairAborted) => Some(Closed::CutShort),
+        Err(_) => None,
+    };
+    // As when it is opened.
+    std::panic::catch_unwind(look).unwrap_or(None)
 }
 
 /// Writes facts down before anyone hears of them.
@@ -290,7 +313,7 @@ fn damaged(error: impl std::fmt::Display) -> ReadError {
 }
 
 /// What a journal holds, the number of the next fact, and how many there are.
-fn read(database: &Database) -> Result<(Option<Found>, u64, u64), ReadError> {
+fn read(database: &impl ReadableDatabase) -> Result<(Option<Found>, u64, u64), ReadError> {
     let transaction = database.begin_read()?;
     let run = match transaction.open_table(RUN) {
         Ok(table) => table,

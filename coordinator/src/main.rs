@@ -44,7 +44,7 @@ async fn main() -> ExitCode {
 
 fn fail(reason: &str, code: u8) -> ExitCode {
     // The last line a person sees says what went wrong.
-    program::say(format_args!("coordinator: {reason}"));
+    program::say_failure(format_args!("coordinator: {reason}"));
     ExitCode::from(code)
 }
 
@@ -69,7 +69,7 @@ async fn answer(command: Command, out: &mut impl Write) -> anyhow::Result<Exit> 
             }
         }
         Command::Pages(pages) => pages.answer(Cli::command())?,
-        Command::Status { target, json, watch: true, .. } => control::watch(&target, json, out).await?,
+        Command::Status { target, json, watch: true, .. } => return control::watch(&target, json, out).await,
         Command::Status { target, shards: false, json, .. } => writeln!(out, "{}", control::status(&target, json).await?)?,
         Command::Status { target, source, json, .. } => control::shards(&target, source.as_deref(), json, out).await?,
         Command::Stop { target } => control::stop(&target).await?,

@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 use indicatif::{HumanDuration, ProgressBar, ProgressStyle};
 use peapod_proto::ids::{Step, WorkerId};
 use peapod_proto::job::Job;
-use peapod_proto::message::{StepLosses, StepRecord, StepTimings, ValidationLosses};
-use peapod_proto::program::{counted, rate};
+use peapod_proto::message::{Memory, StepLosses, StepRecord, StepTimings, ValidationLosses};
+use peapod_proto::program::{LogFormat, counted, log_format, rate};
 
 use crate::core::{Activity, Notice};
 use crate::history::{History, Level, restore, told};
@@ -193,25 +193,50 @@ impl Observer {
         if self.bar.0.is_hidden() && (self.last_line.elapsed() >= LINE_EVERY || self.losses.num_steps() == 1) {
             self.last_line = now;
             let of = self.last_step.map_or_else(String::new, |last| format!("/{last}"));
-            tracing::info!("step {}{of}  {line}", record.step);
+            self.say_step(record.step, &format!("step {}{of}  {line}", record.step));
         }
+    }
+
+    /// Logs where the job stands: to machines with its numbers, which people read in the words.
+    fn say_step(&self, step: Step, words: &str) {
+        if log_format() == LogFormat::Pretty {
+            return tracing::info!("{words}");
+        }
+        let StepLosses { task, logit, feature, learning_rate, .. } = self.shown;
+        let pace = self.pace();
+        tracing::info!(
+            step = step.0,
+            last_step = self.last_step,
+            total = self.shown.total(self.validation.feature_weight),
+            task = shortest(task),
+            logit = shortest(logit),
+            feature = shortest(feature),
+            learning_rate = shortest(learning_rate),
+            samples_per_s = pace.map(|(samples, _)| samples),
+            left_s = pace.and(self.history.left(step, self.last_step)),
+            "{words}"
+        );
+    }
+
+    /// Samples a second and seconds a step; not of the first step, nor of those of an earlier run.
+    fn pace(&self) -> Option<(f64, f64)> {
+        self.history.series.pace().filter(|_| self.samples_after_first > 0)
     }
 
     /// Where the job stands, how fast it is, and how long it takes at that pace.
     fn line(&self, step: Step) -> String {
         let StepLosses { task, logit, feature, learning_rate, .. } = self.shown;
         let losses = format!("task {task:.4}  logit {logit:.4}  feature {feature:.3}  lr {learning_rate:.2e}");
-        // Not of the first step, nor of those of an earlier run.
-        let Some((samples, seconds)) = self.history.series.pace().filter(|_| self.samples_after_first > 0) else { return losses };
-        let steps = self.last_step.map_or(0, |last| last.saturating_sub(step.0));
-        let left = Duration::try_from_secs_f64(seconds * steps as f64).ok().filter(|left| !left.is_zero());
+        let Some((samples, _)) = self.pace() else { return losses };
+        let left =
+            self.history.left(step, self.last_step).and_then(|left| Duration::try_from_secs_f64(left).ok()).filter(|left| !left.is_zero());
         let left = left.map_or_else(String::new, |left| format!("  {} left", HumanDuration(left)));
         format!("{losses}  {} samples/s{left}", rate(samples))
     }
 
     fn step_to_tensorboard(&mut self, record: &StepRecord) {
         let StepLosses { task, logit, feature, grad_norm, learning_rate } = record.losses;
-        let total = f64::from(task) + f64::from(logit) + self.validation.feature_weight * f64::from(feature);
+        let total = record.losses.total(self.validation.feature_weight);
         let mut scalars = vec![
             ("train/task", task.into()),
             ("train/logit", logit.into()),
@@ -239,10 +264,22 @@ impl Observer {
         let named = [("task", task.into()), ("logit", logit.into()), ("feature", feature.into()), ("total", total)];
         let scalars = named.map(|(name, value): (&str, f64)| (format!("validation/{name}"), value));
         self.tell_tensorboard(|events| events.scalars(step, &scalars.each_ref().map(|(name, value)| (name.as_str(), *value))));
-        tracing::info!(
+        let words = format!(
             "validation at step {step}: total {total:.4}  task {task:.4}  logit {logit:.4}  feature {feature:.3}  ({}, {weights} weights)",
             counted(samples, "sample")
         );
+        match log_format() {
+            LogFormat::Pretty => tracing::info!("{words}"),
+            LogFormat::Json => tracing::info!(
+                step = step.0,
+                samples,
+                validation_total = total,
+                validation_task = shortest(task),
+                validation_logit = shortest(logit),
+                validation_feature = shortest(feature),
+                "{words}"
+            ),
+        }
         self.logs.validated(losses, total, weights);
     }
 
@@ -279,6 +316,16 @@ impl Observer {
     /// A worker said where the time of its step went.
     pub fn timed(&mut self, worker: WorkerId, timings: StepTimings) {
         self.history.timed(worker, timings);
+    }
+
+    /// A worker said what it holds in memory.
+    pub fn holds(&mut self, worker: WorkerId, memory: Memory) {
+        self.history.holds(worker, memory);
+    }
+
+    /// The job has ended.
+    pub fn ended(&mut self) {
+        self.history.ended(self.started.elapsed());
     }
 
     /// A picture was drawn for a prompt.
@@ -332,6 +379,11 @@ impl std::fmt::Display for Summary {
         writeln!(f, "  logit     {:.4} -> {:.4}", first.logit, last.logit)?;
         write!(f, "  feature   {:.3} -> {:.3}", first.feature, last.feature)
     }
+}
+
+/// The number that a loss looks like: with the digits of its own kind, and no more.
+fn shortest(value: f32) -> f64 {
+    value.to_string().parse().unwrap_or(f64::NAN)
 }
 
 /// An average that follows the last twenty steps or so.

@@ -60,7 +60,7 @@ pub async fn run(args: RunArgs, bar: Bar) -> anyhow::Result<Exit> {
         Ok(start) => start,
         Err(exit) => return Ok(exit),
     };
-    let (facts, shown) = (facts(&start), shown(&args, &start));
+    let (mut facts, shown) = (facts(&args, &start), shown(&args, &start));
     let Start { job, run, num_shards, mut store, stored, mut journal, core, goes_back, is_finished, _lock, .. } = start;
     let signals = Signals::catch().context("cannot catch signals")?;
     open_files::raise_limit(args.world_size);
@@ -69,6 +69,7 @@ pub async fn run(args: RunArgs, bar: Bar) -> anyhow::Result<Exit> {
     let listener = listen(args.listen_address())
         .with_context(|| format!("cannot listen on {}, give another --listen ADDRESS:PORT", args.listen_address()))?;
     let http = web::listen(args.http_addr).await?;
+    facts.page = http.as_ref().map(web::url).transpose()?;
     let listening = listener.local_addr()?;
     let secrets = match secrets(&args, listening) {
         Ok(secrets) => secrets,
@@ -148,7 +149,7 @@ pub async fn run(args: RunArgs, bar: Bar) -> anyhow::Result<Exit> {
 }
 
 /// What the services say of the job.
-fn facts(start: &Start) -> JobFacts {
+fn facts(args: &RunArgs, start: &Start) -> JobFacts {
     let Start { job, run, num_shards, lists, .. } = start;
     JobFacts {
         job_id: run.job_id.clone(),
@@ -157,6 +158,8 @@ fn facts(start: &Start) -> JobFacts {
         shards: lists.clone(),
         last_step: job.last_step(),
         num_shards: *num_shards as u32,
+        world_size: args.world_size,
+        page: None,
         keep: job.checkpoint.keep,
         feature_weight: job.loss.feature_weight,
     }

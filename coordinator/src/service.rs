@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use futures::{Stream, StreamExt};
 use peapod_proto::ids::{Epoch, Generation, Rank, Step, WorkerId};
-use peapod_proto::message::{FromWorker, ToWorker, ValidationLosses};
+use peapod_proto::message::{FromWorker, StepTimings, ToWorker, ValidationLosses};
 use peapod_proto::trace::Trace;
 use peapod_proto::{JOB_IS_OVER, RETRY_FOR_MS, v1, work_span};
 use sha2::Digest;
@@ -17,9 +17,10 @@ use tracing::field::Empty;
 use tracing::{Instrument, Span};
 
 use crate::core::ledger::{Ledger, Totals};
-use crate::core::{CoreError, Event, ShardState, ShardView, SourceView, StreamId};
-use crate::driver::{Command, OUTBOUND_CAPACITY};
+use crate::core::{CoreError, Event, Outcome, ShardState, ShardView, SourceView, StreamId, WorkerView};
+use crate::driver::{self, Command, Ending, Look, OUTBOUND_CAPACITY};
 use crate::gallery::{Gallery, GalleryError};
+use crate::history::History;
 use crate::shard_list::ShardList;
 use crate::store::{Manifest, Part, Store, StoreError};
 
@@ -33,6 +34,8 @@ const MAX_PARTS: usize = 16;
 const MAX_PART_BYTES: u64 = 8 << 30;
 /// Shards in one page: with addresses of usual length a reply stays far below the 4 MiB that a client takes.
 const MAX_SHARDS_SHOWN: u32 = 1000;
+/// Between two messages to who watches.
+const WATCH_EVERY: Duration = Duration::from_secs(1);
 /// Bytes in one message of a download.
 const DOWNLOAD_CHUNK: usize = 1 << 20;
 
@@ -60,6 +63,10 @@ pub struct JobFacts {
     pub last_step: Option<u64>,
     /// Number of shards.
     pub num_shards: u32,
+    /// Members of a whole world.
+    pub world_size: u32,
+    /// Where the live page is, if there is one.
+    pub page: Option<String>,
     /// Checkpoints to keep.
     pub keep: u32,
     /// Weight of the feature loss.
@@ -468,53 +475,149 @@ fn shard_status(shard: ShardView) -> v1::ShardStatus {
     }
 }
 
-#[tonic::async_trait]
-impl v1::control_server::Control for Service {
-    async fn status(&self, _request: Request<v1::StatusRequest>) -> Result<Response<v1::StatusReply>, Status> {
-        let status = self.ask(|reply| Command::Status { reply }).await?;
+fn worker_status(worker: WorkerView, history: &History) -> v1::WorkerStatus {
+    let seen = history.seen(&worker);
+    let times = |timings: StepTimings| v1::WorkerTimes {
+        step_s: timings.total(),
+        data_s: timings.data.into(),
+        compute_s: timings.compute.into(),
+        collective_s: timings.collective.into(),
+    };
+    v1::WorkerStatus {
+        worker_id: worker.id.0,
+        rank: worker.rank.0,
+        phase: worker.phase.as_str().into(),
+        step: worker.step.0,
+        last_seen_ms: worker.silence.as_millis() as u32,
+        member: worker.member,
+        times: seen.and_then(|seen| seen.timings).map(times),
+        memory: seen.map(|seen| seen.memory.into()),
+        restarts: seen.map_or(0, |seen| seen.starts.saturating_sub(1)),
+        host: worker.host,
+        pid: worker.pid,
+        device: worker.device,
+    }
+}
+
+fn job_end(ending: Ending) -> v1::JobEnd {
+    use v1::job_end::Outcome as Wire;
+    let (outcome, reason) = match ending {
+        Ending::Over(Outcome::Finished) => (Wire::Finished, String::new()),
+        Ending::Over(Outcome::Stopped { reason }) => (Wire::Stopped, reason),
+        Ending::Over(Outcome::Failed { reason }) => (Wire::Failed, reason),
+        Ending::Away => (Wire::Away, String::new()),
+    };
+    v1::JobEnd { outcome: outcome.into(), reason }
+}
+
+impl JobFacts {
+    fn status(&self, (status, history): Look) -> v1::StatusReply {
+        let driver::Status { state, generation, final_step, workers, epoch, shards_done, shards_leased, totals, .. } = status;
         let validation = |losses: ValidationLosses| v1::ValidationStatus {
             step: losses.step.0,
             samples: losses.samples,
             task: losses.task,
             logit: losses.logit,
             feature: losses.feature,
-            total: losses.total(self.facts.feature_weight) as f32,
+            total: losses.total(self.feature_weight) as f32,
         };
-        let worker = |worker: crate::core::WorkerView| v1::WorkerStatus {
-            worker_id: worker.id.0,
-            rank: worker.rank.0,
-            host: worker.host,
-            pid: worker.pid,
-            device: worker.device,
-            phase: worker.phase.as_str().into(),
-            step: worker.step.0,
-            last_seen_ms: worker.silence.as_millis() as u32,
-            member: worker.member,
-        };
-        Ok(Response::new(v1::StatusReply {
-            job_id: self.facts.job_id.clone(),
-            job_name: self.facts.name.clone(),
-            state: status.state,
-            generation: status.generation.0,
-            final_step: status.final_step.0,
-            total_steps: self.facts.last_step.unwrap_or_default(),
-            workers: status.workers.into_iter().map(worker).collect(),
-            shards: Some(v1::ShardCounts {
-                epoch: status.epoch,
-                total: self.facts.num_shards,
-                leased: status.shards_leased,
-                done: status.shards_done,
-            }),
-            samples_committed: status.totals.committed,
-            samples_filtered: status.totals.filtered,
-            samples_bad: status.totals.bad,
+        let newest = history.newest.map(|(step, losses, _)| v1::StepStatus {
+            step: step.0,
+            task: losses.task,
+            logit: losses.logit,
+            feature: losses.feature,
+            total: losses.total(self.feature_weight),
+            grad_norm: losses.grad_norm,
+            learning_rate: losses.learning_rate,
+        });
+        let seconds = history.goodput.seconds(history.now).into_iter();
+        let pace = history.series.pace();
+        let failure = status.first_failure;
+        v1::StatusReply {
+            job_id: self.job_id.clone(),
+            job_name: self.name.clone(),
+            state,
+            generation: generation.0,
+            final_step: final_step.0,
+            total_steps: self.last_step.unwrap_or_default(),
+            workers: workers.into_iter().map(|worker| worker_status(worker, &history)).collect(),
+            shards: Some(v1::ShardCounts { epoch, total: self.num_shards, leased: shards_leased, done: shards_done }),
+            samples_committed: totals.committed,
+            samples_filtered: totals.filtered,
+            samples_bad: totals.bad,
             checkpoint_step: status.checkpoint_step.map(|step| step.0),
-            first_failure: status.first_failure.as_ref().map(|first| first.text.clone()).unwrap_or_default(),
-            first_failure_log: status.first_failure.map(|first| first.log).unwrap_or_default(),
+            first_failure: failure.as_ref().map(|failure| failure.text.clone()).unwrap_or_default(),
+            first_failure_healed_step: failure.as_ref().and_then(|failure| failure.healed).map(|step| step.0),
+            first_failure_log: failure.map(|failure| failure.log).unwrap_or_default(),
             first_failure_ago_ms: status.first_failure_ago.map(|ago| ago.as_millis() as u64).unwrap_or_default(),
             validation: status.validation.map(validation),
             sources: status.sources.into_iter().map(source_status).collect(),
-        }))
+            page: self.page.clone().unwrap_or_default(),
+            world_size: self.world_size,
+            started_unix_s: history.started_unix,
+            unix_s: history.unix(history.now),
+            ended_unix_s: history.ended.map(|at| history.unix(at)),
+            newest,
+            samples_per_s: pace.map(|(samples, _)| samples),
+            step_s: pace.map(|(_, seconds)| seconds),
+            left_s: history.left(final_step, self.last_step),
+            goodput: Some(v1::GoodputStatus {
+                ratio: history.goodput_ratio(),
+                seconds: seconds.map(|(cause, seconds)| v1::CauseSeconds { cause: cause.as_str().into(), seconds }).collect(),
+            }),
+        }
+    }
+}
+
+type Watched = std::pin::Pin<Box<dyn Stream<Item = Result<v1::WatchReply, Status>> + Send>>;
+
+impl Service {
+    /// Tells who watches what the job is doing, every second, and at last how it ended. Without that word the coordinator broke.
+    async fn tell_until_the_end(self, ended: oneshot::Receiver<Box<(Look, Ending)>>, sender: mpsc::Sender<Result<v1::WatchReply, Status>>) {
+        let mut every = tokio::time::interval(WATCH_EVERY);
+        every.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        tokio::pin!(ended);
+        loop {
+            let reply = tokio::select! {
+                biased;
+                end = &mut ended => {
+                    if let Ok(end) = end {
+                        let (look, ending) = *end;
+                        let last = v1::WatchReply { status: Some(self.facts.status(look)), end: Some(job_end(ending)) };
+                        // Who has gone meanwhile does not read it.
+                        let _ = sender.send(Ok(last)).await;
+                    }
+                    return;
+                }
+                () = sender.closed() => return,
+                _ = every.tick() => match self.ask(|reply| Command::Look { reply }).await {
+                    Ok(look) => v1::WatchReply { status: Some(self.facts.status(*look)), end: None },
+                    // The end is on its way.
+                    Err(_) => continue,
+                },
+            };
+            if sender.send(Ok(reply)).await.is_err() {
+                return;
+            }
+        }
+    }
+}
+
+#[tonic::async_trait]
+impl v1::control_server::Control for Service {
+    async fn status(&self, _request: Request<v1::StatusRequest>) -> Result<Response<v1::StatusReply>, Status> {
+        let look = self.ask(|reply| Command::Look { reply }).await?;
+        Ok(Response::new(self.facts.status(*look)))
+    }
+
+    type WatchStream = Watched;
+
+    async fn watch(&self, _request: Request<v1::WatchRequest>) -> Result<Response<Watched>, Status> {
+        let (reply, ended) = oneshot::channel();
+        self.commands.send(Command::Ended { reply }).await.map_err(|_| over())?;
+        let (sender, receiver) = mpsc::channel(1);
+        tokio::spawn(self.clone().tell_until_the_end(ended, sender));
+        Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
     }
 
     async fn shards(&self, request: Request<v1::ShardsRequest>) -> Result<Response<v1::ShardsReply>, Status> {

@@ -4,8 +4,8 @@ use std::fmt;
 
 use crate::ids::{Bitmap, Epoch, Generation, Incarnation, LeaseId, MemberIndex, Rank, SampleName, ShardId, Step, WorkerId};
 use crate::message::{
-    Assignment, Continuing, FromWorker, Heartbeat, Hello, Lease, Phase, ShardReport, SkipReason, SkippedSample, Stall, StepLosses,
-    StepRecord, StepReport, StepTimings, StopCause, StopReason, Stopped, ToWorker, ValidationLosses,
+    Assignment, Continuing, FromWorker, GpuMemory, Heartbeat, Hello, Lease, Memory, Phase, ShardReport, SkipReason, SkippedSample, Stall,
+    StepLosses, StepRecord, StepReport, StepTimings, StopCause, StopReason, Stopped, ToWorker, ValidationLosses,
 };
 use crate::v1;
 
@@ -153,6 +153,28 @@ impl TryFrom<v1::Validation> for ValidationLosses {
     }
 }
 
+impl From<Memory> for v1::Memory {
+    fn from(memory: Memory) -> Self {
+        let gpu = |GpuMemory { used_bytes, total_bytes }| v1::GpuMemory { used_bytes, total_bytes };
+        Self { resident_bytes: memory.resident_bytes, gpu: memory.gpu.map(gpu) }
+    }
+}
+
+impl TryFrom<v1::Memory> for Memory {
+    type Error = WireError;
+
+    fn try_from(wire: v1::Memory) -> Result<Self, WireError> {
+        let gpu = |v1::GpuMemory { used_bytes, total_bytes }| {
+            if used_bytes > total_bytes {
+                let problem = format!("{used_bytes} is more than the {total_bytes} there are");
+                return Err(WireError { field: "heartbeat.memory.gpu.used_bytes", problem });
+            }
+            Ok(GpuMemory { used_bytes, total_bytes })
+        };
+        Ok(Self { resident_bytes: wire.resident_bytes, gpu: wire.gpu.map(gpu).transpose()? })
+    }
+}
+
 impl From<FromWorker> for v1::FromWorker {
     fn from(message: FromWorker) -> Self {
         use v1::from_worker::Message;
@@ -173,6 +195,7 @@ impl From<FromWorker> for v1::FromWorker {
                 phase: v1::Phase::from(beat.phase).into(),
                 generation: beat.generation.0,
                 reads: beat.reads,
+                memory: (beat.memory != Memory::default()).then(|| beat.memory.into()),
             }),
             FromWorker::Bootstrap { generation, bytes } => Message::Bootstrap(v1::Bootstrap { generation: generation.0, bytes }),
             FromWorker::StepReport(report) => Message::StepReport(v1::StepReport {
@@ -282,6 +305,7 @@ impl TryFrom<v1::FromWorker> for FromWorker {
                 phase: phase(beat.phase)?,
                 generation: Generation(beat.generation),
                 reads: beat.reads,
+                memory: beat.memory.map(TryInto::try_into).transpose()?.unwrap_or_default(),
             }),
             Message::Bootstrap(bootstrap) => {
                 if bootstrap.bytes.is_empty() {

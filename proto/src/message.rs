@@ -103,6 +103,26 @@ pub struct Heartbeat {
     pub generation: Generation,
     /// Samples read and decoded, and pieces of a model fetched, since the process started: what moves while it waits for a slow source.
     pub reads: u64,
+    /// What it holds in memory, as it last looked.
+    pub memory: Memory,
+}
+
+/// What a worker holds in memory, as far as it is known.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Memory {
+    /// Memory of the host that the process holds.
+    pub resident_bytes: Option<u64>,
+    /// The memory of the GPU that it trains on, if it does.
+    pub gpu: Option<GpuMemory>,
+}
+
+/// The memory of a GPU.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct GpuMemory {
+    /// In use, by whomever.
+    pub used_bytes: u64,
+    /// In all; no less than what is in use.
+    pub total_bytes: u64,
 }
 
 /// Means over one step's global batch.
@@ -118,6 +138,14 @@ pub struct StepLosses {
     pub grad_norm: f32,
     /// Learning rate of the update.
     pub learning_rate: f32,
+}
+
+impl StepLosses {
+    /// What training minimises: all losses together, the feature loss with its weight in the job.
+    #[must_use]
+    pub fn total(&self, feature_weight: f64) -> f64 {
+        f64::from(self.task) + f64::from(self.logit) + feature_weight * f64::from(self.feature)
+    }
 }
 
 /// Mean losses over the validation samples of the weights after one step.
@@ -180,6 +208,15 @@ pub struct StepTimings {
     pub validation: f32,
     /// Pictures by the weights of the step before.
     pub sampling: f32,
+}
+
+impl StepTimings {
+    /// Seconds of the whole step.
+    #[must_use]
+    pub fn total(&self) -> f64 {
+        let Self { data, compute, collective, update, validation, sampling } = *self;
+        [data, compute, collective, update, validation, sampling].into_iter().map(f64::from).sum()
+    }
 }
 
 /// A member has applied a step.

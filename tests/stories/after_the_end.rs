@@ -71,6 +71,43 @@ fn stopped_job_is_shown_as_stopped_and_goes_on_at_the_next_start() {
 }
 
 #[test]
+fn who_asks_after_the_end_is_told_how_the_last_run_from_the_folder_ended() {
+    let mut cluster = Cluster::new();
+    let state_dir = cluster.state_dir();
+    let ask = |command: &str| {
+        let mut asked = Process::start(command, "coordinator", &[command, "--state-dir", state_dir.to_str().unwrap()]);
+        asked.expect_exit(1);
+        asked.lines().pop().unwrap()
+    };
+    let from = format!("coordinator: no coordinator runs from {}: ", state_dir.display());
+    assert_eq!(ask("status"), format!("{from}there is no address in it"));
+    cluster.job.set_steps(100_000);
+    let mut coordinator = cluster.coordinator(1, &["--local"]);
+    coordinator.wait_for_step(2);
+    coordinator.control(&["stop"]).expect_exit(0);
+    coordinator.expect_exit(0);
+    let step = cluster.newest_checkpoint().step;
+    let stopped = format!("{from}its job was stopped at step {step}: stopped on request; the same command goes on with it");
+    assert_eq!([ask("status"), ask("stop")], [stopped.clone(), stopped]);
+
+    let mut again = cluster.coordinator(1, &[]);
+    let url = again.url();
+    again.wait_for("waiting for rank 0");
+    again.signal(Signal::KILL);
+    again.wait();
+    assert_eq!(
+        ask("status"),
+        format!(
+            "coordinator: no coordinator answers at {url}: the last one was killed, or its machine failed; the same command goes on with the job"
+        )
+    );
+
+    cluster.job.set_steps(u32::try_from(step).unwrap() + 1);
+    cluster.coordinator(1, &["--local"]).expect_exit(0);
+    assert_eq!(ask("stop"), format!("{from}its job is finished, at step {}", step + 1));
+}
+
+#[test]
 fn ctrl_c_ends_a_coordinator_that_would_stay() {
     let mut cluster = Cluster::new();
     cluster.job.set_steps(100_000);

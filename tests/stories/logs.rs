@@ -3,7 +3,7 @@
 use peapod_tests::harness::{Cluster, Process};
 use serde_json::Value;
 
-/// Each line of a process that is one of its log: JSON, all of them but the summary on standard output and the last line for people.
+/// Each line of a process that is one of its log: JSON, all of them but the summary on standard output.
 fn lines_of(process: &Process) -> Vec<Value> {
     process.lines().iter().filter_map(|line| serde_json::from_str(line).ok()).collect()
 }
@@ -58,6 +58,34 @@ fn worker_tells_its_own_log_how_training_goes() {
     worker.assert_said("tests/demo/model (networks in f32, autoencoder in f32) and tests/demo/model/text_encoder_zh are loaded on cpu");
     worker.assert_said("trains in g000001 as rank 0 from step 0 (world size 1): ");
     worker.assert_said("step 1/2  task ");
+}
+
+#[test]
+fn machines_read_numbers_as_fields_and_the_last_word_as_a_line_too() {
+    let mut cluster = Cluster::new();
+    cluster.job.set_steps(2).set("validation.shards", vec!["tests/demo/shards/00005.tar"]).set("validation.samples", 4);
+    let mut coordinator = cluster.coordinator(1, &["--local", "--log-format", "json"]);
+    coordinator.expect_exit(0);
+    let lines = lines_of(&coordinator);
+    let step = line_with(&lines, "step 1/2  task ");
+    assert_eq!((&step["step"], &step["last_step"]), (&1.into(), &2.into()));
+    for number in ["total", "task", "logit", "feature", "learning_rate"] {
+        assert!(step[number].is_f64(), "{number}: {step}");
+    }
+    let validation = line_with(&lines, "validation at step 2");
+    assert!(validation["step"] == 2 && validation["samples"] == 4 && validation["validation_total"].is_f64(), "{validation}");
+
+    cluster.job.set("train.global_batch", 0);
+    let arguments = [cluster.local_arguments(), vec!["--log-format".into(), "json".into()]].concat();
+    let mut refused = Process::start("coordinator", "coordinator", &arguments.iter().map(String::as_str).collect::<Vec<_>>());
+    refused.expect_exit(2);
+    let mut worker = Process::start("worker", "worker", &["--coordinator", "nonsense", "--log-format", "json"]);
+    worker.expect_exit(2);
+    for (process, words) in [(&refused, "coordinator: "), (&worker, "worker: ")] {
+        let last: Value = serde_json::from_str(process.lines().last().unwrap()).unwrap();
+        assert_eq!(last["level"], "ERROR");
+        assert!(last["message"].as_str().unwrap().starts_with(words) && last["timestamp"].is_string(), "{last}");
+    }
 }
 
 #[test]

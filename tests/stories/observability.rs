@@ -54,7 +54,11 @@ fn killed_worker_shows_as_such_within_the_heartbeat_timeout_and_waiting_is_no_il
     let page = page_of(&coordinator);
     let is_well = || assert!(["/healthz", "/readyz"].iter().all(|path| get(&page, path).0 == 200));
     is_well();
-    assert_eq!(state(&page)["state"], "waiting for ranks 0-1");
+    let before = state(&page);
+    assert_eq!(
+        (&before["state"], &before["first_failure"], &before["ended_unix_s"]),
+        (&"waiting for ranks 0-1".into(), &Value::Null, &Value::Null)
+    );
     let mut survivor = coordinator.worker_of_rank(0);
     let mut victim = coordinator.worker_of_rank(1);
     coordinator.wait_for_step(3);
@@ -68,6 +72,15 @@ fn killed_worker_shows_as_such_within_the_heartbeat_timeout_and_waiting_is_no_il
     assert!(killed.elapsed() < Duration::from_secs(3), "{:?}", killed.elapsed());
     assert!(seen["why"].as_str().unwrap().contains("connection broke"), "{seen}");
     assert!(seen["step_s"].as_f64().unwrap() > 0.0, "it still says how fast it was: {seen}");
+    assert!(seen["memory_bytes"].is_null(), "it holds nothing any more: {seen}");
+    let state_then = state(&page);
+    let failure = &state_then["first_failure"];
+    assert!(failure["text"].as_str().unwrap().starts_with("rank 1 (pid ") && failure["healed_step"].is_null(), "{failure}");
+    let at = failure["unix_s"].as_f64().unwrap();
+    assert!((at - state_then["unix_s"].as_f64().unwrap()).abs() < 5.0 && at > state_then["started_unix_s"].as_f64().unwrap(), "{failure}");
+    let mut status = coordinator.control(&["status"]);
+    status.expect_exit(0);
+    status.assert_said("first failure, ");
     victim.wait();
     is_well();
 
@@ -78,6 +91,12 @@ fn killed_worker_shows_as_such_within_the_heartbeat_timeout_and_waiting_is_no_il
         (worker["restarts"] == 1 && worker["member"] == true && worker["step"].as_u64() >= state["step"].as_u64()).then_some(state)
     });
     assert_eq!((&now["counts"]["lost"], &now["counts"]["aborted"]), (&1.into(), &1.into()));
+    assert!(now["workers"][0]["memory_bytes"].as_u64().is_some_and(|bytes| bytes > 1 << 20), "{}", now["workers"][0]);
+    assert_eq!(now["first_failure"]["text"], failure["text"]);
+    let healed = now["first_failure"]["healed_step"].as_u64().unwrap();
+    let mut status = coordinator.control(&["status"]);
+    status.expect_exit(0);
+    status.assert_said(&format!("healed at step {healed}, a failure "));
     assert!(
         now["events"]
             .as_array()
@@ -142,6 +161,10 @@ fn lint(text: &str) -> BTreeMap<String, Vec<String>> {
             assert!(helps.insert(name.to_owned()) && help.ends_with('.'), "{line}");
         } else if let Some((name, kind)) = line.strip_prefix("# TYPE ").map(|rest| rest.split_once(' ').unwrap()) {
             assert!(types.insert(name.to_owned(), kind.to_owned()).is_none() && helps.contains(name), "{line}");
+            if kind == "gauge" {
+                // Its samples have its name; those of a GPU are there where one is.
+                families.insert(name.to_owned(), vec![name.to_owned()]);
+            }
         } else if !line.starts_with('#') {
             let (key, value) = line.rsplit_once(' ').unwrap();
             value.parse::<f64>().unwrap_or_else(|_| panic!("{line}"));
@@ -199,6 +222,7 @@ fn metrics_keep_the_conventions_and_every_query_of_the_dashboard_names_one() {
     assert_eq!(value("peapod_step_samples_total "), value("peapod_ledger_samples{source=\"\",outcome=\"trained\"}"));
     assert!(value("peapod_goodput_ratio ") > 0.0 && value("peapod_goodput_ratio ") <= 1.0);
     assert!(value("peapod_worker_step_time_seconds{rank=\"1\"") > 0.0);
+    assert!(value("peapod_worker_memory_bytes{rank=\"1\"") > 1e6);
 
     let served: BTreeSet<&String> = families.values().flatten().collect();
     let dashboard = std::fs::read_to_string(workspace().join("deploy/grafana/peapod.json")).unwrap();
@@ -265,6 +289,54 @@ fn completions_and_the_facts_of_the_build_are_there() {
     version.expect_exit(0);
     version.assert_said("protocol");
     version.assert_said("rustc");
+}
+
+#[test]
+fn status_says_all_of_a_job_and_a_watch_how_it_ends() {
+    let mut cluster = Cluster::new();
+    cluster.job.set_steps(100_000).set("validation.shards", vec!["tests/demo/shards/00005.tar"]);
+    cluster.job.set("validation.samples", 4).set("validation.every_steps", 2);
+    let mut coordinator = cluster.coordinator(2, &["--local"]);
+    let page = page_of(&coordinator);
+    coordinator.wait_for_step(4);
+    let mut watch = coordinator.control(&["status", "--watch"]);
+    let mut machine = coordinator.control(&["status", "--watch", "--json"]);
+    watch.wait_for("losses at step ");
+    let mut status = coordinator.control(&["status"]);
+    status.expect_exit(0);
+    for words in
+        ["page and metrics: http://", " left, until 20", " samples/s", " a step", "goodput ", "; learning rate ", "validation at step "]
+    {
+        status.assert_said(words);
+    }
+    let mut json = coordinator.control(&["status", "--json"]);
+    json.expect_exit(0);
+    let json: Value = serde_json::from_str(&json.lines().join("\n")).unwrap();
+    assert_eq!(json["page"], format!("http://{page}/"));
+    for number in ["samples_per_s", "step_s", "left_s"] {
+        assert!(json[number].as_f64().unwrap() > 0.0, "{number}: {json}");
+    }
+    assert!(json["newest"]["learning_rate"].as_f64().is_some() && json["goodput"]["ratio"].as_f64().unwrap() > 0.0, "{json}");
+    assert!(json["workers"][1]["memory_bytes"].as_u64().unwrap() > 1 << 20 && json["workers"][1]["gpu_memory_bytes"].is_null(), "{json}");
+
+    coordinator.control(&["stop"]).expect_exit(0);
+    coordinator.expect_exit(0);
+    watch.expect_exit(0);
+    watch.assert_said("the job is stopped, at step ");
+    machine.expect_exit(0);
+    let last: Value = serde_json::from_str(machine.lines().last().unwrap()).unwrap();
+    assert_eq!(last["end"]["outcome"], "stopped", "{last}");
+    assert!(last["ended_unix_s"].as_f64() > json["unix_s"].as_f64(), "{last}");
+}
+
+#[test]
+fn watch_of_a_job_that_fails_says_why_and_fails() {
+    let cluster = long();
+    let mut coordinator = cluster.coordinator(2, &["--join-timeout", "3s"]);
+    let mut watch = coordinator.control(&["status", "--watch"]);
+    coordinator.expect_exit(1);
+    watch.expect_exit(1);
+    watch.assert_said("coordinator: the job has failed, at step 0: waiting for ranks 0-1 for 3 s (--join-timeout)");
 }
 
 /// The folder for the pictures is named by $PEAPOD_SCREENSHOTS, to look at them.

@@ -388,7 +388,7 @@ async fn in_time<T>(answer: impl Future<Output = Result<T, tonic::Status>>) -> R
 mod tests {
     use futures::stream::BoxStream;
     use peapod_proto::ids::{Incarnation, WorkerId};
-    use peapod_proto::message::{Heartbeat, Hello, Phase};
+    use peapod_proto::message::{Heartbeat, Hello, Memory, Phase};
     use peapod_proto::secure::AccessArgs;
     use tonic::{Request, Response, Status};
 
@@ -581,7 +581,8 @@ mod tests {
             assert_eq!(calls.recv().await, Some("upload"));
             // More than one: the first may have left before the window was full.
             for num in 0..100 {
-                let heartbeat = Heartbeat { step: Step(num), phase: Phase::Compute, generation: Generation(1), reads: 0 };
+                let heartbeat =
+                    Heartbeat { step: Step(num), phase: Phase::Compute, generation: Generation(1), reads: 0, memory: Memory::default() };
                 stream.outbound.send(FromWorker::Heartbeat(heartbeat)).await.unwrap();
                 let heard =
                     async { while FromWorker::try_from(messages.recv().await.unwrap()).unwrap() != FromWorker::Heartbeat(heartbeat) {} };

@@ -208,7 +208,7 @@ fn die() -> ! {
 #[cfg(test)]
 mod tests {
     use peapod_proto::ids::Generation;
-    use peapod_proto::message::{Heartbeat, Phase};
+    use peapod_proto::message::{Heartbeat, Memory, Phase};
 
     use super::*;
 
@@ -244,7 +244,13 @@ mod tests {
         let change = ToWorker::PlanChange { generation: Generation(1), reason: String::new() };
         assert!(!faults.lose(&abort, Step(1)) && !faults.lose(&change, Step(2)));
         assert!(faults.lose(&abort, Step(2)) && !faults.lose(&abort, Step(2)));
-        let heartbeat = FromWorker::Heartbeat(Heartbeat { step: Step(2), phase: Phase::Data, generation: Generation(1), reads: 0 });
+        let heartbeat = FromWorker::Heartbeat(Heartbeat {
+            step: Step(2),
+            phase: Phase::Data,
+            generation: Generation(1),
+            reads: 0,
+            memory: Memory::default(),
+        });
         let leaving = FromWorker::Leaving { reason: String::new() };
         let mut silent = false;
         assert!(!faults.keep_back(&heartbeat, Step(1), &mut silent));

@@ -9,14 +9,14 @@ use peapod_collective::tcp::Ports;
 use peapod_data::Outlook;
 use peapod_proto::ids::{Incarnation, Rank, Step};
 use peapod_proto::job::Job;
-use peapod_proto::message::{FromWorker, Hello, ToWorker};
+use peapod_proto::message::{FromWorker, Hello, Phase, ToWorker};
 use peapod_proto::program::{Signals, StopSignal, host_name};
 use peapod_proto::secure::Access;
 use peapod_proto::trace::Trace;
 use peapod_proto::{PROGRAM_VERSION, PROTOCOL_VERSION, v1, work_span};
 use tch::Device;
 use tokio::sync::mpsc;
-use tokio::task::{JoinError, JoinSet};
+use tokio::task::{JoinError, JoinHandle, JoinSet};
 use tonic::Streaming;
 use tracing::{Instrument, Span};
 
@@ -39,6 +39,8 @@ const SEND_TIMEOUT: Duration = Duration::from_secs(10);
 const MAX_CHECKPOINTS_AT_A_STOP: usize = 2;
 /// How often a download that nobody waits for any more is noticed.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
+/// Between two looks at what the process holds in memory.
+const MEMORY_EVERY: Duration = Duration::from_secs(5);
 /// Until the coordinator says how often.
 const FIRST_HEARTBEAT_INTERVAL: Duration = Duration::from_millis(500);
 /// A coordinator of which nothing is heard for its heartbeat timeout is looked for anew, but not after less than this: it may stand still for a moment.
@@ -54,6 +56,14 @@ pub struct Exit {
     pub code: u8,
     /// The line; may be empty.
     pub message: String,
+}
+
+impl Exit {
+    /// Whether something went wrong: the worker was not just done, or asked to go by a signal.
+    #[must_use]
+    pub fn is_failure(&self) -> bool {
+        !matches!(self.code, 0 | 129 | 130 | 143)
+    }
 }
 
 /// What transfers say of themselves, those of the trainer's thread too; it changes with every reconnect.
@@ -97,6 +107,8 @@ struct Supervisor {
     is_welcome: bool,
     /// Whether one keeps its heartbeats back.
     silent: bool,
+    /// The last look at the memory, and when it began.
+    memory: Option<(Instant, JoinHandle<()>)>,
 }
 
 /// Runs a worker to its end, training on `device`.
@@ -144,6 +156,7 @@ pub async fn run(args: Args, device: Device) -> Exit {
         cut: false,
         is_welcome: false,
         silent: false,
+        memory: None,
     };
     let exit = supervisor.run().await;
     supervisor.close().await;
@@ -197,6 +210,7 @@ impl Supervisor {
                 },
                 Some(output) = self.outputs.recv() => self.take(output),
                 _ = heartbeat.tick() => {
+                    self.look_at_memory();
                     self.unanswered += 1;
                     Some(Input::Beat(self.control.heartbeat()))
                 }
@@ -274,6 +288,17 @@ impl Supervisor {
             }
         }
         Ok(Input::StreamLost { cause })
+    }
+
+    /// Has a thread of its own look at the memory, every few seconds, for the heartbeats that follow: a GPU's driver may keep it waiting.
+    fn look_at_memory(&mut self) {
+        if self.memory.as_ref().is_some_and(|(began, look)| began.elapsed() < MEMORY_EVERY || !look.is_finished()) {
+            return;
+        }
+        let (control, device) = (self.control.clone(), self.device);
+        let is_open = !matches!(control.heartbeat().phase, Phase::Loading | Phase::Fetching);
+        let look = tokio::task::spawn_blocking(move || control.set_memory(device::usage::look(device, is_open)));
+        self.memory = Some((Instant::now(), look));
     }
 
     /// Whether the coordinator has answered nothing for too long.

@@ -2,8 +2,8 @@
 
 use peapod_proto::ids::{Epoch, Incarnation, LeaseId, Rank, SampleName};
 use peapod_proto::message::{
-    Assignment, Continuing, Heartbeat, Hello, Lease, Phase, ShardReport, SkipReason, SkippedSample, StepLosses, StepRecord, StepReport,
-    StepTimings, StopCause, StopReason, ValidationLosses,
+    Assignment, Continuing, Heartbeat, Hello, Lease, Memory, Phase, ShardReport, SkipReason, SkippedSample, StepLosses, StepRecord,
+    StepReport, StepTimings, StopCause, StopReason, ValidationLosses,
 };
 use peapod_proto::{PROGRAM_VERSION, PROTOCOL_VERSION};
 
@@ -255,7 +255,8 @@ impl World {
         for _ in 0..seconds {
             self.now += Duration::from_secs(1);
             for &worker in alive {
-                let beat = Heartbeat { step: Step(0), phase: Phase::Waiting, generation: Generation::NONE, reads: 0 };
+                let beat =
+                    Heartbeat { step: Step(0), phase: Phase::Waiting, generation: Generation::NONE, reads: 0, memory: Memory::default() };
                 let _ = self.say(worker, FromWorker::Heartbeat(beat));
             }
             self.event(Event::Tick).unwrap();

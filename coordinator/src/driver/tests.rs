@@ -1,5 +1,5 @@
 use peapod_proto::ids::Incarnation;
-use peapod_proto::message::{Heartbeat, Phase, StepLosses, StepRecord, StepReport, StepTimings};
+use peapod_proto::message::{Heartbeat, Memory, Phase, StepLosses, StepRecord, StepReport, StepTimings};
 use peapod_proto::{PROGRAM_VERSION, PROTOCOL_VERSION};
 
 use super::*;
@@ -118,7 +118,7 @@ fn sign_of_life_that_waits_for_its_turn_is_no_silence() {
     let (mut driver, worker, stream, _messages) = training_in(inbox, Config { heartbeat_timeout: timeout, ..one() });
     std::thread::sleep(2 * timeout);
     let generation = driver.core.generation();
-    let heartbeat = FromWorker::Heartbeat(Heartbeat { step: Step(0), phase: Phase::Data, generation, reads: 0 });
+    let heartbeat = FromWorker::Heartbeat(Heartbeat { step: Step(0), phase: Phase::Data, generation, reads: 0, memory: Memory::default() });
     commands.try_send(Command::Tell(Event::Message { worker, stream, message: heartbeat })).unwrap();
     assert_eq!((driver.tick(), driver.status().workers.len()), (None, 1));
     std::thread::sleep(2 * timeout);
@@ -134,4 +134,33 @@ fn who_has_given_up_is_not_kept() {
     (0..3).for_each(|_| drop(driver.records(1)));
     let _last = driver.records(1);
     assert_eq!(driver.waiters.len(), 1);
+}
+
+#[tokio::test]
+async fn who_waits_for_the_end_is_told_it_once_also_after_it() {
+    let (commands, inbox) = mpsc::channel(2);
+    let (mut driver, ..) = training_in(inbox, one());
+    let (reply, early) = oneshot::channel();
+    driver.handle(Command::Ended { reply });
+    let (reply, mut gone) = oneshot::channel();
+    driver.handle(Command::Ended { reply });
+    gone.close();
+    commands.send(Command::GoAway).await.unwrap();
+    let (_, mut driver) = driver.run().await;
+    let ((_, history), ending) = *early.await.unwrap();
+    assert_eq!((ending, history.ended.is_some()), (Ending::Away, true));
+    let (reply, mut late) = oneshot::channel();
+    driver.handle(Command::Ended { reply });
+    assert_eq!(late.try_recv().unwrap().1, Ending::Away);
+}
+
+#[test]
+fn what_a_worker_holds_in_memory_is_known_from_its_heartbeats() {
+    let (mut driver, worker, stream, _messages) = training();
+    let memory = Memory { resident_bytes: Some(5), gpu: None };
+    let generation = driver.core.generation();
+    let heartbeat = FromWorker::Heartbeat(Heartbeat { step: Step(0), phase: Phase::Data, generation, reads: 0, memory });
+    driver.handle(Command::Tell(Event::Message { worker, stream, message: heartbeat }));
+    let (status, history) = driver.look();
+    assert_eq!(history.seen(&status.workers[0]).unwrap().memory, memory);
 }

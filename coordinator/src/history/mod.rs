@@ -12,15 +12,17 @@ use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
 use peapod_proto::ids::{Generation, Rank, Step, WorkerId};
-use peapod_proto::message::{StepLosses, StepRecord, StepTimings, ValidationLosses};
+use peapod_proto::message::{Memory, StepLosses, StepRecord, StepTimings, ValidationLosses};
 
 use crate::core::{Activity, Notice, Timestamp, WorkerView};
 pub use goodput::{Cause, Goodput};
 pub use series::{Columns, Point, Series};
 pub use told::{Level, told};
 
-/// Events that are kept.
-const MAX_EVENTS: usize = 200;
+/// Events of a kind that are kept: what is frequent does not push out what matters.
+const MAX_EVENTS: usize = 100;
+/// Of checkpoints fewer: there is a list of them.
+const MAX_CHECKPOINT_EVENTS: usize = 20;
 /// Validations that are kept; beyond, every second one goes.
 const MAX_VALIDATIONS: usize = 1024;
 /// Checkpoints that are listed.
@@ -37,8 +39,40 @@ pub struct Happened {
     pub level: Level,
     /// In words.
     pub text: String,
+    kind: Kind,
     /// Whether the next of its kind takes its place: it is said again and again while the job waits.
     is_repeated: bool,
+}
+
+/// Events that count together against how many are kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    /// What went wrong.
+    Error,
+    /// What may.
+    Warning,
+    /// Checkpoints that are stored as they should be.
+    Checkpoint,
+    /// All else.
+    Routine,
+}
+
+impl Kind {
+    fn of(notice: &Notice, level: Level) -> Self {
+        match (level, notice) {
+            (Level::Error, _) => Self::Error,
+            (Level::Warning, _) => Self::Warning,
+            (Level::Info, Notice::Checkpoint { .. }) => Self::Checkpoint,
+            (Level::Info, _) => Self::Routine,
+        }
+    }
+
+    fn max(self) -> usize {
+        match self {
+            Self::Error | Self::Warning | Self::Routine => MAX_EVENTS,
+            Self::Checkpoint => MAX_CHECKPOINT_EVENTS,
+        }
+    }
 }
 
 /// How a worker went.
@@ -81,6 +115,8 @@ pub struct Seen {
     pub starts: u32,
     /// Where the time of its last step went.
     pub timings: Option<StepTimings>,
+    /// What it last said that it holds in memory.
+    pub memory: Memory,
 }
 
 /// How often things happened.
@@ -126,6 +162,8 @@ pub struct History {
     pub started_unix: f64,
     /// Now, since then.
     pub now: Timestamp,
+    /// When the job ended, if it ended under this coordinator.
+    pub ended: Option<Timestamp>,
     /// The curves.
     pub series: Series,
     /// The first step that this coordinator saw become final itself.
@@ -144,8 +182,8 @@ pub struct History {
     pub step_seconds: StepSeconds,
     /// The newest stored checkpoints, oldest first.
     pub checkpoints: VecDeque<(Step, Timestamp)>,
-    /// The newest final step's numbers.
-    pub newest: Option<(StepLosses, StepTimings)>,
+    /// The newest final step, and its numbers.
+    pub newest: Option<(Step, StepLosses, StepTimings)>,
     /// Ranks of the workers in sight.
     ranks: BTreeMap<WorkerId, Rank>,
     last_final: Option<(Generation, Timestamp)>,
@@ -162,6 +200,11 @@ impl History {
     pub fn turn_to(&mut self, now: Timestamp, activity: Activity) {
         self.now = now;
         self.goodput.turn_to(now, activity);
+    }
+
+    /// The job has ended.
+    pub fn ended(&mut self, now: Timestamp) {
+        self.ended = Some(now);
     }
 
     /// A step of an earlier coordinator, from its log.
@@ -212,7 +255,7 @@ impl History {
                 data: shown(timings.data),
             });
         }
-        self.newest = Some((record.losses, timings));
+        self.newest = Some((record.step, record.losses, timings));
     }
 
     /// The weights of a final step were validated.
@@ -227,6 +270,19 @@ impl History {
         }
     }
 
+    /// A worker said what it holds in memory.
+    pub fn holds(&mut self, worker: WorkerId, memory: Memory) {
+        if let Some(seen) = self.ranks.get(&worker).and_then(|rank| self.workers.get_mut(rank)) {
+            seen.memory = memory;
+        }
+    }
+
+    /// What is known of a worker that is connected.
+    #[must_use]
+    pub fn seen(&self, view: &WorkerView) -> Option<&Seen> {
+        self.workers.get(&view.rank).filter(|seen| seen.view.id == view.id)
+    }
+
     /// Something people want to read.
     pub fn notice(&mut self, now: Timestamp, notice: &Notice) {
         self.now = now;
@@ -238,7 +294,8 @@ impl History {
                     self.ranks.remove(&before.view.id);
                 }
                 self.ranks.insert(worker.id, worker.rank);
-                self.workers.insert(worker.rank, Seen { view: worker.clone(), gone: None, starts, timings: None });
+                self.workers
+                    .insert(worker.rank, Seen { view: worker.clone(), gone: None, starts, timings: None, memory: Memory::default() });
             }
             Notice::Lost { worker, cause } => {
                 self.counts.lost += 1;
@@ -271,9 +328,12 @@ impl History {
             self.events.pop_back();
         }
         let (level, text) = told(notice);
-        self.events.push_back(Happened { at: now, level, text, is_repeated });
-        if self.events.len() > MAX_EVENTS {
-            self.events.pop_front();
+        let kind = Kind::of(notice, level);
+        self.events.push_back(Happened { at: now, level, text, kind, is_repeated });
+        if self.events.iter().filter(|event| event.kind == kind).count() > kind.max()
+            && let Some(oldest) = self.events.iter().position(|event| event.kind == kind)
+        {
+            self.events.remove(oldest);
         }
     }
 
@@ -289,11 +349,24 @@ impl History {
         self.started_unix + at.as_secs_f64()
     }
 
+    /// Seconds since the coordinator started; of a job that is over, until its end.
+    #[must_use]
+    pub fn elapsed(&self) -> f64 {
+        self.goodput.seconds(self.now).iter().map(|(_, seconds)| seconds).sum()
+    }
+
+    /// Seconds until `last_step` at the newest pace, once it is known.
+    #[must_use]
+    pub fn left(&self, step: Step, last_step: Option<u64>) -> Option<f64> {
+        let (_, seconds) = self.series.pace()?;
+        Some(last_step?.saturating_sub(step.0) as f64 * seconds)
+    }
+
     /// The share of the time since the coordinator started that went into final steps.
     #[must_use]
     pub fn goodput_ratio(&self) -> f64 {
         let seconds = self.goodput.seconds(self.now);
-        let all: f64 = seconds.iter().map(|(_, seconds)| seconds).sum();
+        let all = self.elapsed();
         let good = seconds.first().map_or(0.0, |(_, seconds)| *seconds);
         if all > 0.0 { good / all } else { 0.0 }
     }
@@ -331,6 +404,7 @@ mod tests {
         let at = Duration::from_secs;
         history.notice(at(1), &Notice::Joined(worker(1, 10)));
         history.timed(WorkerId(10), StepTimings { data: 0.5, ..StepTimings::default() });
+        history.holds(WorkerId(10), Memory { resident_bytes: Some(1 << 30), gpu: None });
         history.notice(at(2), &Notice::Lost { worker: worker(1, 10), cause: "killed".into() });
         let seen = &history.workers[&Rank(1)];
         assert_eq!((seen.gone.clone(), seen.starts), (Some((at(2), Departure::Lost("killed".into()))), 1));
@@ -338,7 +412,9 @@ mod tests {
         // A late word about the one before does not make the new one dead.
         history.notice(at(4), &Notice::Lost { worker: worker(1, 10), cause: "late".into() });
         let seen = &history.workers[&Rank(1)];
-        assert_eq!((seen.gone.clone(), seen.starts, seen.timings), (None, 2, None));
+        assert_eq!((seen.gone.clone(), seen.starts, seen.timings, seen.memory), (None, 2, None, Memory::default()));
+        history.holds(WorkerId(10), Memory { resident_bytes: Some(1), gpu: None });
+        assert_eq!(history.workers[&Rank(1)].memory, Memory::default(), "a late word");
         assert_eq!((history.counts.joined, history.counts.lost), (2, 2));
         let last = history.events.back().unwrap();
         assert_eq!((last.level, last.text.as_str()), (Level::Error, "rank 1 (pid 7 on host) lost at step 3 in phase compute: late"));
@@ -355,10 +431,20 @@ mod tests {
             );
         }
         assert_eq!(history.events.len(), 1);
+        history.notice(Duration::from_secs(1000), &Notice::Lost { worker: worker(1, 10), cause: "killed".into() });
         for step in 0..1000 {
             history.notice(Duration::from_secs(1000 + step), &Notice::Checkpoint { step: Step(step) });
         }
-        assert_eq!((history.events.len(), history.checkpoints.len()), (MAX_EVENTS, MAX_CHECKPOINTS));
+        assert_eq!((history.events.len(), history.checkpoints.len()), (2 + MAX_CHECKPOINT_EVENTS, MAX_CHECKPOINTS));
+        let levels: Vec<Level> = history.events.iter().map(|event| event.level).take(3).collect();
+        assert_eq!(levels, [Level::Warning, Level::Error, Level::Info], "the loss is still there, and in its place");
+        for number in 0..1000 {
+            let skipped = Notice::StepSkipped { step: Step(number), in_a_row: 1 };
+            history.notice(Duration::from_secs(2000 + number), &skipped);
+            history.notice(Duration::from_secs(2000 + number), &Notice::Ready(worker(1, 10)));
+        }
+        assert_eq!(history.events.len(), 1 + 2 * MAX_EVENTS + MAX_CHECKPOINT_EVENTS);
+        assert_eq!(history.events.front().map(|event| event.level), Some(Level::Error), "the loss, after a thousand warnings");
     }
 
     #[test]

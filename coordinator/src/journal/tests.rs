@@ -222,3 +222,25 @@ fn writes_torn_at_any_point_leave_what_was_written_up_to_some_fact() {
         assert_some_prefix(media.as_written(), written, &format!("process killed, or disk full, at operation {operation}"));
     }
 }
+
+#[test]
+fn closed_journal_is_looked_into_and_one_that_was_never_closed_is_known_as_such() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join(JOURNAL);
+    assert_eq!(look(&path), None);
+    let (mut journal, _) = Disk::open(&path).unwrap();
+    journal.begin(&run(), &state()).unwrap();
+    journal.append(&commit(1)).unwrap();
+    journal.append(&Fact::Ended(Outcome::Finished)).unwrap();
+    assert_eq!(look(&path), None, "it is open");
+    // As a coordinator that is killed leaves it.
+    let copy = folder.path().join("killed.redb");
+    std::fs::copy(&path, &copy).unwrap();
+    let bytes = std::fs::read(&copy).unwrap();
+    assert_eq!((look(&copy), std::fs::read(&copy).unwrap()), (Some(Closed::CutShort), bytes));
+    drop(journal);
+    let Some(Closed::Whole(found)) = look(&path) else { panic!("it is closed") };
+    assert_eq!((found.run, found.state.final_step(), found.state.outcome()), (run(), Step(1), Some(&Outcome::Finished)));
+    std::fs::write(&path, "no journal").unwrap();
+    assert_eq!(look(&path), None);
+}

@@ -14,15 +14,12 @@ use super::Exit;
 use crate::check::{self, LoadedJob};
 use crate::config::RunArgs;
 use crate::core::{Config, Core, Resume};
-use crate::journal::{Disk, Found, Run};
+use crate::journal::{Disk, Found, JOURNAL, Run};
 use crate::shard_list::{self, ShardList};
 use crate::store::{Store, StoreError, sha256};
 
 /// A worker's own deadlines come first by this much.
 const MARGIN: Duration = Duration::from_secs(10);
-/// The run in the state folder, for a coordinator that is started again.
-const JOURNAL: &str = "journal.redb";
-
 /// Everything that was there before the run, and the core that goes on from it.
 pub(super) struct Start {
     pub job: Job,

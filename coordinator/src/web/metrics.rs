@@ -11,7 +11,7 @@ use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::{Registry, Unit};
 
-use super::{Shown, page};
+use super::Shown;
 use crate::driver::Status;
 use crate::history::{History, STEP_BOUNDS};
 
@@ -79,7 +79,7 @@ impl Metrics {
         out.counter("steps_skipped", "Steps that were not finite and changed no weights.", None, history.counts.skipped_steps)?;
         out.counter("step_samples", "Samples in final steps since the coordinator started.", None, history.counts.samples)?;
         out.histogram("step_duration", "Time from one final step to the next within a generation.", history)?;
-        if let Some((losses, timings)) = &history.newest {
+        if let Some((_, losses, timings)) = &history.newest {
             let parts = [("task", losses.task), ("logit", losses.logit), ("feature", losses.feature)];
             out.gauges(
                 "loss",
@@ -168,17 +168,26 @@ impl Metrics {
         out.gauges("worker_step", "Last step a worker applied.", None, workers.iter().map(|view| (labels(view), view.step.0 as f64)))?;
         let silence = workers.iter().map(|view| (labels(view), view.silence.as_secs_f64()));
         out.gauges("worker_silence", "Time since a worker's last word.", Some(Unit::Seconds), silence)?;
-        let timed: Vec<_> = workers
-            .iter()
-            .filter_map(|view| {
-                let seen = self.history.workers.get(&view.rank).filter(|seen| seen.view.id == view.id)?;
-                Some((view, seen.timings?))
-            })
-            .collect();
-        let steps = timed.iter().map(|(view, timings)| (labels(view), page::total(*timings)));
+        let timed: Vec<_> = workers.iter().filter_map(|view| Some((view, self.history.seen(view)?.timings?))).collect();
+        let steps = timed.iter().map(|(view, timings)| (labels(view), timings.total()));
         out.gauges("worker_step_time", "Time of a worker's last step.", Some(Unit::Seconds), steps)?;
         let data = timed.iter().map(|(view, timings)| (labels(view), timings.data.into()));
         out.gauges("worker_data_wait", "Time that a worker waited for data in its last step.", Some(Unit::Seconds), data)?;
+        let exchange = timed.iter().map(|(view, timings)| (labels(view), timings.collective.into()));
+        out.gauges(
+            "worker_exchange",
+            "Time of a worker's last step in the all-reduce, with the wait for the others.",
+            Some(Unit::Seconds),
+            exchange,
+        )?;
+        let memory: Vec<_> = workers.iter().filter_map(|view| Some((view, self.history.seen(view)?.memory))).collect();
+        let held = memory.iter().filter_map(|(view, memory)| Some((labels(view), memory.resident_bytes? as f64)));
+        out.gauges("worker_memory", "Memory of the host that a worker's process holds.", Some(Unit::Bytes), held)?;
+        let gpus: Vec<_> = memory.iter().filter_map(|(view, memory)| Some((view, memory.gpu?))).collect();
+        let used = gpus.iter().map(|(view, gpu)| (labels(view), gpu.used_bytes as f64));
+        out.gauges("worker_gpu_memory_used", "Memory in use on a worker's GPU, by whomever.", Some(Unit::Bytes), used)?;
+        let total = gpus.iter().map(|(view, gpu)| (labels(view), gpu.total_bytes as f64));
+        out.gauges("worker_gpu_memory", "Memory of a worker's GPU.", Some(Unit::Bytes), total)?;
         let starts =
             self.history.workers.iter().map(|(rank, seen)| (vec![("rank", rank.0.to_string())], f64::from(seen.starts.saturating_sub(1))));
         out.counters("worker_restarts", "Workers that joined under a rank after its first.", None, starts)

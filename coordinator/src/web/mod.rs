@@ -21,15 +21,16 @@ use axum::routing::get;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
 use hyper_util::service::TowerToHyperService;
+use peapod_proto::program::host_name;
 use peapod_proto::secure::PAGE_ONLY;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 
+use crate::announce::authority_for_workers;
 use crate::config::address;
-use crate::driver::{Command, Status};
+use crate::driver::{Command, Look};
 use crate::gate::answer_and_close;
-use crate::history::History;
 
 /// Where the page is, unless it is said.
 pub const DEFAULT_HTTP_PORT: u16 = 7734;
@@ -112,6 +113,14 @@ pub async fn listen(address: Option<HttpAddr>) -> anyhow::Result<Option<TcpListe
     Ok(Some(listener))
 }
 
+/// Where the page is, as those see it who reach this machine.
+///
+/// # Errors
+/// If the system does not say where it listens.
+pub fn url(listener: &TcpListener) -> std::io::Result<String> {
+    Ok(format!("http://{}/", authority_for_workers(listener.local_addr()?, &host_name())))
+}
+
 /// Serves until `over` turns true.
 pub async fn serve(listener: TcpListener, commands: mpsc::Sender<Command>, shown: Shown, mut over: watch::Receiver<bool>) {
     let router = router(Arc::new(Site { commands, shown }));
@@ -183,7 +192,7 @@ async fn asset(kind: &'static str, text: &'static str) -> Response {
 }
 
 impl Site {
-    async fn look(&self) -> Result<Box<(Status, History)>, Response> {
+    async fn look(&self) -> Result<Box<Look>, Response> {
         self.ask(|reply| Command::Look { reply }).await
     }
 

@@ -1,10 +1,10 @@
 //! The state of a job as the page reads it.
 
-use peapod_proto::message::{StepTimings, ValidationLosses};
+use peapod_proto::message::ValidationLosses;
 use serde_json::{Value, json};
 
 use super::Shown;
-use crate::core::{SourceView, WorkerView};
+use crate::core::{Failure, SourceView, WorkerView};
 use crate::driver::Status;
 use crate::history::{Counts, History, Seen};
 
@@ -28,6 +28,7 @@ pub fn state(shown: &Shown, status: &Status, history: &History, edition: u32, fr
         "generation": status.generation.0, "world_size": shown.world_size, "epoch": status.epoch,
         "feature_weight": shown.feature_weight, "heartbeat_timeout_s": shown.heartbeat_timeout.as_secs_f64(),
         "unix_s": round(history.unix(history.now)), "started_unix_s": round(history.started_unix), "known_since_step": history.known_since,
+        "ended_unix_s": history.ended.map(|at| round(history.unix(at))), "elapsed_s": round(history.elapsed()), "left_s": history.left(status.final_step, shown.last_step).map(round),
         "samples_per_s": pace.map(|(samples, _)| round(samples)), "step_s": pace.map(|(_, seconds)| round(seconds)),
         "goodput": { "ratio": history.goodput_ratio(), "seconds": causes },
         "workers": workers(status, history), "sources": status.sources.iter().map(source).collect::<Vec<_>>(),
@@ -36,13 +37,18 @@ pub fn state(shown: &Shown, status: &Status, history: &History, edition: u32, fr
             "not_finite": status.totals.not_finite,
         },
         "checkpoint_step": status.checkpoint_step.map(|step| step.0), "checkpoints": checkpoints,
-        "first_failure": status.first_failure.as_ref().map(|first| first.text.as_str()),
+        "first_failure": status.first_failure.as_ref().map(|first| failure(first, history)),
         "counts": {
             "joined": joined, "lost": lost, "left": left, "generations": formed, "aborted": aborted, "rolled_back": rolled_back,
             "skipped_steps": skipped_steps, "checkpoints_failed": checkpoints_failed,
         },
         "events": events, "pictures": pictures, "validation": validation(history), "series": history.series.columns(edition, from),
     })
+}
+
+fn failure(failure: &Failure, history: &History) -> Value {
+    let at = failure.at.map(|at| round(history.unix(at)));
+    json!({ "text": failure.text, "unix_s": at, "healed_step": failure.healed.map(|step| step.0) })
 }
 
 fn validation(history: &History) -> Value {
@@ -56,7 +62,7 @@ fn validation(history: &History) -> Value {
 
 /// The living as the core sees them, the dead as they were last seen.
 fn workers(status: &Status, history: &History) -> Vec<Value> {
-    let living = status.workers.iter().map(|view| (view, history.workers.get(&view.rank).filter(|seen| seen.view.id == view.id)));
+    let living = status.workers.iter().map(|view| (view, history.seen(view)));
     let gone =
         history.workers.values().filter(|seen| seen.gone.is_some() && !status.workers.iter().any(|view| view.rank == seen.view.rank));
     let mut all: Vec<(u32, Value)> = living.map(|(view, seen)| (view.rank.0, worker(view, seen, history))).collect();
@@ -73,19 +79,17 @@ fn worker(view: &WorkerView, seen: Option<&Seen>, history: &History) -> Value {
     };
     let silence = gone.map_or(view.silence, |(at, _)| view.silence + history.now.saturating_sub(*at));
     let timings = seen.and_then(|seen| seen.timings);
+    // What is gone holds nothing.
+    let memory = seen.filter(|_| gone.is_none()).map(|seen| seen.memory).unwrap_or_default();
     json!({
         "rank": view.rank.0, "host": view.host, "pid": view.pid, "device": view.device, "phase": phase, "step": view.step.0,
         "member": view.member && gone.is_none(), "last_seen_s": round(silence.as_secs_f64()),
         "restarts": seen.map_or(0, |seen| seen.starts.saturating_sub(1)), "why": gone.map(|(_, departure)| departure.reason()),
-        "step_s": timings.map(|timings| round(total(timings))), "data_s": timings.map(|timings| round(timings.data.into())),
+        "step_s": timings.map(|timings| round(timings.total())), "data_s": timings.map(|timings| round(timings.data.into())),
         "compute_s": timings.map(|timings| round(timings.compute.into())), "collective_s": timings.map(|timings| round(timings.collective.into())),
+        "memory_bytes": memory.resident_bytes, "gpu_memory_used_bytes": memory.gpu.map(|gpu| gpu.used_bytes),
+        "gpu_memory_bytes": memory.gpu.map(|gpu| gpu.total_bytes),
     })
-}
-
-/// Seconds of a whole step.
-pub fn total(timings: StepTimings) -> f64 {
-    let StepTimings { data, compute, collective, update, validation, sampling } = timings;
-    [data, compute, collective, update, validation, sampling].into_iter().map(f64::from).sum()
 }
 
 fn source(source: &SourceView) -> Value {

@@ -4,6 +4,10 @@ fn validation(step: u64) -> ValidationLosses {
     ValidationLosses { step: Step(step), samples: 5, task: 0.5, logit: 0.25, feature: 3.0 }
 }
 
+fn beat(phase: Phase, memory: Memory) -> Heartbeat {
+    Heartbeat { step: Step(9), phase, generation: Generation(2), reads: 7, memory }
+}
+
 fn record(step: u64) -> StepRecord {
     StepRecord {
         step: Step(step),
@@ -38,9 +42,12 @@ fn typed_messages_survive_the_wire() {
             stalled: Some(Stall { waiting_for: MemberIndex(2), received_bytes: 77 }),
         }),
         FromWorker::Continuing(Continuing { generation: Generation(2), applied: Step(9), records: vec![record(9)] }),
-        FromWorker::Heartbeat(Heartbeat { step: Step(9), phase: Phase::Validating, generation: Generation(2), reads: 7 }),
-        FromWorker::Heartbeat(Heartbeat { step: Step(9), phase: Phase::Warming, generation: Generation(2), reads: 0 }),
-        FromWorker::Heartbeat(Heartbeat { step: Step(0), phase: Phase::Fetching, generation: Generation::NONE, reads: 3 }),
+        FromWorker::Heartbeat(beat(Phase::Validating, Memory::default())),
+        FromWorker::Heartbeat(beat(Phase::Warming, Memory { resident_bytes: Some(7 << 30), gpu: None })),
+        FromWorker::Heartbeat(beat(
+            Phase::Fetching,
+            Memory { resident_bytes: None, gpu: Some(GpuMemory { used_bytes: 3, total_bytes: 4 }) },
+        )),
         FromWorker::LeaseRequest { generation: Generation(2), num_leases: 1, is_idle: true },
         FromWorker::GaveBack { lease: LeaseId(4), from: 17 },
         FromWorker::ShardReport(ShardReport {
@@ -76,10 +83,20 @@ fn gate_refuses_what_no_honest_peer_sends() {
         report.record.as_mut().unwrap().validation.as_mut().unwrap().samples = 0;
     }
     assert!(FromWorker::try_from(wire).unwrap_err().to_string().contains("validation.samples"));
+    let impossible = Memory { resident_bytes: None, gpu: Some(GpuMemory { used_bytes: 5, total_bytes: 4 }) };
+    let wire = v1::FromWorker::from(FromWorker::Heartbeat(beat(Phase::Compute, impossible)));
+    assert!(FromWorker::try_from(wire).unwrap_err().to_string().contains("heartbeat.memory.gpu.used_bytes: 5 is more than the 4"));
     let index = v1::ToWorker {
         message: Some(v1::to_worker::Message::Assignment(v1::Assignment { member_index: 2, num_members: 2, ..Default::default() })),
     };
     assert!(ToWorker::try_from(index).is_err());
+}
+
+#[test]
+fn worker_that_says_nothing_of_its_memory_is_understood() {
+    let wire = v1::Heartbeat { step: 9, phase: v1::Phase::Compute.into(), generation: 2, reads: 7, memory: None };
+    let wire = v1::FromWorker { message: Some(v1::from_worker::Message::Heartbeat(wire)) };
+    assert_eq!(FromWorker::try_from(wire), Ok(FromWorker::Heartbeat(beat(Phase::Compute, Memory::default()))));
 }
 
 #[test]

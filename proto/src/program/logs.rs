@@ -1,6 +1,7 @@
 //! Log lines: for people or for machines, and spans of work that two programs see.
 
 use std::io::{self, IsTerminal};
+use std::sync::OnceLock;
 
 use tracing_subscriber::fmt::MakeWriter;
 use tracing_subscriber::layer::SubscriberExt;
@@ -35,6 +36,15 @@ pub enum LogFormat {
     Json,
 }
 
+/// What was asked for when the program started.
+static FORMAT: OnceLock<LogFormat> = OnceLock::new();
+
+/// How this program's log lines look.
+#[must_use]
+pub fn log_format() -> LogFormat {
+    FORMAT.get().copied().unwrap_or_default()
+}
+
 /// Writes log lines from here on: of level info, unless RUST_LOG says otherwise. `program` is what spans are exported under.
 ///
 /// Lines for machines say of which piece of work they are; to people that says nothing, so they see it with `RUST_LOG=debug` only.
@@ -45,6 +55,8 @@ pub fn start<W>(program: &'static str, args: LogArgs, writer: W) -> Result<(), S
 where
     W: for<'a> MakeWriter<'a> + Send + Sync + 'static,
 {
+    // A second start would be an error of the program, which the registry finds below.
+    let _ = FORMAT.set(args.log_format);
     let spans = super::otlp::layer(program)?;
     let mut filter = filter(std::env::var(EnvFilter::DEFAULT_ENV).ok().as_deref())?;
     if (args.log_format == LogFormat::Json || spans.is_some())

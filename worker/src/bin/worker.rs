@@ -84,8 +84,11 @@ fn main() -> ExitCode {
         Err(error) => return fail(format_args!("cannot start: {error}"), 1),
     };
     let exit = runtime.block_on(supervisor::run(run, device));
-    if !exit.message.is_empty() {
-        program::say(format_args!("worker: {}", exit.message));
+    let line = format!("worker: {}", exit.message);
+    match exit.is_failure() {
+        _ if exit.message.is_empty() => {}
+        true => program::say_failure(line),
+        false => program::say(line),
     }
     program::otlp::finish();
     leave(exit.code)
@@ -111,6 +114,6 @@ fn print(Report { text, problem }: Report) -> ExitCode {
 }
 
 fn fail(problem: impl Display, code: u8) -> ExitCode {
-    program::say(format_args!("worker: {problem}"));
+    program::say_failure(format_args!("worker: {problem}"));
     ExitCode::from(code)
 }

@@ -5,6 +5,7 @@
 
 mod claim;
 pub mod nccl_settings;
+pub mod usage;
 
 use std::fmt;
 use std::str::FromStr;

@@ -1,6 +1,6 @@
 use super::*;
 use peapod_proto::ids::MemberIndex;
-use peapod_proto::message::StopCause;
+use peapod_proto::message::{Memory, StopCause};
 
 fn welcome(job: &str) -> Input {
     welcome_to(job, Generation::NONE)
@@ -192,7 +192,13 @@ fn what_was_read_of_held_shards_is_said_again_to_a_coordinator_that_comes_back()
 }
 
 fn beat(life: &mut Lifecycle) {
-    let heartbeat = Heartbeat { step: Step(1), phase: peapod_proto::message::Phase::Compute, generation: Generation(3), reads: 0 };
+    let heartbeat = Heartbeat {
+        step: Step(1),
+        phase: peapod_proto::message::Phase::Compute,
+        generation: Generation(3),
+        reads: 0,
+        memory: Memory::default(),
+    };
     assert_eq!(life.handle(Input::Beat(heartbeat)), [Action::Send(FromWorker::Heartbeat(heartbeat))]);
 }
 

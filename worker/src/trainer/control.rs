@@ -6,7 +6,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use peapod_collective::AbortHandle;
 use peapod_data::LoaderHandle;
 use peapod_proto::ids::{Generation, Step};
-use peapod_proto::message::{Heartbeat, Phase};
+use peapod_proto::message::{Heartbeat, Memory, Phase};
 
 /// Shared between the trainer's thread and the supervisor.
 #[derive(Default)]
@@ -19,6 +19,7 @@ pub struct Control {
     generation: AtomicU64,
     /// Pieces of models that have come.
     fetched: AtomicU64,
+    memory: Mutex<Memory>,
 }
 
 #[derive(Default)]
@@ -115,7 +116,13 @@ impl Control {
             phase: Phase::ALL.get(usize::from(self.phase.load(Ordering::Acquire))).copied().unwrap_or_default(),
             generation: Generation(self.generation.load(Ordering::Acquire)),
             reads: self.breaking().loader.as_ref().map_or(0, LoaderHandle::samples_read) + self.fetched.load(Ordering::Acquire),
+            memory: *self.memory.lock().unwrap_or_else(PoisonError::into_inner),
         }
+    }
+
+    /// Says what the process holds in memory.
+    pub fn set_memory(&self, memory: Memory) {
+        *self.memory.lock().unwrap_or_else(PoisonError::into_inner) = memory;
     }
 
     /// A piece of a model has come.

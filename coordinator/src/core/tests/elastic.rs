@@ -63,7 +63,7 @@ fn worker_that_fetches_a_model_holds_up_no_elastic_world() {
         world.now += Duration::from_secs(1);
         for worker in [ready[0], ready[1], fetching] {
             let phase = if worker == fetching { Phase::Fetching } else { Phase::Waiting };
-            let beat = Heartbeat { step: Step(0), phase, generation: Generation::NONE, reads: second };
+            let beat = Heartbeat { step: Step(0), phase, generation: Generation::NONE, reads: second, memory: Memory::default() };
             let _ = world.say(worker, FromWorker::Heartbeat(beat));
         }
         world.event(Event::Tick).unwrap();

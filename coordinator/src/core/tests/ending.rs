@@ -23,7 +23,7 @@ fn heartbeats_do_not_break_a_meeting_that_is_under_way() {
     world.event(Event::Drain { rank: Rank(2) }).unwrap();
     let record = world.record(1, &[]);
     world.stopped(workers[0], 1, StopCause::Planned, vec![record]);
-    let beat = Heartbeat { step: Step(0), phase: Phase::Collective, generation: Generation(1), reads: 0 };
+    let beat = Heartbeat { step: Step(0), phase: Phase::Collective, generation: Generation(1), reads: 0, memory: Memory::default() };
     world.say(workers[1], FromWorker::Heartbeat(beat)).unwrap();
     assert!(matches!(world.sent(workers[1]).last(), Some(ToWorker::HeartbeatReply { running: true, .. })));
     // But a member that dies on the way to the meeting ends it for those still waiting for it.

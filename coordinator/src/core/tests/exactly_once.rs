@@ -12,8 +12,8 @@ use std::collections::{HashMap, HashSet, VecDeque};
 
 use peapod_proto::ids::{Epoch, Incarnation, LeaseId, Rank, SampleName};
 use peapod_proto::message::{
-    Assignment, Heartbeat, Hello, Lease, Phase, ShardReport, SkipReason, SkippedSample, StepLosses, StepRecord, StepReport, StepTimings,
-    StopCause,
+    Assignment, Heartbeat, Hello, Lease, Memory, Phase, ShardReport, SkipReason, SkippedSample, StepLosses, StepRecord, StepReport,
+    StepTimings, StopCause,
 };
 use peapod_proto::{PROGRAM_VERSION, PROTOCOL_VERSION};
 use proptest::prelude::*;
@@ -503,7 +503,13 @@ impl Sim {
         while matches!(self.core.phase, JobPhase::Returning { .. }) || pauses(&self.core) {
             self.now += Duration::from_secs(1);
             for id in self.ids() {
-                let beat = Heartbeat { generation: self.core.generation(), step: Step(0), phase: Phase::Waiting, reads: 0 };
+                let beat = Heartbeat {
+                    generation: self.core.generation(),
+                    step: Step(0),
+                    phase: Phase::Waiting,
+                    reads: 0,
+                    memory: Memory::default(),
+                };
                 self.say(id, FromWorker::Heartbeat(beat));
             }
             if self.core.next_deadline().is_some_and(|deadline| deadline <= self.now) {

@@ -397,7 +397,13 @@ impl Moment {
                 for place in 0..self.hands.len() {
                     let hand = &self.hands[place];
                     if let (true, Some(worker), Some(stream)) = (hand.alive, hand.id, hand.stream) {
-                        let beat = Heartbeat { step: Step(0), phase: Phase::Waiting, generation: Generation::NONE, reads: 0 };
+                        let beat = Heartbeat {
+                            step: Step(0),
+                            phase: Phase::Waiting,
+                            generation: Generation::NONE,
+                            reads: 0,
+                            memory: Memory::default(),
+                        };
                         let _ = self.tell(job, Event::Message { worker, stream, message: FromWorker::Heartbeat(beat) }, None)?;
                     }
                 }
@@ -405,7 +411,8 @@ impl Moment {
             }
             Act::Beat(place) => {
                 self.left.beats -= 1;
-                let beat = Heartbeat { step: Step(0), phase: Phase::Data, generation: Generation::NONE, reads: 0 };
+                let beat =
+                    Heartbeat { step: Step(0), phase: Phase::Data, generation: Generation::NONE, reads: 0, memory: Memory::default() };
                 self.hands[place].up.push_back(FromWorker::Heartbeat(beat));
             }
             Act::Crash(written) => self.crash(job, written)?,

@@ -8,7 +8,7 @@ impl World {
         for _ in 0..seconds {
             self.now += Duration::from_secs(1);
             for &(worker, step, phase, reads) in doing {
-                let beat = Heartbeat { step: Step(step), phase, generation: self.core.generation(), reads };
+                let beat = Heartbeat { step: Step(step), phase, generation: self.core.generation(), reads, memory: Memory::default() };
                 let _ = self.say(worker, FromWorker::Heartbeat(beat));
             }
             self.event(Event::Tick).unwrap();

@@ -34,7 +34,7 @@ fn model_that_comes_slowly_ends_no_job_and_one_that_stops_coming_does() {
     let fetch = |world: &mut World, reads| {
         world.now += Duration::from_secs(1);
         for (worker, phase, reads) in [(fetching, Phase::Fetching, reads), (other, Phase::Waiting, 0)] {
-            let beat = Heartbeat { step: Step(0), phase, generation: Generation::NONE, reads };
+            let beat = Heartbeat { step: Step(0), phase, generation: Generation::NONE, reads, memory: Memory::default() };
             let _ = world.say(worker, FromWorker::Heartbeat(beat));
         }
         world.event(Event::Tick).unwrap();

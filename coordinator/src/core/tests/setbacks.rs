@@ -196,7 +196,7 @@ fn one_of_two_workers_that_keep_losing_each_other_is_left_out() {
     assert_eq!(world.train_a_step(4), workers[..2], "the others go on without it");
     world.now += Duration::from_secs(1);
     for &worker in &workers {
-        let beat = Heartbeat { step: Step(4), phase: Phase::Waiting, generation: Generation::NONE, reads: 0 };
+        let beat = Heartbeat { step: Step(4), phase: Phase::Waiting, generation: Generation::NONE, reads: 0, memory: Memory::default() };
         world.say(worker, FromWorker::Heartbeat(beat)).unwrap();
     }
     world.event(Event::Tick).unwrap();
@@ -312,7 +312,7 @@ fn link_under_an_all_reduce_that_hangs_is_the_one_to_whom_least_came() {
         for _ in 0..60 {
             world.now += Duration::from_secs(1);
             for &worker in &workers {
-                let beat = Heartbeat { step: Step(step), phase: Phase::Collective, generation, reads: 0 };
+                let beat = Heartbeat { step: Step(step), phase: Phase::Collective, generation, reads: 0, memory: Memory::default() };
                 world.say(worker, FromWorker::Heartbeat(beat)).unwrap();
             }
             world.event(Event::Tick).unwrap();
