@@ -3,7 +3,7 @@
 //
 //     node --experimental-websocket tests/web/screenshots.mjs http://127.0.0.1:7734/ OUT
 //
-// Fails if the page logs an error, scrolls sideways, or shows no curve.
+// Fails if the page logs an error, scrolls sideways, shows no curve, or has a number that its tile does not hold.
 
 import { spawn } from 'node:child_process';
 import { mkdir, mkdtemp, rm, writeFile } from 'node:fs/promises';
@@ -75,6 +75,12 @@ try {
       if (charts !== 8) problems.push(`${size} ${scheme}: ${charts} charts instead of 8`);
       const wide = await evaluate('document.documentElement.scrollWidth - document.documentElement.clientWidth');
       if (wide > 0) problems.push(`${size} ${scheme}: the page is ${wide} pixels wider than its window`);
+      // The numbers of a long job fit, too. The next turn of the page puts its own there again.
+      const cut = await evaluate(`(() => {
+        document.getElementById('t-step').innerHTML = '1,234,567 <small>of 2,000,000</small>';
+        return [...document.querySelectorAll('.tiles dd')].filter(dd => dd.scrollWidth > dd.clientWidth).map(dd => dd.id).join(', ');
+      })()`);
+      if (cut) problems.push(`${size} ${scheme}: wider than their tiles: ${cut}`);
       const { cssContentSize } = await call('Page.getLayoutMetrics');
       const clip = { x: 0, y: 0, width: metrics.width, height: cssContentSize.height, scale: 1 };
       const { data } = await call('Page.captureScreenshot', { format: 'png', captureBeyondViewport: true, clip });

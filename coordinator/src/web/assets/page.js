@@ -20,10 +20,12 @@ const span = value => {
   if (s < 86400) return `${Math.floor(s / 3600)} h ${Math.floor(s % 3600 / 60)} min`;
   return `${Math.floor(s / 86400)} d ${Math.floor(s % 86400 / 3600)} h`;
 };
-const clock = unix => {
+const DAY = { day: 'numeric', month: 'short' };
+const clock = (unix, style = { ...DAY, hour: '2-digit', minute: '2-digit', second: '2-digit' }) => {
   const date = new Date(unix * 1000);
-  return element('time', { datetime: date.toISOString() }, date.toLocaleTimeString('en-GB'));
+  return element('time', { datetime: date.toISOString(), title: date.toString() }, date.toLocaleString('en-GB', style));
 };
+const gigabytes = value => value == null ? '–' : `${(value / 1e9).toFixed(2)} GB`;
 
 const COLUMNS = ['step', 'task', 'logit', 'feature', 'grad_norm', 'learning_rate', 'data_s', 'step_s', 'samples_per_s'];
 const CAUSES = {
@@ -87,9 +89,8 @@ function summary(state) {
   bar.hidden = !state.total_steps;
   bar.setAttribute('aria-valuemax', state.total_steps ?? 0);
   bar.setAttribute('aria-valuenow', state.step);
-  $('failure').hidden = !state.first_failure;
-  $('failure').textContent = `First failure: ${state.first_failure}`;
-  const of = text => element('small', {}, ` ${text}`);
+  const of = (...texts) => element('small', {}, ...texts);
+  const minute = unix => clock(unix, { ...DAY, hour: '2-digit', minute: '2-digit' });
   $('t-step').replaceChildren(number(state.step), ...(state.total_steps ? [of(`of ${number(state.total_steps)}`)] : []));
   $('t-rate').textContent = number(state.samples_per_s, 1);
   $('t-goodput').textContent = `${(100 * state.goodput.ratio).toFixed(1)} %`;
@@ -98,28 +99,46 @@ function summary(state) {
   $('t-generation').textContent = number(state.generation);
   $('t-epoch').textContent = number(state.epoch);
   $('t-checkpoint').textContent = state.checkpoint_step == null ? 'none yet' : number(state.checkpoint_step);
-  const left = state.total_steps && state.step_s ? (state.total_steps - state.step) * state.step_s : null;
-  $('t-left').textContent = left == null ? '–' : span(left);
+  const { unix_s: now, started_unix_s: from, ended_unix_s: ended, left_s: left } = state;
+  $('t-elapsed').replaceChildren(span((ended ?? now) - from), of('since ', minute(from)));
+  $('t-left').replaceChildren(...(ended != null ? ['–', of('ended ', minute(ended))] : left ? [span(left), of('until ', minute(now + left))] : ['–']));
   const since = state.known_since_step;
   $('since').hidden = !(since > 1);
   $('since').textContent = `The coordinator was started again: curves before step ${number(since)} are from its logs, events and times since then.`;
 }
 
+// Anew only when there is news: it is read out.
+let failed = '';
+function failure({ first_failure: first }) {
+  const key = JSON.stringify(first);
+  if (key === failed) return;
+  failed = key;
+  $('failure').hidden = !first;
+  if (!first) return;
+  const isHealed = first.healed_step != null;
+  $('failure').className = isHealed ? 'alert past' : 'alert';
+  const what = isHealed ? [`Healed at step ${number(first.healed_step)}: a failure of `] : ['First failure, '];
+  $('failure').replaceChildren(...what, clock(first.unix_s), `: ${first.text}`);
+}
+
 function workers(state) {
+  const hasGpus = state.workers.some(worker => worker.gpu_memory_bytes != null);
+  $('h-gpu').hidden = !hasGpus;
+  const gpu = worker => worker.gpu_memory_bytes == null ? '–' : `${gigabytes(worker.gpu_memory_used_bytes)} of ${gigabytes(worker.gpu_memory_bytes)}`;
   $('workers').replaceChildren(...state.workers.flatMap(worker => {
     const kind = worker.phase === 'lost' ? 'lost' : TRAINING.includes(worker.phase) ? 'train' : '';
     const spare = worker.member || worker.why ? '' : worker.phase === 'waiting' ? ' (not a member)' : '';
     const cells = [
       element('th', { scope: 'row' }, String(worker.rank)), element('td', {}, element('span', { class: `phase ${kind}` }, worker.phase), spare),
-      ...[number(worker.step), seconds(worker.step_s), seconds(worker.data_s), seconds(worker.collective_s), seconds(worker.last_seen_s),
-        number(worker.restarts)].map(text => element('td', { class: 'n' }, text)),
+      ...[number(worker.step), seconds(worker.step_s), seconds(worker.data_s), seconds(worker.collective_s), gigabytes(worker.memory_bytes),
+        ...(hasGpus ? [gpu(worker)] : []), seconds(worker.last_seen_s), number(worker.restarts)].map(text => element('td', { class: 'n' }, text)),
       element('td', {}, worker.host), element('td', {}, worker.device), element('td', { class: 'n' }, String(worker.pid)),
     ];
     const row = element('tr', {}, ...cells);
-    const why = worker.phase === 'lost' ? element('tr', {}, element('td', {}), element('td', { class: 'why', colspan: 10 }, worker.why)) : null;
+    const why = worker.phase === 'lost' ? element('tr', {}, element('td', {}), element('td', { class: 'why', colspan: 11 + hasGpus }, worker.why)) : null;
     return why ? [row, why] : [row];
   }));
-  if (!state.workers.length) $('workers').replaceChildren(element('tr', {}, element('td', { colspan: 11 }, 'No worker has joined yet.')));
+  if (!state.workers.length) $('workers').replaceChildren(element('tr', {}, element('td', { colspan: 12 }, 'No worker has joined yet.')));
 }
 
 // Parts of a whole, each with a colour.
@@ -219,6 +238,7 @@ async function turn() {
     started = state.started_unix_s;
     take(state.series);
     summary(state);
+    failure(state);
     workers(state);
     curves(state);
     time(state);
