@@ -9,7 +9,6 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::Result;
-use peapod_proto::program::counted;
 use peapod_proto::secure::{Access, AccessError, Link, failure, refusal};
 use peapod_proto::v1;
 

@@ -20,7 +20,7 @@ const UNITS: [(&str, u64); 9] = [
 
 /// A size in the largest unit of which it is a whole number, so that it is read back as it was.
 pub fn shown(bytes: u64) -> String {
-    let (unit, size) = UNITS.into_iter().find(|(_, size)| bytes >= *size && bytes % size == 0).unwrap_or(("B", 1));
+    let (unit, size) = UNITS.into_iter().find(|(_, size)| bytes >= *size && bytes.is_multiple_of(*size)).unwrap_or(("B", 1));
     format!("{}{unit}", bytes / size)
 }
 
