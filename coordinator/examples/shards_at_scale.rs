@@ -1,5 +1,5 @@
-//! Time and memory of the coordinator for a job of very many shards: start, lease, commit, resume from a checkpoint's ledger, restart from the
-//! journal. Fails above what the project promises of 400,000 shards: 100 MB, and a second to go on.
+//! Time and memory of the coordinator for a job of very many shards: start, lease, commit, resume from a checkpoint's ledger, restart from
+//! the journal. Fails above what the project promises of 400,000 shards: 100 MB, and a second to go on.
 //!
 //! usage: shards_at_scale [NUM_SHARDS] [NUM_WORKERS]          (by default 400000 and 8)
 
@@ -25,7 +25,8 @@ const SHARD_LEN: u32 = 100;
 /// Shards in flight at once.
 const WINDOW: usize = 64;
 const SEED: u64 = 1;
-/// Shards whose facts are in the journal beside its snapshot: two facts each and one for 64, a little less than makes the coordinator take another.
+/// Shards whose facts are in the journal beside its snapshot: two facts each and one for 64, a little less than makes the coordinator take
+/// another.
 const SHARDS_SINCE: u32 = 4_800;
 /// What the project promises.
 const MOST_MB: u64 = 100;

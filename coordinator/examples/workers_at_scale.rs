@@ -1,5 +1,5 @@
-//! What very many workers cost a coordinator: a real one is started, and this program is all of its workers, each with a connection of its own.
-//! They join, say that their models are loaded and form a world; then each reports a step and its life once a second.
+//! What very many workers cost a coordinator: a real one is started, and this program is all of its workers, each with a connection of its
+//! own. They join, say that their models are loaded and form a world; then each reports a step and its life once a second.
 //!
 //! Fails above what the project promises: 2 s to form a world of 1,024, and a core and 500 MB for 4,096 workers that report.
 //!

@@ -11,7 +11,8 @@ use crate::config::RunArgs;
 use crate::observe::Bar;
 use crate::secrets::{JOIN, Secrets};
 
-/// File in the state folder with the address of the coordinator that uses it and the id of its run, a line each, for commands on this machine.
+/// File in the state folder with the address of the coordinator that uses it and the id of its run, a line each, for commands on this
+/// machine.
 const ADDRESS: &str = "address";
 
 /// What a coordinator has left in its state folder.

@@ -53,8 +53,8 @@ fn open(checkpoints: &str) -> Result<Store, String> {
     Store::at(checkpoints).map_err(|error| error.to_string())
 }
 
-/// The whole checkpoints in a store, oldest first, with the losses on the validation samples by their weights: a line each, or one JSON array.
-/// `state_dir` is the job's state folder, where that is known.
+/// The whole checkpoints in a store, oldest first, with the losses on the validation samples by their weights: a line each, or one JSON
+/// array. `state_dir` is the job's state folder, where that is known.
 ///
 /// # Errors
 /// One line: no such store, or a manifest or a log that cannot be read.
@@ -89,8 +89,8 @@ pub async fn list(checkpoints: &str, state_dir: Option<&Path>, json: bool) -> Re
     Ok(if manifests.is_empty() { format!("{checkpoints}: no whole checkpoint\n") } else { text })
 }
 
-/// The newest validation of each step. A manifest is written before its own weights are validated: it has that of an earlier checkpoint, and
-/// the newest stand in the log only.
+/// The newest validation of each step. A manifest is written before its own weights are validated: it has that of an earlier checkpoint,
+/// and the newest stand in the log only.
 fn validations(manifests: &[Manifest], state_dir: Option<&Path>) -> Result<BTreeMap<Step, ValidationLosses>, String> {
     let kept = manifests.iter().filter_map(|manifest| manifest.validation);
     let mut validations: BTreeMap<_, _> = kept.map(|losses| (losses.step, losses.into())).collect();

@@ -246,8 +246,8 @@ pub struct RunArgs {
     pub sample_log: Option<PathBuf>,
 }
 
-/// Reads an address of this machine to listen on. Names are not looked up: what they stand for, on this machine or on others, decides who reaches
-/// the port and whether TLS is asked for. But there is only one `localhost`.
+/// Reads an address of this machine to listen on. Names are not looked up: what they stand for, on this machine or on others, decides who
+/// reaches the port and whether TLS is asked for. But there is only one `localhost`.
 ///
 /// # Errors
 /// What to write instead.

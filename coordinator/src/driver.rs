@@ -105,8 +105,8 @@ pub enum Command {
     },
     /// The coordinator goes, the job stays: workers keep what they hold and look for another one.
     GoAway,
-    /// This coordinator has lost the job to another one, or its workers out of reach: it fails without a word to them, so that they look for
-    /// whoever goes on with the job.
+    /// This coordinator has lost the job to another one, or its workers out of reach: it fails without a word to them, so that they look
+    /// for whoever goes on with the job.
     Yield {
         /// Why.
         reason: String,
@@ -281,8 +281,8 @@ impl Driver {
                 () = sleep_until(flush_at) => Turn::Flush,
                 () = tokio::time::sleep(sleep) => Turn::Tick,
             };
-            // Late by more than two heartbeats: it was this process that stood still (a stopped process, a suspended machine, a disk that did
-            // not answer), and what was said meanwhile is still to be read. Otherwise every worker would be silent at once.
+            // Late by more than two heartbeats: it was this process that stood still (a stopped process, a suspended machine, a disk that
+            // did not answer), and what was said meanwhile is still to be read. Otherwise every worker would be silent at once.
             let before = std::mem::replace(&mut woke, self.now());
             let late = (woke - before).saturating_sub(sleep);
             if late > self.core.heartbeat_timeout() / 3 {
@@ -317,8 +317,8 @@ impl Driver {
         self.handle(command).map(Ending::Over)
     }
 
-    /// Looks at the clock, after all that has been said: where many ask for leases at once, the disk makes what they said wait, and a sign of
-    /// life that waits is no silence.
+    /// Looks at the clock, after all that has been said: where many ask for leases at once, the disk makes what they said wait, and a sign
+    /// of life that waits is no silence.
     fn tick(&mut self) -> Option<Ending> {
         for _ in 0..MAX_CAUGHT_UP {
             let Ok(command) = self.commands.try_recv() else { break };
@@ -364,7 +364,8 @@ impl Driver {
                     (Err(error), _) => (Err(error), None),
                 };
                 match reply.send(answer) {
-                    // Its caller is gone already, and nobody else would notice: the same worker would be refused until its ghost is silent enough.
+                    // Its caller is gone already, and nobody else would notice: the same worker would be refused until its ghost is silent
+                    // enough.
                     Err(Ok((worker, stream))) if outcome.is_none() => {
                         self.tell(Event::Closed { worker, stream, cause: "its connection ended before it was let in".into() })
                     }

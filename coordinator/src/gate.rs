@@ -314,8 +314,8 @@ pub async fn answer_and_close(stream: &mut TcpStream, words: &str) {
     }
 }
 
-/// Reads on until a request has begun, for a moment: a client whose connection ends before it has asked for anything hands up that it ended, and not
-/// why.
+/// Reads on until a request has begun, for a moment: a client whose connection ends before it has asked for anything hands up that it
+/// ended, and not why.
 async fn wait_for_request(stream: &mut TcpStream) {
     use tokio::io::AsyncReadExt;
     let read = async {

@@ -1,7 +1,8 @@
 //! Where the facts go that a restarted coordinator must know: `journal.redb` in the state folder.
 //!
-//! The file holds one run: who it is, a snapshot of its state, and the facts since. A snapshot replaces the facts before it in one transaction, so
-//! that the file stays small and a restart fast. Facts that may be late wait up to [`LATEST`] for others to share a write to the disk with.
+//! The file holds one run: who it is, a snapshot of its state, and the facts since. A snapshot replaces the facts before it in one
+//! transaction, so that the file stays small and a restart fast. Facts that may be late wait up to [`LATEST`] for others to share a write
+//! to the disk with.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};

@@ -27,8 +27,8 @@ fn largest(field: u8) -> (&'static str, u32) {
         3 => ("heartbeat", 4 << 10),
         4 => ("bootstrap", 64 << 10),
         5 => ("step report", 64 << 20),
-        // Whoever was long without a coordinator says every step of that time at once: ten bytes or so a sample, so millions of samples. In memory a
-        // message can be fifty times as large, so that a larger one would be a danger.
+        // Whoever was long without a coordinator says every step of that time at once: ten bytes or so a sample, so millions of samples. In
+        // memory a message can be fifty times as large, so that a larger one would be a danger.
         6 => ("stopped", MAX_MESSAGE_BYTES as u32),
         7 => ("lease request", 4 << 10),
         8 => ("shard report", 64 << 20),

@@ -65,8 +65,8 @@ impl Local {
 
     /// Runs the workers until `over` turns true, then waits for them.
     ///
-    /// A worker that dies is started again while the budget lasts. A checkpoint fills it up: what has been reached since the last restart is
-    /// safe. With no restart left the job goes on without the worker if enough are left, and is given up otherwise.
+    /// A worker that dies is started again while the budget lasts. A checkpoint fills it up: what has been reached since the last restart
+    /// is safe. With no restart left the job goes on without the worker if enough are left, and is given up otherwise.
     ///
     /// # Errors
     /// If the first workers cannot be started.
@@ -143,8 +143,8 @@ impl Local {
             // Each takes a GPU of its own, where there are any.
             .env("PEAPOD_LOCAL_RANK", rank.to_string())
             .kill_on_drop(true);
-        // These are the coordinator's own, should its environment have any; and arguments could be read by other users. Workers' lines go into
-        // the coordinator's, which are for machines already where that is asked for.
+        // These are the coordinator's own, should its environment have any; and arguments could be read by other users. Workers' lines go
+        // into the coordinator's, which are for machines already where that is asked for.
         for variable in ["PEAPOD_TLS_CERT", "PEAPOD_TLS_KEY", "PEAPOD_TLS_CA", "PEAPOD_TOKEN_FILE", "PEAPOD_JOIN", "PEAPOD_LOG_FORMAT"] {
             process.env_remove(variable);
         }
@@ -230,7 +230,8 @@ impl Log {
     }
 }
 
-/// Waits for a child. One that is not told of the job's end, as it has not joined yet, hears a signal; one that outlives the job by far is killed.
+/// Waits for a child. One that is not told of the job's end, as it has not joined yet, hears a signal; one that outlives the job by far is
+/// killed.
 async fn wait(mut child: Child, mut over: watch::Receiver<bool>) -> std::io::Result<ExitStatus> {
     tokio::select! {
         status = child.wait() => return status,
@@ -252,8 +253,8 @@ async fn wait(mut child: Child, mut over: watch::Receiver<bool>) -> std::io::Res
     }
 }
 
-/// Leaves no orphan when the coordinator is killed. (The kernel means the thread that has started the child: it is one of the runtime's, which
-/// live as long as the process.)
+/// Leaves no orphan when the coordinator is killed. (The kernel means the thread that has started the child: it is one of the runtime's,
+/// which live as long as the process.)
 #[expect(unsafe_code, reason = "what runs between fork and exec is for the caller to vouch for")]
 fn die_with_parent(process: &mut Program) {
     let coordinator = rustix::process::getpid();

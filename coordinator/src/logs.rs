@@ -1,5 +1,5 @@
-//! The logs of a job: what each final step and each validation came to, a line of JSON each, and on demand each trained sample. People and scripts
-//! read them, and a coordinator that is started again has its curves from them.
+//! The logs of a job: what each final step and each validation came to, a line of JSON each, and on demand each trained sample. People and
+//! scripts read them, and a coordinator that is started again has its curves from them.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, BufRead, BufReader, BufWriter, Read, Seek, Write};
@@ -45,7 +45,8 @@ impl Logs {
         })
     }
 
-    /// Takes out the lines of steps after `last`: of a coordinator that was killed before the journal had them, or that the job goes back behind.
+    /// Takes out the lines of steps after `last`: of a coordinator that was killed before the journal had them, or that the job goes back
+    /// behind.
     ///
     /// # Errors
     /// From the files.
@@ -117,8 +118,8 @@ pub fn unix_now() -> f64 {
 /// What is read at once from the end of a log.
 const CUT_BYTES: u64 = 64 << 10;
 
-/// Cuts a file off behind its last line that stays; half a line at the end does not. Read from the end: a log of weeks is long, and what does not
-/// stay is short.
+/// Cuts a file off behind its last line that stays; half a line at the end does not. Read from the end: a log of weeks is long, and what
+/// does not stay is short.
 fn cut(file: &mut BufWriter<std::fs::File>, stays: impl Fn(&str) -> bool) -> io::Result<()> {
     file.flush()?;
     let file = file.get_mut();

@@ -1,7 +1,7 @@
 //! Whether the kernel has killed processes because memory ran out.
 //!
-//! A process that dies this way cannot say so, and its parent sees a SIGKILL like any other. The kernel counts such kills: of this control group
-//! (children are in it too) in `memory.events`, of the whole machine in `/proc/vmstat`.
+//! A process that dies this way cannot say so, and its parent sees a SIGKILL like any other. The kernel counts such kills: of this control
+//! group (children are in it too) in `memory.events`, of the whole machine in `/proc/vmstat`.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -49,7 +49,8 @@ fn read(file: &Path) -> Option<u64> {
     text.lines().find_map(|line| line.strip_prefix("oom_kill ")?.trim().parse().ok())
 }
 
-/// The file of the control group that a process is in, by its `/proc/PID/cgroup`. Version 2 of control groups only: the other has no such count.
+/// The file of the control group that a process is in, by its `/proc/PID/cgroup`. Version 2 of control groups only: the other has no such
+/// count.
 fn events_file(cgroup: &str) -> Option<PathBuf> {
     let path = cgroup.lines().find_map(|line| line.strip_prefix("0::/"))?;
     Some(Path::new("/sys/fs/cgroup").join(path).join("memory.events"))

@@ -212,8 +212,8 @@ type Driven = (Ending, Driver);
 /// What is told where a driver has ended without an ending; its panic is in the log.
 const DRIVER_BROKE: &str = "the driver broke: an error of this program";
 
-/// Starts a driver on a thread of its own: it writes to the disk between two messages, and while that takes its time, the runtime's threads take
-/// in heartbeats.
+/// Starts a driver on a thread of its own: it writes to the disk between two messages, and while that takes its time, the runtime's threads
+/// take in heartbeats.
 fn start_driver(driver: Driver) -> std::io::Result<oneshot::Receiver<Driven>> {
     let (ended, driven) = oneshot::channel();
     let runtime = tokio::runtime::Handle::current();

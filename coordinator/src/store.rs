@@ -162,11 +162,12 @@ pub struct Store {
 }
 
 impl Store {
-    /// A store at an address: a local folder, or a folder in a store of objects (`s3://bucket/folder`), whose credentials come from the environment.
+    /// A store at an address: a local folder, or a folder in a store of objects (`s3://bucket/folder`), whose credentials come from the
+    /// environment.
     ///
     /// # Errors
-    /// [`StoreError::Folder`] if the folder cannot be made or used; [`StoreError::Address`] if this build or the environment cannot reach the
-    /// store. Whether it lets anybody in is only known when it is used.
+    /// [`StoreError::Folder`] if the folder cannot be made or used; [`StoreError::Address`] if this build or the environment cannot reach
+    /// the store. Whether it lets anybody in is only known when it is used.
     pub fn at(address: &str) -> Result<Self, StoreError> {
         match address.strip_prefix("file://") {
             Some(folder) => Self::local(Path::new(folder)),

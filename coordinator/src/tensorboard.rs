@@ -1,7 +1,7 @@
 //! Event files for TensorBoard, in `--state-dir/tensorboard`.
 //!
-//! A file is a list of records: length, its checksum, bytes, their checksum. The bytes are an `Event` of TensorFlow's event.proto, of which the
-//! few fields that are used here are written down below.
+//! A file is a list of records: length, its checksum, bytes, their checksum. The bytes are an `Event` of TensorFlow's event.proto, of which
+//! the few fields that are used here are written down below.
 
 use std::fs::File;
 use std::io::{self, BufWriter, Write};

@@ -19,8 +19,8 @@ pub mod v1 {
     tonic::include_proto!("peapod.v1");
 }
 
-/// The largest message of a membership stream, either way. What a worker that was long without a coordinator says, and the job file with its lists of
-/// shards, are the large ones.
+/// The largest message of a membership stream, either way. What a worker that was long without a coordinator says, and the job file with
+/// its lists of shards, are the large ones.
 pub const MAX_MESSAGE_BYTES: usize = 64 << 20;
 
 /// Metadata of a refusal that may be over by itself: for how many milliseconds another try is worth it.

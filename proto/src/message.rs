@@ -264,8 +264,8 @@ pub struct Stopped {
     pub validation: Option<ValidationLosses>,
     /// The generation that trained `applied`; [`Generation::NONE`] when it comes from a checkpoint or from nothing.
     pub trained_in: Generation,
-    /// The member whose connection broke first, or could not be made, if that ended it, by its own word or that of the other. It may itself have
-    /// lost another.
+    /// The member whose connection broke first, or could not be made, if that ended it, by its own word or that of the other. It may itself
+    /// have lost another.
     pub lost_member: Option<MemberIndex>,
     /// Where it was in the collective that was broken off, if it was in one.
     pub stalled: Option<Stall>,

@@ -1,7 +1,7 @@
 //! One piece of work that two programs see: which one it is travels in the metadata of a call, as W3C Trace Context has it.
 //!
-//! A worker's session with the coordinator is one trace: its joining, its requests for leases, its checkpoints and pictures. Log lines of both
-//! programs carry its id (`trace_id`); a collector, where there is one, gets the spans.
+//! A worker's session with the coordinator is one trace: its joining, its requests for leases, its checkpoints and pictures. Log lines of
+//! both programs carry its id (`trace_id`); a collector, where there is one, gets the spans.
 
 use tonic::Request;
 use tonic::metadata::MetadataMap;

@@ -1,4 +1,5 @@
-//! Data as it is found: every way in which a sample can be broken or left out, in one job. It finishes, and says what it passed over and why.
+//! Data as it is found: every way in which a sample can be broken or left out, in one job. It finishes, and says what it passed over and
+//! why.
 
 use std::collections::BTreeMap;
 use std::io::Cursor;

@@ -1,6 +1,7 @@
 //! What the Python libraries compute, computed again: every folder under `golden/cases` and under $PEAPOD_GOLDEN_DIR is a case.
 //!
-//! `golden/generate.py` writes the cases, `golden/README.md` says what is in a folder. To run a new kind of case, add a function to [`KINDS`].
+//! `golden/generate.py` writes the cases, `golden/README.md` says what is in a folder. To run a new kind of case, add a function to
+//! [`KINDS`].
 
 mod distill;
 mod sample;

@@ -150,8 +150,8 @@ fn page_needs_nothing_from_outside_and_gives_nothing_away() {
     coordinator.expect_exit(130);
 }
 
-/// Samples of a scrape by family, after what promtool looks for: one HELP and TYPE each and before the samples, suffixes by type, base units,
-/// every series once, numbers.
+/// Samples of a scrape by family, after what promtool looks for: one HELP and TYPE each and before the samples, suffixes by type, base
+/// units, every series once, numbers.
 fn lint(text: &str) -> BTreeMap<String, Vec<String>> {
     let (mut types, mut helps, mut series) = (BTreeMap::new(), BTreeSet::new(), BTreeSet::new());
     let mut families: BTreeMap<String, Vec<String>> = BTreeMap::new();

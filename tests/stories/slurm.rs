@@ -1,4 +1,5 @@
-//! The batch script for Slurm, run with stand-ins for Slurm's own commands: one starts the tasks on this machine, the other says what it is told.
+//! The batch script for Slurm, run with stand-ins for Slurm's own commands: one starts the tasks on this machine, the other says what it is
+//! told.
 
 use std::net::TcpListener;
 use std::os::unix::fs::PermissionsExt;

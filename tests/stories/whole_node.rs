@@ -1,4 +1,5 @@
-//! The script that starts the workers of a whole node in one pod, with a stand-in for the worker: each start of a rank ends as its list says.
+//! The script that starts the workers of a whole node in one pod, with a stand-in for the worker: each start of a rank ends as its list
+//! says.
 
 use std::os::unix::fs::PermissionsExt;
 

@@ -72,8 +72,8 @@ pub struct Args {
     /// Rank to ask for; without it, any free one
     #[arg(long, env = "PEAPOD_RANK")]
     pub rank: Option<u32>,
-    /// Device to train on: cpu, cuda:N, cuda (the GPU of PEAPOD_LOCAL_RANK, LOCAL_RANK or SLURM_LOCALID, else the first that no other worker
-    /// has), or auto (that GPU if this machine has any)
+    /// Device to train on: cpu, cuda:N, cuda (the GPU of PEAPOD_LOCAL_RANK, LOCAL_RANK or SLURM_LOCALID, else the first that no other
+    /// worker has), or auto (that GPU if this machine has any)
     #[arg(long, env = "PEAPOD_DEVICE", default_value = "auto")]
     pub device: Choice,
     /// What networks compute with
@@ -88,7 +88,8 @@ pub struct Args {
     /// Threads for tensor work on the CPU: they share the samples of a micro-batch if there are enough [default: all cores]
     #[arg(long)]
     pub threads: Option<u32>,
-    /// How long to look for the coordinator, which may start later than this worker [default: 10m; for one that was lost, its --join-timeout]
+    /// How long to look for the coordinator, which may start later than this worker [default: 10m; for one that was lost, its
+    /// --join-timeout]
     #[arg(long, value_parser = humantime::parse_duration)]
     pub connect_timeout: Option<Duration>,
     /// Leaves models, generations and steps out of the log: whoever started this worker tells of them, as `coordinator --local` does
@@ -97,8 +98,8 @@ pub struct Args {
     /// Address under which the other workers reach this one [default: the one that reaches the coordinator]
     #[arg(long, env = "PEAPOD_ADVERTISE")]
     pub advertise: Option<std::net::IpAddr>,
-    /// Ports on which the other workers call this one, such as 7800-7807: the first free one is taken, so that a host needs as many as it has
-    /// workers. NCCL chooses its own [default: any]
+    /// Ports on which the other workers call this one, such as 7800-7807: the first free one is taken, so that a host needs as many as it
+    /// has workers. NCCL chooses its own [default: any]
     #[arg(long, env = "PEAPOD_PORTS", value_name = "A-B")]
     pub ports: Option<Ports>,
 }

@@ -28,8 +28,8 @@ const LONGEST_WAIT: Duration = Duration::from_secs(2);
 const LONGEST_WAIT_OF_A_MEMBER: Duration = Duration::from_millis(400);
 /// Between two lines about a coordinator that does not answer, unless there is news.
 const SAY_EVERY: Duration = Duration::from_secs(60);
-/// Silence of a transfer's connection after which it is probed; and for how long an answer to that may be missing, which on a slow line comes after
-/// all that was sent before. (A membership stream is probed by its heartbeats.)
+/// Silence of a transfer's connection after which it is probed; and for how long an answer to that may be missing, which on a slow line
+/// comes after all that was sent before. (A membership stream is probed by its heartbeats.)
 const KEEPALIVE: Duration = Duration::from_secs(3);
 const KEEPALIVE_ANSWER: Duration = Duration::from_secs(20);
 /// One picture.
@@ -120,7 +120,8 @@ async fn search(
             Ok(stream) => return Ok(stream),
             Err(Attempt::Over(message)) => return Err(ClientError::Over(message)),
             Err(Attempt::Refused { message, bad_arguments }) => return Err(ClientError::Refused { message, bad_arguments }),
-            // Whoever had the rank may have died a moment ago, and this worker be the one in its place; unless it is the one that was replaced.
+            // Whoever had the rank may have died a moment ago, and this worker be the one in its place; unless it is the one that was
+            // replaced.
             Err(Attempt::Taken { message, retry_for }) => {
                 let since = *taken_since.get_or_insert_with(|| {
                     tracing::info!("{message}; trying for {:.0} s, as it may have died unnoticed", retry_for.as_secs_f64());
@@ -205,8 +206,8 @@ fn jitter() -> f64 {
 
 /// The address under which the other workers reach this one, if it is connected to the coordinator at `url` from `local`.
 ///
-/// Where the coordinator is called by a name, workers of other hosts may come by it; on the coordinator's own host that name often leads to the
-/// loopback, where they do not reach anybody: there it is the address of the route to everywhere else.
+/// Where the coordinator is called by a name, workers of other hosts may come by it; on the coordinator's own host that name often leads to
+/// the loopback, where they do not reach anybody: there it is the address of the route to everywhere else.
 #[must_use]
 pub fn address_for_others(url: &str, local: IpAddr) -> IpAddr {
     let host = url.parse::<tonic::codegen::http::Uri>().ok().and_then(|uri| Some(uri.host()?.trim_matches(['[', ']']).to_owned()));
@@ -239,8 +240,8 @@ pub async fn next(inbound: &mut Streaming<v1::ToWorker>) -> Result<ToWorker, Str
     }
 }
 
-/// Opens a connection for one transfer, which ends with it. What the coordinator has not read of a transfer fills its connection's window: on the
-/// one of the membership stream, heartbeats would wait behind it, and the worker be taken for dead.
+/// Opens a connection for one transfer, which ends with it. What the coordinator has not read of a transfer fills its connection's window:
+/// on the one of the membership stream, heartbeats would wait behind it, and the worker be taken for dead.
 async fn connect_apart(access: &Access) -> Result<Link, String> {
     let endpoint = endpoint(access)?;
     let endpoint = endpoint.http2_keep_alive_interval(KEEPALIVE).keep_alive_timeout(KEEPALIVE_ANSWER).keep_alive_while_idle(true);
@@ -332,7 +333,8 @@ pub async fn send_picture(
     Ok(transfer(access, "not stored", PICTURE_TIMEOUT, send).await?.location)
 }
 
-/// Fetches a checkpoint's files on a connection of their own, as the work of `trace`, and checks each against its SHA-256. `moved` hears of each piece.
+/// Fetches a checkpoint's files on a connection of their own, as the work of `trace`, and checks each against its SHA-256. `moved` hears of
+/// each piece.
 ///
 /// # Errors
 /// [`ClientError::Transfer`] for what may go well another time, [`ClientError::Refused`] for what will not.

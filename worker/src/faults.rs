@@ -1,9 +1,9 @@
 //! Failures on purpose at an exact point: how the tests make a real process fail in the same way each time.
 //!
-//! `PEAPOD_FAULTS` lists them as `POINT@STEP`, separated by commas, such as `die-before-all-reduce@5,cut-stream@9`. It is read once, when the
-//! worker starts, and a worker that was given any says so in its log before all else. Each strikes once: the first time that its point is
-//! reached at its step or a later one. Without the variable nothing of this is in a worker's way; whoever can set it could as well kill the
-//! process.
+//! `PEAPOD_FAULTS` lists them as `POINT@STEP`, separated by commas, such as `die-before-all-reduce@5,cut-stream@9`. It is read once, when
+//! the worker starts, and a worker that was given any says so in its log before all else. Each strikes once: the first time that its point
+//! is reached at its step or a later one. Without the variable nothing of this is in a worker's way; whoever can set it could as well kill
+//! the process.
 
 mod collective;
 

@@ -4,8 +4,8 @@
 //! listing of a commit -> files to load -> blobs/DIGEST (resumed, compared with the digest) -> snapshots/COMMIT/ (links, whole at once) -> refs/REVISION
 //! ```
 //!
-//! A model that is named by the job and is not on this machine is fetched as it is first loaded; the workers of a host, and of all hosts that
-//! share a cache, let one of them do so. What is interrupted goes on where it was.
+//! A model that is named by the job and is not on this machine is fetched as it is first loaded; the workers of a host, and of all hosts
+//! that share a cache, let one of them do so. What is interrupted goes on where it was.
 
 mod cache;
 mod error;
@@ -59,8 +59,8 @@ impl Watch for Log {
     }
 }
 
-/// Fetches those of `models` that are neither here nor in the cache, unless `$HF_HUB_OFFLINE` forbids it. Paths that exist, and what can be no
-/// hub's name, are left alone.
+/// Fetches those of `models` that are neither here nor in the cache, unless `$HF_HUB_OFFLINE` forbids it. Paths that exist, and what can be
+/// no hub's name, are left alone.
 ///
 /// # Errors
 /// [`HubError`] for the first that cannot be fetched.

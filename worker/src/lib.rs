@@ -1,11 +1,11 @@
 //! The worker: trains an adapter with others, or draws with one.
 //!
 //! [`lifecycle`] holds the rules of a worker's life, [`trainer`] the thread that owns the tensors, [`client`] the calls to the
-//! coordinator, [`outbox`] the checkpoints that wait for theirs; [`supervisor`] joins them. [`device`] opens the device, [`bench`] times a step
-//! on it, [`vae_error`] and [`loss_error`] look at what fewer bits lose there, [`check`] at a job's models without loading them, [`bandwidth`] at
-//! a host's links, [`shards`] into its data; [`hub`] and [`fetch`] fetch models that are not here; [`precompute`] makes shards that hold what the
-//! frozen encoders say of pictures. [`draw`], [`grid`], [`picture`] and [`score`] serve the program `sample`. [`build`] says what `--version` does,
-//! [`faults`] makes a worker fail on purpose.
+//! coordinator, [`outbox`] the checkpoints that wait for theirs; [`supervisor`] joins them. [`device`] opens the device, [`bench`] times a
+//! step on it, [`vae_error`] and [`loss_error`] look at what fewer bits lose there, [`check`] at a job's models without loading them,
+//! [`bandwidth`] at a host's links, [`shards`] into its data; [`hub`] and [`fetch`] fetch models that are not here; [`precompute`] makes
+//! shards that hold what the frozen encoders say of pictures. [`draw`], [`grid`], [`picture`] and [`score`] serve the program `sample`.
+//! [`build`] says what `--version` does, [`faults`] makes a worker fail on purpose.
 
 pub mod args;
 pub mod bandwidth;

@@ -4,8 +4,9 @@
 //! Joining -> Loading -> Waiting <-> Training -> Left
 //! ```
 //!
-//! A lost stream breaks nothing: the worker trains on with the leases it has, until its peers leave it or the coordinator is back. To a coordinator
-//! that was started again all that it has read and trained meanwhile is news: it says so, and stays in its generation if it may.
+//! A lost stream breaks nothing: the worker trains on with the leases it has, until its peers leave it or the coordinator is back. To a
+//! coordinator that was started again all that it has read and trained meanwhile is news: it says so, and stays in its generation if it
+//! may.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
@@ -445,11 +446,11 @@ impl Lifecycle {
         }
     }
 
-    /// What was read and said before a heartbeat that is answered has been heard, as a stream keeps the order; and what was heard is written down
-    /// before the coordinator says that steps are.
+    /// What was read and said before a heartbeat that is answered has been heard, as a stream keeps the order; and what was heard is
+    /// written down before the coordinator says that steps are.
     ///
-    /// That a step is final proves nothing of the kind: the others' words suffice for that. And one that is about to leave its generation may have
-    /// said it in vain, as its leases are in the name that it had before.
+    /// That a step is final proves nothing of the kind: the others' words suffice for that. And one that is about to leave its generation
+    /// may have said it in vain, as its leases are in the name that it had before.
     fn forget_what_is_on_disk(&mut self) {
         if !self.returning {
             self.read.retain(|_, read| read.beat > self.beats_answered);
@@ -522,8 +523,8 @@ impl Lifecycle {
     }
 }
 
-/// What was read of a shard, without the words: a generation may last for weeks, and skip millions of samples. For that reason it is not kept for
-/// longer than it has to be, either.
+/// What was read of a shard, without the words: a generation may last for weeks, and skip millions of samples. For that reason it is not
+/// kept for longer than it has to be, either.
 #[derive(Debug, Clone, Default)]
 struct Read {
     /// The heartbeat that follows the last of it, counted on the stream.

@@ -1,5 +1,5 @@
-//! `worker loss-error`: what fewer bits in the frozen networks cost a job's losses and its gradient, on samples of its own. Random weights or
-//! samples would prove nothing, nor does an adapter that knows nothing yet: `--adapter` gives one that does.
+//! `worker loss-error`: what fewer bits in the frozen networks cost a job's losses and its gradient, on samples of its own. Random weights
+//! or samples would prove nothing, nor does an adapter that knows nothing yet: `--adapter` gives one that does.
 
 use std::fmt::Write as _;
 use std::path::PathBuf;
@@ -55,8 +55,8 @@ struct Report {
     vae_dtype: &'static str,
     /// Of a sample, in f32.
     losses: Losses,
-    /// How far the gradients of two micro-batches are apart, over the root of two, beside the size of one: what the choice of samples leaves to
-    /// chance. Medians, here and below: single samples near a steep place of a network have gradients a hundred times as large.
+    /// How far the gradients of two micro-batches are apart, over the root of two, beside the size of one: what the choice of samples
+    /// leaves to chance. Medians, here and below: single samples near a steep place of a network have gradients a hundred times as large.
     spread: f64,
     numbers: Vec<Comparison>,
 }

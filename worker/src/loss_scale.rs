@@ -1,11 +1,12 @@
 //! Dynamic loss scaling for networks in f16, whose gradients would be too small for their numbers.
 //!
-//! The loss is multiplied before the backward pass and the adapter's gradient divided, in f32, after it. All members see the same summed gradient,
-//! so each draws the same conclusion from a step, and nothing needs to be agreed on; the state travels with the weights.
+//! The loss is multiplied before the backward pass and the adapter's gradient divided, in f32, after it. All members see the same summed
+//! gradient, so each draws the same conclusion from a step, and nothing needs to be agreed on; the state travels with the weights.
 
 use serde::{Deserialize, Serialize};
 
-/// The published trainer's first scale, its window, and its smallest scale. Its hysteresis of two is what [`LossScale::is_patient`] is about.
+/// The published trainer's first scale, its window, and its smallest scale. Its hysteresis of two is what [`LossScale::is_patient`] is
+/// about.
 const FIRST: f32 = 65_536.0;
 const WINDOW: u32 = 1000;
 const SMALLEST: f32 = 1.0;

@@ -18,8 +18,8 @@ impl<T> Default for Outbox<T> {
 }
 
 impl<T> Outbox<T> {
-    /// Takes a copy over. Returns the one that waited until now: it is not sent any more, and the coordinator forgets it as soon as this one is
-    /// stored.
+    /// Takes a copy over. Returns the one that waited until now: it is not sent any more, and the coordinator forgets it as soon as this
+    /// one is stored.
     pub fn put(&mut self, copy: T) -> Option<T> {
         self.waiting.replace(copy)
     }
@@ -34,8 +34,8 @@ impl<T> Outbox<T> {
         self.sending.spawn(task);
     }
 
-    /// Waits until one has been sent or given up; `None` if none is on its way. An error is a sending that panicked. Losing the future loses
-    /// nothing.
+    /// Waits until one has been sent or given up; `None` if none is on its way. An error is a sending that panicked. Losing the future
+    /// loses nothing.
     pub async fn sent(&mut self) -> Option<Result<(), JoinError>> {
         self.sending.join_next().await
     }

@@ -1,5 +1,5 @@
-//! `worker precompute`: shards that hold what a job's frozen encoders say of its samples, instead of pictures. Training reads them as it reads
-//! others, without decoding, autoencoder or, where text was precomputed too, text encoders.
+//! `worker precompute`: shards that hold what a job's frozen encoders say of its samples, instead of pictures. Training reads them as it
+//! reads others, without decoding, autoencoder or, where text was precomputed too, text encoders.
 //!
 //! ```text
 //! shard -> read (rules, decode, crop) -> encoders (autoencoder, text) -> whole tar, by its stamp known as this job's
@@ -278,7 +278,8 @@ impl Maker {
         let mut tar = WholeTar::begin(target.to_owned())?;
         tar.append(STAMP, &stamp.to_bytes().map_err(|error| error.to_string())?)?;
         let mut made = Made { num_shards: 1, ..Made::default() };
-        // The next window is read and decoded while one is encoded and the one before is written. Who stops takes its ends of the channels with it.
+        // The next window is read and decoded while one is encoded and the one before is written. Who stops takes its ends of the channels
+        // with it.
         let (sender, windows) = sync_channel(1);
         let end = std::thread::scope(|scope| {
             let send = move |items| if sender.send(items).is_ok() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) };

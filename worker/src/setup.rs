@@ -187,8 +187,8 @@ pub fn lr_schedule(job: &Job) -> LrSchedule {
     }
 }
 
-/// SHA-256 over what must be alike on all ranks for their gradients to be of the same thing: of model and student encoder the configurations,
-/// the tokenizers, samples of all weights, and the commit where they come from the hub. Where they lie does not matter.
+/// SHA-256 over what must be alike on all ranks for their gradients to be of the same thing: of model and student encoder the
+/// configurations, the tokenizers, samples of all weights, and the commit where they come from the hub. Where they lie does not matter.
 ///
 /// # Errors
 /// Names the file that cannot be read.

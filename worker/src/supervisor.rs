@@ -43,7 +43,8 @@ const LOOK_EVERY: Duration = Duration::from_millis(50);
 const MEMORY_EVERY: Duration = Duration::from_secs(5);
 /// Until the coordinator says how often.
 const FIRST_HEARTBEAT_INTERVAL: Duration = Duration::from_millis(500);
-/// A coordinator of which nothing is heard for its heartbeat timeout is looked for anew, but not after less than this: it may stand still for a moment.
+/// A coordinator of which nothing is heard for its heartbeat timeout is looked for anew, but not after less than this: it may stand still
+/// for a moment.
 const SHORTEST_SILENCE: Duration = Duration::from_secs(6);
 /// Between streams that end before the coordinator has said a word: the first wait, doubled up to the longest.
 const FIRST_WAIT: Duration = Duration::from_millis(100);
@@ -84,7 +85,8 @@ struct Supervisor {
     heartbeat_interval: Duration,
     /// How long nothing may be heard of the coordinator.
     silence: Duration,
-    /// Heartbeats since something was heard of it. Counted, not timed: after a time in which this process stood still itself, answers are there.
+    /// Heartbeats since something was heard of it. Counted, not timed: after a time in which this process stood still itself, answers are
+    /// there.
     unanswered: u32,
     /// The coordinator's, once it is known.
     join_timeout: Option<Duration>,
@@ -174,8 +176,8 @@ impl Supervisor {
             if self.inbound.is_none() {
                 let search = self.search();
                 tokio::pin!(search);
-                // Nothing is lost by leaving while there is no connection: a signal breaks the search at once. The trainer trains on, and is
-                // listened to: what it hands out must not pile up.
+                // Nothing is lost by leaving while there is no connection: a signal breaks the search at once. The trainer trains on, and
+                // is listened to: what it hands out must not pile up.
                 let found = loop {
                     tokio::select! {
                         found = &mut search => break found,

@@ -11,8 +11,8 @@ use super::{connect, said, shown};
 use crate::config::Target;
 use crate::run::Exit;
 
-/// Shows what the job is doing until it ends, and then how it ended: on a terminal in one place, elsewhere a block with its time for each change, or
-/// with `json` an object a line.
+/// Shows what the job is doing until it ends, and then how it ended: on a terminal in one place, elsewhere a block with its time for each
+/// change, or with `json` an object a line.
 ///
 /// # Errors
 /// If no coordinator answers, it is gone without a word of the job's end, or `out` takes no more.
@@ -88,8 +88,8 @@ fn steady(status: &v1::StatusReply) -> v1::StatusReply {
     v1::StatusReply { workers: workers.collect(), first_failure_ago_ms: 0, unix_s: 0.0, goodput: None, ..status.clone() }
 }
 
-/// What puts a text over the one before on a terminal: line over line, so that it does not flicker. What has no place is left out, since a terminal
-/// that scrolls would show every text anew.
+/// What puts a text over the one before on a terminal: line over line, so that it does not flicker. What has no place is left out, since a
+/// terminal that scrolls would show every text anew.
 fn redrawn(text: &str, is_first: bool, rows: usize, columns: usize) -> String {
     let mut drawn = String::from(if is_first { "\x1b[2J\x1b[H" } else { "\x1b[H" });
     let lines: Vec<&str> = text.lines().collect();

@@ -149,8 +149,8 @@ impl Core {
         out.push(Effect::Send { worker: holder, message: ToWorker::TakeSnapshot { generation: self.generation } });
     }
 
-    /// Lets those go who want to leave, while no generation runs. If none but they hold the newest weights, one stays until these are stored: whoever
-    /// takes all workers away at once, with a warning, loses nothing.
+    /// Lets those go who want to leave, while no generation runs. If none but they hold the newest weights, one stays until these are
+    /// stored: whoever takes all workers away at once, with a warning, loses nothing.
     pub(super) fn let_leavers_go(&mut self, now: Timestamp, out: &mut Vec<Effect>) {
         let mut leavers: Vec<WorkerId> = self.workers.iter().filter(|(_, worker)| worker.leaving.is_some()).map(|(&id, _)| id).collect();
         let stays = self.last_to_leave();

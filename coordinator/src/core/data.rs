@@ -108,7 +108,8 @@ impl Core {
             return;
         }
         if self.grant_again.remove(&id) && !self.leases.held_by(id).is_empty() {
-            // Who has them takes no notice and asks again. As one answer to one request: an answer too many would be taken for that to a later one.
+            // Who has them takes no notice and asks again. As one answer to one request: an answer too many would be taken for that to a
+            // later one.
             let leases = self.leases.held().into_iter().filter(|lease| lease.holder == id);
             let leases = leases.map(|lease| self.lease(lease.granted())).collect();
             let message = ToWorker::LeaseGrant { generation: self.generation, leases, none_left: false, ask_when_idle: false };
@@ -193,8 +194,8 @@ impl Core {
         }
     }
 
-    /// Asks a member that leaves for everything it has not begun, so that others can have it before it is gone. What it holds in its buffers
-    /// follows when it has gone: some of it may be in the step in flight.
+    /// Asks a member that leaves for everything it has not begun, so that others can have it before it is gone. What it holds in its
+    /// buffers follows when it has gone: some of it may be in the step in flight.
     pub(super) fn take_back_leases(&mut self, id: WorkerId, out: &mut Vec<Effect>) {
         if self.lease_requests.remove(&id).is_some() {
             self.nothing_for(id, out);
@@ -320,8 +321,8 @@ impl Core {
         (is_last && self.ledger.is_barren(source, epoch)).then_some(source)
     }
 
-    /// Why the job ends: no source has had a sample that could be trained in a whole epoch, and every later one would be the same. `source` had none
-    /// in `epoch`, if that is over now.
+    /// Why the job ends: no source has had a sample that could be trained in a whole epoch, and every later one would be the same. `source`
+    /// had none in `epoch`, if that is over now.
     fn without_samples(&mut self, source: usize, epoch: Epoch) -> Option<String> {
         if self.ledger.open_epoch_of(source) == epoch {
             return None;

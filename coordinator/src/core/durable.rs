@@ -1,7 +1,7 @@
 //! What of a job outlives its coordinator: a state that grows by facts, and a core that goes on from it.
 //!
-//! [`State::apply`] is the only reader of facts. The live core says each fact as it changes, so that at the end of every event the facts so far
-//! come to [`Core::durable`]: the journal keeps either.
+//! [`State::apply`] is the only reader of facts. The live core says each fact as it changes, so that at the end of every event the facts so
+//! far come to [`Core::durable`]: the journal keeps either.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -234,8 +234,8 @@ impl Core {
         }
     }
 
-    /// A job that goes on after its coordinator was away: it forms no generation and grants no lease before all members of the last one have come
-    /// back, or had the heartbeat timeout to do so. `resume` is the newest checkpoint, for the case that none of them does.
+    /// A job that goes on after its coordinator was away: it forms no generation and grants no lease before all members of the last one
+    /// have come back, or had the heartbeat timeout to do so. `resume` is the newest checkpoint, for the case that none of them does.
     #[must_use]
     pub fn restore(config: Config, resume: Option<Resume>, state: State) -> Self {
         let fresh = Self::new(config, resume);
@@ -276,7 +276,8 @@ impl Core {
         core
     }
 
-    /// The same job in a world of another size: its members may come back with what they hold, and then leave their generation for one of that size.
+    /// The same job in a world of another size: its members may come back with what they hold, and then leave their generation for one of
+    /// that size.
     #[must_use]
     pub fn resized(mut self) -> Self {
         // As if one had been replaced: what is not whole is not taken up.
@@ -284,8 +285,8 @@ impl Core {
         self
     }
 
-    /// The same job with generations that come after `last`, which an earlier run has had: they are part of the names of checkpoints, and a copy that
-    /// is still on its way must find none of its own.
+    /// The same job with generations that come after `last`, which an earlier run has had: they are part of the names of checkpoints, and a
+    /// copy that is still on its way must find none of its own.
     #[must_use]
     pub fn after(mut self, last: Generation) -> Self {
         self.generation = self.generation.max(last);

@@ -169,8 +169,8 @@ pub enum Fact {
 impl Fact {
     /// Whether it may be written a little late: those who could contradict it repeat it when they come back.
     ///
-    /// Workers keep the names of steps until they are told that these are on disk, and what they read of shards that they hold. Where they are
-    /// gone too, the weights are, or the shard is read again.
+    /// Workers keep the names of steps until they are told that these are on disk, and what they read of shards that they hold. Where they
+    /// are gone too, the weights are, or the shard is read again.
     #[must_use]
     pub fn may_be_late(&self) -> bool {
         matches!(self, Self::Commit { .. } | Self::Shard(_) | Self::Validated(_) | Self::Checkpoint(_))

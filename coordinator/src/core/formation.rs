@@ -15,8 +15,9 @@ use super::{Config, Core, CoreError, Effect, Fact, JobPhase, Notice, Outcome, Pr
 const QUIET_HEARTBEAT_TIMEOUTS: u32 = 10;
 
 impl Core {
-    /// Who would train now: those that are ready, up to the world size, by rank. Who trained last goes first, for it has a rank to keep, its
-    /// models warm and perhaps the newest weights (those who do come first: the world may be smaller now); a spare stands in for who is missing. Who is set aside is left out if the others are enough.
+    /// Who would train now: those that are ready, up to the world size, by rank. Who trained last goes first, for it has a rank to keep,
+    /// its models warm and perhaps the newest weights (those who do come first: the world may be smaller now); a spare stands in for who is
+    /// missing. Who is set aside is left out if the others are enough.
     fn candidates(&self) -> Vec<WorkerId> {
         let mut ready: Vec<(bool, bool, Rank, WorkerId)> = self
             .workers

@@ -21,7 +21,8 @@ const PATIENCE: u32 = 5;
 const LEARNT: usize = 3;
 /// What a worker announces may take this long: loading, the first step of a picture size, validation, pictures.
 const ANNOUNCED: Duration = Duration::from_secs(600);
-/// Whoever is meeting the others may take this long to break that off: NCCL hears of nothing while it explores a host. As the workers have it.
+/// Whoever is meeting the others may take this long to break that off: NCCL hears of nothing while it explores a host. As the workers have
+/// it.
 const BREAKING_OFF: Duration = Duration::from_secs(30);
 /// A job that is to stop waits for samples for so long.
 const WITHOUT_SAMPLES: Duration = Duration::from_secs(10);
@@ -136,8 +137,8 @@ impl Core {
         }
     }
 
-    /// When a member is overdue that lives and was to leave its collective by `deadline`. Whoever waits in it, or for samples, leaves at once; what is
-    /// under way on a GPU ends by itself, and may take as long as it may at any time.
+    /// When a member is overdue that lives and was to leave its collective by `deadline`. Whoever waits in it, or for samples, leaves at
+    /// once; what is under way on a GPU ends by itself, and may take as long as it may at any time.
     fn leaves_by(&self, worker: &Worker, deadline: Timestamp) -> Timestamp {
         let Motion { since, phase_since, .. } = worker.motion;
         if is_at_work(worker.phase) {
@@ -237,8 +238,8 @@ impl Core {
         self.dismiss(now, id, &cause, out);
     }
 
-    /// A worker that lives has not done in time what it was told to. It may not have heard of it, or be in the middle of a long step: it comes back
-    /// by itself. But not time and again.
+    /// A worker that lives has not done in time what it was told to. It may not have heard of it, or be in the middle of a long step: it
+    /// comes back by itself. But not time and again.
     pub(super) fn did_not_answer(&mut self, now: Timestamp, id: WorkerId, cause: &str, out: &mut Vec<Effect>) {
         let Some(incarnation) = self.workers.get(&id).map(|worker| worker.incarnation) else { return };
         if self.mute.insert(incarnation) {

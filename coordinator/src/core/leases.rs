@@ -1,7 +1,7 @@
 //! Who may read which shard.
 //!
-//! Shards are dealt in the order of [`Order`], round by member index, so that an undisturbed world of fixed size always sees the same batches.
-//! Positions count on over the epochs: uneven rounds even out in the next.
+//! Shards are dealt in the order of [`Order`], round by member index, so that an undisturbed world of fixed size always sees the same
+//! batches. Positions count on over the epochs: uneven rounds even out in the next.
 //!
 //! A lease is on a whole shard, or on a part of it: an idle member is given the rest of a shard that another has begun. Its reader is asked
 //! first, and answers with the first index that it has not handed on; what lies below stays its own.
@@ -68,8 +68,8 @@ struct Held {
     num_passed: u8,
 }
 
-/// Times a part is passed on to an idle member. Twice, because whoever is asked first may not have begun, and then gives back all of it and is
-/// the idle one itself. Not without end, or the last shard would go round among idle members.
+/// Times a part is passed on to an idle member. Twice, because whoever is asked first may not have begun, and then gives back all of it and
+/// is the idle one itself. Not without end, or the last shard would go round among idle members.
 const MAX_PASSES: u8 = 2;
 
 impl Held {
@@ -148,8 +148,8 @@ pub struct Leases {
     held: BTreeMap<LeaseId, Held>,
     by_shard: BTreeSet<(Epoch, ShardId, LeaseId)>,
     by_holder: BTreeMap<WorkerId, Holding>,
-    /// What was given back, or jumped over when the membership changed: whoever asks first gets it. To each first index of a part its end, and
-    /// how many times it was passed on.
+    /// What was given back, or jumped over when the membership changed: whoever asks first gets it. To each first index of a part its end,
+    /// and how many times it was passed on.
     returned: BTreeMap<(Position, u32), (u32, u8)>,
     /// The same of shards that are left for later: nobody gets them while there is anything else.
     later: BTreeMap<(Position, u32), (u32, u8)>,
@@ -172,7 +172,8 @@ struct Holding {
 }
 
 impl Leases {
-    /// Leases over the shards of `sources` for `epochs` passes over each (without end if none), from where `ledger` has the first that is open.
+    /// Leases over the shards of `sources` for `epochs` passes over each (without end if none), from where `ledger` has the first that is
+    /// open.
     #[must_use]
     pub fn new(seed: u64, sources: &[Source], epochs: Option<u32>, ledger: &Ledger) -> Self {
         let order = Order::new(seed, sources, epochs);
@@ -243,8 +244,8 @@ impl Leases {
         self.by_shard.iter().filter_map(lease).collect()
     }
 
-    /// Takes over what was held before a restart; ids go on from `next_id`. Everything else is dealt from the first open epoch on, where what is
-    /// held or done is passed over. Takes time in the number of shards for each lease.
+    /// Takes over what was held before a restart; ids go on from `next_id`. Everything else is dealt from the first open epoch on, where
+    /// what is held or done is passed over. Takes time in the number of shards for each lease.
     pub fn restore(&mut self, held: impl IntoIterator<Item = HeldLease>, next_id: LeaseId) {
         self.next_id = next_id.0;
         let mut held: Vec<HeldLease> = held.into_iter().collect();
@@ -256,12 +257,12 @@ impl Leases {
         }
     }
 
-    /// Gives the member up to `num` shards that are not done: what was given back first, then its own deal, and what was set aside once there is
-    /// nothing else.
+    /// Gives the member up to `num` shards that are not done: what was given back first, then its own deal, and what was set aside once
+    /// there is nothing else.
     ///
     /// Once its own deal is exhausted, which happens in the last epoch only, and it has read all it holds, it takes over one shard
-    /// of another member's deal, never that member's first: reading ahead must not leave anybody without work. If it `is_idle`, with nothing
-    /// left to train, it takes over the rest of a shard that another reads: the last lease of whoever has most to read.
+    /// of another member's deal, never that member's first: reading ahead must not leave anybody without work. If it `is_idle`, with
+    /// nothing left to train, it takes over the rest of a shard that another reads: the last lease of whoever has most to read.
     pub fn grant(&mut self, holder: WorkerId, member: MemberIndex, num: u32, is_idle: bool, ledger: &Ledger) -> Grant {
         let mut leases = Vec::new();
         while leases.len() < num as usize {
@@ -501,8 +502,8 @@ impl Leases {
         self.members = members.to_vec();
     }
 
-    /// The lowest position left in the deal of a member that leaves, has its first, or has something else to read: such a one may not ask for its
-    /// first before the member that waits here has given its share.
+    /// The lowest position left in the deal of a member that leaves, has its first, or has something else to read: such a one may not ask
+    /// for its first before the member that waits here has given its share.
     fn take_over(&mut self) -> Option<Position> {
         let reads = |member: usize| {
             let holding = self.members.get(member).and_then(|id| self.by_holder.get(id));

@@ -437,8 +437,8 @@ impl Ledger {
         totals
     }
 
-    /// Samples that readers have come past: those that are accounted for, and those before them in the shards that are open. What is broken is told as
-    /// it is read, what is whole when it is trained. Takes time in the number of open shards.
+    /// Samples that readers have come past: those that are accounted for, and those before them in the shards that are open. What is broken
+    /// is told as it is read, what is whole when it is trained. Takes time in the number of open shards.
     #[must_use]
     pub fn num_read(&self) -> u64 {
         let ahead = |open: &OpenShard| {
@@ -449,8 +449,8 @@ impl Ledger {
         self.totals().seen() + open.map(ahead).sum::<u64>()
     }
 
-    /// Whether no sample of a source has come to a step in `epoch` so far, as all that were read of it were passed over. Of an epoch that is
-    /// complete nothing is known any more. Takes time in the number of its shards.
+    /// Whether no sample of a source has come to a step in `epoch` so far, as all that were read of it were passed over. Of an epoch that
+    /// is complete nothing is known any more. Takes time in the number of its shards.
     #[must_use]
     pub fn is_barren(&self, source: usize, epoch: Epoch) -> bool {
         let Some(source) = self.sources.get(source).filter(|source| epoch >= source.first_open) else { return false };

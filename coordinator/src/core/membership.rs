@@ -13,7 +13,8 @@ use super::{Core, CoreError, Effect, Fact, JobPhase, Notice, Outcome, StreamId, 
 /// Ranks are below this, those of spares too.
 const MAX_RANKS: u32 = 1 << 17;
 
-/// Ids that are written down at a time: a write that waits for the disk for each of thousands of workers would keep them waiting for seconds.
+/// Ids that are written down at a time: a write that waits for the disk for each of thousands of workers would keep them waiting for
+/// seconds.
 const IDS_AT_ONCE: u64 = 64;
 
 /// A worker process that has a stream.

@@ -187,8 +187,8 @@ pub struct Core {
     hung: Option<Generation>,
     /// When hangs are looked for again.
     next_look: Timestamp,
-    /// Nobody can have been silent for too long before: a sign of life only moves that moment further away, so that looking for it among all
-    /// workers when it has come is enough.
+    /// Nobody can have been silent for too long before: a sign of life only moves that moment further away, so that looking for it among
+    /// all workers when it has come is enough.
     next_silence: Timestamp,
     stop_requested: Option<String>,
     next_announcement: Timestamp,

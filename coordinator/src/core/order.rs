@@ -1,12 +1,13 @@
 //! In which order the shards of a job's sources are drawn.
 //!
-//! Each source is passed over in the order of a permutation of (seed, epoch), drawn anew for each of its epochs. Between sources the next shard
-//! comes from the one with the smallest `(drawn + 1) / weight`, the first listed among equals: a source of weight 3 gives three shards while one
-//! of weight 1 gives one, evenly spread. Weights count shards, not samples: how many samples a shard holds is learnt only by reading it, and an
-//! order that followed what is learnt would depend on who reads fast. A source that has made all its epochs is left out; the others go on.
+//! Each source is passed over in the order of a permutation of (seed, epoch), drawn anew for each of its epochs. Between sources the next
+//! shard comes from the one with the smallest `(drawn + 1) / weight`, the first listed among equals: a source of weight 3 gives three
+//! shards while one of weight 1 gives one, evenly spread. Weights count shards, not samples: how many samples a shard holds is learnt only
+//! by reading it, and an order that followed what is learnt would depend on who reads fast. A source that has made all its epochs is left
+//! out; the others go on.
 //!
-//! Every draw has a [`Position`], and both directions between positions and shards are computed, not stored: whoever knows which shards are done
-//! can go on at any place, at any world size.
+//! Every draw has a [`Position`], and both directions between positions and shards are computed, not stored: whoever knows which shards are
+//! done can go on at any place, at any world size.
 
 use std::collections::BTreeMap;
 

@@ -1,4 +1,5 @@
-//! Members that come back to their generation: after the coordinator was away, or after all who hold the newest weights were cut off at once.
+//! Members that come back to their generation: after the coordinator was away, or after all who hold the newest weights were cut off at
+//! once.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -22,9 +23,9 @@ pub(super) enum Returned {
 }
 
 impl Core {
-    /// Nobody is left who holds the newest weights. A worker that was only cut off comes back at once with all it holds: before anything is trained
-    /// again, it is waited for: any holder that was lost, or any member of a generation that was still running. Says whether there is anything to
-    /// wait for.
+    /// Nobody is left who holds the newest weights. A worker that was only cut off comes back at once with all it holds: before anything is
+    /// trained again, it is waited for: any holder that was lost, or any member of a generation that was still running. Says whether there
+    /// is anything to wait for.
     pub(super) fn wait_for_return(&mut self, now: Timestamp, out: &mut Vec<Effect>) -> bool {
         let newest = self.truth.step.max(self.progress.final_step());
         let is_running = matches!(self.phase, JobPhase::Running { .. } | JobPhase::Stopping { .. });

@@ -1,7 +1,8 @@
 //! What keeps failing is left out for a while, where the job can do without it.
 //!
 //! A host on which workers die again and again, or one of two workers whose connection keeps breaking though both live, would end every
-//! generation that it is part of, and so would a shard that kills its readers. And a job of which no generation gets as far as one step is told to its user instead of going round for ever.
+//! generation that it is part of, and so would a shard that kills its readers. And a job of which no generation gets as far as one step is
+//! told to its user instead of going round for ever.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
@@ -20,8 +21,8 @@ const HABIT: usize = 3;
 const ASIDE: Duration = Duration::from_secs(600);
 /// So many generations in a row may break before their first step is done: with the pauses, it takes a minute at least.
 const MAX_BARREN: u32 = 20;
-/// From so many on there is a pause before the next one, twice as long each time: what breaks them at once may be over soon, a firewall that is loaded anew
-/// say.
+/// From so many on there is a pause before the next one, twice as long each time: what breaks them at once may be over soon, a firewall
+/// that is loaded anew say.
 const FREE_BARREN: u32 = 3;
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
@@ -190,8 +191,8 @@ impl Core {
         !self.last_members.is_empty() || others >= self.config.min_world_size as usize
     }
 
-    /// Whether a job that has not begun goes on waiting without a worker that could not load: its folder or its GPU may be wrong, and another one may
-    /// come in its place. Where every rank has failed so, it is the job's own fault.
+    /// Whether a job that has not begun goes on waiting without a worker that could not load: its folder or its GPU may be wrong, and
+    /// another one may come in its place. Where every rank has failed so, it is the job's own fault.
     pub(super) fn can_wait_for_another(&self, id: WorkerId) -> bool {
         let waits = matches!(self.phase, JobPhase::Gathering { .. }) && self.last_members.is_empty() && !self.config.workers_are_alike;
         let Some(worker) = self.workers.get(&id).filter(|worker| waits && worker.state == WorkerState::Loading) else { return false };

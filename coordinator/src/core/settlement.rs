@@ -188,8 +188,8 @@ impl Core {
 
     /// Ends the job if it is at its goal or was asked to stop, or waits for the next generation's members.
     fn end_or_gather(&mut self, now: Timestamp, steps_done: bool, is_dry: bool, out: &mut Vec<Effect>) {
-        // A member that leaves is given nothing more: what is left because of that is for the next generation. A coordinator that was started again may
-        // know less than its members have done: whoever has not asked it yet reads once more what it is believed to hold.
+        // A member that leaves is given nothing more: what is left because of that is for the next generation. A coordinator that was
+        // started again may know less than its members have done: whoever has not asked it yet reads once more what it is believed to hold.
         let is_left = self.leases.any_left() || self.grant_again.iter().any(|member| self.workers.contains_key(member));
         let is_short = self.config.epochs.is_none() || self.unaccounted().is_some();
         let data_done = is_dry && !(is_left && is_short);

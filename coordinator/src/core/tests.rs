@@ -92,7 +92,8 @@ impl World {
         }
     }
 
-    /// The driver sleeps until the deadline: nothing may be due before it, and a tick at it has to move it, or the driver would never sleep again.
+    /// The driver sleeps until the deadline: nothing may be due before it, and a tick at it has to move it, or the driver would never sleep
+    /// again.
     fn check_deadline(&self) {
         let ticked = |at: Timestamp| {
             let mut core = self.core.clone();

@@ -78,8 +78,9 @@ impl Cause {
 
 /// Books every second since the coordinator started under exactly one cause.
 ///
-/// Within a generation the time between two final steps is split by what the slowest member said of the later one. Words come in bursts, so what a
-/// step claims beyond the time since the last one is paid later, and time that nobody claims waits for such a claim until the generation ends.
+/// Within a generation the time between two final steps is split by what the slowest member said of the later one. Words come in bursts, so
+/// what a step claims beyond the time since the last one is paid later, and time that nobody claims waits for such a claim until the
+/// generation ends.
 #[derive(Debug, Clone)]
 pub struct Goodput {
     seconds: [f64; Cause::ALL.len()],

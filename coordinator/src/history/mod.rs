@@ -1,7 +1,7 @@
 //! What happened to a job, for the page, the metrics and the commands: all its time in bounded memory.
 //!
-//! A value without clock or I/O, owned by the observer. The curves of earlier runs come from steps.jsonl; everything else is known since the
-//! coordinator started.
+//! A value without clock or I/O, owned by the observer. The curves of earlier runs come from steps.jsonl; everything else is known since
+//! the coordinator started.
 
 mod goodput;
 pub mod restore;

@@ -150,7 +150,8 @@ fn script() -> Vec<Fact> {
         .collect()
 }
 
-/// Writes the script until the disk fails. Returns how many facts would survive for certain, and how many may; nothing if the run had not begun.
+/// Writes the script until the disk fails. Returns how many facts would survive for certain, and how many may; nothing if the run had not
+/// begun.
 fn write_script(media: &Media) -> (Option<usize>, Option<usize>) {
     let Ok(database) = Database::builder().create_with_backend(media.clone()) else { return (None, None) };
     let Ok((mut journal, _)) = Disk::read(database, Path::new("journal.redb")) else { return (None, None) };

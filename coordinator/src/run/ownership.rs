@@ -10,7 +10,8 @@ use super::Exit;
 use super::start::random;
 use crate::store::{Manifest, Owner, Store};
 
-/// Takes a store that other machines reach, too, for the run whose state is in `state_dir`. `newest` is the checkpoint that was found there.
+/// Takes a store that other machines reach, too, for the run whose state is in `state_dir`. `newest` is the checkpoint that was found
+/// there.
 pub(super) async fn take_over(store: &mut Store, state_dir: &Path, newest: Option<(Step, Generation)>) -> anyhow::Result<Result<(), Exit>> {
     let held = Holding::read(state_dir)?.filter(|held| held.store == store.root());
     let there = store.read_owner().await?;

@@ -25,7 +25,8 @@ const MAX_REQUEST_BYTES: usize = 64 << 10;
 /// Calls at the same time on one connection. A worker has its stream, and a few transfers.
 const MAX_STREAMS: u32 = 64;
 const MAX_HEADER_BYTES: u32 = 16 << 10;
-/// Connections that may wait to be taken; the system may allow fewer (net.core.somaxconn). Those that find no place are tried again by their workers.
+/// Connections that may wait to be taken; the system may allow fewer (net.core.somaxconn). Those that find no place are tried again by
+/// their workers.
 const BACKLOG: u32 = 8192;
 
 /// Opens the port that all workers of a job come to at once.

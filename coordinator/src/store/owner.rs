@@ -1,8 +1,9 @@
-//! Whose a shared store is. A state folder is locked; a store of objects knows no locks, and a coordinator that was taken for dead may live.
+//! Whose a shared store is. A state folder is locked; a store of objects knows no locks, and a coordinator that was taken for dead may
+//! live.
 //!
-//! Who starts takes the store over, and says so in a file. Who finds another's name there before it writes or removes a checkpoint stops: so the
-//! newest coordinator writes, and no other. Between that look and the manifest lie moments in which both may write. Even then each checkpoint is
-//! whole, with the ledger of its weights.
+//! Who starts takes the store over, and says so in a file. Who finds another's name there before it writes or removes a checkpoint stops:
+//! so the newest coordinator writes, and no other. Between that look and the manifest lie moments in which both may write. Even then each
+//! checkpoint is whole, with the ledger of its weights.
 
 use std::time::SystemTime;
 

@@ -1,7 +1,7 @@
 //! The HTTP side: a live page of the job, `/metrics` for Prometheus, `/healthz` and `/readyz`.
 //!
-//! Everything here can only be read. It shows what the job file calls the job, hosts and devices of workers, losses, shards by source, pictures
-//! and their prompts: no token, no key, no credentials. It listens on this machine unless `--http-addr` says otherwise.
+//! Everything here can only be read. It shows what the job file calls the job, hosts and devices of workers, losses, shards by source,
+//! pictures and their prompts: no token, no key, no credentials. It listens on this machine unless `--http-addr` says otherwise.
 
 mod metrics;
 mod page;

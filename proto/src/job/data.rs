@@ -58,8 +58,8 @@ pub struct DataSection {
     /// Turns pictures as their EXIF data says. The published trainer does not.
     #[serde(default)]
     pub exif_rotate: bool,
-    /// Drops prompts of which cleaning leaves no character of the language, and takes samples in which no caption is found for broken, instead
-    /// of training them empty.
+    /// Drops prompts of which cleaning leaves no character of the language, and takes samples in which no caption is found for broken,
+    /// instead of training them empty.
     #[serde(default = "yes")]
     pub strict_clean: bool,
     /// Share of broken samples above which the job stops. Filtered samples do not count.
@@ -104,8 +104,8 @@ pub struct DataSection {
 
 /// A set of shards in a mixture.
 ///
-/// Shards are drawn from the sources in proportion to their weights, evenly spread. With `train.steps` each source starts over whenever it has
-/// been read, for as long as the job lasts; with `train.epochs` each is passed over that many times, and the weights say only how fast.
+/// Shards are drawn from the sources in proportion to their weights, evenly spread. With `train.steps` each source starts over whenever it
+/// has been read, for as long as the job lasts; with `train.epochs` each is passed over that many times, and the weights say only how fast.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct SourceSection {
@@ -113,7 +113,8 @@ pub struct SourceSection {
     pub name: String,
     /// As `data.shards`.
     pub shards: Vec<String>,
-    /// Shards drawn from it for one of a source of weight 1. Shards are counted, not samples: for weights of samples, cut shards to one size.
+    /// Shards drawn from it for one of a source of weight 1. Shards are counted, not samples: for weights of samples, cut shards to one
+    /// size.
     #[serde(default = "SourceSection::default_weight")]
     pub weight: f64,
 }

@@ -13,7 +13,8 @@ pub struct JobArgs {
     /// Job file
     #[arg(long, default_value = "job.toml")]
     pub job: PathBuf,
-    /// Sets a key of the job file for this once, such as train.learning_rate=1e-4; with nothing behind `=` leaves it out. May be given several times
+    /// Sets a key of the job file for this once, such as train.learning_rate=1e-4; with nothing behind `=` leaves it out. May be given
+    /// several times
     #[arg(long, value_name = "KEY=VALUE")]
     pub set: Vec<Setting>,
 }
@@ -24,7 +25,8 @@ pub struct OptionalJobArgs {
     /// Job file
     #[arg(long)]
     pub job: Option<PathBuf>,
-    /// Sets a key of the job file for this once, such as model.path=ORG/NAME; with nothing behind `=` leaves it out. May be given several times
+    /// Sets a key of the job file for this once, such as model.path=ORG/NAME; with nothing behind `=` leaves it out. May be given several
+    /// times
     #[arg(long, value_name = "KEY=VALUE", requires = "job")]
     pub set: Vec<Setting>,
 }

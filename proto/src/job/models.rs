@@ -13,7 +13,8 @@ use super::yes;
 #[serde(deny_unknown_fields)]
 pub struct ModelSection {
     /// What the workers load: a folder in the layout diffusers uses (unet/, vae/, text_encoder/, tokenizer/, ...), a checkpoint that is
-    /// one file (.safetensors, .ckpt), or a name on the model hub (`ORG/NAME`, `ORG/NAME@REVISION`), which workers fetch into their host's cache.
+    /// one file (.safetensors, .ckpt), or a name on the model hub (`ORG/NAME`, `ORG/NAME@REVISION`), which workers fetch into their host's
+    /// cache.
     pub path: PathBuf,
     /// For a checkpoint that is one file: a folder whose configurations and tokenizers are taken instead of the published ones.
     #[serde(default)]
@@ -21,8 +22,8 @@ pub struct ModelSection {
     /// Rounds pictures and the autoencoder's weights to f16 before they are used, as the published trainer does.
     #[serde(default)]
     pub vae_round_fp16: bool,
-    /// Numbers the autoencoder computes in while training. By default f32 on the CPU and bf16 on GPUs, where the preset `reference` has TF32 (of
-    /// SD1.5 the published trainer's has f16, which is not offered).
+    /// Numbers the autoencoder computes in while training. By default f32 on the CPU and bf16 on GPUs, where the preset `reference` has
+    /// TF32 (of SD1.5 the published trainer's has f16, which is not offered).
     /// What fewer bits cost a model's latents is what `worker vae-error` prints.
     #[serde(default)]
     pub vae_dtype: VaeDtype,
@@ -47,7 +48,8 @@ pub enum VaeDtype {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct StudentSection {
-    /// A folder (config.json, weights, vocabulary), or a name on the model hub, which workers fetch into their host's cache; as the workers see it.
+    /// A folder (config.json, weights, vocabulary), or a name on the model hub, which workers fetch into their host's cache; as the workers
+    /// see it.
     pub path: PathBuf,
     /// Tokens a prompt is padded or cut to. The adapter is bound to it: sampling uses the same.
     #[serde(default = "StudentSection::default_context_length")]

@@ -12,8 +12,8 @@ use super::duration;
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct CheckpointSection {
-    /// A folder on the coordinator, or one in a store (`s3://`, `gs://`, `az://`; in a build with that feature); by default `checkpoints` in its
-    /// state folder.
+    /// A folder on the coordinator, or one in a store (`s3://`, `gs://`, `az://`; in a build with that feature); by default `checkpoints`
+    /// in its state folder.
     pub store: Option<String>,
     /// Steps between checkpoints.
     pub every_steps: u64,

@@ -29,8 +29,8 @@ pub enum Dtype {
     F32,
     /// The range of single precision in half the bits.
     Bf16,
-    /// Half precision; the loss, summed over a micro-batch, is scaled to keep gradients in its range: from 2^16 on, twice as much after 1000 finite
-    /// steps, half as much at an overflow, of which the first since it was last doubled is forgiven.
+    /// Half precision; the loss, summed over a micro-batch, is scaled to keep gradients in its range: from 2^16 on, twice as much after
+    /// 1000 finite steps, half as much at an overflow, of which the first since it was last doubled is forgiven.
     F16,
 }
 
@@ -44,8 +44,8 @@ pub struct TrainSection {
     pub epochs: Option<u32>,
     /// Samples in one update, over all workers.
     pub global_batch: u32,
-    /// Where fewer workers than the world size train, makes the global batch smaller in proportion instead of each worker's share larger. The
-    /// learning rate stays as it is.
+    /// Where fewer workers than the world size train, makes the global batch smaller in proportion instead of each worker's share larger.
+    /// The learning rate stays as it is.
     pub scale_batch: bool,
     /// Samples a worker computes at once; its share of the global batch is done in as many parts as needed.
     pub micro_batch: u32,
@@ -183,8 +183,8 @@ pub struct LossSection {
     pub dtype: Precision,
     /// Numbers of the noise schedule.
     pub schedule_dtype: Precision,
-    /// Leaves a feature out of a micro-batch's loss where it is not finite; by default only for SD1.5 in the preset `reference`. It looks at the
-    /// samples that the teacher teaches; the published trainer's looks at native ones, too.
+    /// Leaves a feature out of a micro-batch's loss where it is not finite; by default only for SD1.5 in the preset `reference`. It looks
+    /// at the samples that the teacher teaches; the published trainer's looks at native ones, too.
     pub feature_guard: Option<bool>,
 }
 

@@ -46,7 +46,8 @@ pub fn host_name() -> String {
     std::fs::read_to_string("/proc/sys/kernel/hostname").map_or_else(|_| "unknown".into(), |name| name.trim().to_owned())
 }
 
-/// Whether whoever read what was written has had enough: `| head`, or a pager that was left. To go on would help nobody, and nothing went wrong.
+/// Whether whoever read what was written has had enough: `| head`, or a pager that was left. To go on would help nobody, and nothing went
+/// wrong.
 #[must_use]
 pub fn nobody_reads(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::BrokenPipe

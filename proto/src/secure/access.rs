@@ -193,8 +193,8 @@ impl Access {
     }
 }
 
-/// Connects to whichever of a host's addresses answers first, those of the other family a moment after the preferred one's; the time is limited by
-/// the endpoint's.
+/// Connects to whichever of a host's addresses answers first, those of the other family a moment after the preferred one's; the time is
+/// limited by the endpoint's.
 async fn tcp(uri: Uri) -> Result<TcpStream, tonic::codegen::StdError> {
     let mut connector = HttpConnector::new();
     // It connects, and leaves to others what is said.

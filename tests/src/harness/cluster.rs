@@ -119,8 +119,8 @@ impl Cluster {
         Coordinator { process, world_size, steps: self.state_dir().join("steps.jsonl") }
     }
 
-    /// Writes the job file, and gives the arguments of a coordinator that trains it with one worker of its own and serves no page: for stories about
-    /// the program rather than the job.
+    /// Writes the job file, and gives the arguments of a coordinator that trains it with one worker of its own and serves no page: for
+    /// stories about the program rather than the job.
     ///
     /// # Panics
     /// If the file cannot be written.

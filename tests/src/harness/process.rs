@@ -1,6 +1,7 @@
 //! A child process whose lines can be waited for.
 
 use std::io::{BufRead, BufReader, Read};
+use std::os::unix::process::CommandExt as _;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -103,6 +104,14 @@ impl Process {
             command.env_remove(variable);
         }
         command.envs(environment.iter().map(|(variable, value)| (variable, value)));
+        // As from a terminal, also where the tests run under nohup.
+        // SAFETY: between fork and exec this is a system call and nothing else.
+        unsafe {
+            command.pre_exec(|| {
+                libc::signal(libc::SIGHUP, libc::SIG_DFL);
+                Ok(())
+            });
+        }
         let mut child = command.spawn().unwrap_or_else(|error| panic!("cannot start {program}: {error}"));
         let state = OutputState { lines: Vec::new(), num_open_pipes: 2 };
         let output = Arc::new(Output { state: Mutex::new(state), changed: Condvar::new(), started: Instant::now() });
@@ -196,8 +205,8 @@ impl Process {
         status
     }
 
-    /// Waits for the end and checks the exit code. A process that ends well, or as asked by a signal, must have had nothing to say with ERROR,
-    /// unless allowed.
+    /// Waits for the end and checks the exit code. A process that ends well, or as asked by a signal, must have had nothing to say with
+    /// ERROR, unless allowed.
     ///
     /// # Panics
     /// If the code is another one, or an unexpected ERROR was said.

@@ -1,9 +1,10 @@
 //! Whole clusters in virtual time, from one seed: the real rules of the coordinator and of its workers, everything around them simulated.
 //!
 //! [`Core`](peapod_coordinator::core::Core), its facts and their replay, [`Lifecycle`](peapod_worker::lifecycle::Lifecycle),
-//! [`Control`](peapod_worker::trainer::Control) and the tail of the all-reduce are the real ones. The shells around them do here what they do in
-//! `driver.rs`, `run.rs`, `supervisor.rs` and `trainer/mod.rs`, in the same order. Weights are the list of their steps with the names of their
-//! samples, so that what is in them can be compared with the ledger whenever a generation begins, a checkpoint is made, or the job ends.
+//! [`Control`](peapod_worker::trainer::Control) and the tail of the all-reduce are the real ones. The shells around them do here what they
+//! do in `driver.rs`, `run.rs`, `supervisor.rs` and `trainer/mod.rs`, in the same order. Weights are the list of their steps with the names
+//! of their samples, so that what is in them can be compared with the ledger whenever a generation begins, a checkpoint is made, or the job
+//! ends.
 //!
 //! No sockets, no threads, no clock. [`run`] of a seed always does the same; [`trace`] says what.
 

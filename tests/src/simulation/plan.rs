@@ -116,8 +116,8 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// The plan of a seed: a fifth of them are variants of one long story, the others are drawn freely. Where it `is_elastic` fewer workers may
-    /// be enough, others stand by, and trainers may hang.
+    /// The plan of a seed: a fifth of them are variants of one long story, the others are drawn freely. Where it `is_elastic` fewer workers
+    /// may be enough, others stand by, and trainers may hang.
     pub fn of(random: &mut Random, is_elastic: bool) -> Self {
         let story = random.one_in(5);
         let world_size = if story { 3 } else { random.pick(&[1, 2, 2, 3, 3, 4, MOST_WORKERS]) };
@@ -188,7 +188,8 @@ impl Plan {
         }
     }
 
-    /// One worker killed twice and replaced, the coordinator stopped and started, the job stopped and resumed with one worker and then with four.
+    /// One worker killed twice and replaced, the coordinator stopped and started, the job stopped and resumed with one worker and then with
+    /// four.
     fn story(&self, random: &mut Random, steps: u64) -> Vec<(When, Fault)> {
         let victim = random.below(u64::from(self.world_size)) as usize;
         let at = |part: u64| When::Step(Step((steps * part / 100).max(1)));

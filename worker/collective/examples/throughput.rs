@@ -1,4 +1,5 @@
-//! Times all-reduce and barrier over loopback, and a plain copy through one socket beside them: `cargo run -p peapod-collective --example throughput [MB] [MEMBERS]`.
+//! Times all-reduce and barrier over loopback, and a plain copy through one socket beside them: `cargo run -p peapod-collective --example
+//! throughput [MB] [MEMBERS]`.
 
 use std::error::Error as StdError;
 use std::io::{Read, Write};

@@ -1,7 +1,7 @@
 //! One suite for every backend: what [`Collective`] promises, as tests.
 //!
-//! A backend's tests call [`conformance_suite!`](crate::conformance_suite) with a function that makes a whole world in this process, and the
-//! world sizes it can make. Members run as threads. No test sleeps: each waits for a state, and a hang fails by a deadline.
+//! A backend's tests call [`conformance_suite!`](crate::conformance_suite) with a function that makes a whole world in this process, and
+//! the world sizes it can make. Members run as threads. No test sleeps: each waits for a state, and a hang fails by a deadline.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests of several backends link it, and a panic is how a test fails")]
 

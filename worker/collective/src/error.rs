@@ -155,8 +155,8 @@ pub enum Error {
 }
 
 impl Error {
-    /// With whom this member has no connection any more, as far as it can see itself. That member need not be the culprit; where it says the
-    /// same of this one, their connection is.
+    /// With whom this member has no connection any more, as far as it can see itself. That member need not be the culprit; where it says
+    /// the same of this one, their connection is.
     pub fn lost_member(&self) -> Option<u32> {
         match self {
             Self::PeerLost { member_index, .. } | Self::Unreachable { member_index, .. } | Self::Handshake { member_index, .. } => {

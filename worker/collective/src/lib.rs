@@ -5,8 +5,8 @@
 //!
 //! # What every backend promises
 //! - All members call the same operations, in the same order, with the same lengths. Meeting another operation, length or root is an error,
-//!   never a wrong sum. A call skipped in a row of equal ones cannot be told apart: what members must agree on, such as the step, belongs in
-//!   the data.
+//!   never a wrong sum. A call skipped in a row of equal ones cannot be told apart: what members must agree on, such as the step, belongs
+//!   in the data.
 //! - A sum is bit-identical on all members, and does not depend on timing: the same contributions give the same bits again.
 //! - A call ends: with the result, with the loss of a neighbour, at its deadline, or on abort.
 //! - The first error poisons the communicator: every later call fails. Its buffers then hold unspecified values, which the caller discards.
@@ -72,8 +72,8 @@ impl DeviceValues {
     /// `num_values` from `address` on, which the work on `stream` has made; 0 is the GPU's first stream.
     ///
     /// # Safety
-    /// Until the call that they are given to has returned, the values lie there, on the GPU that its communicator works on, nothing but what is
-    /// on the stream already touches them, and the stream is one of that GPU.
+    /// Until the call that they are given to has returned, the values lie there, on the GPU that its communicator works on, nothing but
+    /// what is on the stream already touches them, and the stream is one of that GPU.
     #[must_use]
     pub unsafe fn new(address: u64, num_values: usize, stream: u64) -> Self {
         Self { address, num_values, stream }
@@ -90,8 +90,8 @@ pub trait Collective: Send {
 
     /// Sums `values` element-wise over all members; every member ends with bit-identical contents.
     ///
-    /// A slot that one member writes and the others leave 0 keeps that member's integer exactly, below 2^24. Where values lie on one member does
-    /// not matter to the others.
+    /// A slot that one member writes and the others leave 0 keeps that member's integer exactly, below 2^24. Where values lie on one member
+    /// does not matter to the others.
     ///
     /// Errors: [`Error::InvalidArgument`] for values on a device where [`Collective::sums_on_device`] is false.
     fn all_reduce_sum_in(&mut self, values: Values<'_>, deadline: Instant) -> Result<(), Error>;

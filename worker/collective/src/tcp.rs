@@ -27,9 +27,9 @@
 //! ```
 //!
 //! The calling thread does all the work, on sockets that do not block: sending, receiving and adding overlap through the kernel's buffers,
-//! whatever their size. Each collective is announced by a header that the neighbours compare. A barrier then goes over everybody's connection
-//! with member 0, on which it registered: round the ring it would take as many hops as there are members, twice. Nothing is allocated per
-//! collective that moves data.
+//! whatever their size. Each collective is announced by a header that the neighbours compare. A barrier then goes over everybody's
+//! connection with member 0, on which it registered: round the ring it would take as many hops as there are members, twice. Nothing is
+//! allocated per collective that moves data.
 //!
 //! Elements travel as little-endian `f32`, straight from and to the caller's memory.
 
@@ -109,10 +109,10 @@ impl TcpCollective {
     /// `listener` is this member's own; member 0 passes the one that `bootstrap` was made from. It is closed on return. `abort` breaks the
     /// forming as it later breaks collectives.
     ///
-    /// Errors: [`Error::Unreachable`] if a member does not answer where it says that it listens; [`Error::Handshake`] if one does not share the
-    /// key or the generation; [`Error::PeerLost`] if one dies meanwhile; [`Error::Unformed`] for what another has met, and at the deadline,
-    /// naming who has not come; [`Error::Aborted`]; [`Error::InvalidArgument`] for an index outside the world or a listener that does not fit
-    /// the bootstrap.
+    /// Errors: [`Error::Unreachable`] if a member does not answer where it says that it listens; [`Error::Handshake`] if one does not share
+    /// the key or the generation; [`Error::PeerLost`] if one dies meanwhile; [`Error::Unformed`] for what another has met, and at the
+    /// deadline, naming who has not come; [`Error::Aborted`]; [`Error::InvalidArgument`] for an index outside the world or a listener that
+    /// does not fit the bootstrap.
     pub fn connect(
         bootstrap: &Bootstrap,
         membership: Membership,

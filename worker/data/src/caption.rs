@@ -47,8 +47,8 @@ impl Cleaner {
 
     /// Deletes all but the characters that the rules keep, then turns traditional into simplified ones if they say so.
     ///
-    /// Where they keep the space, words are told apart by it: any white space counts as one, and several in a row, or what deleting leaves of
-    /// them, become one.
+    /// Where they keep the space, words are told apart by it: any white space counts as one, and several in a row, or what deleting leaves
+    /// of them, become one.
     #[must_use]
     pub fn clean(&self, text: &str) -> String {
         let keeps = |c: char| within(&self.rules.keep, c) || self.rules.keep_punctuation.contains(c);
@@ -64,12 +64,12 @@ impl Cleaner {
         }
     }
 
-    /// Chooses the prompt. Of each list of native keys the first that `find` has counts; the first caption among these that is native makes the
-    /// sample native. Without one it is parallel data.
+    /// Chooses the prompt. Of each list of native keys the first that `find` has counts; the first caption among these that is native makes
+    /// the sample native. Without one it is parallel data.
     ///
-    /// Errors: the rule by which the sample is dropped, in words. That is a prompt of which cleaning left nothing of the language (if strict),
-    /// parallel data of which neither side is there (if strict), or of which exactly one is empty: its two prompts do not mean the same. Two
-    /// that are there and empty are honest data.
+    /// Errors: the rule by which the sample is dropped, in words. That is a prompt of which cleaning left nothing of the language (if
+    /// strict), parallel data of which neither side is there (if strict), or of which exactly one is empty: its two prompts do not mean the
+    /// same. Two that are there and empty are honest data.
     pub fn choose<'a>(&self, find: impl Fn(&str) -> Option<&'a str>) -> Result<Caption, (Rule, String)> {
         let CaptionRules { native_keys, parallel_key, english_key, .. } = &self.rules;
         let (parallel, english) = (find(parallel_key), find(english_key));

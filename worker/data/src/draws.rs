@@ -1,7 +1,7 @@
 //! All randomness of one sample, as a function of the job's seed and the sample's name.
 //!
-//! It does not depend on who trains the sample, when or in which batch: a resumed or rearranged job draws the same numbers. The generator is
-//! ChaCha8, counter-based; each quantity has a stream of its own, so that a change of one leaves the others as they are.
+//! It does not depend on who trains the sample, when or in which batch: a resumed or rearranged job draws the same numbers. The generator
+//! is ChaCha8, counter-based; each quantity has a stream of its own, so that a change of one leaves the others as they are.
 
 use peapod_proto::ids::SampleName;
 use rand::{Rng, SeedableRng};

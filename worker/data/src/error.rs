@@ -51,8 +51,8 @@ pub enum Error {
         /// The system's answer.
         source: io::Error,
     },
-    /// A shard's store, or the disk or mount that it is on, refuses it, has failed for too long, or has changed it meanwhile. What is in the
-    /// shard is not lost.
+    /// A shard's store, or the disk or mount that it is on, refuses it, has failed for too long, or has changed it meanwhile. What is in
+    /// the shard is not lost.
     #[error(transparent)]
     Store(#[from] StoreError),
     /// What reads shards over a network cannot be started.

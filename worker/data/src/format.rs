@@ -110,7 +110,8 @@ impl Turn {
         if self == Self::NONE {
             return Rgb { width, height, bytes };
         }
-        // A buffer of another length than its size says cannot be made by the decoders; it would give an empty picture, which `cover` refuses.
+        // A buffer of another length than its size says cannot be made by the decoders; it would give an empty picture, which `cover`
+        // refuses.
         let mut picture = DynamicImage::ImageRgb8(RgbImage::from_raw(width, height, bytes).unwrap_or_default());
         picture.apply_orientation(self.0);
         let picture = picture.into_rgb8();

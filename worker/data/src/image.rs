@@ -47,8 +47,8 @@ pub struct Cropped {
 
 /// Reads width and height from the header of a JPEG, or of a PNG under its name.
 ///
-/// Errors: [`Error::Picture`] if it is neither, [`Error::PictureFormat`] if it is something else that is known, [`Error::PictureSize`] beyond
-/// [`MAX_PIXELS`].
+/// Errors: [`Error::Picture`] if it is neither, [`Error::PictureFormat`] if it is something else that is known, [`Error::PictureSize`]
+/// beyond [`MAX_PIXELS`].
 pub fn size(jpeg: &[u8]) -> Result<(u32, u32)> {
     guarded(|| match Format::of(jpeg) {
         Format::Jpeg => open(jpeg, |_, _, size| Ok(size)),
@@ -65,8 +65,8 @@ pub(crate) fn exif(jpeg: &[u8]) -> Option<Vec<u8>> {
 /// Decodes a JPEG, or a PNG under its name; grayscale and CMYK become RGB. A rotation noted in its EXIF data is ignored, as by Pillow:
 /// [`Turn::apply`] is for that.
 ///
-/// A picture whose bytes end too soon, or make no sense, is refused rather than filled up with grey. Not all damage shows: what is cut and has
-/// an end marker (`ff d9`) behind the cut is filled up, and bits that are others are other pixels. Pillow takes such pictures, too.
+/// A picture whose bytes end too soon, or make no sense, is refused rather than filled up with grey. Not all damage shows: what is cut and
+/// has an end marker (`ff d9`) behind the cut is filled up, and bits that are others are other pixels. Pillow takes such pictures, too.
 ///
 /// Errors: as [`size`].
 pub fn decode(jpeg: &[u8]) -> Result<Rgb> {
@@ -119,8 +119,8 @@ pub fn decode_shrunk(jpeg: &[u8], size: (u32, u32), bucket: Bucket) -> Result<(R
     }
 }
 
-/// Whether the decoder, which has read the header, would make garbage of the picture and say nothing: it mixes up components that come in scans
-/// of their own, takes luma for the finest of them, and judges by fewer markers than libjpeg what the colours are.
+/// Whether the decoder, which has read the header, would make garbage of the picture and say nothing: it mixes up components that come in
+/// scans of their own, takes luma for the finest of them, and judges by fewer markers than libjpeg what the colours are.
 fn is_misread(decoder: &Decoder<'_>, layout: &Layout) -> bool {
     // With three components it takes CMYK, which is what Adobe's marker says, for RGB.
     let is_rgb = matches!(decoder.input_colorspace(), Some(ColorSpace::RGB | ColorSpace::CMYK));
@@ -314,8 +314,8 @@ mod tests {
         (0..bucket.height).flat_map(row).copied().collect()
     }
 
-    /// Files by testdata/make_pillow_cases.py. Decoders may round differently; where colour is stored at half the resolution (4:2:0) they also
-    /// enlarge it by different filters, which shows at edges.
+    /// Files by testdata/make_pillow_cases.py. Decoders may round differently; where colour is stored at half the resolution (4:2:0) they
+    /// also enlarge it by different filters, which shows at edges.
     #[test]
     fn every_kind_of_jpeg_becomes_the_rgb_that_pillow_gives() {
         let gray: [&[u8]; 2] = [include_bytes!("../testdata/gray.jpg"), include_bytes!("../testdata/gray.ppm")];

@@ -4,10 +4,11 @@
 //! lease -> source -> shard (tar) -> sample (filter, caption, header) -> plan (shuffle, buckets) -> image (decode, resize, crop) -> Share
 //! ```
 //!
-//! A shard that `worker precompute` has made holds what the frozen encoders said of its samples instead of pictures ([`cached`]); from the shuffle
-//! buffer on they are alike.
+//! A shard that `worker precompute` has made holds what the frozen encoders said of its samples instead of pictures ([`cached`]); from the
+//! shuffle buffer on they are alike.
 //!
-//! Which samples make up which batch is chosen from headers alone, by a pure rule (plan.rs); pictures are decoded afterwards, on other threads. All randomness of one sample is a function of the job's seed and the sample's name ([`draws`]).
+//! Which samples make up which batch is chosen from headers alone, by a pure rule (plan.rs); pictures are decoded afterwards, on other
+//! threads. All randomness of one sample is a function of the job's seed and the sample's name ([`draws`]).
 
 pub mod bucket;
 pub mod cached;

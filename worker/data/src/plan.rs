@@ -1,7 +1,8 @@
 //! Which samples are trained together: pure rules over what is buffered, without threads, clock or I/O.
 //!
-//! [`Pool`] is the shuffle buffer: it gathers samples and gives single-bucket batches. [`Cuts`] says how large the next batch is to be. Given
-//! the same samples in the same order, the same batches come out: a draw's generator is keyed by the job's seed and the samples in the pool.
+//! [`Pool`] is the shuffle buffer: it gathers samples and gives single-bucket batches. [`Cuts`] says how large the next batch is to be.
+//! Given the same samples in the same order, the same batches come out: a draw's generator is keyed by the job's seed and the samples in
+//! the pool.
 
 use std::collections::VecDeque;
 
@@ -140,8 +141,8 @@ impl<T: Pooled> Pool<T> {
 /// Cuts the sequence of batches into shares, a bounded number of them ahead.
 ///
 /// Each share handed out allows one more to be cut, [`LOOKAHEAD`] later. A share that had to make up for samples which did not decode has
-/// taken them from the next one's batches; the share cut for it is larger by as many, so that cuts and shares meet again. All of this depends
-/// on what was handed out, not on when: the batches of a run do not depend on the speed of its threads.
+/// taken them from the next one's batches; the share cut for it is larger by as many, so that cuts and shares meet again. All of this
+/// depends on what was handed out, not on when: the batches of a run do not depend on the speed of its threads.
 #[derive(Debug, Default)]
 pub struct Cuts {
     share: usize,
@@ -156,8 +157,8 @@ pub struct Cuts {
 }
 
 impl Cuts {
-    /// Starts over for shares of this size while `planned` samples are already waiting to be handed out; the first cut completes the last share
-    /// that they make up. For whatever disturbs the sequence: another size, a share that came back, a lease lost.
+    /// Starts over for shares of this size while `planned` samples are already waiting to be handed out; the first cut completes the last
+    /// share that they make up. For whatever disturbs the sequence: another size, a share that came back, a lease lost.
     pub fn restart(&mut self, share: usize, planned: usize) {
         let ahead = planned.div_ceil(share.max(1));
         *self = Self {

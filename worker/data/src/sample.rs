@@ -318,8 +318,8 @@ impl Stored {
     }
 }
 
-/// What is read of a sample's json. A key whose value is null counts as absent, as does one that is no number; of a key given twice the last
-/// counts.
+/// What is read of a sample's json. A key whose value is null counts as absent, as does one that is no number; of a key given twice the
+/// last counts.
 #[derive(Debug, Default)]
 struct Metadata {
     captions: Vec<(String, String)>,

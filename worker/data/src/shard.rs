@@ -67,11 +67,12 @@ pub struct ShardEnd {
     pub truncated: Option<String>,
 }
 
-/// Reads a tar to its end and gives each sample to `visit`, in order, except those marked in `done`; before those of a cached shard, its stamp.
+/// Reads a tar to its end and gives each sample to `visit`, in order, except those marked in `done`; before those of a cached shard, its
+/// stamp.
 ///
 /// A sample is all consecutive members that share the path up to the first dot of the file name; files without an extension and names in
-/// double underscores belong to none, nor do folders, links and devices. A key that comes back after other samples is a sample of its own, and
-/// broken: its members belong to the first. A tar that breaks off gives what precedes the break.
+/// double underscores belong to none, nor do folders, links and devices. A key that comes back after other samples is a sample of its own,
+/// and broken: its members belong to the first. A tar that breaks off gives what precedes the break.
 ///
 /// Returns `None` if `visit` broke off.
 pub fn read_shard(tar: impl Read, done: &Bitmap, mut visit: impl FnMut(Found) -> ControlFlow<()>) -> Option<ShardEnd> {

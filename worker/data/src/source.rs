@@ -5,8 +5,9 @@
 //!     -> http, s3, gs, az: ranges, deadlines, retries -> cache file --^
 //! ```
 //!
-//! A stream ends early in one of two ways, and they are kept apart. What is *damaged* is read as far as it goes: its rest is lost, and counted.
-//! What *cannot be had* is nobody's loss: the stream waits for its store, disk or mount, and in the end [`Halt`] says that it was given up.
+//! A stream ends early in one of two ways, and they are kept apart. What is *damaged* is read as far as it goes: its rest is lost, and
+//! counted. What *cannot be had* is nobody's loss: the stream waits for its store, disk or mount, and in the end [`Halt`] says that it was
+//! given up.
 
 mod address;
 mod cache;
@@ -172,11 +173,13 @@ impl Sources {
         Ok(Stream { reader: Box::new(reader), halt })
     }
 
-    /// Reads a shard's samples, but for those marked in `done`, as [`read_shard`] does; `check` judges the stamp of one that was precomputed.
+    /// Reads a shard's samples, but for those marked in `done`, as [`read_shard`] does; `check` judges the stamp of one that was
+    /// precomputed.
     ///
     /// Returns `None` if `visit` broke off.
     ///
-    /// Errors: those of [`open`](Self::open), of which [`Error::Store`] and [`Error::Cancelled`] may also come behind some samples; `check`'s.
+    /// Errors: those of [`open`](Self::open), of which [`Error::Store`] and [`Error::Cancelled`] may also come behind some samples;
+    /// `check`'s.
     pub fn read<'a>(
         &self,
         url: &str,
@@ -282,8 +285,8 @@ impl Read for Stream<'_> {
     }
 }
 
-/// Why a stream ended before its shard did, if it is not the shard's fault. The readers on top of a stream change errors on their way up, hence
-/// a place apart.
+/// Why a stream ended before its shard did, if it is not the shard's fault. The readers on top of a stream change errors on their way up,
+/// hence a place apart.
 #[derive(Debug, Clone, Default)]
 pub struct Halt(Arc<OnceLock<Stopped>>);
 
@@ -321,13 +324,13 @@ impl Halt {
 
 /// Expands the entries of `data.shards` into the job's shard list, in order.
 ///
-/// An entry may join several by `::`, hold ranges (`{00000..00123}`, inclusive, zero-padded) and alternatives (`{a,b}`), and, in a path and in
-/// the name of an object in a store, the wildcards `*`, `?` and `[a-z]`, whose matches come in alphabetical order. An entry `@list` stands for the
-/// lines of a file, which may lie anywhere a shard may.
+/// An entry may join several by `::`, hold ranges (`{00000..00123}`, inclusive, zero-padded) and alternatives (`{a,b}`), and, in a path and
+/// in the name of an object in a store, the wildcards `*`, `?` and `[a-z]`, whose matches come in alphabetical order. An entry `@list`
+/// stands for the lines of a file, which may lie anywhere a shard may.
 ///
 /// Errors: [`Error::Pattern`] if an entry is empty, a range is malformed, a wildcard matches nothing or the list grows beyond the
-/// number of shards a job can name; [`Error::UnsupportedScheme`], [`Error::NoSupport`] and [`Error::Pipe`] for what cannot be read; those of
-/// [`Sources::open`] for a list.
+/// number of shards a job can name; [`Error::UnsupportedScheme`], [`Error::NoSupport`] and [`Error::Pipe`] for what cannot be read; those
+/// of [`Sources::open`] for a list.
 pub fn expand_shards(patterns: &[String]) -> Result<Vec<String>> {
     expand::expand(&Sources::new(SourceOptions::impatient()), patterns)
 }

@@ -42,8 +42,8 @@ impl ValidationSet {
     /// The rules of `config` hold as for training, but for the dropping of prompts. `warn` is told of broken samples, which are passed
     /// over, as are those that a rule leaves out: all workers read the same files and so keep the same samples.
     ///
-    /// Errors: those of [`expand_shards`]; [`Error::Open`], [`Error::Store`] and [`Error::Recipe`] naming the shard; [`Error::Validation`] if no sample is
-    /// usable, or they are too large to be held.
+    /// Errors: those of [`expand_shards`]; [`Error::Open`], [`Error::Store`] and [`Error::Recipe`] naming the shard; [`Error::Validation`]
+    /// if no sample is usable, or they are too large to be held.
     pub fn load(patterns: &[String], limit: u32, config: &LoaderConfig, mut warn: impl FnMut(&str)) -> Result<Self> {
         let config = LoaderConfig { condition_dropout: 0.0, ..config.clone() };
         config.validate()?;

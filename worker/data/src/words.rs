@@ -3,8 +3,8 @@
 /// Characters that are shown: enough for any reason, and too few to fill a report.
 const MAX_CHARS: usize = 500;
 
-/// Writes out what steers a terminal or a line, and leaves out what is behind the first few hundred characters: decoders quote what they find,
-/// however long it is.
+/// Writes out what steers a terminal or a line, and leaves out what is behind the first few hundred characters: decoders quote what they
+/// find, however long it is.
 pub(crate) fn shown(text: &str) -> String {
     let mut shown = String::with_capacity(text.len().min(MAX_CHARS));
     let mut chars = text.chars();

@@ -1,10 +1,11 @@
-//! JSON as Python writes it: `json.dumps` has words for numbers that JSON lacks and writes halves of characters, and `json.loads` reads both.
+//! JSON as Python writes it: `json.dumps` has words for numbers that JSON lacks and writes halves of characters, and `json.loads` reads
+//! both.
 
 /// The words.
 const NOT_NUMBERS: [&[u8]; 3] = [b"NaN", b"Infinity", b"-Infinity"];
 
-/// The json with null for each NaN, Infinity and -Infinity outside of strings; `None` if there is none. Which of them stand where a value may is
-/// left to the parser.
+/// The json with null for each NaN, Infinity and -Infinity outside of strings; `None` if there is none. Which of them stand where a value
+/// may is left to the parser.
 #[must_use]
 pub fn without_not_numbers(json: &[u8]) -> Option<Vec<u8>> {
     let mut changed = Vec::with_capacity(json.len());
@@ -35,8 +36,8 @@ pub fn without_not_numbers(json: &[u8]) -> Option<Vec<u8>> {
     (num_found > 0).then_some(changed)
 }
 
-/// The json with a mark of replacement (U+FFFD) for each escape of half a character (`\ud83d` without `\ude00` behind it, or the reverse), which
-/// is no text; `None` if there is none. They come from captions that were cut to a length.
+/// The json with a mark of replacement (U+FFFD) for each escape of half a character (`\ud83d` without `\ude00` behind it, or the reverse),
+/// which is no text; `None` if there is none. They come from captions that were cut to a length.
 #[must_use]
 pub fn without_half_characters(json: &[u8]) -> Option<Vec<u8>> {
     let (mut changed, mut at, mut num_found) = (json.to_vec(), 0, 0);

@@ -36,8 +36,8 @@ pub struct Fp8Matrix {
 }
 
 impl Fp8Matrix {
-    /// Rounds a matrix `[rows, width]`: each row relative to its largest number, which becomes 448. What is not finite becomes NaN, at least
-    /// where it is.
+    /// Rounds a matrix `[rows, width]`: each row relative to its largest number, which becomes 448. What is not finite becomes NaN, at
+    /// least where it is.
     ///
     /// # Panics
     /// As tch's operators do, if the GPU refuses.

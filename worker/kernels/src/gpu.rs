@@ -81,8 +81,8 @@ impl Launch for Gpu {
         let Function(function) = self.functions[kernel as usize];
         let mut pointers: Vec<*mut c_void> = arguments.iter().map(|argument| std::ptr::from_ref(argument).cast_mut().cast()).collect();
         let (grid, block) = ((shape.grid[0], shape.grid[1], 1), (shape.threads, 1, 1));
-        // SAFETY: the function is loaded in this context; the arguments are those that its operator gives it, of tensors on this GPU which the
-        // allocator keeps from others until this stream is past the launch; the driver copies them before it returns.
+        // SAFETY: the function is loaded in this context; the arguments are those that its operator gives it, of tensors on this GPU which
+        // the allocator keeps from others until this stream is past the launch; the driver copies them before it returns.
         unsafe { result::launch_kernel(function, grid, block, shape.shared_bytes, stream, &mut pointers) }.map_err(failed)
     }
 }

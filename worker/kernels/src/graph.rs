@@ -63,7 +63,8 @@ pub(crate) fn record(inputs: &[&Tensor], outputs: &[&Tensor], saved: &[&Tensor],
     let way = Way { backward, num_inputs: inputs.len(), num_outputs: outputs.len(), num_saved: saved.len() };
     let (inputs, outputs, saved) = (pointers(inputs), pointers(outputs), pointers(saved));
     let mut problem = [0; MAX_PROBLEM];
-    // SAFETY: as many valid tensors as it is told; the state is the step's from here on, which hands it to `go_back` and at its end to `release`.
+    // SAFETY: as many valid tensors as it is told; the state is the step's from here on, which hands it to `go_back` and at its end to
+    // `release`.
     let is_done = unsafe {
         peapod_record(
             inputs.as_ptr(),
@@ -107,8 +108,8 @@ pub fn pinned(tensor: &Tensor) -> Result<Tensor> {
     Ok(unsafe { Tensor::from_ptr(pinned) })
 }
 
-/// Gives memory of GPUs that libtorch keeps for tensors to come back to the driver: NCCL allocates for itself, and pieces of the wrong size are
-/// in the way of larger tensors. It waits for the work that GPUs have. Nothing happens on the CPU.
+/// Gives memory of GPUs that libtorch keeps for tensors to come back to the driver: NCCL allocates for itself, and pieces of the wrong size
+/// are in the way of larger tensors. It waits for the work that GPUs have. Nothing happens on the CPU.
 pub fn release_unused_memory(device: Device) {
     if !device.is_cuda() {
         return;
@@ -138,8 +139,8 @@ pub(crate) fn check(is_done: bool, doing: &'static str, problem: &[c_char; MAX_P
 /// Called by the graph on the way back, maybe on a thread of libtorch's.
 ///
 /// # Safety
-/// `way` is that of the step; the arrays have its numbers of saved tensors, outputs, inputs and inputs; tensors that come in are the callee's,
-/// those that go out the caller's; `problem` has room for a message.
+/// `way` is that of the step; the arrays have its numbers of saved tensors, outputs, inputs and inputs; tensors that come in are the
+/// callee's, those that go out the caller's; `problem` has room for a message.
 unsafe extern "C" fn go_back(
     way: *const c_void,
     saved: *const *mut C_tensor,

@@ -10,8 +10,8 @@ use crate::launch::{Argument, Kernel, Kernels, Shape, or_panic, parts, rows};
 const THREADS: i64 = 384;
 /// Threads of a block that has a wider row; as in cuda/kernels.cu, where only f32 needs more, with its smaller packs.
 const MAX_THREADS: i64 = 640;
-/// Blocks for each processor of the GPU, at most. It has two of the way back at work at a time, by their registers, and three of the way forth:
-/// both then end with their last wave about full, where a few blocks more would begin another one.
+/// Blocks for each processor of the GPU, at most. It has two of the way back at work at a time, by their registers, and three of the way
+/// forth: both then end with their last wave about full, where a few blocks more would begin another one.
 const BLOCKS_PER_PROCESSOR: i64 = 6;
 
 /// What a group norm is made of.

@@ -1,12 +1,12 @@
 //! Fused operators for frozen networks on GPUs, and the switches of libtorch that its C interface lacks.
 //!
 //! libtorch computes a group norm and the SiLU behind it, or the two halves of a gated feed-forward layer, one after the other, and each
-//! operator writes to memory what the next one reads back; its group norm also undoes the layout that convolutions are fast in. Here each such
-//! chain is one kernel, with a backward pass to its inputs alone: weights are frozen.
+//! operator writes to memory what the next one reads back; its group norm also undoes the layout that convolutions are fast in. Here each
+//! such chain is one kernel, with a backward pass to its inputs alone: weights are frozen.
 //!
-//! Kernels are compiled for the GPU at hand when the first network asks for them, and proved on it against libtorch's own operators: a kernel
-//! that cannot be compiled, or that computes something else, is warned of and not used. [`Fp8Linear`] is a linear layer in eight bits, which
-//! costs digits and is for those who ask for it: where it cannot be had, that is an error.
+//! Kernels are compiled for the GPU at hand when the first network asks for them, and proved on it against libtorch's own operators: a
+//! kernel that cannot be compiled, or that computes something else, is warned of and not used. [`Fp8Linear`] is a linear layer in eight
+//! bits, which costs digits and is for those who ask for it: where it cannot be had, that is an error.
 
 mod compiler;
 mod error;

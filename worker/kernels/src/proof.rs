@@ -9,8 +9,8 @@ use crate::launch::Kernels;
 use crate::registry::name;
 use crate::{GroupNorm, LayerNorm};
 
-/// Channels, groups, height and width of maps: groups that end within a pack and ones that do not, several blocks and one, a row a block at a
-/// time and many, and the widest.
+/// Channels, groups, height and width of maps: groups that end within a pack and ones that do not, several blocks and one, a row a block at
+/// a time and many, and the widest.
 const MAPS: [[i64; 4]; 5] = [[320, 32, 12, 9], [128, 32, 40, 40], [1280, 32, 5, 4], [2560, 32, 3, 4], [64, 4, 3, 1]];
 /// Rows and width of token states: widths that fill a warp's packs and ones that do not.
 const STATES: [[i64; 2]; 3] = [[7, 640], [5, 1280], [9, 72]];

@@ -34,8 +34,9 @@ pub fn set_mode(mode: Mode) {
     IS_PLAIN.store(mode == Mode::Plain, Ordering::Relaxed);
 }
 
-/// The kernels of a device for one kind of number, compiled and proved when they are first asked for. `None` where libtorch's operators are to
-/// be used: on the CPU, in other kinds than f32, f16 and bf16, and with a warning where the kernels cannot be made or compute something else.
+/// The kernels of a device for one kind of number, compiled and proved when they are first asked for. `None` where libtorch's operators are
+/// to be used: on the CPU, in other kinds than f32, f16 and bf16, and with a warning where the kernels cannot be made or compute something
+/// else.
 #[must_use]
 pub fn of(device: Device, kind: Kind) -> Option<Kernels> {
     #[cfg(any(test, feature = "emulator"))]

@@ -14,7 +14,8 @@ const BLOCKS_PER_PROCESSOR: i64 = 8;
 impl Kernels {
     /// `input + residual`, and `bias` to all of a channel.
     ///
-    /// Shapes: both maps `[N, C, ..]`, kept, and so is their layout; `bias` `[C]`, frozen. `None` if the kernel cannot take the inputs as they are.
+    /// Shapes: both maps `[N, C, ..]`, kept, and so is their layout; `bias` `[C]`, frozen. `None` if the kernel cannot take the inputs as
+    /// they are.
     ///
     /// # Panics
     /// As tch's operators do, if the GPU refuses.

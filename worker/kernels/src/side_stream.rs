@@ -36,7 +36,8 @@ impl SideStream {
         Ok(Self { device, id })
     }
 
-    /// Does `work`, whose launches go to this stream instead of the thread's own. It must not touch what that one still writes: nothing is waited for.
+    /// Does `work`, whose launches go to this stream instead of the thread's own. It must not touch what that one still writes: nothing is
+    /// waited for.
     ///
     /// # Errors
     /// [`Error::Gpu`](crate::Error::Gpu) with libtorch's message; then nothing was done.
@@ -45,8 +46,8 @@ impl SideStream {
         Ok(work())
     }
 
-    /// Has the thread's own stream wait for all that this one was given so far, and keeps `tensors`, which were made here, until it is done with
-    /// them as well: the allocator knows of this stream alone.
+    /// Has the thread's own stream wait for all that this one was given so far, and keeps `tensors`, which were made here, until it is done
+    /// with them as well: the allocator knows of this stream alone.
     ///
     /// # Errors
     /// [`Error::Gpu`](crate::Error::Gpu) with libtorch's message; then the tensors must not be used.

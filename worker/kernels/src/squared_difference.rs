@@ -30,7 +30,8 @@ impl Cut {
 impl Kernels {
     /// The mean of `(left - right)^2` over each sample, in f32; the gradient flows to `left` alone.
     ///
-    /// Shapes: both `[N, ..]`, to `[N]`. `None` if the kernels cannot take the inputs as they are: with gaps in memory, or not in the same order.
+    /// Shapes: both `[N, ..]`, to `[N]`. `None` if the kernels cannot take the inputs as they are: with gaps in memory, or not in the same
+    /// order.
     ///
     /// # Panics
     /// As tch's operators do, if the GPU refuses.

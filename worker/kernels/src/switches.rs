@@ -14,8 +14,8 @@ unsafe extern "C" {
     fn peapod_preferred_attention() -> i64;
 }
 
-/// Implementations of attention on GPUs. By itself libtorch tries cuDNN's first on data centre GPUs from Hopper on, and FlashAttention first on
-/// others.
+/// Implementations of attention on GPUs. By itself libtorch tries cuDNN's first on data centre GPUs from Hopper on, and FlashAttention
+/// first on others.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Attention {
     /// FlashAttention.
@@ -43,7 +43,8 @@ impl Attention {
 /// [`crate::Error::Gpu`] with libtorch's message, and what was tried first before still is.
 pub fn prefer_attention(attention: Attention, device: Device) -> Result<()> {
     if device.is_cuda() {
-        // The first time that libtorch chooses on a GPU it sets an order for this GPU, over any that was set before. A choice reads shapes alone.
+        // The first time that libtorch chooses on a GPU it sets an order for this GPU, over any that was set before. A choice reads shapes
+        // alone.
         let states = Tensor::f_empty([1, 1, 8, 64], (Kind::BFloat16, device))?;
         Tensor::f_internal_fused_sdp_choice(&states, &states, &states, None::<&Tensor>, 0.0, false, None::<f64>, false)?;
     }

@@ -45,8 +45,8 @@ pub fn current_folder() -> String {
     std::env::current_dir().map_or_else(|_| "the folder that this program runs in".into(), |folder| folder.display().to_string())
 }
 
-/// Where the Python libraries keep what they know: `$HF_HOME`, `$XDG_CACHE_HOME/huggingface`, `~/.cache/huggingface`. `None` if not even the
-/// home is known.
+/// Where the Python libraries keep what they know: `$HF_HOME`, `$XDG_CACHE_HOME/huggingface`, `~/.cache/huggingface`. `None` if not even
+/// the home is known.
 #[must_use]
 pub fn home_folder() -> Option<PathBuf> {
     home_by(variable)

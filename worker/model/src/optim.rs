@@ -171,7 +171,8 @@ impl Ema {
 /// As PyTorch does, 1e-6 is added to the norm before dividing.
 pub fn clip_grad_norm(gradient: &mut Tensor, max_norm: f64) -> Result<f64> {
     let _guard = no_grad_guard();
-    // Each rank sums for itself, in an order that depends on its GPU: in double precision the order does not show in what is left after rounding.
+    // Each rank sums for itself, in an order that depends on its GPU: in double precision the order does not show in what is left after
+    // rounding.
     let norm = gradient.f_norm_scalaropt_dtype(2.0, Kind::Double)?.f_double_value(&[])?;
     let norm = f64::from(norm as f32);
     let scale = max_norm / (norm + 1e-6);

@@ -6,8 +6,8 @@ use crate::Result;
 
 /// A tensor on a device.
 ///
-/// A GPU copies it behind the work that it has already, while this thread goes on to launch more: a copy that is waited for would let the GPU
-/// run dry each time. Where the system pins no memory it is waited for.
+/// A GPU copies it behind the work that it has already, while this thread goes on to launch more: a copy that is waited for would let the
+/// GPU run dry each time. Where the system pins no memory it is waited for.
 ///
 /// Errors: [`crate::Error::Torch`].
 pub(crate) fn send(tensor: &Tensor, device: Device) -> Result<Tensor> {

@@ -1,5 +1,5 @@
-//! `worker bench`: the time of a training step by its stages, on batches made beforehand. No data is read and nothing is sent: what is measured
-//! is what the models cost on this device.
+//! `worker bench`: the time of a training step by its stages, on batches made beforehand. No data is read and nothing is sent: what is
+//! measured is what the models cost on this device.
 
 mod published;
 mod report;

@@ -4,8 +4,8 @@ use std::fmt::Write as _;
 
 use serde::Serialize;
 
-/// What was measured. Times are means over the timed steps, in milliseconds. On a GPU the stages are those of steps that wait for it after each
-/// of them, and are more together than a step.
+/// What was measured. Times are means over the timed steps, in milliseconds. On a GPU the stages are those of steps that wait for it after
+/// each of them, and are more together than a step.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub(super) struct Report {
     pub model: String,

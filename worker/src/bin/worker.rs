@@ -94,8 +94,8 @@ fn main() -> ExitCode {
     leave(exit.code)
 }
 
-/// Ends the process at once. The trainer's thread may be in libtorch and another in NCCL, which cannot be interrupted: what they do while the
-/// libraries' destructors run would cost the exit code, or the exit.
+/// Ends the process at once. The trainer's thread may be in libtorch and another in NCCL, which cannot be interrupted: what they do while
+/// the libraries' destructors run would cost the exit code, or the exit.
 fn leave(code: u8) -> ! {
     // Nothing else is buffered: logs go to an unbuffered stream.
     let _ = io::stdout().flush();

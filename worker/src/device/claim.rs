@@ -1,8 +1,8 @@
 //! Which of a host's GPUs this worker takes, where nobody says so.
 //!
-//! A worker locks a file for its GPU, so that the next one on the host takes another, and one that was told to take the same is stopped before
-//! it has loaded gigabytes. The system gives the lock back however the process ends. Workers that do not see each other's files, in containers
-//! say, find out when they meet: a claim is a convenience.
+//! A worker locks a file for its GPU, so that the next one on the host takes another, and one that was told to take the same is stopped
+//! before it has loaded gigabytes. The system gives the lock back however the process ends. Workers that do not see each other's files, in
+//! containers say, find out when they meet: a claim is a convenience.
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::path::{Path, PathBuf};

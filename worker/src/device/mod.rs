@@ -1,7 +1,7 @@
 //! From `--device` to a device that can be used, or to what is missing.
 //!
-//! The program needs libtorch's CPU part alone. Where a GPU is to be used, libtorch_cuda.so is opened before the first call of libtorch, which
-//! looks for its CUDA part once and remembers a "no".
+//! The program needs libtorch's CPU part alone. Where a GPU is to be used, libtorch_cuda.so is opened before the first call of libtorch,
+//! which looks for its CUDA part once and remembers a "no".
 
 mod claim;
 pub mod nccl_settings;

@@ -4,7 +4,8 @@ use std::net::IpAddr;
 
 /// Sets what the user has not set.
 ///
-/// `shares_gpus`: other members may train on the same GPU. `advertise`: the address that this host is to be reached under, if the user says so.
+/// `shares_gpus`: other members may train on the same GPU. `advertise`: the address that this host is to be reached under, if the user says
+/// so.
 ///
 /// # Safety
 /// This process must not have a second thread yet: that might read the environment meanwhile.
@@ -26,10 +27,12 @@ fn settings(
 ) -> Vec<(&'static str, String)> {
     // Sums made in a switch come out otherwise each time; an adapter's gradient is too small to gain by them.
     let mut settings = vec![("NCCL_NVLS_ENABLE", "0".to_owned())];
-    // Buffers are taken when members meet, with libtorch's spare memory given back, and not at the first sum, when a step has filled the GPU.
+    // Buffers are taken when members meet, with libtorch's spare memory given back, and not at the first sum, when a step has filled the
+    // GPU.
     settings.push(("NCCL_RUNTIME_CONNECT", "0".to_owned()));
     if shares_gpus {
-        // NCCL refuses two members on one GPU of a host: to it, each worker is a host of its own. (In containers all have the same process id.)
+        // NCCL refuses two members on one GPU of a host: to it, each worker is a host of its own. (In containers all have the same process
+        // id.)
         let mut bytes = [0; 8];
         // Without randomness the process id has to do.
         let _ = getrandom::fill(&mut bytes);

@@ -6,8 +6,8 @@ use tch::Device;
 
 use crate::draw::memory::held_bytes;
 
-/// Asks the system what this process holds and, once libtorch has opened the device, the driver what of a GPU is taken. The driver may keep who
-/// asks waiting.
+/// Asks the system what this process holds and, once libtorch has opened the device, the driver what of a GPU is taken. The driver may keep
+/// who asks waiting.
 #[must_use]
 pub fn look(device: Device, is_open: bool) -> Memory {
     let gpu = match device {

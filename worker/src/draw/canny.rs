@@ -12,8 +12,8 @@ const DIAGONAL: f32 = 0.414_213_57;
 
 /// Finds outlines after Canny 1986: Sobel gradients, thinned to their crests, kept where they are strong or touch what is kept.
 ///
-/// As OpenCV's `Canny(picture, low, high)`: no smoothing, the gradient's size is `|dx| + |dy|`, and each pixel takes the channel where it is
-/// largest. Outlines are white on black.
+/// As OpenCV's `Canny(picture, low, high)`: no smoothing, the gradient's size is `|dx| + |dy|`, and each pixel takes the channel where it
+/// is largest. Outlines are white on black.
 pub fn canny(picture: &RgbImage, low: u16, high: u16) -> GrayImage {
     let (width, height) = picture.dimensions();
     let (w, h) = (i64::from(width), i64::from(height));

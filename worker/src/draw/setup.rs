@@ -107,7 +107,8 @@ pub struct Files {
     pub model_config: Option<PathBuf>,
     /// The adapters, if pictures are to be drawn with any.
     pub adapters: Vec<PathBuf>,
-    /// The student encoder's folder, or its name on the hub; by default `text_encoder_zh` of the model, else what the adapter's metadata names.
+    /// The student encoder's folder, or its name on the hub; by default `text_encoder_zh` of the model, else what the adapter's metadata
+    /// names.
     pub student: Option<PathBuf>,
     /// Tokens of a student prompt; by default what the adapter's metadata says.
     pub context_length: Option<i64>,
@@ -146,8 +147,8 @@ impl Files {
 pub struct Precision {
     /// Of UNet, ControlNet and text encoders; by default bf16 on a GPU, f32 on a CPU.
     pub networks: Option<Kind>,
-    /// Of the autoencoder; by default that of the others, or f32 where its configuration says that it overflows in halves. By default libtorch
-    /// lets GPUs compute the convolutions of f32 in TF32.
+    /// Of the autoencoder; by default that of the others, or f32 where its configuration says that it overflows in halves. By default
+    /// libtorch lets GPUs compute the convolutions of f32 in TF32.
     pub vae: Option<VaeNumbers>,
 }
 

@@ -8,7 +8,8 @@ use peapod_proto::ids::Step;
 
 use super::{Faults, Point, VARIABLE, die};
 
-/// Until the other members have what this one has sent them, which may be lost with the connection. They then wait for it in the next all-reduce.
+/// Until the other members have what this one has sent them, which may be lost with the connection. They then wait for it in the next
+/// all-reduce.
 const OTHERS_FINISH: Duration = Duration::from_millis(300);
 
 /// Counts the steps from the base of its generation: each all-reduce is one.

@@ -130,7 +130,8 @@ pub fn run(options: &Options) -> Result<String, String> {
 /// Inspects a shard list.
 ///
 /// # Errors
-/// One line: the list, the job file or the tables that captions are cleaned with cannot be read. What is wrong with a shard is in the report.
+/// One line: the list, the job file or the tables that captions are cleaned with cannot be read. What is wrong with a shard is in the
+/// report.
 pub fn report(options: &Options) -> Result<Report, String> {
     let job = options.job.job().map(|job| job.read()).transpose()?.map(|read| read.job);
     let shards = match &job {

@@ -49,8 +49,8 @@ pub struct Options {
 /// Returns what was made, as lines for people.
 ///
 /// # Errors
-/// The table or the pattern is unusable, rows of the table are and are not to be left out (nothing is written then), a shard would be overwritten
-/// or cannot be written, or no row was usable. Shards that were finished before stay.
+/// The table or the pattern is unusable, rows of the table are and are not to be left out (nothing is written then), a shard would be
+/// overwritten or cannot be written, or no row was usable. Shards that were finished before stay.
 pub fn run(options: &Options) -> Result<String, String> {
     if options.samples_per_shard == 0 || options.shard_bytes == Some(0) {
         return Err("--samples-per-shard and --shard-bytes must be at least 1".into());
@@ -93,7 +93,8 @@ pub fn run(options: &Options) -> Result<String, String> {
     writer.finish(&faults)
 }
 
-/// Goes through the whole table before anything is written: shards that lack half of the pictures, as the folder was another, are found out late.
+/// Goes through the whole table before anything is written: shards that lack half of the pictures, as the folder was another, are found out
+/// late.
 fn check(options: &Options, num_threads: usize) -> Result<(), String> {
     let mut rows = Rows::open(&options.table, &options.image_column)?;
     let (mut num, mut faults) = (0, Faults::default());

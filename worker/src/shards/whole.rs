@@ -8,8 +8,8 @@ use std::path::{Path, PathBuf};
 /// Longest name that a header holds; a longer one gets a member of its own before it.
 const MAX_HEADER_NAME: usize = 99;
 
-/// A tar that is being written, under a name that no pattern matches until it is whole. One that is dropped before leaves a file that the next
-/// attempt writes anew.
+/// A tar that is being written, under a name that no pattern matches until it is whole. One that is dropped before leaves a file that the
+/// next attempt writes anew.
 pub struct WholeTar {
     tar: tar::Builder<BufWriter<File>>,
     partial: PathBuf,

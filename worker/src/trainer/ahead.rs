@@ -37,7 +37,8 @@ pub struct Prepared {
 }
 
 impl Preparation<'_> {
-    /// Puts a batch together and gives the device what it has to do for it. What cannot be sent or encoded yet is left to the step, which says why.
+    /// Puts a batch together and gives the device what it has to do for it. What cannot be sent or encoded yet is left to the step, which
+    /// says why.
     ///
     /// # Errors
     /// As [`to_tensors`].

@@ -145,8 +145,8 @@ impl TrainState {
 
     /// Takes over what [`TrainState::to_bytes`] made of a state of the same shape.
     ///
-    /// TCP's checksums miss one error in some tens of thousands, and what a GPU's memory or a driver damages they never see: weights that are
-    /// not the source's would train on unnoticed.
+    /// TCP's checksums miss one error in some tens of thousands, and what a GPU's memory or a driver damages they never see: weights that
+    /// are not the source's would train on unnoticed.
     ///
     /// # Errors
     /// [`Error::Shape`] if the length differs, [`Error::Invalid`] if the bytes are not those that were sent; nothing has changed then.

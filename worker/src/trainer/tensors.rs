@@ -15,9 +15,9 @@ struct Ready {
     prompt: bool,
 }
 
-/// A batch as the model takes it: in one piece, unless of some samples more was computed before than of others, with parallel samples before
-/// native ones, so that either are one part of a tensor. Gradients and losses are sums over samples, so that the pieces say the same as the
-/// whole in its own order.
+/// A batch as the model takes it: in one piece, unless of some samples more was computed before than of others, with parallel samples
+/// before native ones, so that either are one part of a tensor. Gradients and losses are sums over samples, so that the pieces say the same
+/// as the whole in its own order.
 ///
 /// # Errors
 /// [`peapod_model::Error::Torch`] if cached samples of one batch differ in shape.

@@ -6,8 +6,8 @@ use std::time::Instant;
 use peapod_collective::{Collective, DeviceValues, Error, Values};
 use tch::{Device, Kind, TchError, Tensor};
 
-/// The buffer that a collective works on, and what of it is made elsewhere: on a GPU the tail, or the gradient where the collective sums on the
-/// host.
+/// The buffer that a collective works on, and what of it is made elsewhere: on a GPU the tail, or the gradient where the collective sums on
+/// the host.
 pub(crate) struct Wire {
     /// f32: first the gradient, then the tail.
     buffer: Tensor,
@@ -65,7 +65,8 @@ impl Wire {
 
     /// What is behind the gradient, likewise.
     pub fn tail_mut(&mut self) -> &mut [f32] {
-        // SAFETY: as many f32 as the tensor holds, contiguous and on the host; the tensors that share them are used under `&mut self` alone.
+        // SAFETY: as many f32 as the tensor holds, contiguous and on the host; the tensors that share them are used under `&mut self`
+        // alone.
         unsafe { std::slice::from_raw_parts_mut(start(&self.tail), self.tail.numel()) }
     }
 
@@ -98,7 +99,8 @@ impl Wire {
             let stream = peapod_kernels::current_stream(ordinal)
                 .map_err(|error| Error::Gpu { doing: "find out libtorch's stream", answer: error.to_string() })?;
             let (address, stream) = (self.buffer.data_ptr().addr() as u64, stream.addr() as u64);
-            // SAFETY: the buffer lies on the GPU that the communicator was built on, and this thread makes no use of it until the call returns.
+            // SAFETY: the buffer lies on the GPU that the communicator was built on, and this thread makes no use of it until the call
+            // returns.
             let values = unsafe { DeviceValues::new(address, num_values, stream) };
             collective.all_reduce_sum_in(Values::Device(values), deadline)?;
         } else {
@@ -122,7 +124,8 @@ fn failed(doing: &'static str) -> impl FnOnce(TchError) -> Error {
     move |error| Error::Gpu { doing, answer: error.to_string() }
 }
 
-/// The same on pages that a GPU copies from and to by itself. Where the system pins no more memory, copies take longer and nothing else changes.
+/// The same on pages that a GPU copies from and to by itself. Where the system pins no more memory, copies take longer and nothing else
+/// changes.
 fn pinned(tensor: Tensor) -> Tensor {
     peapod_kernels::pinned(&tensor).unwrap_or_else(|error| {
         tracing::warn!("the memory that gradients are exchanged in cannot be pinned, copies from and to the GPU take longer: {error}");

@@ -1,10 +1,10 @@
 //! The promise of the data rules, in random worlds: each epoch of each source has each sample in the weights exactly once, or skipped.
 //!
-//! Workers are modelled: a reader at its own pace, a buffer, shares, and the shares of a step that broke off. Messages keep their order and take
-//! their time. The weights are the list of what each step trained; where a new generation starts from an older step, the list is cut.
+//! Workers are modelled: a reader at its own pace, a buffer, shares, and the shares of a step that broke off. Messages keep their order and
+//! take their time. The weights are the list of what each step trained; where a new generation starts from an older step, the list is cut.
 //!
-//! A job is disturbed by deaths, drains, joins, restarts of all of it from its checkpoint, and restarts of the coordinator alone, which goes on from
-//! what of its journal was on disk and hears from its workers again what they hold and have read.
+//! A job is disturbed by deaths, drains, joins, restarts of all of it from its checkpoint, and restarts of the coordinator alone, which
+//! goes on from what of its journal was on disk and hears from its workers again what they hold and have read.
 //!
 //! `PROPTEST_CASES=20000 cargo test -p peapod-coordinator --lib exactly_once` looks at more worlds.
 

@@ -1,9 +1,9 @@
-//! Everything that can happen in small worlds, in every order: deaths, wrong death notices, collectives that fail on one side, coordinators that
-//! die between any two effects and lose what was not on disk.
+//! Everything that can happen in small worlds, in every order: deaths, wrong death notices, collectives that fail on one side, coordinators
+//! that die between any two effects and lose what was not on disk.
 //!
-//! The core and its facts are the real ones. Workers are a few lines each: they hold weights as lists of steps, and their messages travel in
-//! order, are delivered late, or are lost with their stream. States that were seen are not looked at again. A rule that is broken on purpose is
-//! found within seconds: the last tests show it.
+//! The core and its facts are the real ones. Workers are a few lines each: they hold weights as lists of steps, and their messages travel
+//! in order, are delivered late, or are lost with their stream. States that were seen are not looked at again. A rule that is broken on
+//! purpose is found within seconds: the last tests show it.
 
 use std::collections::{HashSet, VecDeque};
 use std::fmt::Write as _;

@@ -33,8 +33,8 @@ impl From<Fault> for Error {
     }
 }
 
-/// One GPU with a stream of its own and a buffer that operations work on. Nothing but `upload`, `reserve`, `download`, `trim` and `abort` may
-/// block.
+/// One GPU with a stream of its own and a buffer that operations work on. Nothing but `upload`, `reserve`, `download`, `trim` and `abort`
+/// may block.
 pub(super) trait Gpu: Send + Sync + 'static {
     /// Makes the id of a new communicator.
     fn unique_id(&self) -> Result<[u8; UNIQUE_ID_BYTES], Fault>;

@@ -48,8 +48,8 @@ impl Driver {
         }
     }
 
-    /// Whether this machine plainly has no GPU for this process: no driver, or one that shows none. Anything else that is wrong is a GPU that
-    /// cannot be used.
+    /// Whether this machine plainly has no GPU for this process: no driver, or one that shows none. Anything else that is wrong is a GPU
+    /// that cannot be used.
     #[must_use]
     pub fn is_absent() -> bool {
         // SAFETY: as in `look`.
@@ -289,8 +289,8 @@ impl NcclDevice {
         Ok(Self { nccl, context, stream, event, made, buffer: Mutex::new(None), uuid })
     }
 
-    /// Whether this process can still use the GPU. After an illegal access or an uncorrectable error of its memory every call fails until the
-    /// process is started again.
+    /// Whether this process can still use the GPU. After an illegal access or an uncorrectable error of its memory every call fails until
+    /// the process is started again.
     ///
     /// Errors: [`Error::Gpu`] with what the driver says.
     pub fn check_health(&self) -> Result<(), Error> {
@@ -403,8 +403,8 @@ impl Gpu for NcclDevice {
         let DeviceValues { address, num_values, stream } = values;
         self.context.bind_to_thread().map_err(driver(doing))?;
         let (float, sum) = (ncclDataType_t::ncclFloat32 as c_int, ncclRedOp_t::ncclSum as c_int);
-        // SAFETY: whoever made the values has promised that the stream is one of this GPU, and that they lie there until the engine returns,
-        // which it does when this stream is past them, or when the communicator is aborted and its kernels are gone.
+        // SAFETY: whoever made the values has promised that the stream is one of this GPU, and that they lie there until the engine
+        // returns, which it does when this stream is past them, or when the communicator is aborted and its kernels are gone.
         let result = unsafe {
             result::event::record(self.made.cu_event(), stream as CUstream).map_err(driver(doing))?;
             result::stream::wait_event(self.stream.cu_stream(), self.made.cu_event(), CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT)

@@ -1,12 +1,12 @@
 //! NCCL, for workers on GPUs.
 //!
-//! A ring of TCP connections ([`TcpCollective`]) stays beside the NCCL communicator for what NCCL does not do: it proves that members belong to
-//! the generation, carries NCCL's unique id, compares what each member is about to do, and tells at once that a neighbour is gone. Before an
-//! operation every member has entered it with the same length; after it nobody leaves while another is still inside.
+//! A ring of TCP connections ([`TcpCollective`]) stays beside the NCCL communicator for what NCCL does not do: it proves that members
+//! belong to the generation, carries NCCL's unique id, compares what each member is about to do, and tells at once that a neighbour is
+//! gone. Before an operation every member has entered it with the same length; after it nobody leaves while another is still inside.
 //!
-//! NCCL is never waited for in a call that blocks. What it was asked to do is polled, beside the links, the abort flag and the deadline; the
-//! caller gets its data only when the sum is known to be whole. A communicator that failed is aborted on a thread of its own, since that may
-//! hang: a process in which it does cannot go on ([`Error::AbortHung`]).
+//! NCCL is never waited for in a call that blocks. What it was asked to do is polled, beside the links, the abort flag and the deadline;
+//! the caller gets its data only when the sum is known to be whole. A communicator that failed is aborted on a thread of its own, since
+//! that may hang: a process in which it does cannot go on ([`Error::AbortHung`]).
 
 mod gpu;
 mod library;
@@ -30,8 +30,8 @@ const LOOK_EVERY: Duration = Duration::from_micros(50);
 /// the end of that, which can take many seconds; one that is given up costs the process, with the weights it holds.
 const ABORT_PATIENCE: Duration = Duration::from_secs(30);
 
-/// What a broadcast leaves of the GPU's buffer. The weights that a generation begins with are not sent again in it, and the networks want the
-/// memory.
+/// What a broadcast leaves of the GPU's buffer. The weights that a generation begins with are not sent again in it, and the networks want
+/// the memory.
 const KEPT_BYTES: usize = 16 << 20;
 
 /// Forms the communicator of a generation on `device`; `control` is its members' ring. Returns when NCCL is ready on this member.

@@ -16,7 +16,8 @@ pub(super) type Key = [u8; KEY_BYTES];
 
 const VERSION: u8 = 1;
 
-/// Where member 0 listens, and the key that every member must prove. Whoever has these bytes can join: they travel on secured channels only.
+/// Where member 0 listens, and the key that every member must prove. Whoever has these bytes can join: they travel on secured channels
+/// only.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Bootstrap {
     pub(super) address: SocketAddr,

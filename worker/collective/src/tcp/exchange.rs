@@ -28,9 +28,9 @@ pub(super) trait Exchange {
 /// Ring all-reduce: a reduce-scatter, after which each member holds one chunk of the sum, and an all-gather that passes the chunks round.
 ///
 /// With `n` members the data is cut into `n` chunks. In step `s` of `2 (n - 1)`, member `i` sends chunk `i - s` and receives chunk
-/// `i - s - 1` (mod `n`), which is exactly what it sends in step `s + 1`. In the first `n - 1` steps the received chunk is added to its own,
-/// afterwards it replaces it. Each chunk is summed along one fixed path and then copied, so all members hold the same bits. Each member
-/// sends and receives `2 (n - 1) / n` times the data, the least possible.
+/// `i - s - 1` (mod `n`), which is exactly what it sends in step `s + 1`. In the first `n - 1` steps the received chunk is added to its
+/// own, afterwards it replaces it. Each chunk is summed along one fixed path and then copied, so all members hold the same bits. Each
+/// member sends and receives `2 (n - 1) / n` times the data, the least possible.
 ///
 /// A replacing byte never overtakes the partial sum it was made of: that byte had to pass through this member to become the sum.
 ///

@@ -12,8 +12,8 @@ use super::star::Star;
 use super::wire::{HEADER_BYTES, decode_header, encode_header, invalid};
 use crate::{AbortHandle, Announcement, Error, Operation, Stall};
 
-/// The links to both neighbours; data flows from the previous member to the next one. With two members both lead to the same peer. And those
-/// of the star.
+/// The links to both neighbours; data flows from the previous member to the next one. With two members both lead to the same peer. And
+/// those of the star.
 #[derive(Debug)]
 pub(super) struct Links {
     pub(super) previous: Link,

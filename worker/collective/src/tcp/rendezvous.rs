@@ -5,9 +5,10 @@
 //! 3. Each member calls the next one in the ring, and answers the previous one, with the same proof.
 //! 4. Each tells member 0 that both its links are up; when all have, member 0 tells everybody to go.
 //!
-//! Registrations stay open, for barriers (`star`), and from step 1 to 4 are watched: the death of any member ends the forming for all, through member 0. Whoever fails
-//! says why before it leaves (`verdict`), so that the two ends of a broken connection name each other and the rest nobody. Everything runs on the calling thread with sockets that do not block, so no stranger and no slow member can hold up another, and an abort or the
-//! deadline ends it at once.
+//! Registrations stay open, for barriers (`star`), and from step 1 to 4 are watched: the death of any member ends the forming for all,
+//! through member 0. Whoever fails says why before it leaves (`verdict`), so that the two ends of a broken connection name each other and
+//! the rest nobody. Everything runs on the calling thread with sockets that do not block, so no stranger and no slow member can hold up
+//! another, and an abort or the deadline ends it at once.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -551,8 +552,8 @@ impl Registrant {
 
 /// Whether accept(2) failed because of the connection that it took out of the queue: no concern of the other callers.
 ///
-/// The caller has left again, or Linux hands on what the network has said of the connection meanwhile. What the system itself lacks, such as
-/// file descriptors, is none of these.
+/// The caller has left again, or Linux hands on what the network has said of the connection meanwhile. What the system itself lacks, such
+/// as file descriptors, is none of these.
 fn concerns_one_caller(error: &io::Error) -> bool {
     const OF_THE_CONNECTION: [Errno; 10] = [
         Errno::CONNABORTED,

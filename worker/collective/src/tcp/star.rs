@@ -1,7 +1,7 @@
 //! Everybody's connection with member 0, over which a barrier takes two hops whatever the number of members.
 //!
-//! Round the ring it takes 2 (n - 1) of them, one after the other, twice around each of NCCL's sums. Here each member tells member 0 that it has
-//! come, and member 0 tells everybody once all have. That they mean the same, neighbours in the ring have found out before.
+//! Round the ring it takes 2 (n - 1) of them, one after the other, twice around each of NCCL's sums. Here each member tells member 0 that
+//! it has come, and member 0 tells everybody once all have. That they mean the same, neighbours in the ring have found out before.
 
 use std::io;
 use std::slice;
@@ -34,8 +34,8 @@ impl Star {
         }
     }
 
-    /// Returns once every member has come here with this collective. An error of member 0 comes with whom it waited for; the others wait for
-    /// member 0 only because it waits.
+    /// Returns once every member has come here with this collective. An error of member 0 comes with whom it waited for; the others wait
+    /// for member 0 only because it waits.
     pub(super) fn meet(&self, ours: &Announcement, abort: &AbortHandle, deadline: Instant) -> Result<(), (Error, Option<Stall>)> {
         let token = ours.sequence.to_le_bytes();
         let mut ends: Vec<End> =

@@ -55,8 +55,9 @@ fn segment_len(segment: &[u8]) -> usize {
     2 + segment.get(2..4).map_or(0, |len| usize::from(u16::from_be_bytes([len[0], len[1]])))
 }
 
-/// A JPEG without what the decoder may stumble over in its header, and libjpeg does not: bytes between the segments, metadata, and an empty list of
-/// conditions for arithmetic coding. Its EXIF data and what is said of its colours stay. From its first scan on all is left as it is.
+/// A JPEG without what the decoder may stumble over in its header, and libjpeg does not: bytes between the segments, metadata, and an empty
+/// list of conditions for arithmetic coding. Its EXIF data and what is said of its colours stay. From its first scan on all is left as it
+/// is.
 pub fn tidied(jpeg: &[u8]) -> Vec<u8> {
     let is_needed = |segment: &&[u8]| {
         let body = segment.get(4..).unwrap_or_default();
@@ -71,8 +72,8 @@ pub fn tidied(jpeg: &[u8]) -> Vec<u8> {
     Segments::of(jpeg).filter(is_needed).flatten().copied().collect()
 }
 
-/// A JPEG of one scan without the segments that lie between the scan and its end, where the decoder takes none; `None` if there are none, or
-/// anything else than they.
+/// A JPEG of one scan without the segments that lie between the scan and its end, where the decoder takes none; `None` if there are none,
+/// or anything else than they.
 pub fn without_trailing_segments(jpeg: &[u8]) -> Option<Vec<u8>> {
     let scan = Segments::of(jpeg).last().filter(|segment| segment[1] == SOS)?;
     let bits = segment_len(scan);

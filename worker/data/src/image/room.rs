@@ -5,8 +5,8 @@ use std::sync::{Condvar, Mutex, PoisonError};
 /// Pictures of fewer pixels are not waited with: those of all threads together take less than what they wait for, batches.
 const LARGE: u64 = 1 << 24;
 
-/// Pixels of large pictures that are decoded at the same time. At 3 bytes a pixel, and 6 more while a progressive one is decoded, this is 1.2 GB:
-/// two of the largest pictures there may be, or five of 24 megapixels.
+/// Pixels of large pictures that are decoded at the same time. At 3 bytes a pixel, and 6 more while a progressive one is decoded, this is
+/// 1.2 GB: two of the largest pictures there may be, or five of 24 megapixels.
 const MAX_LARGE: u64 = 1 << 27;
 
 /// Room for all threads of this process.

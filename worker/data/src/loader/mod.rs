@@ -5,14 +5,14 @@
 //!                   examines  1/8       5/8                      1/4 of buffer_bytes, at most three shares
 //! ```
 //!
-//! - What all of them hold, decoded pictures included, stays below `buffer_bytes`, but for this: a sample always fits into the stream, and a share
-//!   into the plan, however large. What a trainer has taken is no longer counted; it holds two shares, one that it trains and one that it has
-//!   taken ahead. A reader and each decoder work at one sample more.
+//! - What all of them hold, decoded pictures included, stays below `buffer_bytes`, but for this: a sample always fits into the stream, and
+//!   a share into the plan, however large. What a trainer has taken is no longer counted; it holds two shares, one that it trains and one
+//!   that it has taken ahead. A reader and each decoder work at one sample more.
 //!
-//! - Nothing is lost and nothing comes twice: each index of a tar is handed out once, or reported once as skipped, or passed over because the
-//!   lease says that it is done.
-//! - Undisturbed, the same leases granted in the same order give the same shares, however fast disks and threads are: the pool is always filled
-//!   to the same mark before a batch is drawn from it.
+//! - Nothing is lost and nothing comes twice: each index of a tar is handed out once, or reported once as skipped, or passed over because
+//!   the lease says that it is done.
+//! - Undisturbed, the same leases granted in the same order give the same shares, however fast disks and threads are: the pool is always
+//!   filled to the same mark before a batch is drawn from it.
 //! - What is left at the end of an epoch stays buffered and is trained with the samples of the next.
 
 pub mod state;
@@ -162,8 +162,8 @@ pub enum LoaderEvent {
         /// Everything is handed out, and the share that is waited for is not full.
         is_idle: bool,
     },
-    /// No more will be read of a lease, and no sample from an index on has been or will be handed out: on request, or because the lease ends
-    /// there.
+    /// No more will be read of a lease, and no sample from an index on has been or will be handed out: on request, or because the lease
+    /// ends there.
     GaveBack {
         /// The lease.
         lease: LeaseId,
@@ -287,8 +287,8 @@ pub struct LoaderHandle {
 impl Loader {
     /// Starts the threads and asks for the first leases.
     ///
-    /// `events` is called on the loader's threads and inside its methods: it must neither block nor call the loader. Sending on a channel is
-    /// what it is for.
+    /// `events` is called on the loader's threads and inside its methods: it must neither block nor call the loader. Sending on a channel
+    /// is what it is for.
     ///
     /// Errors: [`Error::Config`], [`Error::Tables`], [`Error::Spawn`].
     pub fn start(config: LoaderConfig, events: impl Fn(LoaderEvent) + Send + Sync + 'static) -> Result<Self> {
@@ -320,8 +320,8 @@ impl Loader {
     /// Pictures of later shares of the same size are decoded meanwhile.
     ///
     /// Errors: [`Error::Cancelled`] from [`LoaderHandle::cancel`] until [`LoaderHandle::resume`], whereupon nothing is lost;
-    /// [`Error::Store`] if a shard cannot be had, its store being down for `data.give_up_after`; [`Error::Recipe`] if a cached one was made for
-    /// another job; [`Error::ThreadPanicked`].
+    /// [`Error::Store`] if a shard cannot be had, its store being down for `data.give_up_after`; [`Error::Recipe`] if a cached one was made
+    /// for another job; [`Error::ThreadPanicked`].
     pub fn next_share(&mut self, num_samples: usize) -> Result<Share> {
         let mut state = self.shared.lock();
         loop {
@@ -418,7 +418,8 @@ impl LoaderHandle {
     }
 
     /// Reads no more of these leases, so that another can have the rest, and says from where on with [`LoaderEvent::GaveBack`]. What is
-    /// in the shuffle buffer or planned stays; what was read ahead of it goes too. Nothing is said of a lease that has been read to its end.
+    /// in the shuffle buffer or planned stays; what was read ahead of it goes too. Nothing is said of a lease that has been read to its
+    /// end.
     pub fn give_back(&self, leases: &[LeaseId]) {
         let mut state = self.shared.lock();
         for &lease in leases {
@@ -429,8 +430,8 @@ impl LoaderHandle {
         self.shared.wake_all();
     }
 
-    /// As [`Loader::retain_leases`]. Whoever hands on leases calls it in the order in which it was told of either: a lease that is granted after the
-    /// change must not be taken for one that is lost by it.
+    /// As [`Loader::retain_leases`]. Whoever hands on leases calls it in the order in which it was told of either: a lease that is granted
+    /// after the change must not be taken for one that is lost by it.
     pub fn retain_leases(&self, held: &[LeaseId]) {
         let mut state = self.shared.lock();
         state.retain_leases(held);

@@ -16,8 +16,8 @@ const LEASES_AHEAD: usize = 2;
 const SHARES_AHEAD: usize = 8;
 const MIN_AHEAD: usize = 64;
 
-/// Parts of `data.buffer_bytes`: an eighth lets the reader run ahead of the pool, a quarter is for what is planned, with its decoded pictures.
-/// The pool has the rest, so that its mark depends on nothing but the job.
+/// Parts of `data.buffer_bytes`: an eighth lets the reader run ahead of the pool, a quarter is for what is planned, with its decoded
+/// pictures. The pool has the rest, so that its mark depends on nothing but the job.
 const STREAM_PART: u64 = 8;
 const PLANNED_PART: u64 = 4;
 
@@ -316,8 +316,8 @@ impl State {
 
     // ---- planning ----
 
-    /// Plans batches as far ahead as the cuts and the memory for them allow. Stops where more samples must be read first: a batch is never drawn
-    /// from a pool that is not as full as it will be. So a batch that is drawn later is drawn alike.
+    /// Plans batches as far ahead as the cuts and the memory for them allow. Stops where more samples must be read first: a batch is never
+    /// drawn from a pool that is not as full as it will be. So a batch that is drawn later is drawn alike.
     pub fn plan(&mut self) {
         loop {
             while self.pool.is_filling() && self.feed_pool() {}

@@ -157,7 +157,8 @@ enum Stop {
     Part(u32),
 }
 
-/// Reads one tar into the buffers; `skipped` keeps what is not reported yet. `None` if the lease was lost or given back, or the loader stops.
+/// Reads one tar into the buffers; `skipped` keeps what is not reported yet. `None` if the lease was lost or given back, or the loader
+/// stops.
 ///
 /// Errors: the shard could not be had, and nothing is known to be wrong with it; or it was made for another job.
 fn read_lease(shared: &Shared, cleaner: &Cleaner, lease: &LeasedShard, skipped: &mut Vec<Skip>) -> Result<Option<Stop>, Failure> {

@@ -1,7 +1,7 @@
 //! The members of a tar, in order.
 //!
-//! The library's iterator reads a name, or what else precedes a member, whole, however long its header says that it is. Here no header reserves
-//! memory, and none of them is quoted as it is: what is no tar may hold anything.
+//! The library's iterator reads a name, or what else precedes a member, whole, however long its header says that it is. Here no header
+//! reserves memory, and none of them is quoted as it is: what is no tar may hold anything.
 
 use std::io::{self, Read};
 
@@ -47,9 +47,9 @@ impl<R: Read> Members<R> {
 
     /// Goes on to the next member, whatever is left of the current one; `None` at the end of the tar.
     ///
-    /// The end is a block of zeros. A tar without one, which ends where a member does, is in use and is whole. What follows the zeros is read too:
-    /// another tar where several were joined (`cat a.tar b.tar`, which `tar --ignore-zeros` reads), or the end of the stream, where a checksum
-    /// is compared.
+    /// The end is a block of zeros. A tar without one, which ends where a member does, is in use and is whole. What follows the zeros is
+    /// read too: another tar where several were joined (`cat a.tar b.tar`, which `tar --ignore-zeros` reads), or the end of the stream,
+    /// where a checksum is compared.
     pub fn advance(&mut self) -> io::Result<Option<Member>> {
         let (mut long_name, mut pax) = (None, None);
         while let Some(header) = self.header(long_name.is_some() || pax.is_some())? {
@@ -84,7 +84,8 @@ impl<R: Read> Members<R> {
         Ok(bytes)
     }
 
-    /// The next header, behind what is left of the current member; `None` at the end of the tar, which is an error while one `is_described`.
+    /// The next header, behind what is left of the current member; `None` at the end of the tar, which is an error while one
+    /// `is_described`.
     fn header(&mut self, is_described: bool) -> io::Result<Option<Header>> {
         self.skip()?;
         let mut header = Header::new_old();

@@ -28,7 +28,8 @@ pub fn shown_url(url: &str) -> Cow<'_, str> {
     if host == 0 && query.is_empty() { url.into() } else { format!("{scheme}://{}{query}", &rest[host..]).into() }
 }
 
-/// An address without its signature: the same for all lists that were signed for the same shards. Other parameters may say which shard is meant.
+/// An address without its signature: the same for all lists that were signed for the same shards. Other parameters may say which shard is
+/// meant.
 pub fn unsigned(url: &str) -> Cow<'_, str> {
     let is_of_http = url.split_once("://").is_some_and(|(scheme, _)| is_http(scheme));
     let Some((path, query)) = url.split_once('?').filter(|_| is_of_http) else { return url.into() };

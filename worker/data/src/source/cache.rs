@@ -6,9 +6,9 @@
 //! FOLDER/ADDRESS-VERSION-SIZE-PROCESS-NUMBER.part   being filled, and locked as long as its owner lives
 //! ```
 //!
-//! Processes share a folder without knowing of each other. Whatever one of them leaves behind when it is killed is removed by the next, and a
-//! shard is checked against its name before it is used, so no file has to be trusted. A cache that fails is no reason to stop: shards are then
-//! read from their stores.
+//! Processes share a folder without knowing of each other. Whatever one of them leaves behind when it is killed is removed by the next, and
+//! a shard is checked against its name before it is used, so no file has to be trusted. A cache that fails is no reason to stop: shards are
+//! then read from their stores.
 
 use std::collections::HashMap;
 use std::fs::{DirEntry, File, OpenOptions};
@@ -185,8 +185,8 @@ fn key_of(url: &str, identity: &Identity) -> Option<String> {
 
 /// Opens a shard if it is what its name says; removes it if not.
 ///
-/// It is read to its end for that, before its first byte is used: samples that were trained cannot be taken back. What is read here is in the
-/// system's memory afterwards.
+/// It is read to its end for that, before its first byte is used: samples that were trained cannot be taken back. What is read here is in
+/// the system's memory afterwards.
 ///
 /// Errors: [`Error::Cancelled`].
 fn open_checked(path: &Path, is_cancelled: &dyn Fn() -> bool) -> Result<Option<File>> {

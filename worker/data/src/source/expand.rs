@@ -34,8 +34,8 @@ pub fn expand(sources: &Sources, patterns: &[String]) -> Result<Vec<String>> {
     Ok(shards)
 }
 
-/// Files whose names begin with a dot are matched by a pattern that says so alone, as in a shell: other systems leave their own there beside a
-/// shard (`._00000.tar`).
+/// Files whose names begin with a dot are matched by a pattern that says so alone, as in a shell: other systems leave their own there
+/// beside a shard (`._00000.tar`).
 pub const NOT_HIDDEN: glob::MatchOptions =
     glob::MatchOptions { case_sensitive: true, require_literal_separator: true, require_literal_leading_dot: true };
 
@@ -120,7 +120,8 @@ fn has_wildcard_in_path(url: &str) -> bool {
     if scheme.starts_with("http") { has_wildcard(path.split('?').next().unwrap_or_default()) } else { has_wildcard(path) }
 }
 
-/// Whether a path is a folder's. What has an extension is not looked at: each of a list of many shards would cost a request to a shared disk.
+/// Whether a path is a folder's. What has an extension is not looked at: each of a list of many shards would cost a request to a shared
+/// disk.
 fn is_folder(path: &str) -> bool {
     let path = std::path::Path::new(path);
     path.extension().is_none() && path.is_dir()

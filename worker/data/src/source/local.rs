@@ -1,7 +1,7 @@
 //! Reading files of this host: disks, and what is mounted from other machines.
 //!
-//! A read that fails says nothing of the file. It is tried again at the same byte as one over a network is, and in the end given up by name: what
-//! could not be read is not lost.
+//! A read that fails says nothing of the file. It is tried again at the same byte as one over a network is, and in the end given up by
+//! name: what could not be read is not lost.
 
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};

@@ -60,8 +60,8 @@ enum Repeats {
     AsUsual,
 }
 
-/// The store and the folder in it that an address names, for what is kept there besides shards. A request that fails is repeated, by the store's
-/// own means.
+/// The store and the folder in it that an address names, for what is kept there besides shards. A request that fails is repeated, by the
+/// store's own means.
 ///
 /// Errors: [`crate::Error::NoSupport`]; [`crate::Error::Store`] if the environment does not say how the store is reached.
 pub fn folder_at(url: &str) -> Result<(Arc<dyn ObjectStore>, Path)> {

@@ -126,8 +126,8 @@ fn file_of(path: &Path) -> Result<PathBuf> {
 
 /// Reads the string metadata of an adapter's file; empty if it has none, as the files that Python saves.
 ///
-/// Errors: [`Error::Io`] if the file cannot be read; [`Error::Invalid`] if it neither begins with a safetensors header nor is a whole file of
-/// `torch.save`.
+/// Errors: [`Error::Io`] if the file cannot be read; [`Error::Invalid`] if it neither begins with a safetensors header nor is a whole file
+/// of `torch.save`.
 pub fn metadata(path: &Path) -> Result<BTreeMap<String, String>> {
     let io = |source| Error::Io { path: path.into(), source };
     let invalid = |reason: String| Error::Invalid { path: path.into(), reason };

@@ -18,7 +18,8 @@ pub struct ControlNetConfig {
     /// Channels of control images.
     #[serde(default = "conditioning_channels")]
     pub conditioning_channels: i64,
-    /// Channels of the layers that bring a control image to the size of the latents, from the outermost: each but the first halves the size.
+    /// Channels of the layers that bring a control image to the size of the latents, from the outermost: each but the first halves the
+    /// size.
     #[serde(default = "conditioning_embedding_out_channels")]
     pub conditioning_embedding_out_channels: Vec<i64>,
 }

@@ -64,8 +64,8 @@ impl ControlNet {
         Self::load(&locate(path)?, kind, device)
     }
 
-    /// Compares a ControlNet's configuration and files as [`ControlNet::open`] does, without reading a tensor: its weights are zeros without
-    /// memory.
+    /// Compares a ControlNet's configuration and files as [`ControlNet::open`] does, without reading a tensor: its weights are zeros
+    /// without memory.
     ///
     /// Errors: those of [`ControlNet::open`].
     pub fn check(path: &Path) -> Result<Self> {

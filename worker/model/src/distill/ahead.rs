@@ -9,8 +9,8 @@ use crate::text::Conditioning;
 use crate::transfer::send;
 
 impl Distiller {
-    /// Puts what the frozen encoders say in place of a batch's pictures and captions, as its step would compute it. What is encoded already stays,
-    /// and so do captions of a student whose encoder drops elements, which differ from step to step.
+    /// Puts what the frozen encoders say in place of a batch's pictures and captions, as its step would compute it. What is encoded already
+    /// stays, and so do captions of a student whose encoder drops elements, which differ from step to step.
     ///
     /// Errors: those of the encoders; what was encoded until then is as good as what was not.
     pub fn encode_ahead(&self, batch: &mut MicroBatch) -> Result<()> {

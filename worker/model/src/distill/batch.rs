@@ -124,7 +124,8 @@ impl MicroBatch {
         }
     }
 
-    /// Puts what is large of it where the models are, behind the work that a GPU has already. Flags stay on the host, where they are looked at.
+    /// Puts what is large of it where the models are, behind the work that a GPU has already. Flags stay on the host, where they are looked
+    /// at.
     ///
     /// Errors: [`Error::Torch`].
     pub fn send_ahead(&mut self, device: Device) -> Result<()> {
@@ -160,8 +161,8 @@ impl MicroBatch {
         self.every(index, self.len())
     }
 
-    /// The samples dealt out to `num` batches, or fewer if there are fewer samples: as equal in size as can be, and in what they cost, where
-    /// native samples, which need no teacher, lie together.
+    /// The samples dealt out to `num` batches, or fewer if there are fewer samples: as equal in size as can be, and in what they cost,
+    /// where native samples, which need no teacher, lie together.
     #[must_use]
     pub fn split(&self, num: usize) -> Vec<Self> {
         let num = num.clamp(1, self.len().max(1));
@@ -233,7 +234,8 @@ impl MicroBatch {
         Ok(Flags { native: Vec::<bool>::try_from(&self.native)?, any_dropped })
     }
 
-    /// Checks text states that were made before against those of the empty prompt, token states and pooled, batch 1: what does not fit would be a crash in the networks.
+    /// Checks text states that were made before against those of the empty prompt, token states and pooled, batch 1: what does not fit
+    /// would be a crash in the networks.
     pub(super) fn check_states(&self, student: &Tensor, teacher: Option<(&Tensor, Option<&Tensor>)>) -> Result<()> {
         let check = |what: &str, tensor: &Tensor, empty: &Tensor| {
             let wanted = [&[self.len() as i64], &empty.size()[1..]].concat();

@@ -223,14 +223,16 @@ impl Distiller {
         self.accumulate_observed(adapter, batch, gradient, scale, &mut |_| {})?.read()
     }
 
-    /// As [`Distiller::accumulate_scaled`], but for the wait: a GPU may still be at work when this returns, and more can be prepared for it.
+    /// As [`Distiller::accumulate_scaled`], but for the wait: a GPU may still be at work when this returns, and more can be prepared for
+    /// it.
     pub fn accumulate_ahead(&self, adapter: &Adapter, batch: &MicroBatch, gradient: &mut Tensor, scale: f64) -> Result<PendingSums> {
         self.accumulate_observed(adapter, batch, gradient, scale, &mut |_| {})
     }
 
     /// As [`Distiller::accumulate_ahead`]; calls `observe` at the end of each stage, whose work a GPU may still have before it.
     ///
-    /// On the CPU, stages are those of the first of the threads that share the samples; the last one is told again once all of them are done.
+    /// On the CPU, stages are those of the first of the threads that share the samples; the last one is told again once all of them are
+    /// done.
     pub fn accumulate_observed(
         &self,
         adapter: &Adapter,
@@ -260,7 +262,8 @@ impl Distiller {
         Ok(sums)
     }
 
-    /// Does `work` to the samples of a batch, in all lanes at once if every lane has some of them. The results are in the order of the samples.
+    /// Does `work` to the samples of a batch, in all lanes at once if every lane has some of them. The results are in the order of the
+    /// samples.
     fn in_lanes<T: Send>(
         &self,
         adapter: &Adapter,
@@ -449,8 +452,8 @@ impl Distiller {
         self.unet.forward_with(&noised.sample, &noised.timesteps, &conditioning.sequence, added.as_ref(), &options)
     }
 
-    /// The student's pass without its graph, and back. Returns a scalar with the loss's gradient with respect to what the adapter made, and the
-    /// losses.
+    /// The student's pass without its graph, and back. Returns a scalar with the loss's gradient with respect to what the adapter made, and
+    /// the losses.
     fn study_again(&self, conditioning: &Conditioning, noised: &Noised, lesson: &Lesson, scale: f64) -> Result<(Tensor, Losses)> {
         let Conditioning { sequence, pooled, mask } = conditioning;
         let added = added(conditioning, noised);

@@ -481,7 +481,8 @@ fn fused_operators_give_the_same_step_and_are_used_everywhere() {
     let (fused_sums, fused_gradient) = accumulate(&fused, &batch);
     assert!((fused_sums.logit / sums.logit - 1.0).abs() < 1e-4 && (fused_sums.feature / sums.feature - 1.0).abs() < 1e-4);
     assert!(relative_distance(&fused_gradient, &gradient) < 1e-3, "{}", relative_distance(&fused_gradient, &gradient));
-    // Both passes of the network, the autoencoder, the text encoders, the losses, and a way back: a layer that falls back to libtorch is missing here.
+    // Both passes of the network, the autoencoder, the text encoders, the losses, and a way back: a layer that falls back to libtorch is
+    // missing here.
     assert_eq!(peapod_kernels::emulator::num_launches() - before, 542, "a layer computes otherwise than before");
 
     // The same with eight bits in the transformers, whose inputs and gradients are rounded by a kernel of their own.

@@ -19,8 +19,8 @@ const SMALL: [&str; 3] = [".json", ".txt", ".model"];
 /// What a tokenizer is made of, in the layouts that are read.
 const VOCABULARIES: [&str; 5] = ["sentencepiece.bpe.model", "spiece.model", "tokenizer.json", "vocab.json", "vocab.txt"];
 
-/// Picks, of the names of all files in a repository, those that loading it reads: configurations, vocabularies, and of each network's weights
-/// those that [`Weights::open`](crate::weights::Weights::open) would take.
+/// Picks, of the names of all files in a repository, those that loading it reads: configurations, vocabularies, and of each network's
+/// weights those that [`Weights::open`](crate::weights::Weights::open) would take.
 ///
 /// Where there is a `unet/config.json` it is a model in the layout of diffusers, and only its parts count; where there is a pair of student
 /// encoders, only they; else what lies in no folder.

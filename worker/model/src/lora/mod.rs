@@ -41,11 +41,11 @@ struct Module {
 }
 
 impl Lora {
-    /// Opens a file (`.safetensors`, or what `torch.save` wrote) whose effect is multiplied by `scale`. How strong it is by itself is said by
-    /// the alphas in it, by its metadata, or, where PEFT wrote it, by the `adapter_config.json` beside it.
+    /// Opens a file (`.safetensors`, or what `torch.save` wrote) whose effect is multiplied by `scale`. How strong it is by itself is said
+    /// by the alphas in it, by its metadata, or, where PEFT wrote it, by the `adapter_config.json` beside it.
     ///
-    /// Errors: those of [`Weights::open`]; [`Error::Unsupported`] for variants that cannot be merged; [`Error::Invalid`] if PEFT wrote it and
-    /// nothing says how strong it is.
+    /// Errors: those of [`Weights::open`]; [`Error::Unsupported`] for variants that cannot be merged; [`Error::Invalid`] if PEFT wrote it
+    /// and nothing says how strong it is.
     pub fn open(path: &Path, scale: f64) -> Result<Self> {
         let path = locate(path)?;
         let weights = Weights::open(&path)?;

@@ -64,8 +64,8 @@ impl PeftStrengths {
     /// Reads them from the metadata of a file, or, for a file that PEFT wrote, from the `adapter_config.json` beside it; none if there is
     /// neither. `path` is what `weights` were opened from.
     ///
-    /// Errors: [`Error::Io`] and [`Error::Invalid`] for what cannot be read; [`Error::Unsupported`] for variants that are no sum of a weight
-    /// and a product, or alphas of modules that are not simply named.
+    /// Errors: [`Error::Io`] and [`Error::Invalid`] for what cannot be read; [`Error::Unsupported`] for variants that are no sum of a
+    /// weight and a product, or alphas of modules that are not simply named.
     pub(super) fn read(path: &Path, weights: &Weights) -> Result<Self> {
         if let Some(text) = weights.metadata(METADATA) {
             let settings = serde_json::from_str(&text)

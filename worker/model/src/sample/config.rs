@@ -76,8 +76,8 @@ impl SolverChoice {
     }
 }
 
-/// The file itself; absent keys have the defaults of diffusers. (It would also clip data predictions where `clip_sample` is absent: latents are
-/// meant to go beyond 1, and all published configurations say so.)
+/// The file itself; absent keys have the defaults of diffusers. (It would also clip data predictions where `clip_sample` is absent: latents
+/// are meant to go beyond 1, and all published configurations say so.)
 #[derive(Debug, Deserialize)]
 #[serde(default)]
 struct File {

@@ -18,7 +18,8 @@ pub struct Noise {
 }
 
 impl Noise {
-    /// The streams of the pictures numbered `first_image` and following. Shapes: `shape` is that of one picture's latents, `[channels, h, w]`.
+    /// The streams of the pictures numbered `first_image` and following. Shapes: `shape` is that of one picture's latents, `[channels, h,
+    /// w]`.
     pub fn new(seed: u64, first_image: u64, num_images: usize, shape: [i64; 3], device: Device) -> Self {
         let stream = |image: u64| {
             let mut rng = ChaCha8Rng::seed_from_u64(seed);

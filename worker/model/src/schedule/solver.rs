@@ -76,7 +76,8 @@ impl FromStr for Scheduler {
 pub struct SolverConfig {
     /// The algorithm.
     pub scheduler: Scheduler,
-    /// How timesteps are spread; `None` leaves it to the scheduler: DDIM's are then leading, the others' linspaced. LCM has a way of its own.
+    /// How timesteps are spread; `None` leaves it to the scheduler: DDIM's are then leading, the others' linspaced. LCM has a way of its
+    /// own.
     pub spacing: Option<TimestepSpacing>,
     /// Added to each timestep; used by [`TimestepSpacing::Leading`] only.
     pub steps_offset: usize,

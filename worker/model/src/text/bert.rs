@@ -64,8 +64,9 @@ impl BertEncoder {
     /// Loads a folder with `config.json` (of a `bert`, `roberta`, `xlm-roberta` or `chinese_clip` model) and weights, under whatever
     /// prefix the model they belong to gives them.
     ///
-    /// Errors: [`crate::Error::Io`], [`crate::Error::Invalid`] for a broken or contradictory configuration, [`crate::Error::Weights`] if the weights do not
-    /// fit it, [`crate::Error::Unsupported`] for another activation than the exact GELU, relative positions or another kind of model.
+    /// Errors: [`crate::Error::Io`], [`crate::Error::Invalid`] for a broken or contradictory configuration, [`crate::Error::Weights`] if
+    /// the weights do not fit it, [`crate::Error::Unsupported`] for another activation than the exact GELU, relative positions or another
+    /// kind of model.
     pub fn load(dir: &Path, kind: Kind, device: Device) -> Result<Self> {
         let settings = TextSettings::read(&dir.join("config.json"))?;
         Self::from_weights(&settings, &Weights::open(dir)?, kind, device)

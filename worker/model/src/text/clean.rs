@@ -9,7 +9,8 @@ pub(super) enum Cleaning {
     Keep,
     /// Curly double quotes become straight ones, which the Chinese vocabulary has, as in Chinese-CLIP's own training.
     StraightQuotes,
-    /// open_clip's for the tokenizers of other libraries: repaired encoding, HTML entities replaced twice, runs of white space as one space.
+    /// open_clip's for the tokenizers of other libraries: repaired encoding, HTML entities replaced twice, runs of white space as one
+    /// space.
     OpenClip,
 }
 

@@ -104,8 +104,8 @@ pub(super) struct Layer {
 impl ClipTextEncoder {
     /// Loads a folder with `config.json` and weights, of a text model or of a whole CLIP.
     ///
-    /// Errors: [`crate::Error::Io`], [`crate::Error::Invalid`] for a broken or contradictory configuration, [`crate::Error::Unsupported`] for another
-    /// activation, [`crate::Error::Weights`] if the weights do not fit.
+    /// Errors: [`crate::Error::Io`], [`crate::Error::Invalid`] for a broken or contradictory configuration, [`crate::Error::Unsupported`]
+    /// for another activation, [`crate::Error::Weights`] if the weights do not fit.
     pub fn load(dir: &Path, kind: Kind, device: Device) -> Result<Self> {
         let settings = TextSettings::read_as(&dir.join("config.json"), Architecture::Clip)?;
         let config = ClipTextConfig::new(&settings)?;

@@ -85,8 +85,8 @@ impl Architecture {
 impl TextSettings {
     /// Reads `config.json`, or its part `text_config` where the file describes a model of texts and images.
     ///
-    /// Errors: [`Error::Io`], [`Error::Invalid`] if it is not such a file or names no `model_type`, [`Error::Unsupported`] for a `model_type`
-    /// that cannot be loaded.
+    /// Errors: [`Error::Io`], [`Error::Invalid`] if it is not such a file or names no `model_type`, [`Error::Unsupported`] for a
+    /// `model_type` that cannot be loaded.
     pub(super) fn read(path: &Path) -> Result<Self> {
         let TextPart { settings, whole, part } = TextPart::of(read_config(path, &[])?);
         let Some(named) = whole.as_ref().or(part.as_ref()) else {

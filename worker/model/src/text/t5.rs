@@ -107,8 +107,8 @@ impl T5Encoder {
     /// Loads a folder with `config.json` and weights, of an encoder or of a whole model (whose decoder is left alone).
     ///
     /// [`Kind::Half`] is computed in [`Kind::BFloat16`], since the activations of this model exceed the range of the former.
-    /// Errors: [`crate::Error::Io`], [`crate::Error::Invalid`] for a broken or contradictory configuration, [`crate::Error::Weights`] if the weights do not
-    /// fit it, [`crate::Error::Unsupported`] for the ungated layers of the first T5.
+    /// Errors: [`crate::Error::Io`], [`crate::Error::Invalid`] for a broken or contradictory configuration, [`crate::Error::Weights`] if
+    /// the weights do not fit it, [`crate::Error::Unsupported`] for the ungated layers of the first T5.
     pub fn load(dir: &Path, kind: Kind, device: Device) -> Result<Self> {
         let settings = TextSettings::read(&dir.join("config.json"))?;
         Self::from_weights(&settings, &Weights::open(dir)?, kind, device)

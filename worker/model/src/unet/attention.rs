@@ -120,7 +120,8 @@ impl TransformerLayer {
         }
     }
 
-    /// Takes tokens and what the layer before would add to them; returns both of its own. Whoever normalises a sum is the one who adds it up.
+    /// Takes tokens and what the layer before would add to them; returns both of its own. Whoever normalises a sum is the one who adds it
+    /// up.
     fn forward(&self, tokens: Tensor, branch: Option<Tensor>, condition: Condition) -> (Tensor, Tensor) {
         let (tokens, normed) = match branch {
             Some(branch) => self.norm1.forward_sum(&branch, &tokens),

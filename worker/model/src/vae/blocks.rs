@@ -29,8 +29,8 @@ fn forward_all(resnets: &[ResnetBlock], input: Tensor) -> Tensor {
     resnets.iter().fold(input, |hidden, resnet| resnet.forward(&hidden, None))
 }
 
-/// One row below and one column to the right, of zeros, none on the other sides: the original's padding. libtorch's own operator fills all of
-/// the map with them first.
+/// One row below and one column to the right, of zeros, none on the other sides: the original's padding. libtorch's own operator fills all
+/// of the map with them first.
 fn pad(map: &Tensor) -> Tensor {
     let size = map.size();
     let (height, width) = (size[2], size[3]);
@@ -199,8 +199,8 @@ impl PixelAttention {
     }
 }
 
-/// Attention of one head as two products with the softmax between them, so many scores at a time. Scores and their softmax are in f32, whatever
-/// the kind. Knows no way back.
+/// Attention of one head as two products with the softmax between them, so many scores at a time. Scores and their softmax are in f32,
+/// whatever the kind. Knows no way back.
 ///
 /// Shapes: `query` `[B, Q, width]`, `key` and `value` `[B, K, width]`; returns `[B, Q, width]`.
 fn attention_in_parts(query: &Tensor, key: &Tensor, value: &Tensor, max_scores: i64) -> Tensor {

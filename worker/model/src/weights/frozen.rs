@@ -6,8 +6,8 @@ use tch::Tensor;
 
 /// A tensor that nothing changes any more: a weight, or what is computed from weights once.
 ///
-/// [`Tensor`] may be sent to another thread but not shared, as it can be changed through any of its names. This one can be read from several
-/// threads at once, and so can the models that are made of it.
+/// [`Tensor`] may be sent to another thread but not shared, as it can be changed through any of its names. This one can be read from
+/// several threads at once, and so can the models that are made of it.
 #[derive(Debug)]
 pub(crate) struct Frozen(Tensor);
 

@@ -110,8 +110,8 @@ impl Weights {
     ///
     /// `path` is a safetensors file, a file of `torch.save` (`.bin`, `.pt`, `.ckpt`: the content decides, not the name), the
     /// `*.index.json` of a sharded one, or a folder that holds any of them under one of the names in use (`diffusion_pytorch_model.*`,
-    /// `model.*`, `pytorch_model.*`, a LoRA's), or its only safetensors file; safetensors are preferred, and the most bits. No code in a torch
-    /// file is run: what stands among the tensors and is none is an error that names it.
+    /// `model.*`, `pytorch_model.*`, a LoRA's), or its only safetensors file; safetensors are preferred, and the most bits. No code in a
+    /// torch file is run: what stands among the tensors and is none is an error that names it.
     ///
     /// Errors: [`Error::Io`] if a file cannot be opened; [`Error::Invalid`] if the folder holds none, if a header is damaged or does
     /// not describe exactly the bytes that follow it (a truncated download), or if a sharded index names keys that its files lack.
@@ -166,9 +166,9 @@ impl Weights {
         self.entries.get(key).cloned()
     }
 
-    /// Hands over what tells these tensors from others, in the order of their keys: key, kind, shape and layout of each, and some of its bytes
-    /// as they are stored. Few pages of the files are read. Training changes nearly all weights; what was changed in few places may look the
-    /// same.
+    /// Hands over what tells these tensors from others, in the order of their keys: key, kind, shape and layout of each, and some of its
+    /// bytes as they are stored. Few pages of the files are read. Training changes nearly all weights; what was changed in few places may
+    /// look the same.
     pub fn sketch(&self, take: &mut dyn FnMut(&[u8])) {
         for (key, Stored { map, entry }) in &self.entries {
             let (description, samples) = entry.sketch(map);

@@ -24,8 +24,8 @@ const ZERO_TERMINAL_SNR: &str = "ztsnr";
 const PREDICTIONS: [&str; 2] = ["modelspec.prediction_type", "modelspec.predict_key"];
 /// What both call the velocity.
 const VELOCITY: &str = "v";
-/// Tensors that models trained at the noise levels of EDM (Karras et al. 2022) carry, and such a model. Their networks have the usual shapes,
-/// but what goes in and what comes out is scaled otherwise.
+/// Tensors that models trained at the noise levels of EDM (Karras et al. 2022) carry, and such a model. Their networks have the usual
+/// shapes, but what goes in and what comes out is scaled otherwise.
 const EDM: [([&str; 2], &str); 2] =
     [(["edm_mean", "edm_std"], "Playground v2.5"), (["edm_vpred.sigma_max", "edm_vpred.sigma_min"], "CosXL")];
 

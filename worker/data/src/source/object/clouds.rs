@@ -9,8 +9,8 @@ use super::Repeats;
 use crate::source::StoreKind;
 use crate::source::remote::choose_cryptography;
 
-/// Deadlines: for a whole request longer than any takes that gets on, and for the next bytes of an answer. Readers of shards have a shorter one
-/// of their own.
+/// Deadlines: for a whole request longer than any takes that gets on, and for the next bytes of an answer. Readers of shards have a shorter
+/// one of their own.
 const CLIENT: [(ClientConfigKey, &str); 2] = [(ClientConfigKey::Timeout, "1h"), (ClientConfigKey::ReadTimeout, "60s")];
 
 impl From<Repeats> for RetryConfig {

@@ -16,7 +16,8 @@ pub struct Overlooked {
 }
 
 impl Overlooked {
-    /// What several encoders that read the same text leave out between them: the most that one of them cuts off, and that all know none of it.
+    /// What several encoders that read the same text leave out between them: the most that one of them cuts off, and that all know none of
+    /// it.
     pub(in crate::text) fn of_all(all: impl IntoIterator<Item = Result<Self>>) -> Result<Self> {
         let joined = |one: Self, other: Self| Self {
             is_unknown: one.is_unknown && other.is_unknown,
