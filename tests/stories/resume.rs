@@ -73,25 +73,22 @@ fn stopped_job_resumes_with_another_number_of_workers() {
 
 #[test]
 fn sigterm_ends_a_local_job_with_a_checkpoint_as_its_workers_die_with_it() {
-    let mut cluster = Cluster::new();
-    cluster.job.set_steps(100_000);
-    let mut coordinator = cluster.coordinator(1, &["--local"]);
-    coordinator.wait_for_step(1);
-    coordinator.signal(Signal::TERM);
-    coordinator.expect_exit(143);
-    assert_eq!(cluster.newest_checkpoint().step, cluster.steps().last().unwrap().step);
+    signals_end_a_local_job_with_a_checkpoint(&[Signal::TERM], 143);
 }
 
 #[test]
 fn terminal_that_is_closed_ends_a_local_job_with_a_checkpoint() {
+    // From the system, and from the shell that ran in it.
+    signals_end_a_local_job_with_a_checkpoint(&[Signal::HUP, Signal::HUP], 129);
+}
+
+fn signals_end_a_local_job_with_a_checkpoint(signals: &[Signal], code: i32) {
     let mut cluster = Cluster::new();
     cluster.job.set_steps(100_000);
     let mut coordinator = cluster.coordinator(1, &["--local"]);
     coordinator.wait_for_step(1);
-    // From the system, and from the shell that ran in it.
-    coordinator.signal(Signal::HUP);
-    coordinator.signal(Signal::HUP);
-    coordinator.expect_exit(129);
+    signals.iter().for_each(|&signal| coordinator.signal(signal));
+    coordinator.expect_exit(code);
     assert_eq!(cluster.newest_checkpoint().step, cluster.steps().last().unwrap().step);
 }
 
