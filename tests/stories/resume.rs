@@ -87,7 +87,11 @@ fn signals_end_a_local_job_with_a_checkpoint(signals: &[Signal], code: i32) {
     cluster.job.set_steps(100_000);
     let mut coordinator = cluster.coordinator(1, &["--local"]);
     coordinator.wait_for_step(1);
-    signals.iter().for_each(|&signal| coordinator.signal(signal));
+    for &signal in signals {
+        coordinator.signal(signal);
+        // Two that are sent at once may arrive as one.
+        coordinator.wait_for(": ending the job with a checkpoint");
+    }
     coordinator.expect_exit(code);
     assert_eq!(cluster.newest_checkpoint().step, cluster.steps().last().unwrap().step);
 }
