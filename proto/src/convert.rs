@@ -428,8 +428,8 @@ impl From<ToWorker> for v1::ToWorker {
             }),
             ToWorker::Abort { generation, reason } => Message::Abort(v1::Abort { generation: generation.0, reason }),
             ToWorker::PlanChange { generation, reason } => Message::PlanChange(v1::PlanChange { generation: generation.0, reason }),
-            ToWorker::GiveBack { leases } => {
-                Message::GiveBack(v1::GiveBack { lease_ids: leases.into_iter().map(|lease| lease.0).collect() })
+            ToWorker::GiveBack { leases, for_idle } => {
+                Message::GiveBack(v1::GiveBack { lease_ids: leases.into_iter().map(|lease| lease.0).collect(), for_idle })
             }
             ToWorker::LeaseGrant { generation, leases, none_left, ask_when_idle } => Message::LeaseGrant(v1::LeaseGrant {
                 generation: generation.0,
@@ -512,7 +512,9 @@ impl TryFrom<v1::ToWorker> for ToWorker {
             }
             Message::Abort(abort) => Self::Abort { generation: Generation(abort.generation), reason: abort.reason },
             Message::PlanChange(plan) => Self::PlanChange { generation: Generation(plan.generation), reason: plan.reason },
-            Message::GiveBack(give) => Self::GiveBack { leases: give.lease_ids.into_iter().map(LeaseId).collect() },
+            Message::GiveBack(give) => {
+                Self::GiveBack { leases: give.lease_ids.into_iter().map(LeaseId).collect(), for_idle: give.for_idle }
+            }
             Message::LeaseGrant(grant) => Self::LeaseGrant {
                 generation: Generation(grant.generation),
                 leases: grant

@@ -551,6 +551,8 @@ pub enum ToWorker {
     GiveBack {
         /// The leases.
         leases: Vec<LeaseId>,
+        /// Another is idle. Who has nothing else to train first reads a share of them, or it would be idle itself.
+        for_idle: bool,
     },
     /// Steps whose names may be forgotten.
     Durable {

@@ -134,6 +134,8 @@ pub enum Action {
     GiveBack {
         /// The leases.
         leases: Vec<LeaseId>,
+        /// Once there is a share to train.
+        for_idle: bool,
     },
     /// Have the data threads ask for shards again, if they lack any.
     AskForLeases,
@@ -302,7 +304,7 @@ impl Lifecycle {
             }
             ToWorker::Abort { generation, reason } => vec![Action::Abort { generation, reason }],
             ToWorker::PlanChange { generation, .. } => vec![Action::PlanChange { generation }],
-            ToWorker::GiveBack { leases } => vec![Action::GiveBack { leases }],
+            ToWorker::GiveBack { leases, for_idle } => vec![Action::GiveBack { leases, for_idle }],
             ToWorker::LeaseGrant { generation, leases, none_left, ask_when_idle } => {
                 // A grant of a generation that is over still holds: the next assignment lists it. Its `none_left` does not.
                 let current = self.state == State::Training(generation);

@@ -440,9 +440,9 @@ impl Supervisor {
                     loader.answer(leases, Outlook::of_grant(none_left, ask_when_idle));
                 }
             }
-            Action::GiveBack { leases } => {
+            Action::GiveBack { leases, for_idle } => {
                 if let Some(loader) = self.control.loader() {
-                    loader.give_back(&leases);
+                    loader.give_back(&leases, for_idle);
                 }
             }
             Action::AskForLeases => {

@@ -135,7 +135,7 @@ impl Core {
                         break;
                     }
                     Grant::AskBack { holder, lease } => {
-                        out.push(Effect::Send { worker: holder, message: ToWorker::GiveBack { leases: vec![lease] } });
+                        out.push(Effect::Send { worker: holder, message: ToWorker::GiveBack { leases: vec![lease], for_idle: true } });
                     }
                     Grant::Later => {}
                 }
@@ -202,7 +202,7 @@ impl Core {
         }
         let leases = self.leases.unread_by(id);
         if !leases.is_empty() {
-            out.push(Effect::Send { worker: id, message: ToWorker::GiveBack { leases } });
+            out.push(Effect::Send { worker: id, message: ToWorker::GiveBack { leases, for_idle: false } });
         }
         if let Ok(index) = self.member_index(id, "leaving") {
             self.leases.set_leaving(index);

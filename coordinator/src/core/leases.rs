@@ -68,9 +68,9 @@ struct Held {
     num_passed: u8,
 }
 
-/// Times a part is passed on to an idle member. Twice, because whoever is asked first may not have begun, and then gives back all of it and
-/// is the idle one itself. Not without end, or the last shard would go round among idle members.
-const MAX_PASSES: u8 = 2;
+/// Times a part is passed on to an idle member. More than once, because who is asked keeps what it has in its buffers, perhaps a share, and
+/// is the idle one itself before the other has read the rest. Not without end: each new reader of a part reads past what lies before it.
+const MAX_PASSES: u8 = 4;
 
 impl Held {
     fn can_be_asked(&self) -> bool {

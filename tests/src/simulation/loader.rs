@@ -87,9 +87,9 @@ impl Loader {
         self.state.grant(leases.into_iter().map(Into::into).collect(), outlook);
     }
 
-    /// Leaves the rest of a lease to others: the first index left, unless the lease is read to its end.
-    pub fn give_back(&mut self, lease: LeaseId) -> Option<u32> {
-        self.state.give_back(lease)
+    /// Leaves the rest of a lease to others: the first index left, unless the lease is read to its end or must be read on a while.
+    pub fn give_back(&mut self, lease: LeaseId, for_idle: bool) -> Option<u32> {
+        self.state.give_back(lease, for_idle)
     }
 
     /// Drops whatever is of other leases.
@@ -129,7 +129,7 @@ impl Loader {
         let Some(mut reading) = self.reading.take() else { return News::default() };
         let Some(stop) = (0..num).find_map(|_| self.read_one(&mut reading, shards)) else {
             self.reading = Some(reading);
-            return News::default();
+            return News { report: None, gave_back: self.state.cut_wanted() };
         };
         let Reading { lease: LeasedShard { lease: id, .. }, skipped, .. } = reading;
         let (is_held, is_cut) = (self.state.is_held(id), self.state.is_cut());

@@ -353,7 +353,7 @@ impl World {
             Action::Grant { leases, none_left, ask_when_idle } => {
                 self.grant(process, leases, Outlook::of_grant(none_left, ask_when_idle));
             }
-            Action::GiveBack { leases } => leases.into_iter().for_each(|lease| self.give_back(process, lease)),
+            Action::GiveBack { leases, for_idle } => leases.into_iter().for_each(|lease| self.give_back(process, lease, for_idle)),
             Action::AskForLeases => {
                 if let Some(loader) = &mut self.processes[process].loader {
                     loader.forget_answer();
@@ -381,9 +381,9 @@ impl World {
         }
     }
 
-    fn give_back(&mut self, process: ProcessId, lease: LeaseId) {
+    fn give_back(&mut self, process: ProcessId, lease: LeaseId, for_idle: bool) {
         let Some(loader) = &mut self.processes[process].loader else { return };
-        let Some(from) = loader.give_back(lease) else { return };
+        let Some(from) = loader.give_back(lease, for_idle) else { return };
         self.output(process, Output::GaveBack(lease, from));
         self.ask_for_leases(process);
         self.read_on(process);

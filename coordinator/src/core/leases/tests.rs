@@ -90,7 +90,31 @@ fn when_idle(leases: &mut Leases, member: u32, ledger: &Ledger) -> Grant {
 }
 
 #[test]
-fn who_gave_back_all_before_it_began_is_given_the_rest_in_turn_and_then_nobody() {
+fn rest_of_the_last_shard_goes_round_among_the_idle_but_not_for_ever() {
+    let ledger = Ledger::new(1);
+    let mut leases = Leases::new(1, &[Source::unnamed(1)], Some(1), &ledger);
+    leases.deal_among(2);
+    let mut lease = take(&mut leases, 0, 1, &ledger)[0];
+    assert_eq!(lease.part, Part::WHOLE);
+    let mut reader = 0;
+    for pass in 1..=u32::from(MAX_PASSES) {
+        let idle = 1 - reader;
+        assert_eq!(when_idle(&mut leases, idle, &ledger), Grant::AskBack { holder: WorkerId(reader.into()), lease: lease.id });
+        leases.give_back(lease.id, 5 * pass);
+        assert_eq!(leases.unread_by(WorkerId(reader.into())), []);
+        lease = take(&mut leases, idle, 1, &ledger)[0];
+        assert_eq!(lease.part, Part { from: 5 * pass, to: Part::OPEN });
+        reader = idle;
+    }
+    assert_eq!(
+        when_idle(&mut leases, 1 - reader, &ledger),
+        Grant::Now { leases: vec![], none_left: true, when_idle: false },
+        "round and round"
+    );
+}
+
+#[test]
+fn who_gave_back_all_has_nothing_left_and_the_other_has_it_whole() {
     let ledger = Ledger::new(1);
     let mut leases = Leases::new(1, &[Source::unnamed(1)], Some(1), &ledger);
     leases.deal_among(2);
@@ -98,15 +122,7 @@ fn who_gave_back_all_before_it_began_is_given_the_rest_in_turn_and_then_nobody()
     assert_eq!(when_idle(&mut leases, 1, &ledger), Grant::AskBack { holder: WorkerId(0), lease: first });
     leases.give_back(first, 0);
     assert_eq!(leases.held_by(WorkerId(0)), []);
-    let whole = take(&mut leases, 1, 1, &ledger)[0];
-    assert_eq!(whole.part, Part::WHOLE);
-
-    assert_eq!(when_idle(&mut leases, 0, &ledger), Grant::AskBack { holder: WorkerId(1), lease: whole.id });
-    leases.give_back(whole.id, 5);
-    let rest = take(&mut leases, 0, 1, &ledger)[0];
-    assert_eq!(rest.part, Part { from: 5, to: Part::OPEN });
-    assert_eq!(leases.unread_by(WorkerId(1)), []);
-    assert_eq!(when_idle(&mut leases, 1, &ledger), Grant::Now { leases: vec![], none_left: true, when_idle: false }, "round and round");
+    assert_eq!(take(&mut leases, 1, 1, &ledger)[0].part, Part::WHOLE);
 }
 
 #[test]

@@ -141,7 +141,7 @@ fn idle_member_gets_the_rest_of_a_shard_that_another_has_begun() {
     ask(&mut world, b, false);
     assert_eq!(last_grant(&world, b), (vec![], true, true), "nothing is left, but another reads");
     ask(&mut world, b, true);
-    assert!(world.sent(a).contains(&ToWorker::GiveBack { leases: vec![lease.id] }));
+    assert!(world.sent(a).contains(&ToWorker::GiveBack { leases: vec![lease.id], for_idle: true }));
     world.say(a, FromWorker::GaveBack { lease: lease.id, from: 3 }).unwrap();
     let (leases, none_left, _) = last_grant(&world, b);
     assert_eq!((leases.len(), none_left, leases[0].shard, leases[0].end), (1, false, lease.shard, None));
@@ -193,7 +193,7 @@ fn leaving_member_gives_back_what_it_has_not_begun_and_gets_nothing_more() {
     let (leases, _) = world.lease(workers[1], 2);
     world.event(Event::Drain { rank: Rank(1) }).unwrap();
     let ids: Vec<LeaseId> = leases.iter().map(|lease| lease.id).collect();
-    assert!(world.sent(workers[1]).contains(&ToWorker::GiveBack { leases: ids.clone() }));
+    assert!(world.sent(workers[1]).contains(&ToWorker::GiveBack { leases: ids.clone(), for_idle: false }));
     world.say(workers[1], FromWorker::GaveBack { lease: ids[1], from: 0 }).unwrap();
     let (others, _) = world.lease(workers[0], 1);
     assert_eq!((others[0].epoch, others[0].shard), (leases[1].epoch, leases[1].shard), "before it is gone");

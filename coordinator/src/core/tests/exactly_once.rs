@@ -299,7 +299,7 @@ impl Sim {
                 model.none_left = none_left && is_current;
                 model.ask_when_idle = ask_when_idle;
             }
-            ToWorker::GiveBack { leases } => {
+            ToWorker::GiveBack { leases, .. } => {
                 let mut left = Vec::new();
                 for lease in leases {
                     if !model.known.contains(&lease) {

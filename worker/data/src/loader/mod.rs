@@ -420,10 +420,12 @@ impl LoaderHandle {
     /// Reads no more of these leases, so that another can have the rest, and says from where on with [`LoaderEvent::GaveBack`]. What is
     /// in the shuffle buffer or planned stays; what was read ahead of it goes too. Nothing is said of a lease that has been read to its
     /// end.
-    pub fn give_back(&self, leases: &[LeaseId]) {
+    ///
+    /// `for_idle`: another has nothing to do. If this loader would have less than a share, and nothing else to read, a share is read first.
+    pub fn give_back(&self, leases: &[LeaseId], for_idle: bool) {
         let mut state = self.shared.lock();
         for &lease in leases {
-            if let Some(from) = state.give_back(lease) {
+            if let Some(from) = state.give_back(lease, for_idle) {
                 self.shared.gave_back(lease, from);
             }
         }

@@ -113,6 +113,8 @@ pub struct State {
     held: HashSet<LeaseId>,
     /// Leases given back before they came.
     refused: HashSet<LeaseId>,
+    /// A lease whose rest others wait for, until a share of it is read.
+    wanted_back: Option<LeaseId>,
     outlook: Outlook,
     is_asked: bool,
     /// A share that is waited for cannot be filled.
@@ -150,6 +152,7 @@ impl State {
             reading: None,
             held: HashSet::new(),
             refused: HashSet::new(),
+            wanted_back: None,
             outlook: Outlook::More,
             is_asked: false,
             is_starving: false,
@@ -202,14 +205,22 @@ impl State {
         Some(if self.is_starving { (1, true) } else { (wanted as u32, false) })
     }
 
-    /// Leaves the rest of a lease to others; the first index it leaves, unless the lease is read to its end.
-    pub fn give_back(&mut self, lease: LeaseId) -> Option<u32> {
+    /// Leaves the rest of a lease to others; the first index it leaves. None if the lease is read to its end.
+    ///
+    /// `for_idle`: and none if nothing else is there to be trained and not even a share of it is read yet; [`cut_wanted`](Self::cut_wanted)
+    /// says it, once there is. Whoever gave up all that it has would be the idle one, and ask for it in turn: a shard whose store is slow
+    /// would be handed to and fro unread.
+    pub fn give_back(&mut self, lease: LeaseId, for_idle: bool) -> Option<u32> {
         if !self.held.contains(&lease) {
             // It never came, or is on its way: a coordinator that was started again believes that it did.
             self.refused.insert(lease);
             return Some(0);
         }
         if let Some(place) = self.waiting.iter().position(|waiting| waiting.lease == lease) {
+            if for_idle && self.needs(lease) {
+                self.wanted_back = Some(lease);
+                return None;
+            }
             self.waiting.remove(place);
             self.held.remove(&lease);
             // A coordinator that was started again may have sent it once more before it hears of this.
@@ -217,16 +228,45 @@ impl State {
             self.expect_rest();
             return Some(0);
         }
-        let reading = self.reading.as_mut().filter(|reading| reading.lease == lease && !reading.is_cut)?;
-        reading.is_cut = true;
-        let next = reading.next;
+        let reading = self.reading.filter(|reading| reading.lease == lease && !reading.is_cut)?;
+        if for_idle && self.needs(lease) {
+            self.wanted_back = Some(lease);
+            return None;
+        }
+        Some(self.cut(reading))
+    }
+
+    /// The lease whose rest was asked for too early to be [given back](Self::give_back), and the first index left, once that is known.
+    pub fn cut_wanted(&mut self) -> Option<(LeaseId, u32)> {
+        let reading = self.reading.filter(|reading| self.wanted_back == Some(reading.lease) && !reading.is_cut)?;
+        if self.needs(reading.lease) {
+            return None;
+        }
+        Some((reading.lease, self.cut(reading)))
+    }
+
+    /// Whether it is the only lease to read, and what is read so far makes no share.
+    fn needs(&self, lease: LeaseId) -> bool {
+        let reading = self.reading.iter().filter(|reading| !reading.is_cut).map(|reading| reading.lease);
+        let mut unread = self.waiting.iter().map(|waiting| waiting.lease).chain(reading);
+        let num_read = self.num_planned() + self.pool.len() + self.stream.len();
+        unread.all(|unread| unread == lease) && num_read < self.cuts.share().max(1) && self.has_room()
+    }
+
+    /// Ends the lease that is read with what is kept of it; the first index that is not. Of what is read ahead no more is kept than makes
+    /// a share.
+    fn cut(&mut self, reading: Reading) -> u32 {
+        self.wanted_back = None;
+        self.reading = Some(Reading { is_cut: true, ..reading });
         self.expect_rest();
         // Samples of one lease are together in the stream, those of the lease that is read at its end.
-        let kept = self.stream.iter().position(|sample| sample.lease == lease).unwrap_or(self.stream.len());
-        let from = self.stream.get(kept).map_or(next, |sample| sample.name.index);
+        let of_others = self.stream.iter().position(|sample| sample.lease == reading.lease).unwrap_or(self.stream.len());
+        let for_a_share = self.cuts.share().max(1).saturating_sub(self.num_planned() + self.pool.len());
+        let kept = of_others.max(for_a_share.min(self.stream.len()));
+        let from = self.stream.get(kept).map_or(reading.next, |sample| sample.name.index);
         self.stream.truncate(kept);
         self.stream_bytes = self.stream.iter().map(Pooled::num_bytes).sum();
-        Some(from)
+        from
     }
 
     /// Others read now what this one was to read: once it has nothing to do it may be given some of it.
@@ -260,7 +300,8 @@ impl State {
 
     /// Nothing more comes of the lease that is read.
     pub fn end_lease(&mut self) {
-        self.reading = None;
+        let ended = self.reading.take().map(|reading| reading.lease);
+        self.wanted_back = self.wanted_back.filter(|&lease| Some(lease) != ended);
     }
 
     /// Drops all that is of other leases, and stops reading those.
@@ -269,6 +310,7 @@ impl State {
         self.held.retain(|lease| held.contains(lease));
         let held = &self.held;
         self.waiting.retain(|lease| held.contains(&lease.lease));
+        self.wanted_back = self.wanted_back.filter(|lease| held.contains(lease));
         self.stream.retain(|sample| held.contains(&sample.lease));
         self.stream_bytes = self.stream.iter().map(Pooled::num_bytes).sum();
         self.pool.retain(|sample| held.contains(&sample.lease));

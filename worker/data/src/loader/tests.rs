@@ -1,6 +1,7 @@
 //! The loader with real threads and small tars. Nothing here waits for a time: every wait is for an event or a share.
 
 mod cached;
+mod shared_shard;
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -663,106 +664,4 @@ fn the_demo_shards_are_read_whole() {
     assert!((32..=96).contains(&native), "{native} of 256: about a quarter");
     let (skips, end) = rig.reports(LeaseId(100));
     assert_eq!((skips.len(), end), (0, ShardEnd { num_samples: 256, truncated: None }));
-}
-
-/// What was given back: the lease, and from where on.
-fn given_back(rig: &Rig) -> (LeaseId, u32) {
-    loop {
-        if let LoaderEvent::GaveBack { lease, from } = rig.events.recv_timeout(PATIENCE).unwrap() {
-            return (lease, from);
-        }
-    }
-}
-
-fn indices(shares: &[Share]) -> Vec<u32> {
-    let mut indices: Vec<u32> = names(shares).iter().map(|name| name.index).collect();
-    indices.sort_unstable();
-    indices
-}
-
-#[test]
-fn lease_on_a_part_is_read_up_to_its_end_and_no_further() {
-    let folder = tempfile::tempdir().unwrap();
-    let mut part = lease(0, 0, &write_shard(folder.path(), 0, &[Kind::Good; 10]));
-    for index in 0..3 {
-        part.done.insert(index);
-    }
-    part.end = Some(7);
-    let mut rig = Rig::start(config(4, 1));
-    rig.handle.grant(vec![part], true);
-    assert_eq!(indices(&rig.drain(3)), [3, 4, 5, 6]);
-    assert_eq!(given_back(&rig), (LeaseId(100), 7));
-    assert!(rig.all_skips().is_empty(), "and its size is for the reader of the other part to say");
-}
-
-#[test]
-fn rest_that_is_given_back_begins_where_what_is_handed_out_ends() {
-    let folder = tempfile::tempdir().unwrap();
-    let mut config = config(4, 1);
-    // A single sample fills what is read ahead.
-    config.data.buffer_bytes = 4;
-    let mut rig = Rig::start(config);
-    let leases: Vec<_> = (0..2).map(|shard| lease(shard, 0, &write_shard(folder.path(), shard, &[Kind::Good; 40]))).collect();
-    let second = leases[1].clone();
-    rig.handle.answer(leases, Outlook::More);
-    let mut shares = vec![rig.loader.next_share(2).unwrap()];
-    rig.handle.give_back(&[LeaseId(100), LeaseId(101)]);
-    let first = given_back(&rig);
-    assert_eq!((first.0, given_back(&rig)), (LeaseId(100), (LeaseId(101), 0)), "the second was not begun");
-    rig.handle.give_back(&[LeaseId(100)]);
-    // Sent once more, by a coordinator that was started again and has not heard of it: it is another's by now.
-    rig.handle.answer(vec![second], Outlook::Nothing);
-    shares.extend(rig.drain(2));
-    assert!((2..40).contains(&first.1), "from {}", first.1);
-    assert_eq!(indices(&shares), (0..first.1).collect::<Vec<_>>());
-    assert!(rig.events.try_iter().all(|event| !matches!(event, LoaderEvent::GaveBack { .. })), "it is said once");
-}
-
-#[test]
-fn reader_leaves_to_others_what_its_own_shares_will_not_need_for_long() {
-    let folder = tempfile::tempdir().unwrap();
-    let mut rig = Rig::start(config(4, 1));
-    rig.handle.grant(vec![lease(0, 0, &write_shard(folder.path(), 0, &[Kind::Good; 300]))], true);
-    let mut shares = vec![rig.loader.next_share(2).unwrap()];
-    while rig.handle.stats().buffered_samples < 64 {
-        std::thread::yield_now();
-    }
-    // It would have read the rest by then.
-    std::thread::sleep(Duration::from_millis(100));
-    let stats = rig.handle.stats();
-    assert!(stats.buffered_samples <= 70 && !stats.is_at_end, "{stats:?}");
-    shares.extend(rig.drain(2));
-    assert_eq!(indices(&shares), (0..300).collect::<Vec<_>>());
-}
-
-#[test]
-fn lease_that_has_not_come_yet_is_given_back_whole_and_not_read_when_it_comes() {
-    let folder = tempfile::tempdir().unwrap();
-    let mut rig = Rig::start(config(4, 1));
-    rig.handle.give_back(&[LeaseId(100)]);
-    assert_eq!(given_back(&rig), (LeaseId(100), 0));
-    let late = lease(0, 0, &write_shard(folder.path(), 0, &[Kind::Good; 3]));
-    rig.handle.grant(vec![late], true);
-    assert!(rig.drain(2).is_empty());
-}
-
-#[test]
-fn loader_that_runs_dry_asks_once_more_before_it_cuts_a_share_short() {
-    let folder = tempfile::tempdir().unwrap();
-    let mut rig = Rig::start(config(4, 1));
-    let first = lease(0, 0, &write_shard(folder.path(), 0, &[Kind::Good; 3]));
-    rig.handle.answer(vec![first], Outlook::WhenIdle);
-    let handle = rig.handle.clone();
-    let second = lease(1, 0, &write_shard(folder.path(), 1, &[Kind::Good; 2]));
-    let events = std::mem::replace(&mut rig.events, channel().1);
-    let answers = std::thread::spawn(move || {
-        let is_idle = |event: &LoaderEvent| matches!(event, LoaderEvent::NeedLeases { num: 1, is_idle: true });
-        let mut asked = events.into_iter().filter(is_idle);
-        asked.next().unwrap();
-        handle.answer(vec![second], Outlook::WhenIdle);
-        asked.next().unwrap();
-        handle.answer(Vec::new(), Outlook::Nothing);
-    });
-    assert_eq!(rig.drain(4).iter().map(Share::num_samples).collect::<Vec<_>>(), [4, 1]);
-    answers.join().unwrap();
 }

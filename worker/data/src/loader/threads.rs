@@ -214,6 +214,9 @@ fn buffer(shared: &Shared, sample: Buffered) -> ControlFlow<()> {
         state = shared.wait(&shared.work, state);
     }
     state.push(sample);
+    if let Some((lease, from)) = state.cut_wanted() {
+        shared.gave_back(lease, from);
+    }
     drop(state);
     // The trainer waits for pictures only; it is woken by the decoders.
     shared.work.notify_all();
